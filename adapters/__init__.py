@@ -1,0 +1,1 @@
+"""Adapters: external codes as simulators."""

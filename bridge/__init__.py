@@ -1,0 +1,36 @@
+"""Gradients through simulators that cannot be differentiated.
+
+`import bridge` is light: each public name is imported when it is first used, so that adapters work where torch is
+not installed, and MPI is not touched before it is needed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "BridgeError": "bridge.errors",
+    "Parameter": "bridge.simulator",
+    "ParameterSpace": "bridge.simulator",
+    "Simulator": "bridge.simulator",
+    "as_simulator": "bridge.simulator",
+    "find": "bridge.registry",
+    "list_simulators": "bridge.registry",
+    "make": "bridge.registry",
+    "register": "bridge.registry",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bridge' has no attribute {name!r}. Public names: {', '.join(sorted(_PUBLIC))}.")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

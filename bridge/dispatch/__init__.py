@@ -1,0 +1,1 @@
+"""Dispatch: evaluates rows and reduces sums, in one process or over ranks."""

@@ -1,0 +1,35 @@
+"""The errors of the package: what was expected, what came, what to do.
+
+Every error that a user can cause derives from `BridgeError`, so that one `except` catches them all, and from the
+built-in exception that it specialises, so that code which knows nothing of this package handles it as well.
+"""
+
+from __future__ import annotations
+
+
+class BridgeError(Exception):
+    """Base of every error raised on purpose by bridge, its simulators and its adapters."""
+
+
+class SetupError(BridgeError, RuntimeError):
+    """The machine or the installation lacks something: a launcher, a library, an optional package."""
+
+
+class InputError(BridgeError, ValueError):
+    """An argument, a file or a setting is not what was expected; nothing has been evaluated."""
+
+
+class EvaluationError(BridgeError, RuntimeError):
+    """An evaluation of a simulator failed: it raised, ended abnormally, or gave non-finite numbers."""
+
+
+class OutputError(EvaluationError):
+    """An evaluation ended, but its output is missing, unreadable or of the wrong shape."""
+
+
+class EvaluationTimeoutError(EvaluationError, TimeoutError):
+    """An evaluation took longer than its profile allows."""
+
+
+class CollectiveError(BridgeError, RuntimeError):
+    """Ranks called bridge in different orders or with different arguments."""

@@ -1,0 +1,1 @@
+"""A run: optimiser, history, checkpoint, stop reason."""

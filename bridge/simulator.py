@@ -1,0 +1,299 @@
+"""What a simulator is: a black box from parameters to an array, and the space its parameters live in.
+
+Shape words used everywhere: `d` parameters, `k` rows of one call, `m` numbers in one output.
+This module needs numpy alone, so that adapters can be imported where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bridge.errors import EvaluationError, InputError, OutputError
+
+Kind = Literal["continuous", "staircase", "integer"]
+Outside = Literal["clip", "raise", "ignore"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a simulator.
+
+    Args:
+        name: identifier; by convention it ends with its unit (`defocus_um`).
+        unit: unit as text, "" where there is none.
+        lower, upper: the closed domain in which the simulator may be queried.
+        natural_scale: a change of this size matters to the simulator [the parameter's unit]. A plain number given
+            as the smoothing scale is in these units, so that 300 kV may stand beside 1 A.
+        kind: "continuous", "staircase" (constant between steps) or "integer".
+        description: one line for `bridge info`.
+    """
+
+    name: str
+    unit: str = ""
+    lower: float = -np.inf
+    upper: float = np.inf
+    natural_scale: float = 1.0
+    kind: Kind = "continuous"
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise InputError("Expected a parameter name, got an empty string. Give every parameter a name.")
+        if not self.lower < self.upper:
+            raise InputError(
+                f"Expected lower < upper for parameter {self.name!r}, got [{self.lower}, {self.upper}]. "
+                "Exchange or widen the bounds."
+            )
+        if not (np.isfinite(self.natural_scale) and self.natural_scale > 0):
+            raise InputError(
+                f"Expected a positive, finite natural_scale for parameter {self.name!r}, got {self.natural_scale}."
+            )
+        if self.kind not in ("continuous", "staircase", "integer"):
+            raise InputError(
+                f"Unknown kind {self.kind!r} of parameter {self.name!r}. Known: continuous, staircase, integer."
+            )
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """The parameters of a simulator, in the order of its input columns.
+
+    Args:
+        parameters: one `Parameter` a column.
+        outside: what becomes of a query outside the bounds: "clip" it to the nearest point of the domain (scores
+            still use the unclipped perturbation; the fraction is reported), "raise" an `InputError`, or "ignore"
+            (the simulator copes by itself).
+    """
+
+    parameters: tuple[Parameter, ...]
+    outside: Outside = "clip"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", tuple(self.parameters))
+        if not self.parameters:
+            raise InputError("Expected at least one parameter, got none. Declare what the simulator varies.")
+        names = [p.name for p in self.parameters]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise InputError(f"Expected distinct parameter names, got {twice} more than once. Rename them.")
+        if self.outside not in ("clip", "raise", "ignore"):
+            raise InputError(f"Unknown outside={self.outside!r}. Known: clip, raise, ignore.")
+
+    @classmethod
+    def unnamed(cls, dimension: int) -> ParameterSpace:
+        """A space of `dimension` unbounded parameters p0, p1, ... for a plain function."""
+        return cls(tuple(Parameter(f"p{i}") for i in range(dimension)))
+
+    @property
+    def dimension(self) -> int:
+        return len(self.parameters)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.parameters)
+
+    @property
+    def lower(self) -> NDArray[np.float64]:
+        return np.array([p.lower for p in self.parameters], dtype=np.float64)
+
+    @property
+    def upper(self) -> NDArray[np.float64]:
+        return np.array([p.upper for p in self.parameters], dtype=np.float64)
+
+    @property
+    def natural_scale(self) -> NDArray[np.float64]:
+        return np.array([p.natural_scale for p in self.parameters], dtype=np.float64)
+
+    @property
+    def bounded(self) -> bool:
+        return bool(np.isfinite(self.lower).any() or np.isfinite(self.upper).any())
+
+    def index(self, name: str) -> int:
+        """Column of the parameter called `name`; an unknown name lists the known ones."""
+        if name not in self.names:
+            raise InputError(f"Unknown parameter {name!r}. Known parameters: {', '.join(self.names)}.")
+        return self.names.index(name)
+
+    def vector(self, values: Mapping[str, float] | ArrayLike) -> NDArray[np.float64]:
+        """A (d,) float64 vector from a name -> value mapping (all names, no others) or from an array-like."""
+        if isinstance(values, Mapping):
+            for name in values:
+                self.index(name)
+            missing = [n for n in self.names if n not in values]
+            if missing:
+                raise InputError(f"Expected a value for each parameter, got none for {', '.join(missing)}.")
+            return np.array([float(values[n]) for n in self.names], dtype=np.float64)
+        vector = np.asarray(values, dtype=np.float64)
+        if vector.shape != (self.dimension,):
+            raise InputError(
+                f"Expected {self.dimension} values ({', '.join(self.names)}), got an array of shape {vector.shape}."
+            )
+        return vector
+
+    def mapping(self, vector: ArrayLike) -> dict[str, float]:
+        """The inverse of `vector`."""
+        return {n: float(v) for n, v in zip(self.names, self.vector(vector), strict=True)}
+
+    def describe_outside(self, vector: ArrayLike) -> str:
+        """Which entries of a (d,) vector lie outside their bounds, in words; "" when none does."""
+        parts = []
+        for p, value in zip(self.parameters, self.vector(vector), strict=True):
+            if not p.lower <= value <= p.upper:
+                unit = f" {p.unit}" if p.unit else ""
+                parts.append(f"{p.name} = {value:g}{unit} outside [{p.lower:g}, {p.upper:g}]")
+        return "; ".join(parts)
+
+    def admit(self, inputs: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Brings queries into the domain as `outside` says.
+
+        Args:
+            inputs: (k, d) queries.
+
+        Returns:
+            the queries to evaluate, (k, d), and which rows were changed, (k,) bool.
+
+        Raises:
+            InputError: a query lies outside and `outside="raise"`.
+        """
+        if self.outside == "ignore" or not self.bounded:
+            return inputs, np.zeros(len(inputs), dtype=bool)
+        clipped = np.clip(inputs, self.lower, self.upper)
+        changed = (clipped != inputs).any(axis=1)
+        if self.outside == "raise" and changed.any():
+            row = int(np.flatnonzero(changed)[0])
+            raise InputError(
+                f"Expected queries inside the bounds, got {self.describe_outside(inputs[row])}. Use a smaller scale, "
+                'a density of compact support (distribution="triangular"), or outside="clip".'
+            )
+        return clipped, changed
+
+
+@runtime_checkable
+class Simulator(Protocol):
+    """All that an outside author must satisfy (structural: no inheritance needed).
+
+    Attributes:
+        space: names, units and bounds of the d inputs; None where any number of inputs is taken.
+        output_shape: shape of one output; None where it is only known after the first call.
+
+    `__call__(inputs, seeds)` maps (k, d) float64 C-contiguous inputs and (k,) uint64 seeds to an array of shape
+    (k, *output_shape). Row i of the result depends on `inputs[i]` and `seeds[i]` alone.
+    """
+
+    @property
+    def space(self) -> ParameterSpace | None: ...
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None: ...
+
+    def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class FunctionSimulator:
+    """A plain function seen as a `Simulator`; made by `as_simulator`."""
+
+    function: Callable[..., Any]
+    space: ParameterSpace | None = None
+    output_shape: tuple[int, ...] | None = None
+    vectorized: bool = False
+    seeded: bool = False
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> Any:
+        if self.vectorized:
+            return self.function(inputs, seeds) if self.seeded else self.function(inputs)
+        outputs = []
+        for x, seed in zip(inputs, seeds, strict=True):
+            try:
+                # A copy: a function that changes its argument must not change the design.
+                result = self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy())
+                outputs.append(np.asarray(result))
+            except Exception as error:
+                raise EvaluationError(
+                    f"Simulator {self.name!r} raised {type(error).__name__}: {error} at parameters {x.tolist()}, "
+                    f"seed {int(seed)}. Call it there by itself to see the whole traceback."
+                ) from error
+        shapes = {o.shape for o in outputs}
+        if len(shapes) > 1:
+            raise OutputError(
+                f"Expected outputs of one shape from {self.name!r}, got {sorted(shapes)}. Pad or interpolate the "
+                "output to a fixed shape."
+            )
+        return np.stack(outputs)
+
+
+def as_simulator(
+    function: Callable[..., Any] | Simulator,
+    *,
+    names: Sequence[str] | None = None,
+    units: Sequence[str] | None = None,
+    bounds: Sequence[tuple[float, float]] | None = None,
+    natural_scale: Sequence[float] | None = None,
+    output_shape: tuple[int, ...] | None = None,
+    outside: Outside = "clip",
+    vectorized: bool = False,
+    seeded: bool = False,
+) -> Simulator:
+    """Wraps a function as a simulator.
+
+    Args:
+        function: `f(theta)` with theta (d,) float64 -> array of any fixed shape; with `vectorized=True`,
+            `f(inputs)` with inputs (k, d) -> (k, *output_shape); with `seeded=True` a further argument, the seed
+            (int) or seeds (k,). A `Simulator` is returned unchanged when nothing else is given.
+        names: one a parameter; p0, p1, ... where only units, bounds or scales are given.
+        units: unit of each parameter.
+        bounds: (lower, upper) of each parameter; -inf and inf are allowed.
+        natural_scale: of each parameter, see `Parameter`.
+        output_shape: shape of one output; learned from the first call when left out.
+        outside: "clip", "raise" or "ignore", see `ParameterSpace`.
+
+    Returns:
+        a `Simulator`.
+
+    Raises:
+        InputError: not callable, or lists of different lengths.
+    """
+    described = {"names": names, "units": units, "bounds": bounds, "natural_scale": natural_scale}
+    given = {key: value for key, value in described.items() if value is not None}
+    if isinstance(function, Simulator):
+        if given or output_shape is not None or vectorized or seeded:
+            raise InputError(
+                f"{type(function).__name__} is a Simulator already and describes itself; call as_simulator on a "
+                "plain function, or drop the other arguments."
+            )
+        return function
+    if not callable(function):
+        raise InputError(f"Expected a function or a Simulator, got {type(function).__name__}.")
+    if inspect.isclass(function):
+        raise InputError(f"Expected a function or a Simulator, got the class {function.__name__}. Make an instance.")
+    space = None
+    if given:
+        lengths = {key: len(value) for key, value in given.items()}
+        if len(set(lengths.values())) != 1:
+            raise InputError(f"Expected lists of one length (one entry a parameter), got {lengths}.")
+        (d,) = set(lengths.values())
+        parameters = [Parameter(f"p{i}" if names is None else names[i]) for i in range(d)]
+        for i in range(d):
+            if units is not None:
+                parameters[i] = replace(parameters[i], unit=units[i])
+            if bounds is not None:
+                parameters[i] = replace(parameters[i], lower=float(bounds[i][0]), upper=float(bounds[i][1]))
+            if natural_scale is not None:
+                parameters[i] = replace(parameters[i], natural_scale=float(natural_scale[i]))
+        space = ParameterSpace(tuple(parameters), outside=outside)
+    return FunctionSimulator(function, space, output_shape, vectorized=vectorized, seeded=seeded)
+
+
+def simulator_name(simulator: Simulator) -> str:
+    """A name for messages: the wrapped function's, else the class's."""
+    return simulator.name if isinstance(simulator, FunctionSimulator) else type(simulator).__name__
