@@ -1,1 +1,9 @@
-"""Dispatch: evaluates rows and reduces sums, in one process or over ranks."""
+"""Dispatch: decides which rank evaluates which rows, and adds up over ranks in a fixed order."""
+
+from __future__ import annotations
+
+from bridge.dispatch.base import Dispatcher, get_dispatcher, is_root
+from bridge.dispatch.serial import SerialDispatcher
+from bridge.dispatch.tree import Node, TreeSum, owned_nodes
+
+__all__ = ["Dispatcher", "Node", "SerialDispatcher", "TreeSum", "get_dispatcher", "is_root", "owned_nodes"]

@@ -1,0 +1,140 @@
+"""The design: every random number of a step, fixed before anything is evaluated.
+
+A design is a pure function of (strategy, step, problem, d): never of the rank, the number of workers, the chunk or the
+order of calls. Ranks therefore make it by themselves, and nothing random is sent or saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge.distributions import Distribution, get_distribution
+from bridge.errors import InputError
+from bridge.points import Nodes, PointSet, get_points
+
+Array = NDArray[np.float64]
+Covariate = Literal["auto", "none", "f(x)", "loo", "mean"]
+Forward = Literal["smoothed", "unsmoothed"]
+SimulatorSeeds = Literal["common", "independent"]
+
+COVARIATES = ("auto", "none", "f(x)", "loo", "mean")
+
+# First word of every key, so that the streams of different purposes never meet.
+_PERTURBATIONS, _SIMULATOR = 0, 1
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a smoothed value and its gradients are estimated; see `bridge.smooth` for the meaning of each field."""
+
+    seed: int
+    num_samples: int
+    distribution: Distribution
+    points: PointSet
+    covariate: Covariate
+    forward: Forward
+    simulator_seeds: SimulatorSeeds
+    leaf_size: int
+
+    @property
+    def extra_row(self) -> bool:
+        """Whether the unperturbed f(x) is evaluated as one more row."""
+        return self.covariate == "f(x)" or self.forward == "unsmoothed"
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_samples + self.extra_row
+
+
+def default_leaf_size(num_samples: int) -> int:
+    """Rows of one leaf of the summation tree: from N alone, so that the sums' shape depends on nothing else.
+
+    One row up to 64, so that each simulation can go to its own rank; beyond, 32 leaves or fewer, so that a streamed
+    Jacobian holds at most six partial sums at once.
+    """
+    return 1 if num_samples <= 64 else 1 << (-(-num_samples // 32) - 1).bit_length()
+
+
+def make_strategy(
+    *,
+    seed: int | None,
+    num_samples: int,
+    distribution: str | Distribution,
+    points: str | PointSet,
+    antithetic: bool,
+    covariate: str,
+    forward: str,
+    simulator_seeds: str,
+    leaf_size: int | None,
+) -> Strategy:
+    """Checks the settings of `bridge.smooth` at the door.
+
+    Raises:
+        InputError: no seed, an unknown name, or a combination that is not feasible.
+    """
+    if seed is None:
+        raise InputError("Expected a seed, got None. Results are a function of the seed: give one, say seed=0.")
+    if isinstance(seed, bool) or int(seed) != seed or seed < 0:
+        raise InputError(f"Expected a non-negative integer seed, got {seed!r}.")
+    if int(num_samples) != num_samples or num_samples < 1:
+        raise InputError(f"Expected at least one sample, got num_samples={num_samples!r}.")
+    if covariate not in COVARIATES:
+        raise InputError(f"Unknown covariate {covariate!r}. Known: {', '.join(COVARIATES)}.")
+    if forward not in ("smoothed", "unsmoothed"):
+        raise InputError(f"Unknown forward={forward!r}. Known: smoothed, unsmoothed.")
+    if simulator_seeds not in ("common", "independent"):
+        raise InputError(f"Unknown simulator_seeds={simulator_seeds!r}. Known: common, independent.")
+    if leaf_size is not None and (int(leaf_size) != leaf_size or leaf_size < 1):
+        raise InputError(f"Expected a positive integer leaf_size, got {leaf_size!r}.")
+    if covariate == "loo" and num_samples < 2:
+        raise InputError("Expected at least two samples for covariate='loo', got 1. Use more, or 'f(x)'.")
+    density = get_distribution(distribution)
+    strategy = Strategy(
+        seed=int(seed),
+        num_samples=int(num_samples),
+        distribution=density,
+        points=get_points(points, antithetic, density),
+        covariate=covariate,  # type: ignore[arg-type]  # checked above
+        forward=forward,  # type: ignore[arg-type]
+        simulator_seeds=simulator_seeds,  # type: ignore[arg-type]
+        leaf_size=int(leaf_size) if leaf_size else default_leaf_size(int(num_samples)),
+    )
+    if antithetic:
+        # Infeasible combinations are refused here, before the first simulation, not at the first step.
+        strategy.points.nodes(density, strategy.num_samples, 1, np.random.default_rng(0))
+    return strategy
+
+
+@dataclass(frozen=True)
+class Design:
+    """The rows of one problem at one step.
+
+    Attributes:
+        nodes: eps, scores and weights of the N perturbed rows.
+        seeds: (num_rows,) uint64, the simulator's own seeds.
+    """
+
+    nodes: Nodes
+    seeds: NDArray[np.uint64]
+
+
+def make_design(strategy: Strategy, step: int, problem: int, dimension: int) -> Design:
+    """All draws of (seed, step, problem) for `dimension` parameters."""
+
+    def generator(purpose: int) -> np.random.Generator:
+        key = np.random.SeedSequence(strategy.seed, spawn_key=(purpose, step, problem))
+        return np.random.Generator(np.random.Philox(key))
+
+    nodes = strategy.points.nodes(
+        strategy.distribution, strategy.num_samples, dimension, generator(_PERTURBATIONS)
+    )
+    draw = generator(_SIMULATOR)
+    if strategy.simulator_seeds == "common":
+        seeds = np.full(strategy.num_rows, draw.integers(0, 2**63, dtype=np.uint64))
+    else:
+        seeds = draw.integers(0, 2**63, size=strategy.num_rows, dtype=np.uint64)
+    return Design(nodes, seeds)

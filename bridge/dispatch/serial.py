@@ -1,0 +1,47 @@
+"""One process: it owns every leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bridge.dispatch.base import Dispatcher
+from bridge.dispatch.tree import TreeSum
+
+
+@final
+class SerialDispatcher(Dispatcher):
+    """Everything in this process, without MPI."""
+
+    @property
+    def rank(self) -> int:
+        return 0
+
+    @property
+    def size(self) -> int:
+        return 1
+
+    def begin(self, kind: str, signature: str) -> None:
+        pass
+
+    def agree(self, error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+    def broadcast(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
+
+    def finish(
+        self, sums: Sequence[TreeSum], like: torch.Tensor, owners: Sequence[Sequence[range]]
+    ) -> list[torch.Tensor]:
+        return [tree.result() for tree in sums]
+
+    def scatter_add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return values

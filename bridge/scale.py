@@ -1,0 +1,125 @@
+"""The scale matrix L of x + L eps: a number, a diagonal, a lower-triangular or a full matrix.
+
+A number or a (d,) vector is L's diagonal (standard deviations, not variances); a (d, d) array is L itself, not L L^T.
+Inside, only two forms exist: the diagonal (d,) and the matrix (d, d); numbers and triangles become these by ordinary
+torch operations, so that their gradients follow by the chain rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bridge.distributions import Distribution
+from bridge.errors import InputError
+
+Array = NDArray[np.float64]
+Form = Literal["diagonal", "matrix"]
+
+
+@dataclass(frozen=True)
+class LowerTriangular:
+    """L is the lower triangle of a (d, d) tensor, the rest is taken as 0; its gradient is lower-triangular too."""
+
+    tensor: torch.Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensor", torch.as_tensor(self.tensor))
+
+
+ScaleLike = float | torch.Tensor | NDArray[np.float64] | LowerTriangular
+
+
+def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) -> tuple[torch.Tensor, Form]:
+    """Brings a scale into one of the two inner forms.
+
+    Args:
+        scale: number or 0-dim tensor (in the parameters' natural units), (d,) or (d, d) (in parameter units), or
+            `LowerTriangular`; any tensor may require grad.
+        natural: (d,) natural units of the parameters.
+        distribution: Cauchy noise takes a diagonal L only.
+
+    Returns:
+        L as a (d,) or (d, d) float64 tensor, differentiable in `scale`, and which of the two it is.
+
+    Raises:
+        InputError: wrong shape, not finite, not positive (diagonal), singular (matrix).
+    """
+    d = len(natural)
+    if isinstance(scale, LowerTriangular):
+        tensor = scale.tensor.to(torch.float64)
+        if tensor.shape != (d, d):
+            raise InputError(f"Expected a ({d}, {d}) lower-triangular scale, got shape {tuple(tensor.shape)}.")
+        tensor = torch.tril(tensor)
+    else:
+        tensor = torch.as_tensor(scale).to(torch.float64)
+        if tensor.ndim == 0:
+            tensor = tensor * torch.as_tensor(natural, dtype=torch.float64, device=tensor.device)
+        elif tuple(tensor.shape) not in ((d,), (d, d)):
+            raise InputError(
+                f"Expected a scale that is a number, ({d},) or ({d}, {d}), got shape {tuple(tensor.shape)}. For one scale "
+                "a problem of a batch, use torch.func.vmap over the scale."
+            )
+    form: Form = "diagonal" if tensor.ndim == 1 else "matrix"
+    if form == "matrix" and not distribution.cross_moments:
+        raise InputError(
+            f"Expected a number or a ({d},) diagonal scale for {distribution.name} noise, got a matrix: the moments "
+            "E[s_i eps_j] that a full scale matrix needs do not exist. Use a diagonal, or another distribution."
+        )
+    return tensor, form
+
+
+def check_scale(scale: Array, form: Form) -> None:
+    """Refuses values with which x + L eps is no smoothing. Called where numbers are at hand, not while tracing.
+
+    Args:
+        scale: (..., d) diagonals or (..., d, d) matrices, as `parse_scale` gives them.
+        form: which of the two.
+
+    Raises:
+        InputError: not finite, a diagonal that is not positive, a matrix that is singular.
+    """
+    if not np.isfinite(scale).all():
+        raise InputError(f"Expected a finite scale, got {scale.tolist()}.")
+    if form == "diagonal" and (scale <= 0).any():
+        raise InputError(
+            f"Expected a positive scale for each parameter, got {scale.tolist()}. To keep a parameter fixed, leave it out "
+            "of the simulator's parameters; a learned scale stays positive as the exponential of its logarithm."
+        )
+    if form == "matrix" and (condition := float(np.max(np.linalg.cond(scale)))) > 1e12:
+        raise InputError(
+            f"Expected an invertible scale matrix, got one of condition number {condition:.3g}: {scale.tolist()}. "
+            "Directions without noise have no smoothed gradient."
+        )
+
+
+def perturb(theta: Array, scale: Array, eps: Array) -> Array:
+    """theta + L eps for each row: theta (d,), scale (d,) or (d, d), eps (n, d) -> (n, d)."""
+    if scale.ndim == 1:
+        return theta + eps * scale
+    # A sum of fixed shape, not a matrix product, whose bits would depend on the number of rows.
+    return theta + (eps[:, None, :] * scale[None]).sum(axis=2)
+
+
+def pull_back_theta(scale: Array, g: Array) -> Array:
+    """L^-T g: from eps-space gradients (d,) to gradients in x. Mind the transpose (theory, trap 1)."""
+    return g / scale if scale.ndim == 1 else np.linalg.solve(scale.T, g)
+
+
+def pull_back_scale(scale: Array, g: Array) -> Array:
+    """L^-T G: from eps-space sums of s eps^T - I, (d,) diagonal or (d, d), to gradients in L (Theorem 7)."""
+    return g / scale if scale.ndim == 1 else np.linalg.solve(scale.T, g)
+
+
+def push_theta(scale: Array, tangent: Array) -> Array:
+    """L^-1 t: from a tangent in x (d,) to eps-space, so that <L^-T s, t> = <s, L^-1 t>."""
+    return tangent / scale if scale.ndim == 1 else np.linalg.solve(scale, tangent)
+
+
+def push_scale(scale: Array, tangent: Array) -> Array:
+    """L^-1 T: <L^-T G, T> = <G, L^-1 T>; (d,) or (d, d)."""
+    return tangent / scale if scale.ndim == 1 else np.linalg.solve(scale, tangent)

@@ -1,0 +1,484 @@
+"""Simulators as PyTorch functions: smoothing of the algorithm, f_L(x) = E[f(x + L eps)], and of a loss of it.
+
+Three `torch.autograd.Function`s: the forward, its VJP, which backward calls, and its JVP. Each is its own Function
+with `setup_context` and `vmap`, because a backward that runs numpy or MPI directly fails under `torch.func` transforms;
+the JVP is a third one for the same reason (jacfwd maps over tangents).
+
+An evaluation is known to the graph by a number, a tensor that batches as the parameters do: `vmap` over parameters,
+over upstream vectors or over both then finds, for each, the evaluation and the problem it belongs to.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bridge.design import Strategy, make_strategy
+from bridge.dispatch import Dispatcher, get_dispatcher
+from bridge.distributions import Distribution
+from bridge.errors import InputError
+from bridge.estimate import Estimate, Evaluation
+from bridge.points import PointSet
+from bridge.scale import Form, ScaleLike, parse_scale
+from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+
+def _numpy(tensor: torch.Tensor) -> NDArray[np.float64]:
+    return tensor.detach().to("cpu", torch.float64).contiguous().numpy()
+
+
+@dataclass
+class _Call:
+    """One use of a smoothed function at one step: what the Functions need besides tensors."""
+
+    smoothed: SmoothedSimulator
+    step: int
+    problem: int
+    space: ParameterSpace
+    form: Form
+    need_theta: bool
+    need_scale: bool
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    def evaluate(self, theta: torch.Tensor, scale: torch.Tensor) -> int:
+        """Evaluates theta (*batch, d); returns the number by which the evaluation is found again."""
+        rows = _numpy(theta).reshape(-1, theta.shape[-1])
+        core = 1 if self.form == "diagonal" else 2
+        scales = np.broadcast_to(_numpy(scale), (*theta.shape[:-1], *scale.shape[scale.ndim - core :]))
+        evaluation = Evaluation(
+            self.smoothed.simulator,
+            self.space,
+            self.smoothed.strategy,
+            self.smoothed.dispatcher,
+            rows,
+            np.ascontiguousarray(scales.reshape(len(rows), *scales.shape[scales.ndim - core :])),
+            self.form,
+            step=self.step,
+            first_problem=self.problem,
+            need_theta=self.need_theta,
+            need_scale=self.need_scale,
+            keep_bytes=self.smoothed.keep_bytes,
+        )
+        self.evaluations.append(evaluation)
+        return len(self.evaluations) - 1
+
+    def find(self, handle: torch.Tensor) -> tuple[Evaluation, list[int]]:
+        """The evaluation and the problems behind a (*batch, 2) handle."""
+        pairs = handle.detach().to("cpu", torch.int64).reshape(-1, 2)
+        (number,) = set(pairs[:, 0].tolist())
+        return self.evaluations[number], pairs[:, 1].tolist()
+
+
+def _front(tensor: torch.Tensor, dim: int | None, size: int, shared: bool = False) -> torch.Tensor:
+    """Brings the mapped dimension to the front; an unmapped tensor is repeated, or gets a front of one if shared."""
+    if dim is not None:
+        return tensor.movedim(dim, 0)
+    return tensor[None] if shared else tensor.expand(size, *tensor.shape)
+
+
+class _Smooth(torch.autograd.Function):
+    """(theta (*batch, d), scale (*batch or ones, d[, d])) -> (value (*batch, *output_shape), handle (*batch, 2))."""
+
+    @staticmethod
+    def forward(theta: torch.Tensor, scale: torch.Tensor, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+        number = call.evaluate(theta, scale)
+        evaluation = call.evaluations[number]
+        batch = theta.shape[:-1]
+        values = torch.stack([evaluation.value(b) for b in range(evaluation.num_problems)])
+        value = values.reshape(*batch, *evaluation.output_shape).to(theta)
+        problems = torch.arange(evaluation.num_problems)
+        handle = torch.stack([torch.full_like(problems, number), problems], dim=-1).reshape(*batch, 2)
+        return value, handle
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        theta, scale, call = inputs
+        ctx.call = call
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(theta, scale, output[1])
+        ctx.save_for_forward(theta, scale, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, v: torch.Tensor, _: Any) -> Any:  # type: ignore[override]
+        theta, scale, handle = ctx.saved_tensors
+        g_theta, g_scale = _VJP.apply(v, handle, theta, scale, ctx.call)
+        return g_theta, g_scale if ctx.call.need_scale else None, None
+
+    @staticmethod
+    def jvp(ctx: Any, t_theta: Any, t_scale: Any, _: Any) -> Any:  # type: ignore[override]
+        theta, scale, handle = ctx.saved_tensors
+        t_theta = torch.zeros_like(theta) if t_theta is None else t_theta
+        if t_scale is not None and not ctx.call.need_scale:
+            raise InputError("Forward-mode derivatives in the scale need a scale tensor passed to the call itself.")
+        t_scale = torch.zeros_like(scale) if t_scale is None else t_scale
+        return _JVP.apply(t_theta, t_scale, handle, theta, scale, ctx.call), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, theta: torch.Tensor, scale: torch.Tensor, call: _Call) -> Any:
+        # The batch goes to the front and all problems into one dispatch. A scale that is not mapped stays shared.
+        theta = _front(theta, in_dims[0], info.batch_size)
+        scale = _front(scale, in_dims[1], info.batch_size, shared=True)
+        return _Smooth.apply(theta, scale, call), (0, 0)
+
+
+class _VJP(torch.autograd.Function):
+    """(v, handle, theta, scale) -> gradients of <v, value> in theta and in scale; linear in v."""
+
+    @staticmethod
+    def forward(
+        v: torch.Tensor, handle: torch.Tensor, theta: torch.Tensor, scale: torch.Tensor, call: _Call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        evaluation, problems = call.find(handle)
+        rows = v.reshape(len(problems), evaluation.num_outputs)
+        results = evaluation.vjp(list(zip(problems, rows, strict=True)))
+        batch = handle.shape[:-1]
+        g_theta = torch.as_tensor(np.stack([x for x, _ in results])).reshape(*batch, evaluation.dimension)
+        core = 1 if call.form == "diagonal" else 2
+        if not call.need_scale:
+            return g_theta.to(theta), torch.zeros_like(scale)
+        stacked = torch.as_tensor(np.stack([L for _, L in results if L is not None]))
+        g_scale = stacked.reshape(*batch, *stacked.shape[1:])
+        # A scale that several problems share gathers their gradients.
+        shared = [i for i in range(len(batch)) if scale.shape[: scale.ndim - core][i] == 1 and batch[i] != 1]
+        if shared:
+            g_scale = g_scale.sum(dim=shared, keepdim=True)
+        return g_theta.to(theta), g_scale.to(scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, handle, theta, scale, call = inputs
+        ctx.call = call
+        ctx.save_for_backward(handle, theta, scale)
+        ctx.save_for_forward(handle, theta, scale)
+
+    @staticmethod
+    def backward(ctx: Any, u_theta: torch.Tensor, u_scale: torch.Tensor) -> Any:  # type: ignore[override]
+        handle, theta, scale = ctx.saved_tensors
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            raise NotImplementedError(
+                "Second derivatives of a smoothed function are not available yet: they need the second score. "
+                "Differentiate once, or use Gauss-Newton on the Jacobian (bridge.fit(method='gauss-newton'))."
+            )
+        return _JVP.apply(u_theta, u_scale, handle, theta, scale, ctx.call), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, t_v: Any, _h: Any, t_theta: Any, t_scale: Any, _c: Any) -> Any:  # type: ignore[override]
+        raise NotImplementedError(
+            "Forward-mode derivatives of a gradient of a smoothed function need the second score and are not available."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, v: Any, handle: Any, theta: Any, scale: Any, call: _Call) -> Any:
+        n = info.batch_size
+        v, handle, theta = (_front(x, dim, n) for x, dim in zip((v, handle, theta), in_dims, strict=False))
+        # Each of the n products has a gradient of its own, also of a scale that is not mapped.
+        scale = _front(scale, in_dims[3], n)
+        return _VJP.apply(v, handle, theta, scale, call), (0, 0)
+
+
+class _JVP(torch.autograd.Function):
+    """(tangents, handle, theta, scale) -> the derivative of the value along the tangents; linear in them."""
+
+    @staticmethod
+    def forward(
+        t_theta: torch.Tensor,
+        t_scale: torch.Tensor,
+        handle: torch.Tensor,
+        theta: torch.Tensor,
+        scale: torch.Tensor,
+        call: _Call,
+    ) -> torch.Tensor:
+        evaluation, problems = call.find(handle)
+        batch = handle.shape[:-1]
+        core = 1 if call.form == "diagonal" else 2
+        t_rows = _numpy(t_theta).reshape(len(problems), -1)
+        T_rows: list[Any] = [None] * len(problems)
+        if call.need_scale:
+            T = np.broadcast_to(_numpy(t_scale), (*batch, *t_scale.shape[t_scale.ndim - core :]))
+            T_rows = list(T.reshape(len(problems), *T.shape[T.ndim - core :]))
+        products = evaluation.jvp(list(zip(problems, t_rows, T_rows, strict=True)))
+        return torch.stack(products).reshape(*batch, *evaluation.output_shape).to(theta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, handle, theta, scale, call = inputs
+        ctx.call = call
+        ctx.save_for_backward(handle, theta, scale)
+
+    @staticmethod
+    def backward(ctx: Any, v: torch.Tensor) -> Any:  # type: ignore[override]
+        handle, theta, scale = ctx.saved_tensors
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            raise NotImplementedError("Second derivatives of a smoothed function are not available yet.")
+        g_theta, g_scale = _VJP.apply(v, handle, theta, scale, ctx.call)
+        return g_theta, g_scale if ctx.call.need_scale else None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        n, call = info.batch_size, inputs[5]
+        t_theta, t_scale, handle, theta = (_front(x, dim, n) for x, dim in zip(inputs[:4], in_dims, strict=False))
+        scale = _front(inputs[4], in_dims[4], n, shared=True)
+        return _JVP.apply(t_theta, t_scale, handle, theta, scale, call), 0
+
+
+class SmoothedSimulator:
+    """A simulator as a differentiable function; made by `bridge.smooth` and `bridge.smooth_loss`."""
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        strategy: Strategy,
+        scale: ScaleLike,
+        dispatcher: Dispatcher,
+        keep_bytes: int,
+    ) -> None:
+        self.simulator, self.strategy, self.scale = simulator, strategy, scale
+        self.dispatcher, self.keep_bytes = dispatcher, keep_bytes
+        self._last: tuple[int, int, bytes] | None = None
+        self._warned = False
+
+    def __repr__(self) -> str:
+        s = self.strategy
+        return (
+            f"SmoothedSimulator({simulator_name(self.simulator)}, {s.distribution.name}, {s.points.name}, "
+            f"num_samples={s.num_samples}, covariate={s.covariate!r}, seed={s.seed})"
+        )
+
+    def __call__(
+        self, theta: torch.Tensor, step: int = 0, *, scale: ScaleLike | None = None, problem: int = 0
+    ) -> torch.Tensor:
+        """The smoothed value f_L(theta), differentiable in theta and in the scale.
+
+        Args:
+            theta: (*batch, d) parameters; a batch is one dispatch of batch x num_samples runs, with independent noise.
+            step: part of the key of the noise: pass the iteration. The same (seed, step) and theta give the same bits.
+            scale: in place of the one given to `smooth`, for a schedule or under `torch.func.vmap`.
+            problem: key of the first row of the batch; `problem=b` reproduces row b of a batched call.
+
+        Returns:
+            (*batch, *output_shape), dtype and device of theta. Collective under MPI.
+
+        Raises:
+            InputError: theta or scale of the wrong shape or not finite.
+            EvaluationError, OutputError: a run failed or gave something unusable.
+        """
+        theta, tensor, form, space = self._prepare(theta, step, scale, problem)
+        transformed = torch._C._functorch.maybe_current_level() is not None
+        if not transformed:
+            self._notice_frozen_noise(theta, step, problem)
+        forward_ad = torch._C._get_tracing_state() is None and _has_tangent(theta, tensor)
+        need = torch.is_grad_enabled() or forward_ad
+        call = _Call(
+            self,
+            step,
+            problem,
+            space,
+            form,
+            need_theta=need and (transformed or forward_ad or theta.requires_grad or tensor.requires_grad),
+            need_scale=need and (tensor.requires_grad or _has_tangent(tensor)),
+        )
+        core = 1 if form == "diagonal" else 2
+        shared = tensor.reshape((1,) * (theta.ndim - 1) + tuple(tensor.shape[tensor.ndim - core :]))
+        value: torch.Tensor = _Smooth.apply(theta, shared, call)[0]
+        return value
+
+    def estimate(
+        self,
+        theta: torch.Tensor,
+        step: int = 0,
+        *,
+        scale: ScaleLike | None = None,
+        problem: int = 0,
+        scale_gradient: bool = False,
+    ) -> Estimate:
+        """Value, Jacobian and products with it, outside autograd.
+
+        Args:
+            theta, step, scale, problem: as in a call.
+            scale_gradient: also prepare derivatives in L (`Estimate.vjp_scale`).
+
+        Returns:
+            an `Estimate`. Collective under MPI, as are its methods.
+        """
+        theta, tensor, form, space = self._prepare(theta, step, scale, problem)
+        call = _Call(self, step, problem, space, form, need_theta=True, need_scale=scale_gradient)
+        core = 1 if form == "diagonal" else 2
+        shared = tensor.reshape((1,) * (theta.ndim - 1) + tuple(tensor.shape[tensor.ndim - core :]))
+        number = call.evaluate(theta, shared)
+        return Estimate(call.evaluations[number], tuple(theta.shape[:-1]), lambda x: x.to(theta))
+
+    def _prepare(
+        self, theta: torch.Tensor, step: int, scale: ScaleLike | None, problem: int
+    ) -> tuple[torch.Tensor, torch.Tensor, Form, ParameterSpace]:
+        theta = torch.as_tensor(theta)
+        if not theta.is_floating_point():
+            raise InputError(f"Expected floating-point parameters, got dtype {theta.dtype}. Use theta.double().")
+        if theta.ndim == 0:
+            raise InputError("Expected parameters of shape (d,) or (*batch, d), got a scalar. Use theta.reshape(1).")
+        if math.prod(theta.shape) == 0:
+            raise InputError(f"Expected at least one parameter and one problem, got shape {tuple(theta.shape)}.")
+        if step != int(step) or step < 0 or problem != int(problem) or problem < 0:
+            raise InputError(f"Expected step and problem to be non-negative integers, got {step!r} and {problem!r}.")
+        d = theta.shape[-1]
+        space = self.simulator.space or ParameterSpace.unnamed(d)
+        if space.dimension != d:
+            raise InputError(
+                f"Expected parameters of shape (..., {space.dimension}) ({', '.join(space.names)}), got "
+                f"{tuple(theta.shape)}."
+            )
+        tensor, form = parse_scale(
+            self.scale if scale is None else scale, space.natural_scale, self.strategy.distribution
+        )
+        return theta, tensor, form, space
+
+    def _notice_frozen_noise(self, theta: torch.Tensor, step: int, problem: int) -> None:
+        key = _numpy(theta).tobytes()
+        last, self._last = self._last, (step, problem, key)
+        if self._warned or last is None or last[:2] != (step, problem) or last[2] == key:
+            return
+        self._warned = True
+        warnings.warn(
+            f"The parameters changed but step={step} did not: the noise is frozen, so an optimiser fits it. Pass the "
+            "iteration, smoothed(theta, step=i). (Shown once; frozen noise on purpose is fine.)",
+            stacklevel=3,
+        )
+
+
+def _has_tangent(*tensors: torch.Tensor) -> bool:
+    return any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors) if _dual_level() else False
+
+
+def _dual_level() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def smooth(
+    simulator: Callable[..., Any] | Simulator,
+    *,
+    seed: int | None = None,
+    num_samples: int = 64,
+    distribution: str | Distribution = "gaussian",
+    scale: ScaleLike = 1.0,
+    points: str | PointSet = "auto",
+    antithetic: bool = False,
+    covariate: str = "auto",
+    forward: str = "smoothed",
+    simulator_seeds: str = "common",
+    leaf_size: int | None = None,
+    keep_megabytes: float = 40.0,
+    comm: Intracomm | None = None,
+) -> SmoothedSimulator:
+    """Makes a black box differentiable by smoothing the algorithm: f_L(x) = E[f(x + L eps)].
+
+    Its Jacobian is E[f(x + L eps) (L^-T s(eps))^T], s the score of the density; f itself is never differentiated and
+    may be discontinuous. Unbiased for independent rows with covariate none, f(x), loo or auto, and for randomised
+    quasi-Monte Carlo points with none; see `bridge.weights` for the others.
+
+    Args:
+        simulator: f: a function of a (d,) float64 array, or a `Simulator`.
+        seed: of all noise; required.
+        num_samples: N, simulator runs for each parameter vector; powers of two suit Sobol' points.
+        distribution: gaussian, logistic, gumbel, cauchy, laplace, triangular, or a `Distribution`.
+        scale: L: a number (in the parameters' natural units), (d,) (its diagonal), (d, d) (L itself) or
+            `LowerTriangular`; tensors that require grad are learned.
+        points: auto, mc, qmc-latin, rqmc-latin, qmc-cartesian, rqmc-cartesian, sobol, or a `PointSet`.
+        antithetic: pairs eps, -eps; symmetric densities and even N.
+        covariate: auto, none, f(x), loo, mean.
+        forward: "smoothed" returns the mean; "unsmoothed" returns f(x) (one run more), with the smoothed gradient.
+        simulator_seeds: "common" hands all perturbations of a step the same seed (common random numbers), "independent"
+            each row its own.
+        leaf_size: rows of one leaf of the summation tree, the unit that goes to a rank; default from N alone. Part of
+            the result's last bits.
+        keep_megabytes: outputs up to this size, over all ranks, are kept for backward; larger ones are streamed into
+            the Jacobian where that is smaller.
+        comm: an mpi4py communicator; by default all ranks that the launcher started.
+
+    Returns:
+        a `SmoothedSimulator`: call it as `smoothed(theta, step=i)`, or ask `smoothed.estimate(theta)`.
+
+    Raises:
+        InputError: no seed, an unknown name, an infeasible combination.
+        SetupError: a launcher was used but MPI does not work.
+
+    Reference: arXiv 2410.08125, Lemma 3 and Theorem 7.
+    """
+    strategy = make_strategy(
+        seed=seed,
+        num_samples=num_samples,
+        distribution=distribution,
+        points=points,
+        antithetic=antithetic,
+        covariate=covariate,
+        forward=forward,
+        simulator_seeds=simulator_seeds,
+        leaf_size=leaf_size,
+    )
+    wrapped = as_simulator(simulator)
+    if wrapped.space is not None:
+        _validate_scale(scale, wrapped.space, strategy)
+    if not keep_megabytes >= 0:
+        raise InputError(f"Expected keep_megabytes >= 0, got {keep_megabytes!r}.")
+    return SmoothedSimulator(wrapped, strategy, scale, get_dispatcher(comm), int(keep_megabytes * 1e6))
+
+
+def _validate_scale(scale: ScaleLike, space: ParameterSpace, strategy: Strategy) -> None:
+    from bridge.scale import check_scale
+
+    tensor, form = parse_scale(scale, space.natural_scale, strategy.distribution)
+    check_scale(_numpy(tensor), form)
+
+
+@dataclass(frozen=True)
+class LossSimulator:
+    """loss(f(x)) as a simulator with one number as output; the loss runs where the output is."""
+
+    inner: Simulator
+    loss: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def space(self) -> ParameterSpace | None:
+        return self.inner.space
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return ()
+
+    def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> torch.Tensor:
+        outputs = self.inner(inputs, seeds)
+        losses = []
+        with torch.no_grad():
+            for output in outputs:
+                value = torch.as_tensor(self.loss(torch.as_tensor(output)))
+                if value.numel() != 1:
+                    raise InputError(
+                        f"Expected the loss to return one number for an output, got shape {tuple(value.shape)}. Reduce it "
+                        "with .mean() or .sum()."
+                    )
+                losses.append(value.to(torch.float64).reshape(()))
+        return torch.stack(losses)
+
+
+def smooth_loss(
+    simulator: Callable[..., Any] | Simulator, loss: Callable[[torch.Tensor], torch.Tensor], **settings: Any
+) -> SmoothedSimulator:
+    """Smoothing of the loss: E[l(f(x + L eps))], a number for each parameter vector.
+
+    Unbiased, also where l cannot be differentiated; under MPI no output ever travels. For squared error it equals the
+    smoothed algorithm's loss plus the trace of the output covariance.
+
+    Args:
+        simulator: as in `smooth`.
+        loss: l: a tensor of one output -> one number; called without gradients.
+        **settings: the other arguments of `smooth`.
+    """
+    return smooth(LossSimulator(as_simulator(simulator), loss), **settings)
