@@ -1,0 +1,60 @@
+# `make demo` and `make test` set everything up first; nothing else has to be typed. `make` lists the rest.
+#
+# Variables, all optional:
+#   PYTHON        the interpreter to build the environment with (3.11 or later)
+#   VENV          where the environment goes
+#   TORCH_INDEX   a further package index to take torch from, for a chosen build of it, for example
+#                 make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   PYTEST_ARGS   more arguments for pytest, for example PYTEST_ARGS="-x -k cryoet"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+export PYTHON VENV TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow bench lint format wheel constraints clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+# One environment serves the demo, the tests and the linters: what is shown is what is tested, and torch, which is
+# nine tenths of the download, is installed once. The script decides by itself whether anything has to be done.
+setup: ## install what is missing, into $(VENV) (every other target does this first)
+	@bash tools/setup.sh
+
+demo: setup ## run the demonstration, examples/demo.toml
+	$(BIN)/python -m bridge fit examples/demo.toml
+
+test: setup ## run the tests (under ten minutes on two cores)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: setup ## run the tests marked slow, which `make test` leaves out
+	$(BIN)/python -m pytest -m "slow and not benchmark" $(PYTEST_ARGS)
+
+bench: setup ## run the benchmarks
+	$(BIN)/python -m pytest -m benchmark -s tests/benchmarks $(PYTEST_ARGS)
+
+lint: setup ## check style, format, types and import order
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## put the sources into the format that `make lint` asks for
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+wheel: setup ## build the wheel into dist/
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+constraints: ## pin today's newest fitting versions in constraints.txt (torch stays as pinned)
+	@bash tools/pin.sh
+
+clean: ## remove what the other targets made, the environment included
+	rm -rf build dist demo runs ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find bridge simulators adapters tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@if [ -f "$(VENV)/.setup-stamp" ]; then echo rm -rf "$(VENV)"; rm -rf "$(VENV)"; fi

@@ -1,0 +1,233 @@
+"""A leaner pyrender renderer, and the session that ties one to a context, a process and a thread.
+
+Imported only after `_pyrender_compat.load`: pyrender's classes must exist before they can be derived from.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import pyrender
+from numpy.typing import NDArray
+from OpenGL import GL, contextdata
+from OpenGL.raw.GL.VERSION.GL_1_0 import glReadPixels
+from pyrender.constants import RenderFlags
+from pyrender.renderer import Renderer
+from pyrender.shader_program import ShaderProgramCache
+
+from adapters._pyrender_compat import Context, is_software, open_context
+
+_SHADERS = Path(__file__).parent / "shaders"
+_PLAIN = {
+    "segmentation.vert": str(_SHADERS / "plain.vert"),
+    "mesh_depth.vert": str(_SHADERS / "plain.vert"),
+}
+_LAMBERT = {"mesh.vert": str(_SHADERS / "lambert.vert"), "mesh.frag": str(_SHADERS / "lambert.frag")}
+
+SEGMENTATION = int(RenderFlags.SEG)
+DEPTH = int(RenderFlags.DEPTH_ONLY)
+COLOUR = int(RenderFlags.NONE)
+
+
+class _Shaders(ShaderProgramCache):
+    """pyrender's shaders, some replaced by ours (an absolute file name wins over the shader directory)."""
+
+    def __init__(self, replaced: dict[str, str]) -> None:
+        super().__init__()
+        self._replaced = replaced
+
+    def get_program(
+        self, vertex_shader: str, fragment_shader: str, geometry_shader: str | None = None, defines: Any = None
+    ) -> Any:
+        vertex_shader = self._replaced.get(vertex_shader, vertex_shader)
+        fragment_shader = self._replaced.get(fragment_shader, fragment_shader)
+        return super().get_program(vertex_shader, fragment_shader, geometry_shader, defines)
+
+
+@final
+class FastRenderer(Renderer):
+    """pyrender's renderer with framebuffers by the number of samples, and reading left to the caller.
+
+    pyrender always draws into a buffer of four samples a pixel and reads colour and depth back, wanted or not; on a
+    software renderer that is most of the time. It also culls back faces in silhouettes and depths whatever the material
+    says, which tears holes into open meshes.
+    """
+
+    def __init__(self, width: int, height: int, *, lambert: bool, two_sided: bool) -> None:
+        super().__init__(width, height)
+        self._program_cache = _Shaders(_PLAIN | _LAMBERT if lambert else _PLAIN)
+        self._two_sided = two_sided
+        self._samples = 0
+        self._framebuffers: dict[int, tuple[int, NDArray[np.uint32]]] = {}
+        GL.glPixelStorei(GL.GL_PACK_ALIGNMENT, 1)
+
+    def __del__(self) -> None:
+        """Nothing: pyrender's deletes GL objects in whichever context is current then. The session does it."""
+
+    def draw(self, scene: Any, kind: int, samples: int, nodes: dict[Any, int]) -> None:
+        """Draws one image of `kind` (SEGMENTATION, DEPTH, COLOUR); `samples` a pixel, 0 for plain."""
+        self._samples = samples
+        flags = kind | RenderFlags.OFFSCREEN | (RenderFlags.SKIP_CULL_FACES if self._two_sided else 0)
+        self.render(scene, flags, nodes)
+
+    def read(self, what: int, number: Any, into: NDArray[Any]) -> None:
+        """Reads the last image into an array, bottom row first; several samples a pixel are averaged first.
+
+        Args:
+            what: GL_RED, GL_RGB or GL_DEPTH_COMPONENT.
+            number: the array's type to GL.
+            into: C-contiguous.
+        """
+        width, height = self.viewport_width, self.viewport_height
+        source, _ = self._framebuffers[self._samples]
+        if self._samples:
+            target = self._framebuffer(0)
+            GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, source)
+            GL.glBindFramebuffer(GL.GL_DRAW_FRAMEBUFFER, target)
+            box = (0, 0, width, height)
+            GL.glBlitFramebuffer(*box, *box, GL.GL_COLOR_BUFFER_BIT, GL.GL_NEAREST)
+            source = target
+        GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, source)
+        glReadPixels(0, 0, width, height, what, number, into.ctypes.data)
+
+    def _framebuffer(self, samples: int) -> int:
+        if samples not in self._framebuffers:
+            buffers = GL.glGenRenderbuffers(2)
+            size = (self.viewport_width, self.viewport_height)
+            for buffer, form in zip(buffers, (GL.GL_RGBA8, GL.GL_DEPTH_COMPONENT24), strict=True):
+                GL.glBindRenderbuffer(GL.GL_RENDERBUFFER, buffer)
+                if samples:
+                    GL.glRenderbufferStorageMultisample(GL.GL_RENDERBUFFER, samples, form, *size)
+                else:
+                    GL.glRenderbufferStorage(GL.GL_RENDERBUFFER, form, *size)
+            framebuffer = GL.glGenFramebuffers(1)
+            GL.glBindFramebuffer(GL.GL_DRAW_FRAMEBUFFER, framebuffer)
+            points = (GL.GL_COLOR_ATTACHMENT0, GL.GL_DEPTH_ATTACHMENT)
+            for buffer, point in zip(buffers, points, strict=True):
+                GL.glFramebufferRenderbuffer(GL.GL_DRAW_FRAMEBUFFER, point, GL.GL_RENDERBUFFER, buffer)
+            self._framebuffers[samples] = (int(framebuffer), buffers)
+        return self._framebuffers[samples][0]
+
+    # What follows replaces private methods of pyrender 0.1.45 (the extra `render` pins that version).
+
+    def _configure_main_framebuffer(self) -> None:
+        self._main_fb_ms = self._framebuffer(self._samples)
+
+    def _read_main_framebuffer(self, scene: Any, flags: int) -> None:
+        return None
+
+    def _delete_main_framebuffer(self) -> None:
+        for framebuffer, buffers in self._framebuffers.values():
+            GL.glDeleteFramebuffers(1, [framebuffer])
+            GL.glDeleteRenderbuffers(2, buffers)
+        self._framebuffers = {}
+
+    def _compute_max_n_lights(self, flags: int) -> list[int]:
+        return [1, 1, 1]  # pyrender asks GL at each draw; our scenes have one light
+
+    def _bind_and_draw_primitive(self, primitive: Any, pose: NDArray[Any], program: Any, flags: int) -> None:
+        if not flags & (RenderFlags.SEG | RenderFlags.DEPTH_ONLY):
+            super()._bind_and_draw_primitive(primitive, pose, program, flags)
+            return
+        program.set_uniform("M", pose)
+        primitive._bind()
+        if self._samples:
+            GL.glEnable(GL.GL_MULTISAMPLE)
+        if self._two_sided:
+            GL.glDisable(GL.GL_CULL_FACE)
+        else:
+            GL.glEnable(GL.GL_CULL_FACE)
+            GL.glCullFace(GL.GL_BACK)
+        GL.glDisable(GL.GL_BLEND)
+        GL.glPolygonMode(GL.GL_FRONT_AND_BACK, GL.GL_FILL)
+        if primitive.indices is not None:
+            GL.glDrawElements(primitive.mode, primitive.indices.size, GL.GL_UNSIGNED_INT, None)
+        else:
+            GL.glDrawArrays(primitive.mode, 0, len(primitive.positions))
+        primitive._unbind()
+
+
+class _Current(threading.local):
+    """The context that is rendering in this thread."""
+
+    context: Context | None = None
+
+
+_current = _Current()
+# Sessions that a fork inherited: their contexts are the parent's. Kept, so that nothing of theirs is ever deleted here.
+_inherited: list[Any] = []
+
+
+def _close(pid: int, context: Context, renderer: FastRenderer, scene: Any) -> None:
+    if os.getpid() != pid:
+        _inherited.append((context, renderer, scene))
+        return
+    # The garbage collector may call this in the middle of another session's batch: its context comes back afterwards.
+    outer = _current.context
+    try:
+        context.make_current()
+        renderer.delete()
+        contextdata.cleanupContext()
+        context.release()
+        context.destroy()
+    except OSError:
+        pass  # current in another thread at exit: the process gives it back
+    finally:
+        if outer is not None:
+            outer.make_current()
+
+
+@final
+class Session:
+    """A renderer with its scene and context; for one process and one thread at a time.
+
+    Args:
+        build: makes the scene and its camera node (a pyrender mesh belongs to one context).
+    """
+
+    def __init__(
+        self, platform: str, device: int | None, size: tuple[int, int], build: Any, *, lambert: bool, two_sided: bool
+    ) -> None:
+        self.pid = os.getpid()
+        self.context = open_context(platform, device)
+        with self:
+            self.gl_renderer = GL.glGetString(GL.GL_RENDERER).decode()
+            self.renderer = FastRenderer(size[1], size[0], lambert=lambert, two_sided=two_sided)
+        self.scene: pyrender.Scene = build()
+        self.nodes = {node: 255 for node in self.scene.mesh_nodes}
+        # At exit as well, while the modules that it needs still live.
+        weakref.finalize(self, _close, self.pid, self.context, self.renderer, self.scene)
+        if device is not None and is_software(self.gl_renderer):
+            warnings.warn(
+                f"Expected GPU {device}, got the software renderer {self.gl_renderer!r}. In a container, set "
+                "NVIDIA_DRIVER_CAPABILITIES=graphics,utility,compute; else check that the driver brings its EGL "
+                "library. Leave device out to render in software on purpose.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def __enter__(self) -> Session:
+        self.context.make_current()
+        _current.context = self.context
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Released after each batch: a context that stays current belongs to its thread, and no other may use it.
+        _current.context = None
+        self.context.release()
+
+
+def abandon(session: Session) -> None:
+    """Forgets a session that a fork inherited, without touching the parent's context."""
+    _inherited.append(session)
+
+
+if sys.platform == "darwin":
+    warnings.warn("The pyrender adapter is not tested on macOS.", RuntimeWarning, stacklevel=1)
