@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.autograd import forward_ad
 
 from bridge.design import Strategy, make_strategy
 from bridge.dispatch import Dispatcher, get_dispatcher
@@ -118,8 +119,6 @@ class _Smooth(torch.autograd.Function):
     def jvp(ctx: Any, t_theta: Any, t_scale: Any, _: Any) -> Any:  # type: ignore[override]
         theta, scale, handle = ctx.saved_tensors
         t_theta = torch.zeros_like(theta) if t_theta is None else t_theta
-        if t_scale is not None and not ctx.call.need_scale:
-            raise InputError("Forward-mode derivatives in the scale need a scale tensor passed to the call itself.")
         t_scale = torch.zeros_like(scale) if t_scale is None else t_scale
         return _JVP.apply(t_theta, t_scale, handle, theta, scale, ctx.call), None
 
@@ -276,15 +275,15 @@ class SmoothedSimulator:
         transformed = torch._C._functorch.maybe_current_level() is not None
         if not transformed:
             self._notice_frozen_noise(theta, step, problem)
-        forward_ad = torch._C._get_tracing_state() is None and _has_tangent(theta, tensor)
-        need = torch.is_grad_enabled() or forward_ad
+        tangents = _has_tangent(theta, tensor)
+        need = torch.is_grad_enabled() or tangents
         call = _Call(
             self,
             step,
             problem,
             space,
             form,
-            need_theta=need and (transformed or forward_ad or theta.requires_grad or tensor.requires_grad),
+            need_theta=need and (transformed or tangents or theta.requires_grad or tensor.requires_grad),
             need_scale=need and (tensor.requires_grad or _has_tangent(tensor)),
         )
         core = 1 if form == "diagonal" else 2
@@ -344,7 +343,8 @@ class SmoothedSimulator:
     def _notice_frozen_noise(self, theta: torch.Tensor, step: int, problem: int) -> None:
         key = _numpy(theta).tobytes()
         last, self._last = self._last, (step, problem, key)
-        if self._warned or last is None or last[:2] != (step, problem) or last[2] == key:
+        same_key = last is not None and last[:2] == (step, problem) and len(last[2]) == len(key)
+        if self._warned or last is None or not same_key or last[2] == key:
             return
         self._warned = True
         warnings.warn(
@@ -355,11 +355,10 @@ class SmoothedSimulator:
 
 
 def _has_tangent(*tensors: torch.Tensor) -> bool:
-    return any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors) if _dual_level() else False
-
-
-def _dual_level() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0
+    """Whether forward-mode differentiation is under way and reaches one of the tensors."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def smooth(
