@@ -37,6 +37,9 @@ class Distribution(ABC):
     fisher_information: ClassVar[float] = float("nan")
     cross_moments: ClassVar[bool] = True
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     @abstractmethod
     def icdf(self, u: Array) -> Array:
         """Inverse of the cumulative distribution function, for u in the open interval (0, 1)."""

@@ -44,6 +44,9 @@ class PointSet(ABC):
 
     name: ClassVar[str]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     @abstractmethod
     def uniform(self, n: int, d: int, rng: np.random.Generator) -> Array:
         """(n, d) points, each in the open interval (0, 1). Raises InputError where n is not feasible."""

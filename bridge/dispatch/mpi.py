@@ -61,7 +61,8 @@ class MPIDispatcher(Dispatcher):
         if (all_ranks == all_ranks[0]).all():
             return
         calls = self._comm.allgather(f"{kind} (call {self._sequence}; {signature})")
-        listing = "; ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
+        ranks = {call: [r for r, other in enumerate(calls) if other == call] for call in calls}
+        listing = "; ".join(f"on ranks {where}: {call}" for call, where in ranks.items())
         raise errors.CollectiveError(
             "Expected all ranks to make the same call of bridge with the same settings, got "
             f"{listing}. Forward, backward and estimate are collective: never call them inside `if is_root():`, and "
