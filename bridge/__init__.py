@@ -12,6 +12,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Distribution": "bridge.distributions",
+    "Estimate": "bridge.estimate",
+    "FitResult": "bridge.fitting",
+    "LowerTriangular": "bridge.scale",
+    "PointSet": "bridge.points",
+    "fit": "bridge.fitting",
+    "is_root": "bridge.dispatch",
+    "smooth": "bridge.smoothing",
+    "smooth_loss": "bridge.smoothing",
     "BridgeError": "bridge.errors",
     "Parameter": "bridge.simulator",
     "ParameterSpace": "bridge.simulator",

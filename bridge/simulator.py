@@ -297,3 +297,14 @@ def as_simulator(
 def simulator_name(simulator: Simulator) -> str:
     """A name for messages: the wrapped function's, else the class's."""
     return simulator.name if isinstance(simulator, FunctionSimulator) else type(simulator).__name__
+
+
+@runtime_checkable
+class FileFormat(Protocol):
+    """What a simulator may know besides: the files in which its outputs live (`bridge fit` uses it)."""
+
+    output_suffix: str
+
+    def read_output(self, path: str) -> NDArray[Any]: ...
+
+    def write_output(self, path: str, output: NDArray[Any]) -> None: ...

@@ -1,1 +1,0 @@
-"""A run: optimiser, history, checkpoint, stop reason."""
