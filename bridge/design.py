@@ -77,7 +77,9 @@ def make_strategy(
         InputError: no seed, an unknown name, or a combination that is not feasible.
     """
     if seed is None:
-        raise InputError("Expected a seed, got None. Results are a function of the seed: give one, say seed=0.")
+        raise InputError(
+            "Expected a seed, got None. Results are a function of the seed: give one, say seed=0."
+        )
     if isinstance(seed, bool) or int(seed) != seed or seed < 0:
         raise InputError(f"Expected a non-negative integer seed, got {seed!r}.")
     if int(num_samples) != num_samples or num_samples < 1:

@@ -57,7 +57,9 @@ def _leaves(strategy: Strategy) -> list[tuple[int, int]]:
     return [*runs, (n, n + 1)] if strategy.extra_row else runs
 
 
-def _as_rows(outputs: Any, k: int, shape: tuple[int, ...] | None, name: str) -> tuple[torch.Tensor, tuple[int, ...]]:
+def _as_rows(
+    outputs: Any, k: int, shape: tuple[int, ...] | None, name: str
+) -> tuple[torch.Tensor, tuple[int, ...]]:
     """A simulator's outputs as a (k, m) floating tensor, and the shape of one output; the one place of conversion."""
     if not isinstance(outputs, torch.Tensor):
         array = np.asarray(outputs)
@@ -73,18 +75,31 @@ def _as_rows(outputs: Any, k: int, shape: tuple[int, ...] | None, name: str) -> 
         elif array.dtype == np.uint16:
             array = array.astype(np.float32)
         # Read-only memory (a memory map, a broadcast) cannot back a tensor.
-        outputs = torch.as_tensor(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+        outputs = torch.as_tensor(
+            array if array.flags.writeable and array.flags.c_contiguous else array.copy()
+        )
     tensor = outputs.detach()
     if tensor.ndim == 0 or tensor.shape[0] != k or (shape is not None and tuple(tensor.shape[1:]) != shape):
-        want = f"({k}, {', '.join(map(str, shape))})" if shape else f"({k},)" if shape == () else f"({k}, ...)"
+        want = (
+            f"({k}, {', '.join(map(str, shape))})" if shape else f"({k},)" if shape == () else f"({k}, ...)"
+        )
         hint = " If one output is a scalar, declare output_shape=()." if tensor.shape == (k,) else ""
         raise OutputError(
             f"Expected outputs of shape {want} from simulator {name!r} for {k} rows, got {tuple(tensor.shape)}.{hint}"
         )
     if tensor.is_complex():
-        raise OutputError(f"Expected real numbers from simulator {name!r}, got a tensor of dtype {tensor.dtype}.")
+        raise OutputError(
+            f"Expected real numbers from simulator {name!r}, got a tensor of dtype {tensor.dtype}."
+        )
     if tensor.dtype not in (torch.float32, torch.float64):
-        exact = tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.bool, torch.float16, torch.bfloat16)
+        exact = tensor.dtype in (
+            torch.uint8,
+            torch.int8,
+            torch.int16,
+            torch.bool,
+            torch.float16,
+            torch.bfloat16,
+        )
         tensor = tensor.to(torch.float32 if exact else torch.float64)
     return tensor.reshape(k, -1), tuple(outputs.shape[1:])
 
@@ -158,7 +173,9 @@ class Evaluation:
             error.__cause__ = failure
         dispatcher.agree(error)
         # A rank without rows learns from rank 0 what an output looks like.
-        mine = None if like is None else (tuple(like.shape), str(like.dtype), self.output_shape, self.streamed)
+        mine = (
+            None if like is None else (tuple(like.shape), str(like.dtype), self.output_shape, self.streamed)
+        )
         layout = dispatcher.broadcast_object(mine)
         if mine is not None and mine != layout:
             error = OutputError(
@@ -297,7 +314,9 @@ class Evaluation:
         VJP(v) = L^-T W^T (F v): never builds m x d (arXiv 2410.08125, Lemma 3 and Theorem 7).
         """
         if not any(self._derivatives):
-            raise InputError("This evaluation was made without derivatives; call estimate outside torch.no_grad().")
+            raise InputError(
+                "This evaluation was made without derivatives; call estimate outside torch.no_grad()."
+            )
         self._dispatcher.begin("vjp", f"{len(pairs)} products")
         vectors = [(b, self._broadcast_vector(v)) for b, v in pairs]
         results: list[tuple[Array, Array | None]] = []
@@ -311,7 +330,9 @@ class Evaluation:
             weights = self.problems[b].weights
             columns_ = [w for w in (weights.theta, weights.scale) if w is not None]
             # A sum in index order: the same bits whoever owned the rows.
-            results.append(self._pull_back(b, np.concatenate([(w * c[:, None]).sum(axis=0) for w in columns_])))
+            results.append(
+                self._pull_back(b, np.concatenate([(w * c[:, None]).sum(axis=0) for w in columns_]))
+            )
         return results
 
     def _broadcast_vector(self, v: torch.Tensor) -> torch.Tensor:
@@ -328,7 +349,9 @@ class Evaluation:
     def jvp(self, triples: Sequence[tuple[int, Array, Array | None]]) -> list[torch.Tensor]:
         """For each (problem, tangent in theta, tangent in L or None): J t, (m,). Collective."""
         if not any(self._derivatives):
-            raise InputError("This evaluation was made without derivatives; call estimate outside torch.no_grad().")
+            raise InputError(
+                "This evaluation was made without derivatives; call estimate outside torch.no_grad()."
+            )
         self._dispatcher.begin("jvp", f"{len(triples)} products")
         eps_space = []
         for b, t, T in triples:
@@ -437,7 +460,9 @@ class Estimate:
             InputError: the estimate was made without `scale_gradient=True` and the scale does not require grad.
         """
         if self._evaluation.problems[0].weights.scale is None:
-            raise InputError("Expected an estimate with derivatives in the scale; use estimate(..., scale_gradient=True).")
+            raise InputError(
+                "Expected an estimate with derivatives in the scale; use estimate(..., scale_gradient=True)."
+            )
         return self._finish(self._vjp(v, 1))
 
     def _vjp(self, v: torch.Tensor, which: int) -> torch.Tensor:

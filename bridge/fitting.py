@@ -79,7 +79,11 @@ class FitResult:
         """Plain data for JSON: each parameter with unit, start and standard error, and how the run ended."""
         parameters = {}
         for i, p in enumerate(self.space.parameters):
-            entry: dict[str, Any] = {"value": float(self.parameters[i]), "unit": p.unit, "start": float(self.start[i])}
+            entry: dict[str, Any] = {
+                "value": float(self.parameters[i]),
+                "unit": p.unit,
+                "start": float(self.start[i]),
+            }
             if self.standard_error is not None:
                 entry["standard_error"] = float(self.standard_error[i])
             parameters[p.name] = entry
@@ -190,7 +194,9 @@ def fit(
                 decay = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * step / steps))
                 state = state - learning_rate * width * decay * adam.direction(g)
             else:
-                state = state - misfit.gauss_newton(estimate.jacobian(), estimate.value, natural, limit=2 * width)
+                state = state - misfit.gauss_newton(
+                    estimate.jacobian(), estimate.value, natural, limit=2 * width
+                )
             state = np.clip(state, lower, upper)
             past = [np.array(h.parameters) / natural for h in history[-window:]]
             if step >= 0.8 * (steps - 1) + window and np.max(np.abs(np.array(past) - state)) < tolerance:
@@ -231,7 +237,9 @@ def _target(target: ArrayLike | torch.Tensor, sim: Simulator) -> torch.Tensor:
 def _variance(variance: float | ArrayLike | None, goal: torch.Tensor) -> torch.Tensor:
     tensor = torch.as_tensor(np.asarray(1.0 if variance is None else variance, dtype=np.float64))
     if tensor.ndim and tensor.shape != goal.shape:
-        raise InputError(f"Expected a variance that is a number or {tuple(goal.shape)}, got {tuple(tensor.shape)}.")
+        raise InputError(
+            f"Expected a variance that is a number or {tuple(goal.shape)}, got {tuple(tensor.shape)}."
+        )
     if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
         raise InputError("Expected a positive, finite variance of the target.")
     return tensor
@@ -247,7 +255,9 @@ class _Misfit:
 
     def value_and_gradient(self, output: torch.Tensor) -> tuple[float, torch.Tensor]:
         if output.shape != self.target.shape:
-            raise InputError(f"Expected a target of shape {tuple(output.shape)}, got {tuple(self.target.shape)}.")
+            raise InputError(
+                f"Expected a target of shape {tuple(output.shape)}, got {tuple(self.target.shape)}."
+            )
         if self.loss is None:
             residual = (output - self.target) / self.variance
             value = 0.5 * torch.mean(residual * (output - self.target))

@@ -58,7 +58,10 @@ class PointSet(ABC):
     def nodes(self, distribution: Distribution, n: int, d: int, rng: np.random.Generator) -> Nodes:
         u = self.uniform(n, d, rng)
         return Nodes(
-            distribution.icdf(u), distribution.score_from_uniform(u), np.full(n, 1.0 / n), min(n, self.block(n))
+            distribution.icdf(u),
+            distribution.score_from_uniform(u),
+            np.full(n, 1.0 / n),
+            min(n, self.block(n)),
         )
 
 
@@ -139,7 +142,9 @@ class Sobol(PointSet):
         engine = qmc.Sobol(d, scramble=True, bits=self._BITS, rng=rng)
         with warnings.catch_warnings():
             # n that is not a power of two is the user's choice; it costs balance, not correctness.
-            warnings.filterwarnings("ignore", message="The balance properties of Sobol'", category=UserWarning)
+            warnings.filterwarnings(
+                "ignore", message="The balance properties of Sobol'", category=UserWarning
+            )
             return engine.random(n) + 2.0 ** -(self._BITS + 1)
 
 

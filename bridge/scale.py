@@ -53,7 +53,9 @@ def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) ->
     if isinstance(scale, LowerTriangular):
         tensor = scale.tensor.to(torch.float64)
         if tensor.shape != (d, d):
-            raise InputError(f"Expected a ({d}, {d}) lower-triangular scale, got shape {tuple(tensor.shape)}.")
+            raise InputError(
+                f"Expected a ({d}, {d}) lower-triangular scale, got shape {tuple(tensor.shape)}."
+            )
         tensor = torch.tril(tensor)
     else:
         tensor = torch.as_tensor(scale).to(torch.float64)

@@ -225,7 +225,9 @@ class _JVP(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         n, call = info.batch_size, inputs[5]
-        t_theta, t_scale, handle, theta = (_front(x, dim, n) for x, dim in zip(inputs[:4], in_dims, strict=False))
+        t_theta, t_scale, handle, theta = (
+            _front(x, dim, n) for x, dim in zip(inputs[:4], in_dims, strict=False)
+        )
         scale = _front(inputs[4], in_dims[4], n, shared=True)
         return _JVP.apply(t_theta, t_scale, handle, theta, scale, call), 0
 
@@ -321,13 +323,21 @@ class SmoothedSimulator:
     ) -> tuple[torch.Tensor, torch.Tensor, Form, ParameterSpace]:
         theta = torch.as_tensor(theta)
         if not theta.is_floating_point():
-            raise InputError(f"Expected floating-point parameters, got dtype {theta.dtype}. Use theta.double().")
+            raise InputError(
+                f"Expected floating-point parameters, got dtype {theta.dtype}. Use theta.double()."
+            )
         if theta.ndim == 0:
-            raise InputError("Expected parameters of shape (d,) or (*batch, d), got a scalar. Use theta.reshape(1).")
+            raise InputError(
+                "Expected parameters of shape (d,) or (*batch, d), got a scalar. Use theta.reshape(1)."
+            )
         if math.prod(theta.shape) == 0:
-            raise InputError(f"Expected at least one parameter and one problem, got shape {tuple(theta.shape)}.")
+            raise InputError(
+                f"Expected at least one parameter and one problem, got shape {tuple(theta.shape)}."
+            )
         if step != int(step) or step < 0 or problem != int(problem) or problem < 0:
-            raise InputError(f"Expected step and problem to be non-negative integers, got {step!r} and {problem!r}.")
+            raise InputError(
+                f"Expected step and problem to be non-negative integers, got {step!r} and {problem!r}."
+            )
         d = theta.shape[-1]
         space = self.simulator.space or ParameterSpace.unnamed(d)
         if space.dimension != d:

@@ -55,7 +55,9 @@ class MPIDispatcher(Dispatcher):
 
     def begin(self, kind: str, signature: str) -> None:
         self._sequence += 1
-        mine = np.array([self._sequence, zlib.crc32(kind.encode()), zlib.crc32(signature.encode())], dtype=np.int64)
+        mine = np.array(
+            [self._sequence, zlib.crc32(kind.encode()), zlib.crc32(signature.encode())], dtype=np.int64
+        )
         all_ranks = np.empty((self.size, 3), dtype=np.int64)
         self._comm.Allgather(mine, all_ranks)
         if (all_ranks == all_ranks[0]).all():
@@ -112,7 +114,9 @@ class MPIDispatcher(Dispatcher):
                 elif self.rank == 0:
                     for node in nodes:
                         incoming = torch.empty_like(buffer)
-                        self._in_pieces(incoming.numpy(), lambda piece, r=rank: self._comm.Recv(piece, source=r))
+                        self._in_pieces(
+                            incoming.numpy(), lambda piece, r=rank: self._comm.Recv(piece, source=r)
+                        )
                         tree.add_node(node, incoming.to(like.device))
         results = []
         for tree in sums:
@@ -165,7 +169,9 @@ def _abort_on_uncaught_exceptions() -> None:
             # Most of these are raised alike on every rank: rank 0 shows it and ends the job before we do.
             time.sleep(1.0)
         try:
-            print(f"rank {rank} of {MPI.COMM_WORLD.Get_size()} on {MPI.Get_processor_name()}:", file=sys.stderr)
+            print(
+                f"rank {rank} of {MPI.COMM_WORLD.Get_size()} on {MPI.Get_processor_name()}:", file=sys.stderr
+            )
             previous(kind, value, trace)
         except Exception:
             traceback.print_exception(kind, value, trace)

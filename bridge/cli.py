@@ -1,0 +1,101 @@
+"""The command line: `bridge` or, where a system program has that name, `python -m bridge`.
+
+Exit codes: 0 done, 1 uncaught error, 2 usage or input, 3 failed evaluations, 75 interrupted (what there is was written).
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+
+import bridge
+from bridge import registry
+from bridge.errors import BridgeError, EvaluationError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bridge", description="Gradients through simulators that cannot be differentiated."
+    )
+    parser.add_argument("--version", action="version", version=f"bridge {bridge.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the simulators that are known by name")
+    info = commands.add_parser("info", help="what a simulator is, and its arguments")
+    info.add_argument("name")
+    fit = commands.add_parser("fit", help="recover parameters from a target, as a job file says")
+    fit.add_argument("file", help="job file (TOML)")
+    fit.add_argument("-o", "--output", help="directory for the results, in place of the file's")
+    fit.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    commands.add_parser("doctor", help="what this machine has: versions, MPI, threads")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "list":
+            print("\n".join(registry.list_simulators()))
+            return 0
+        if options.command == "info":
+            return _info(options.name)
+        if options.command == "doctor":
+            return _doctor()
+        return _fit(options.file, options.output, options.quiet)
+    except BridgeError as error:
+        print(f"bridge: {error}", file=sys.stderr)
+        return 3 if isinstance(error, EvaluationError) else 2
+
+
+def _info(name: str) -> int:
+    import inspect
+
+    factory = registry.find(name)
+    print(f"{name}: {factory.__module__}.{factory.__qualname__}{inspect.signature(factory)}\n")
+    print(inspect.getdoc(factory) or "")
+    return 0
+
+
+def _fit(file: str, output: str | None, quiet: bool) -> int:
+    from bridge.dispatch import is_root
+    from bridge.job import load_job, run_job
+    from bridge.report import summary
+
+    result, written = run_job(load_job(file, output), quiet)
+    if is_root():
+        print(summary(result))
+        print("written: " + ", ".join(str(p) for p in written))
+    return 75 if result.stop_reason == "interrupted" else 0
+
+
+def _doctor() -> int:
+    from importlib import metadata
+
+    import torch
+
+    from bridge.dispatch import get_dispatcher
+    from bridge.dispatch.base import launched_size
+
+    print(f"python     {platform.python_version()} on {platform.platform()}")
+    for package in (
+        "numpy",
+        "scipy",
+        "torch",
+        "gemmi",
+        "mrcfile",
+        "pyrender",
+        "trimesh",
+        "matplotlib",
+        "mpi4py",
+    ):
+        try:
+            print(f"{package:<11}{metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package:<11}not installed")
+    dispatcher = get_dispatcher()
+    print(f"cuda       {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
+    print(f"launcher   {launched_size()} rank(s); this is rank {dispatcher.rank} of {dispatcher.size}")
+    print(f"threads    {torch.get_num_threads()} (BRIDGE_THREADS)")
+    print(f"simulators {', '.join(registry.list_simulators())}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""A fit described by a TOML file: the simulator, the target, the start, and where the results go.
+
+[simulator]                 # name = ..., and the arguments of its class or factory
+name = "cryoet"
+[target]
+file = "target.mrc"         # paths are relative to the TOML file
+[start]                     # one value a parameter
+defocus_um = 1.9
+[fit]                       # arguments of bridge.fit
+seed = 0
+[output]
+directory = "results"       # relative to where the command is started
+"""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge import registry
+from bridge.dispatch import is_root
+from bridge.errors import InputError
+from bridge.fitting import FitResult, fit
+from bridge.report import Progress, draw_fit, write_json, write_whole
+from bridge.simulator import FileFormat, Simulator
+
+_SECTIONS = ("simulator", "target", "start", "fit", "output")
+_NOT_IN_A_FILE = ("simulator", "target", "start", "loss", "on_step", "comm", "smoothing")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked job file; `run_job` carries it out."""
+
+    simulator: Simulator
+    target_file: Path
+    target: NDArray[Any]
+    start: Mapping[str, float]
+    settings: Mapping[str, Any]
+    directory: Path
+    title: str
+
+
+def load_job(path: str | Path, directory: str | Path | None = None) -> Job:
+    """Reads and checks a job file, and makes its simulator. Nothing is evaluated.
+
+    Raises:
+        InputError: the file or what it names is missing, malformed, or has unknown keys.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"Expected a job file (TOML), got {str(path)!r}, which is not a file.")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"Expected TOML in {path}, got: {error}.") from error
+    unknown = sorted(set(data) - set(_SECTIONS))
+    missing = [s for s in ("simulator", "target", "start", "fit") if not isinstance(data.get(s), dict)]
+    if unknown or missing:
+        raise InputError(
+            f"Expected the sections {', '.join(_SECTIONS)} in {path}, got unknown {unknown} and missing {missing}."
+        )
+    options = {key: _resolve(value, path.parent) for key, value in data["simulator"].items()}
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise InputError(
+            f"Expected name = ... in [simulator] of {path}. Known: {registry.list_simulators()}."
+        )
+    simulator = registry.make(name, **options)
+    if simulator.space is None:
+        raise InputError(
+            f"Expected a simulator with named parameters for a job file, got {name!r} without any."
+        )
+    target_file = path.parent / str(data["target"].get("file", ""))
+    settings = dict(data["fit"])
+    allowed = _fit_settings()
+    if wrong := sorted(set(settings) - set(allowed)):
+        raise InputError(f"Unknown settings {wrong} in [fit] of {path}. Known: {', '.join(allowed)}.")
+    if isinstance(settings.get("scale"), list):
+        settings["scale"] = tuple(settings["scale"])
+    output = data.get("output", {})
+    return Job(
+        simulator=simulator,
+        target_file=target_file,
+        target=read_output(simulator, target_file),
+        start=data["start"],
+        settings=settings,
+        directory=Path(directory or output.get("directory", "results")),
+        title=str(output.get("title", path.stem)),
+    )
+
+
+def _fit_settings() -> list[str]:
+    from bridge.smoothing import smooth
+
+    names = [*inspect.signature(fit).parameters, *inspect.signature(smooth).parameters]
+    return sorted(set(names) - set(_NOT_IN_A_FILE))
+
+
+def _resolve(value: Any, folder: Path) -> Any:
+    """Makes file names relative to the job file: strings under the key `file` (in tables) that exist beside it."""
+    if isinstance(value, dict):
+        return {
+            k: str(folder / v) if k == "file" and isinstance(v, str) else _resolve(v, folder)
+            for k, v in value.items()
+        }
+    return value
+
+
+def read_output(simulator: Simulator, path: Path) -> NDArray[Any]:
+    """An output from disk: in the simulator's own format, or .npy."""
+    if not path.is_file():
+        raise InputError(f"Expected a target file, got {str(path)!r}, which is not a file.")
+    if path.suffix == ".npy":
+        try:
+            return np.asarray(np.load(path, allow_pickle=False))
+        except ValueError as error:
+            raise InputError(f"Expected an array in {path}, got: {error}.") from error
+    if isinstance(simulator, FileFormat):
+        return simulator.read_output(str(path))
+    raise InputError(f"Expected a .npy file for simulator {type(simulator).__name__}, got {path.name!r}.")
+
+
+def write_output(simulator: Simulator, stem: Path, output: NDArray[Any]) -> Path:
+    """An output to disk, in the simulator's own format if it has one, else .npy."""
+    if isinstance(simulator, FileFormat):
+        form = simulator
+        return write_whole(stem.with_suffix(form.output_suffix), lambda p: form.write_output(str(p), output))
+    return write_whole(stem.with_suffix(".npy"), lambda p: np.save(p, output, allow_pickle=False))
+
+
+def run_job(job: Job, quiet: bool = False) -> tuple[FitResult, list[Path]]:
+    """Fits and writes parameters.json, history.json, the fitted output and fit.png. Collective under MPI; rank 0
+    prints and writes."""
+    space = job.simulator.space
+    assert space is not None  # load_job made sure
+    steps = job.settings.get("steps") or (150 if job.settings.get("method", "adam") == "adam" else 24)
+    with Progress(space, steps, shown=is_root() and not quiet) as progress:
+        result = fit(job.simulator, job.target, job.start, on_step=progress, **job.settings)
+    return result, write_results(job, result) if is_root() else []
+
+
+def write_results(job: Job, result: FitResult) -> list[Path]:
+    folder = job.directory
+    history = [
+        {
+            "step": h.step,
+            "loss": h.loss,
+            "scale": h.scale,
+            "parameters": list(h.parameters),
+            "runs": h.num_evaluations,
+        }
+        for h in result.history
+    ]
+    return [
+        write_json(folder / "parameters.json", {"target": job.target_file.name, **result.to_dict()}),
+        write_json(folder / "history.json", history),
+        write_output(job.simulator, folder / "fit", result.output),
+        draw_fit(result, job.target, folder / "fit.png", job.title),
+    ]
