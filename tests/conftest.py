@@ -1,0 +1,211 @@
+"""What every test may count on: MPI ranks under a time limit, reproducible property tests, and skips with reasons.
+
+The header of each run says what was found on this machine. Two variables turn a skip into a failure, for machines
+that ought to have the thing: BRIDGE_REQUIRE_MPI=1 and BRIDGE_REQUIRE_GL=1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import hypothesis
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# No example database: tests write nowhere but into tmp_path. Derandomised, so that a failure is everybody's failure.
+hypothesis.settings.register_profile(
+    "bridge",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("bridge")
+
+
+# --- what this machine has: each function returns (found, description or reason) ----------------------------------
+
+
+def _output_of(*command: str | Path) -> tuple[bool, str]:
+    """Runs a short command; whether it succeeded, and the last line of what it said."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return False, str(error)
+    said = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    return done.returncode == 0, said[-1].strip("\0 ") if said else f"exit status {done.returncode}"
+
+
+def _launcher() -> str | None:
+    """The launcher beside this interpreter, else the one on PATH: two MPIs in one machine are not rare."""
+    beside = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+    return beside or shutil.which("mpiexec")
+
+
+@functools.cache
+def _mpi() -> tuple[bool, str]:
+    launcher = _launcher()
+    if launcher is None:
+        return False, "no mpiexec beside this Python or on PATH"
+    # In a process of its own: importing MPI here would make pytest itself a rank.
+    program = (
+        "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
+        "print(MPI.Get_library_version().splitlines()[0].strip(chr(0)), '/ mpi4py', mpi4py.__version__)"
+    )
+    found, said = _output_of(sys.executable, "-c", program)
+    if not found:
+        return False, f"mpi4py does not work: {said}"
+    return True, f"{' '.join(said.split())}, launcher {launcher}"
+
+
+@functools.cache
+def _opengl() -> tuple[bool, str]:
+    return _output_of(sys.executable, ROOT / "tools" / "opengl.py")
+
+
+@functools.cache
+def _gpu() -> tuple[bool, str]:
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an old driver warns; the answer is no all the same
+        if torch.version.cuda is None:
+            return False, f"torch {torch.__version__} is built without CUDA"
+        if not torch.cuda.is_available():
+            return False, f"torch {torch.__version__} finds no CUDA device"
+        return True, f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+
+
+@functools.cache
+def _torch_ctf() -> tuple[bool, str]:
+    try:
+        return True, metadata.version("torch-ctf")
+    except metadata.PackageNotFoundError:
+        return False, "not installed (the optional dependencies `test` bring it)"
+
+
+def pytest_report_header() -> list[str]:
+    found = {"MPI": _mpi(), "OpenGL": _opengl(), "GPU": _gpu(), "torch-ctf": _torch_ctf()}
+    return [f"{name}: {said if has else f'none ({said})'}" for name, (has, said) in found.items()]
+
+
+def _required(variable: str) -> bool:
+    return os.environ.get(variable, "") not in ("", "0")
+
+
+def _need(what: str, found: tuple[bool, str], variable: str | None = None) -> None:
+    """Skips with the reason, or fails with it where the environment says that `what` must be there."""
+    has, reason = found
+    if has:
+        return
+    if variable is not None and _required(variable):
+        pytest.fail(f"{variable} is set, but there is no {what}: {reason}", pytrace=False)
+    pytest.skip(f"no {what}: {reason}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        _need("GPU", _gpu())
+    if item.get_closest_marker("gl") is not None:
+        _need("OpenGL", _opengl(), "BRIDGE_REQUIRE_GL")
+    if item.get_closest_marker("mpi") is not None:
+        _need("MPI", _mpi(), "BRIDGE_REQUIRE_MPI")
+
+
+# --- ranks ----------------------------------------------------------------------------------------------------
+
+# A launcher's traces: with them a rank would believe that it belongs to the job that pytest itself was started in.
+_LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "PMI2_", "OMPI_", "HYDI_", "MPI_LOCAL", "SLURM_")
+
+# Open MPI refuses root, and more ranks than cores, unless told so; other launchers ignore these.
+_OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+@contextlib.contextmanager
+def _own_group(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ends the process and all its descendants when the block is left, however that happens."""
+    family: list[psutil.Process] = []
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # Some launchers put ranks into sessions of their own, where a signal to our group does not reach them.
+            family = psutil.Process(process.pid).children(recursive=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_ranks(n, script, *args, timeout=120, env=None)`: runs a Python script on n ranks and returns what came out.
+
+    `script` is a Path, or a string ending in `.py` without line breaks, or else the program's text. It runs in a
+    fresh directory; `env` is added to this process's environment. The ranks have a process group of their own, which
+    is killed when the launcher ends or `timeout` seconds have passed; the latter fails the test, with the output so
+    far. A non-zero exit status does not: look at `returncode`.
+    """
+    _need("MPI", _mpi(), "BRIDGE_REQUIRE_MPI")
+    launcher = _launcher()
+    assert launcher is not None
+
+    def run(
+        n: int, script: Path | str, *args: object, timeout: float = 120, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        directory = tmp_path_factory.mktemp(f"ranks{n}-")
+        if isinstance(script, str) and ("\n" in script or not script.endswith(".py")):
+            path = directory / "script.py"
+            path.write_text(textwrap.dedent(script), encoding="utf-8")
+        else:
+            path = Path(script).resolve()
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
+        environment = {**inherited, **_OPEN_MPI, **(env or {})}
+        command = [launcher, "-n", str(n), sys.executable, str(path), *map(str, args)]
+        # Into files, not pipes: a rank that outlives the launcher would hold a pipe open, and us with it.
+        out, err = directory / "stdout.txt", directory / "stderr.txt"
+        expired = False
+        with out.open("wb") as stdout, err.open("wb") as stderr:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                cwd=directory,
+                env=environment,
+                start_new_session=True,
+            )
+            with _own_group(process):
+                try:
+                    process.wait(timeout)
+                except subprocess.TimeoutExpired:
+                    expired = True
+        said, complained = (file.read_text(encoding="utf-8", errors="replace") for file in (out, err))
+        if expired:
+            pytest.fail(
+                f"{n} ranks of {path} did not end within {timeout} s and were killed.\n"
+                f"--- stdout ---\n{said}\n--- stderr ---\n{complained}"
+            )
+        return subprocess.CompletedProcess(command, process.returncode, said, complained)
+
+    return run
