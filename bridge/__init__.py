@@ -32,14 +32,12 @@ _PUBLIC = {
     "register": "bridge.registry",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(
-            f"module 'bridge' has no attribute {name!r}. Public names: {', '.join(sorted(_PUBLIC))}."
-        )
+        raise AttributeError(f"module 'bridge' has no attribute {name!r}. Public names: {', '.join(sorted(_PUBLIC))}.")
     return getattr(import_module(_PUBLIC[name]), name)
 
 

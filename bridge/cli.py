@@ -1,6 +1,6 @@
 """The command line: `bridge` or, where a system program has that name, `python -m bridge`.
 
-Exit codes: 0 done, 1 uncaught error, 2 usage or input, 3 failed evaluations, 75 interrupted (what there is was written).
+Exit codes: 0 done, 1 uncaught error, 2 usage or input, 3 failed evaluations, 75 interrupted (results were written).
 """
 
 from __future__ import annotations

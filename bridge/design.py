@@ -77,9 +77,7 @@ def make_strategy(
         InputError: no seed, an unknown name, or a combination that is not feasible.
     """
     if seed is None:
-        raise InputError(
-            "Expected a seed, got None. Results are a function of the seed: give one, say seed=0."
-        )
+        raise InputError("Expected a seed, got None. Results are a function of the seed: give one, say seed=0.")
     if isinstance(seed, bool) or int(seed) != seed or seed < 0:
         raise InputError(f"Expected a non-negative integer seed, got {seed!r}.")
     if int(num_samples) != num_samples or num_samples < 1:
@@ -131,9 +129,7 @@ def make_design(strategy: Strategy, step: int, problem: int, dimension: int) -> 
         key = np.random.SeedSequence(strategy.seed, spawn_key=(purpose, step, problem))
         return np.random.Generator(np.random.Philox(key))
 
-    nodes = strategy.points.nodes(
-        strategy.distribution, strategy.num_samples, dimension, generator(_PERTURBATIONS)
-    )
+    nodes = strategy.points.nodes(strategy.distribution, strategy.num_samples, dimension, generator(_PERTURBATIONS))
     draw = generator(_SIMULATOR)
     if strategy.simulator_seeds == "common":
         seeds = np.full(strategy.num_rows, draw.integers(0, 2**63, dtype=np.uint64))

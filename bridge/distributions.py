@@ -207,8 +207,8 @@ def check_distribution(distribution: Distribution) -> None:
     mean, product = float(np.sum(w * s)), float(np.sum(w * s * e))
     if not (np.isfinite(e).all() and abs(mean) < 0.01 and abs(product - 1) < 0.01):
         raise InputError(
-            f"Expected a density with E[s] = 0 and E[s e] = 1 (s = -d log p / de), got {mean:.4g} and {product:.4g} for "
-            f"{type(distribution).__name__}. A density that jumps, such as the uniform one, has no score-function "
+            f"Expected a density with E[s] = 0 and E[s e] = 1 (s = -d log p / de), got {mean:.4g} and {product:.4g} "
+            f"for {type(distribution).__name__}. A density that jumps, such as the uniform one, has no score-function "
             "gradient; take distribution='triangular' for compact support, and check icdf against log_prob."
         )
 

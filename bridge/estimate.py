@@ -57,40 +57,30 @@ def _leaves(strategy: Strategy) -> list[tuple[int, int]]:
     return [*runs, (n, n + 1)] if strategy.extra_row else runs
 
 
-def _as_rows(
-    outputs: Any, k: int, shape: tuple[int, ...] | None, name: str
-) -> tuple[torch.Tensor, tuple[int, ...]]:
+def _as_rows(outputs: Any, k: int, shape: tuple[int, ...] | None, name: str) -> tuple[torch.Tensor, tuple[int, ...]]:
     """A simulator's outputs as a (k, m) floating tensor, and the shape of one output; the one place of conversion."""
     if not isinstance(outputs, torch.Tensor):
         array = np.asarray(outputs)
         if array.dtype.kind not in "fiub":
             raise OutputError(
-                f"Expected real numbers from simulator {name!r}, got an array of dtype {array.dtype}. Return the real and "
-                "imaginary parts, or a numeric array."
+                f"Expected real numbers from simulator {name!r}, got an array of dtype {array.dtype}. Return the real "
+                "and imaginary parts, or a numeric array."
             )
-        if array.dtype == np.longdouble or not array.dtype.isnative:
-            array = array.astype(np.float64)
-        elif array.dtype in (np.uint32, np.uint64):
+        if array.dtype == np.longdouble or not array.dtype.isnative or array.dtype in (np.uint32, np.uint64):
             array = array.astype(np.float64)
         elif array.dtype == np.uint16:
             array = array.astype(np.float32)
         # Read-only memory (a memory map, a broadcast) cannot back a tensor.
-        outputs = torch.as_tensor(
-            array if array.flags.writeable and array.flags.c_contiguous else array.copy()
-        )
+        outputs = torch.as_tensor(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
     tensor = outputs.detach()
     if tensor.ndim == 0 or tensor.shape[0] != k or (shape is not None and tuple(tensor.shape[1:]) != shape):
-        want = (
-            f"({k}, {', '.join(map(str, shape))})" if shape else f"({k},)" if shape == () else f"({k}, ...)"
-        )
+        want = f"({k}, {', '.join(map(str, shape))})" if shape else f"({k},)" if shape == () else f"({k}, ...)"
         hint = " If one output is a scalar, declare output_shape=()." if tensor.shape == (k,) else ""
         raise OutputError(
             f"Expected outputs of shape {want} from simulator {name!r} for {k} rows, got {tuple(tensor.shape)}.{hint}"
         )
     if tensor.is_complex():
-        raise OutputError(
-            f"Expected real numbers from simulator {name!r}, got a tensor of dtype {tensor.dtype}."
-        )
+        raise OutputError(f"Expected real numbers from simulator {name!r}, got a tensor of dtype {tensor.dtype}.")
     if tensor.dtype not in (torch.float32, torch.float64):
         exact = tensor.dtype in (
             torch.uint8,
@@ -149,9 +139,7 @@ class Evaluation:
 
         runs = _leaves(strategy)
         self._num_leaves = len(runs)
-        leaves = [
-            Leaf(b, i, start, stop) for b in range(self.num_problems) for i, (start, stop) in enumerate(runs)
-        ]
+        leaves = [Leaf(b, i, start, stop) for b in range(self.num_problems) for i, (start, stop) in enumerate(runs)]
         self._own = leaves[slice(*_bounds(dispatcher.share(len(leaves))))]
         self._derivatives = (need_theta, need_scale)
         self._columns = self._stream_columns(need_theta, need_scale)
@@ -173,14 +161,12 @@ class Evaluation:
             error.__cause__ = failure
         dispatcher.agree(error)
         # A rank without rows learns from rank 0 what an output looks like.
-        mine = (
-            None if like is None else (tuple(like.shape), str(like.dtype), self.output_shape, self.streamed)
-        )
+        mine = None if like is None else (tuple(like.shape), str(like.dtype), self.output_shape, self.streamed)
         layout = dispatcher.broadcast_object(mine)
         if mine is not None and mine != layout:
             error = OutputError(
-                f"Expected outputs of shape {layout[2]} and {layout[1]} as on rank 0, got {self.output_shape} and {mine[1]}. "
-                "Ranks must run the same simulator."
+                f"Expected outputs of shape {layout[2]} and {layout[1]} as on rank 0, got {self.output_shape} and "
+                f"{mine[1]}. Ranks must run the same simulator."
             )
         dispatcher.agree(error)
         if like is None:
@@ -314,9 +300,7 @@ class Evaluation:
         VJP(v) = L^-T W^T (F v): never builds m x d (arXiv 2410.08125, Lemma 3 and Theorem 7).
         """
         if not any(self._derivatives):
-            raise InputError(
-                "This evaluation was made without derivatives; call estimate outside torch.no_grad()."
-            )
+            raise InputError("This evaluation was made without derivatives; call estimate outside torch.no_grad().")
         self._dispatcher.begin("vjp", f"{len(pairs)} products")
         vectors = [(b, self._broadcast_vector(v)) for b, v in pairs]
         results: list[tuple[Array, Array | None]] = []
@@ -330,9 +314,7 @@ class Evaluation:
             weights = self.problems[b].weights
             columns_ = [w for w in (weights.theta, weights.scale) if w is not None]
             # A sum in index order: the same bits whoever owned the rows.
-            results.append(
-                self._pull_back(b, np.concatenate([(w * c[:, None]).sum(axis=0) for w in columns_]))
-            )
+            results.append(self._pull_back(b, np.concatenate([(w * c[:, None]).sum(axis=0) for w in columns_])))
         return results
 
     def _broadcast_vector(self, v: torch.Tensor) -> torch.Tensor:
@@ -349,9 +331,7 @@ class Evaluation:
     def jvp(self, triples: Sequence[tuple[int, Array, Array | None]]) -> list[torch.Tensor]:
         """For each (problem, tangent in theta, tangent in L or None): J t, (m,). Collective."""
         if not any(self._derivatives):
-            raise InputError(
-                "This evaluation was made without derivatives; call estimate outside torch.no_grad()."
-            )
+            raise InputError("This evaluation was made without derivatives; call estimate outside torch.no_grad().")
         self._dispatcher.begin("jvp", f"{len(triples)} products")
         eps_space = []
         for b, t, T in triples:
@@ -388,9 +368,7 @@ class Evaluation:
                     sums[q].add(leaf.index, part @ F)
         if self._dispatcher.size == 1:
             return [tree.result() for tree in sums]
-        leaves = [
-            Leaf(b, i, *run) for b in range(self.num_problems) for i, run in enumerate(_leaves(self.strategy))
-        ]
+        leaves = [Leaf(b, i, *run) for b in range(self.num_problems) for i, run in enumerate(_leaves(self.strategy))]
         all_owners = self._owners(self._dispatcher, leaves)
         owners = [[ranges[b] for b, _ in weights] for ranges in all_owners]
         like = self._sums[0].new_empty((weights[0][1].shape[0], self.num_outputs))
@@ -445,9 +423,7 @@ class Estimate:
     def jacobian(self) -> torch.Tensor:
         """J = E[f (L^-T s)^T]: (*batch, *output_shape, d). Collective under MPI."""
         stacked = torch.stack([self._evaluation.jacobian(b) for b in self._all])
-        return self._finish(
-            stacked.reshape(*self._batch, *self._evaluation.output_shape, self._evaluation.dimension)
-        )
+        return self._finish(stacked.reshape(*self._batch, *self._evaluation.output_shape, self._evaluation.dimension))
 
     def vjp(self, v: torch.Tensor) -> torch.Tensor:
         """J^T v for v of the value's shape: (*batch, d). Never builds J. Collective under MPI."""

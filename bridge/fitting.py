@@ -194,9 +194,7 @@ def fit(
                 decay = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * step / steps))
                 state = state - learning_rate * width * decay * adam.direction(g)
             else:
-                state = state - misfit.gauss_newton(
-                    estimate.jacobian(), estimate.value, natural, limit=2 * width
-                )
+                state = state - misfit.gauss_newton(estimate.jacobian(), estimate.value, natural, limit=2 * width)
             state = np.clip(state, lower, upper)
             past = [np.array(h.parameters) / natural for h in history[-window:]]
             if step >= 0.8 * (steps - 1) + window and np.max(np.abs(np.array(past) - state)) < tolerance:
@@ -237,9 +235,7 @@ def _target(target: ArrayLike | torch.Tensor, sim: Simulator) -> torch.Tensor:
 def _variance(variance: float | ArrayLike | None, goal: torch.Tensor) -> torch.Tensor:
     tensor = torch.as_tensor(np.asarray(1.0 if variance is None else variance, dtype=np.float64))
     if tensor.ndim and tensor.shape != goal.shape:
-        raise InputError(
-            f"Expected a variance that is a number or {tuple(goal.shape)}, got {tuple(tensor.shape)}."
-        )
+        raise InputError(f"Expected a variance that is a number or {tuple(goal.shape)}, got {tuple(tensor.shape)}.")
     if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
         raise InputError("Expected a positive, finite variance of the target.")
     return tensor
@@ -255,9 +251,7 @@ class _Misfit:
 
     def value_and_gradient(self, output: torch.Tensor) -> tuple[float, torch.Tensor]:
         if output.shape != self.target.shape:
-            raise InputError(
-                f"Expected a target of shape {tuple(output.shape)}, got {tuple(self.target.shape)}."
-            )
+            raise InputError(f"Expected a target of shape {tuple(output.shape)}, got {tuple(self.target.shape)}.")
         if self.loss is None:
             residual = (output - self.target) / self.variance
             value = 0.5 * torch.mean(residual * (output - self.target))
@@ -273,9 +267,7 @@ class _Misfit:
         V = torch.broadcast_to(self.variance, self.target.shape).reshape(-1, 1)
         return J, (J / V).T @ J
 
-    def gauss_newton(
-        self, jacobian: torch.Tensor, output: torch.Tensor, natural: Array, limit: float
-    ) -> Array:
+    def gauss_newton(self, jacobian: torch.Tensor, output: torch.Tensor, natural: Array, limit: float) -> Array:
         """(J^T V^-1 J + lambda diag)^-1 J^T V^-1 r in natural units, no longer than `limit` in any coordinate."""
         J, normal = self._normal(jacobian)
         residual = ((output - self.target) / self.variance).reshape(-1).to(torch.float64)

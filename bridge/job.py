@@ -70,14 +70,10 @@ def load_job(path: str | Path, directory: str | Path | None = None) -> Job:
     options = {key: _resolve(value, path.parent) for key, value in data["simulator"].items()}
     name = options.pop("name", None)
     if not isinstance(name, str):
-        raise InputError(
-            f"Expected name = ... in [simulator] of {path}. Known: {registry.list_simulators()}."
-        )
+        raise InputError(f"Expected name = ... in [simulator] of {path}. Known: {registry.list_simulators()}.")
     simulator = registry.make(name, **options)
     if simulator.space is None:
-        raise InputError(
-            f"Expected a simulator with named parameters for a job file, got {name!r} without any."
-        )
+        raise InputError(f"Expected a simulator with named parameters for a job file, got {name!r} without any.")
     target_file = path.parent / str(data["target"].get("file", ""))
     settings = dict(data["fit"])
     allowed = _fit_settings()
@@ -108,8 +104,7 @@ def _resolve(value: Any, folder: Path) -> Any:
     """Makes file names relative to the job file: strings under the key `file` (in tables) that exist beside it."""
     if isinstance(value, dict):
         return {
-            k: str(folder / v) if k == "file" and isinstance(v, str) else _resolve(v, folder)
-            for k, v in value.items()
+            k: str(folder / v) if k == "file" and isinstance(v, str) else _resolve(v, folder) for k, v in value.items()
         }
     return value
 

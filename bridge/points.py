@@ -142,9 +142,7 @@ class Sobol(PointSet):
         engine = qmc.Sobol(d, scramble=True, bits=self._BITS, rng=rng)
         with warnings.catch_warnings():
             # n that is not a power of two is the user's choice; it costs balance, not correctness.
-            warnings.filterwarnings(
-                "ignore", message="The balance properties of Sobol'", category=UserWarning
-            )
+            warnings.filterwarnings("ignore", message="The balance properties of Sobol'", category=UserWarning)
             return engine.random(n) + 2.0 ** -(self._BITS + 1)
 
 
@@ -173,8 +171,8 @@ class Antithetic(PointSet):
             )
         if not distribution.symmetric:
             raise InputError(
-                f"Expected a symmetric density for antithetic pairs, got {distribution.name!r}: -eps is not distributed "
-                "as eps. Use antithetic=False, or gaussian, logistic, cauchy, laplace or triangular."
+                f"Expected a symmetric density for antithetic pairs, got {distribution.name!r}: -eps is not "
+                "distributed as eps. Use antithetic=False, or gaussian, logistic, cauchy, laplace or triangular."
             )
         # Mirrored exactly (not through 1 - u, which rounds), so that the scores of a pair cancel to the last bit.
         half = self.base.nodes(distribution, n // 2, d, rng)
@@ -182,9 +180,7 @@ class Antithetic(PointSet):
         def mirror(x: Array) -> Array:
             return np.stack([x, -x], axis=1).reshape(n, d)
 
-        return Nodes(
-            mirror(half.eps), mirror(half.score), np.repeat(half.weight, 2) / 2, min(n, self.block(n))
-        )
+        return Nodes(mirror(half.eps), mirror(half.score), np.repeat(half.weight, 2) / 2, min(n, self.block(n)))
 
 
 _KNOWN: dict[str, PointSet] = {

@@ -65,9 +65,7 @@ def find(name: str) -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         package = point.value.partition(":")[0].partition(".")[0]
         ours = point.dist.name if point.dist is not None else "its distribution"
-        owners = sorted(
-            {owner for owner in metadata.packages_distributions().get(package, []) if owner != ours}
-        )
+        owners = sorted({owner for owner in metadata.packages_distributions().get(package, []) if owner != ours})
         clash = f" The import name {package!r} is also installed by {', '.join(owners)}." if owners else ""
         raise SetupError(
             f"Simulator {name!r} of {ours} ({point.value}) cannot be imported: {error}.{clash} Install what is "

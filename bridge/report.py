@@ -21,7 +21,7 @@ from bridge.fitting import FitResult, FitStep
 from bridge.simulator import ParameterSpace
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> Path:
+def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     """Writes through a temporary neighbour and moves it into place; on failure nothing is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
@@ -65,7 +65,7 @@ def draw_fit(result: FitResult, target: NDArray[Any], path: Path, title: str = "
         ) from error
 
     figure = Figure(figsize=(15, 8.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1))
+    top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=(1.25, 1)))
     if title:
         figure.suptitle(title)
     target = np.asarray(target, dtype=np.float64)
@@ -97,9 +97,7 @@ def draw_fit(result: FitResult, target: NDArray[Any], path: Path, title: str = "
     axes[0].set_xlabel("step")
     for i, (ax, parameter) in enumerate(zip(axes[1:], result.space.parameters, strict=True)):
         values = np.array([h.parameters[i] for h in result.history] + [result.parameters[i]])
-        width = (
-            np.array([h.scale for h in result.history] + [result.history[-1].scale]) * parameter.natural_scale
-        )
+        width = np.array([h.scale for h in result.history] + [result.history[-1].scale]) * parameter.natural_scale
         at = [*steps, steps[-1] + 1]
         ax.fill_between(at, values - width, values + width, alpha=0.2, lw=0, label="smoothing scale")
         ax.plot(at, values, lw=1.2)
@@ -157,9 +155,7 @@ def summary(result: FitResult) -> str:
     lines = [f"{'parameter':<24}{'recovered':>14}{'std. error':>12}{'start':>12}  unit"]
     for i, p in enumerate(result.space.parameters):
         error = "-" if result.standard_error is None else f"{result.standard_error[i]:.2g}"
-        lines.append(
-            f"{p.name:<24}{result.parameters[i]:>14.6g}{error:>12}{result.start[i]:>12.6g}  {p.unit}"
-        )
+        lines.append(f"{p.name:<24}{result.parameters[i]:>14.6g}{error:>12}{result.start[i]:>12.6g}  {p.unit}")
     lines.append(
         f"{result.stop_reason} after {len(result.history)} steps, {result.num_evaluations} simulations, "
         f"{result.wall_s:.1f} s"

@@ -53,9 +53,7 @@ def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) ->
     if isinstance(scale, LowerTriangular):
         tensor = scale.tensor.to(torch.float64)
         if tensor.shape != (d, d):
-            raise InputError(
-                f"Expected a ({d}, {d}) lower-triangular scale, got shape {tuple(tensor.shape)}."
-            )
+            raise InputError(f"Expected a ({d}, {d}) lower-triangular scale, got shape {tuple(tensor.shape)}.")
         tensor = torch.tril(tensor)
     else:
         tensor = torch.as_tensor(scale).to(torch.float64)
@@ -63,8 +61,8 @@ def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) ->
             tensor = tensor * torch.as_tensor(natural, dtype=torch.float64, device=tensor.device)
         elif tuple(tensor.shape) not in ((d,), (d, d)):
             raise InputError(
-                f"Expected a scale that is a number, ({d},) or ({d}, {d}), got shape {tuple(tensor.shape)}. For one scale "
-                "a problem of a batch, use torch.func.vmap over the scale."
+                f"Expected a scale that is a number, ({d},) or ({d}, {d}), got shape {tuple(tensor.shape)}. For one "
+                "scale a problem of a batch, use torch.func.vmap over the scale."
             )
     form: Form = "diagonal" if tensor.ndim == 1 else "matrix"
     if form == "matrix" and not distribution.cross_moments:
@@ -89,8 +87,8 @@ def check_scale(scale: Array, form: Form) -> None:
         raise InputError(f"Expected a finite scale, got {scale.tolist()}.")
     if form == "diagonal" and (scale <= 0).any():
         raise InputError(
-            f"Expected a positive scale for each parameter, got {scale.tolist()}. To keep a parameter fixed, leave it out "
-            "of the simulator's parameters; a learned scale stays positive as the exponential of its logarithm."
+            f"Expected a positive scale for each parameter, got {scale.tolist()}. To keep a parameter fixed, leave it "
+            "out of the simulator's parameters; a learned scale stays positive as the exponential of its logarithm."
         )
     if form == "matrix" and (condition := float(np.max(np.linalg.cond(scale)))) > 1e12:
         raise InputError(
@@ -109,19 +107,19 @@ def perturb(theta: Array, scale: Array, eps: Array) -> Array:
 
 def pull_back_theta(scale: Array, g: Array) -> Array:
     """L^-T g: from eps-space gradients (d,) to gradients in x. Mind the transpose (theory, trap 1)."""
-    return g / scale if scale.ndim == 1 else np.linalg.solve(scale.T, g)
+    return g / scale if scale.ndim == 1 else np.asarray(np.linalg.solve(scale.T, g), dtype=np.float64)
 
 
 def pull_back_scale(scale: Array, g: Array) -> Array:
     """L^-T G: from eps-space sums of s eps^T - I, (d,) diagonal or (d, d), to gradients in L (Theorem 7)."""
-    return g / scale if scale.ndim == 1 else np.linalg.solve(scale.T, g)
+    return g / scale if scale.ndim == 1 else np.asarray(np.linalg.solve(scale.T, g), dtype=np.float64)
 
 
 def push_theta(scale: Array, tangent: Array) -> Array:
     """L^-1 t: from a tangent in x (d,) to eps-space, so that <L^-T s, t> = <s, L^-1 t>."""
-    return tangent / scale if scale.ndim == 1 else np.linalg.solve(scale, tangent)
+    return tangent / scale if scale.ndim == 1 else np.asarray(np.linalg.solve(scale, tangent), dtype=np.float64)
 
 
 def push_scale(scale: Array, tangent: Array) -> Array:
     """L^-1 T: <L^-T G, T> = <G, L^-1 T>; (d,) or (d, d)."""
-    return tangent / scale if scale.ndim == 1 else np.linalg.solve(scale, tangent)
+    return tangent / scale if scale.ndim == 1 else np.asarray(np.linalg.solve(scale, tangent), dtype=np.float64)

@@ -275,9 +275,7 @@ def as_simulator(
     if not callable(function):
         raise InputError(f"Expected a function or a Simulator, got {type(function).__name__}.")
     if inspect.isclass(function):
-        raise InputError(
-            f"Expected a function or a Simulator, got the class {function.__name__}. Make an instance."
-        )
+        raise InputError(f"Expected a function or a Simulator, got the class {function.__name__}. Make an instance.")
     space = None
     if given:
         lengths = {key: len(value) for key, value in given.items()}

@@ -110,13 +110,13 @@ class _Smooth(torch.autograd.Function):
         ctx.save_for_forward(theta, scale, output[1])
 
     @staticmethod
-    def backward(ctx: Any, v: torch.Tensor, _: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, v: torch.Tensor, _: Any) -> Any:
         theta, scale, handle = ctx.saved_tensors
         g_theta, g_scale = _VJP.apply(v, handle, theta, scale, ctx.call)
         return g_theta, g_scale if ctx.call.need_scale else None, None
 
     @staticmethod
-    def jvp(ctx: Any, t_theta: Any, t_scale: Any, _: Any) -> Any:  # type: ignore[override]
+    def jvp(ctx: Any, t_theta: Any, t_scale: Any, _: Any) -> Any:
         theta, scale, handle = ctx.saved_tensors
         t_theta = torch.zeros_like(theta) if t_theta is None else t_theta
         t_scale = torch.zeros_like(scale) if t_scale is None else t_scale
@@ -161,7 +161,7 @@ class _VJP(torch.autograd.Function):
         ctx.save_for_forward(handle, theta, scale)
 
     @staticmethod
-    def backward(ctx: Any, u_theta: torch.Tensor, u_scale: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, u_theta: torch.Tensor, u_scale: torch.Tensor) -> Any:
         handle, theta, scale = ctx.saved_tensors
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             raise NotImplementedError(
@@ -171,7 +171,7 @@ class _VJP(torch.autograd.Function):
         return _JVP.apply(u_theta, u_scale, handle, theta, scale, ctx.call), None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, t_v: Any, _h: Any, t_theta: Any, t_scale: Any, _c: Any) -> Any:  # type: ignore[override]
+    def jvp(ctx: Any, t_v: Any, _h: Any, t_theta: Any, t_scale: Any, _c: Any) -> Any:
         raise NotImplementedError(
             "Forward-mode derivatives of a gradient of a smoothed function need the second score and are not available."
         )
@@ -215,7 +215,7 @@ class _JVP(torch.autograd.Function):
         ctx.save_for_backward(handle, theta, scale)
 
     @staticmethod
-    def backward(ctx: Any, v: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, v: torch.Tensor) -> Any:
         handle, theta, scale = ctx.saved_tensors
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             raise NotImplementedError("Second derivatives of a smoothed function are not available yet.")
@@ -225,9 +225,7 @@ class _JVP(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         n, call = info.batch_size, inputs[5]
-        t_theta, t_scale, handle, theta = (
-            _front(x, dim, n) for x, dim in zip(inputs[:4], in_dims, strict=False)
-        )
+        t_theta, t_scale, handle, theta = (_front(x, dim, n) for x, dim in zip(inputs[:4], in_dims, strict=False))
         scale = _front(inputs[4], in_dims[4], n, shared=True)
         return _JVP.apply(t_theta, t_scale, handle, theta, scale, call), 0
 
@@ -323,21 +321,13 @@ class SmoothedSimulator:
     ) -> tuple[torch.Tensor, torch.Tensor, Form, ParameterSpace]:
         theta = torch.as_tensor(theta)
         if not theta.is_floating_point():
-            raise InputError(
-                f"Expected floating-point parameters, got dtype {theta.dtype}. Use theta.double()."
-            )
+            raise InputError(f"Expected floating-point parameters, got dtype {theta.dtype}. Use theta.double().")
         if theta.ndim == 0:
-            raise InputError(
-                "Expected parameters of shape (d,) or (*batch, d), got a scalar. Use theta.reshape(1)."
-            )
+            raise InputError("Expected parameters of shape (d,) or (*batch, d), got a scalar. Use theta.reshape(1).")
         if math.prod(theta.shape) == 0:
-            raise InputError(
-                f"Expected at least one parameter and one problem, got shape {tuple(theta.shape)}."
-            )
+            raise InputError(f"Expected at least one parameter and one problem, got shape {tuple(theta.shape)}.")
         if step != int(step) or step < 0 or problem != int(problem) or problem < 0:
-            raise InputError(
-                f"Expected step and problem to be non-negative integers, got {step!r} and {problem!r}."
-            )
+            raise InputError(f"Expected step and problem to be non-negative integers, got {step!r} and {problem!r}.")
         d = theta.shape[-1]
         space = self.simulator.space or ParameterSpace.unnamed(d)
         if space.dimension != d:
@@ -470,8 +460,8 @@ class LossSimulator:
                 value = torch.as_tensor(self.loss(torch.as_tensor(output)))
                 if value.numel() != 1:
                     raise InputError(
-                        f"Expected the loss to return one number for an output, got shape {tuple(value.shape)}. Reduce it "
-                        "with .mean() or .sum()."
+                        f"Expected the loss to return one number for an output, got shape {tuple(value.shape)}. Reduce "
+                        "it with .mean() or .sum()."
                     )
                 losses.append(value.to(torch.float64).reshape(()))
         return torch.stack(losses)

@@ -93,9 +93,7 @@ def limit_threads() -> None:
     """
     text = os.environ.get("BRIDGE_THREADS", "1")
     if not text.isdigit() or int(text) < 1:
-        raise InputError(
-            f"Expected a positive integer in the environment variable BRIDGE_THREADS, got {text!r}."
-        )
+        raise InputError(f"Expected a positive integer in the environment variable BRIDGE_THREADS, got {text!r}.")
     torch.set_num_threads(int(text))
     threadpoolctl.threadpool_limits(int(text))
 

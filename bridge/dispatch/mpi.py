@@ -55,9 +55,7 @@ class MPIDispatcher(Dispatcher):
 
     def begin(self, kind: str, signature: str) -> None:
         self._sequence += 1
-        mine = np.array(
-            [self._sequence, zlib.crc32(kind.encode()), zlib.crc32(signature.encode())], dtype=np.int64
-        )
+        mine = np.array([self._sequence, zlib.crc32(kind.encode()), zlib.crc32(signature.encode())], dtype=np.int64)
         all_ranks = np.empty((self.size, 3), dtype=np.int64)
         self._comm.Allgather(mine, all_ranks)
         if (all_ranks == all_ranks[0]).all():
@@ -114,9 +112,7 @@ class MPIDispatcher(Dispatcher):
                 elif self.rank == 0:
                     for node in nodes:
                         incoming = torch.empty_like(buffer)
-                        self._in_pieces(
-                            incoming.numpy(), lambda piece, r=rank: self._comm.Recv(piece, source=r)
-                        )
+                        self._in_pieces(incoming.numpy(), lambda piece, r=rank: self._comm.Recv(piece, source=r))
                         tree.add_node(node, incoming.to(like.device))
         results = []
         for tree in sums:
@@ -145,8 +141,8 @@ def world(launched: int) -> Dispatcher:
     """
     if MPI.COMM_WORLD.Get_size() == 1 and launched > 1:
         raise errors.SetupError(
-            f"Expected {launched} ranks, as the launcher says, got {launched} separate worlds of one rank: the launcher "
-            f"and the MPI library that mpi4py loaded do not belong together. Loaded: "
+            f"Expected {launched} ranks, as the launcher says, got {launched} separate worlds of one rank: the "
+            f"launcher and the MPI library that mpi4py loaded do not belong together. Loaded: "
             f"{MPI.Get_library_version().splitlines()[0].strip()}. Use the mpirun of that library, by its full path."
         )
     return MPIDispatcher(MPI.COMM_WORLD)
@@ -169,9 +165,7 @@ def _abort_on_uncaught_exceptions() -> None:
             # Most of these are raised alike on every rank: rank 0 shows it and ends the job before we do.
             time.sleep(1.0)
         try:
-            print(
-                f"rank {rank} of {MPI.COMM_WORLD.Get_size()} on {MPI.Get_processor_name()}:", file=sys.stderr
-            )
+            print(f"rank {rank} of {MPI.COMM_WORLD.Get_size()} on {MPI.Get_processor_name()}:", file=sys.stderr)
             previous(kind, value, trace)
         except Exception:
             traceback.print_exception(kind, value, trace)

@@ -1,7 +1,7 @@
 """Sums of one fixed shape: a binary tree over the leaves, whoever computes them.
 
 Floating-point addition is not associative, so a sum is bitwise the same for any number of ranks only if its bracketing
-is. Node (level, index) covers leaves [index 2^level, (index + 1) 2^level), cut off at the number of leaves; it is the
+is. Node (level, place) covers leaves [place 2^level, (place + 1) 2^level), cut off at the number of leaves; it is the
 sum of its two children, or its only child. A rank that owns a run of leaves keeps one partial sum for each maximal
 subtree in it, O(log leaves), and the root finishes the tree.
 
@@ -17,8 +17,10 @@ import torch
 
 
 class Node(NamedTuple):
+    """A subtree: see the module."""
+
     level: int
-    index: int
+    place: int
 
 
 class TreeSum:
@@ -33,21 +35,21 @@ class TreeSum:
 
     def add_node(self, node: Node, value: torch.Tensor) -> None:
         while True:
-            level, index = node
-            if index % 2:
-                left = self._partials.pop(Node(level, index - 1), None)
+            level, place = node
+            if place % 2:
+                left = self._partials.pop(Node(level, place - 1), None)
                 if left is None:
                     break
                 value = left.add_(value)
-            elif (index + 1) << level < self.num_leaves or index == 0 and 1 << level >= self.num_leaves:
+            elif (place + 1) << level < self.num_leaves or (place == 0 and 1 << level >= self.num_leaves):
                 break  # the right sibling is still to come, or this is the root
-            node = Node(level + 1, index // 2)
+            node = Node(level + 1, place // 2)
         self._partials[node] = value
 
     @property
     def partials(self) -> dict[Node, torch.Tensor]:
         """The finished subtrees, in leaf order."""
-        return dict(sorted(self._partials.items(), key=lambda item: item[0].index << item[0].level))
+        return dict(sorted(self._partials.items(), key=lambda item: item[0].place << item[0].level))
 
     def result(self) -> torch.Tensor:
         """The whole sum, once every leaf has come."""
@@ -56,15 +58,11 @@ class TreeSum:
 
 
 def owned_nodes(start: int, stop: int, num_leaves: int) -> Iterator[Node]:
-    """The maximal subtrees of leaves [start, stop), in order: the keys that `TreeSum.partials` has after adding them."""
+    """The maximal subtrees of leaves [start, stop), in order: the keys of `TreeSum.partials` after adding them."""
     while start < stop:
         level = 0
         # Grow while the node stays aligned and its leaves (those that exist) stay inside.
-        while (
-            start % (2 << level) == 0
-            and min(start + (2 << level), num_leaves) <= stop
-            and 1 << level < num_leaves
-        ):
+        while start % (2 << level) == 0 and min(start + (2 << level), num_leaves) <= stop and 1 << level < num_leaves:
             level += 1
         yield Node(level, start >> level)
         start += 1 << level
