@@ -49,6 +49,7 @@ format: setup ## put the sources into the format that `make lint` asks for
 	$(BIN)/ruff format .
 
 wheel: setup ## build the wheel into dist/
+	rm -rf build  # setuptools would pack what an earlier build left there
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 constraints: ## pin today's newest fitting versions in constraints.txt (torch stays as pinned)

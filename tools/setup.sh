@@ -21,12 +21,16 @@ die() { printf 'setup: %s\n' "$@" >&2; exit 1; }
 # The stamp is written last, so an interrupted set-up has none, nor has the half environment that a failed
 # `python3 -m venv` leaves. It holds what the environment was made from: pip puts absolute paths into it, hence PWD.
 stamp=$VENV/.setup-stamp
+has_project() { # a new system Python may have left the environment without its packages
+    "$VENV/bin/python" -c 'import sys; from importlib.util import find_spec as find
+sys.exit(not all(map(find, ("bridge", "torch", "pytest"))))' 2>/dev/null
+}
 fingerprint() { { pwd -P; cat pyproject.toml constraints.txt tools/setup.sh; } | cksum; }
 
 torch_index_now=$(cat "$VENV/.torch-index" 2>/dev/null || true)
 [ -n "$TORCH_INDEX" ] || TORCH_INDEX=$torch_index_now  # later calls need not repeat it
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && [ "$TORCH_INDEX" = "$torch_index_now" ] &&
-    "$VENV/bin/python" -c '' 2>/dev/null; then
+    has_project; then
     exit 0
 fi
 
@@ -141,7 +145,16 @@ fi
 
 # --- the environment --------------------------------------------------------------------------------------------
 rm -f "$stamp"
-healthy() { case $(version_of "$VENV/bin/python") in 3.1[1-9] | 3.[2-9][0-9]) "$VENV/bin/python" -m pip --version >/dev/null 2>&1 ;; *) false ;; esac; }
+# pip writes a package's RECORD last and renames what it is about to remove to ~...: with such traces of an
+# interruption a package may look installed without being so.
+healthy() {
+    case $(version_of "$VENV/bin/python") in 3.1[1-9] | 3.[2-9][0-9]) ;; *) return 1 ;; esac
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || return 1
+    local traces
+    for traces in "$VENV"/lib/python*/site-packages/{*.dist-info,~*}; do
+        [ ! -e "$traces" ] || [ -e "$traces/RECORD" ] || return 1
+    done
+}
 if [ "$TORCH_INDEX" != "$torch_index_now" ] || ! healthy; then
     if [ -d "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
         die "$VENV exists and is no virtual environment; it was left as it is. Name another: make setup VENV=..."
