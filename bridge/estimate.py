@@ -423,7 +423,7 @@ class Estimate:
     def jacobian(self) -> torch.Tensor:
         """J = E[f (L^-T s)^T]: (*batch, *output_shape, d). Collective under MPI."""
         stacked = torch.stack([self._evaluation.jacobian(b) for b in self._all])
-        return self._finish(stacked.reshape(*self._batch, *self._evaluation.output_shape, self._evaluation.dimension))
+        return self._finish(stacked.reshape((*self._batch, *self._evaluation.output_shape, self._evaluation.dimension)))
 
     def vjp(self, v: torch.Tensor) -> torch.Tensor:
         """J^T v for v of the value's shape: (*batch, d). Never builds J. Collective under MPI."""
@@ -448,7 +448,7 @@ class Estimate:
         rows = v.reshape(self._evaluation.num_problems, self._evaluation.num_outputs)
         gradients = [pair[which] for pair in self._evaluation.vjp(list(enumerate(rows)))]
         stacked = torch.as_tensor(np.stack([g for g in gradients if g is not None]))
-        return stacked.reshape(*self._batch, *stacked.shape[1:])
+        return stacked.reshape((*self._batch, *stacked.shape[1:]))
 
     def jvp(self, t: torch.Tensor) -> torch.Tensor:
         """J t for t of the parameters' shape (*batch, d): (*batch, *output_shape). Collective under MPI."""

@@ -56,7 +56,8 @@ def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) ->
             raise InputError(f"Expected a ({d}, {d}) lower-triangular scale, got shape {tuple(tensor.shape)}.")
         tensor = torch.tril(tensor)
     else:
-        tensor = torch.as_tensor(scale).to(torch.float64)
+        # Straight to float64: as_tensor of a Python number would round it to float32.
+        tensor = torch.as_tensor(scale, dtype=torch.float64)
         if tensor.ndim == 0:
             tensor = tensor * torch.as_tensor(natural, dtype=torch.float64, device=tensor.device)
         elif tuple(tensor.shape) not in ((d,), (d, d)):

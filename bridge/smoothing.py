@@ -96,9 +96,9 @@ class _Smooth(torch.autograd.Function):
         evaluation = call.evaluations[number]
         batch = theta.shape[:-1]
         values = torch.stack([evaluation.value(b) for b in range(evaluation.num_problems)])
-        value = values.reshape(*batch, *evaluation.output_shape).to(theta)
+        value = values.reshape((*batch, *evaluation.output_shape)).to(theta)
         problems = torch.arange(evaluation.num_problems)
-        handle = torch.stack([torch.full_like(problems, number), problems], dim=-1).reshape(*batch, 2)
+        handle = torch.stack([torch.full_like(problems, number), problems], dim=-1).reshape((*batch, 2))
         return value, handle
 
     @staticmethod
@@ -141,12 +141,12 @@ class _VJP(torch.autograd.Function):
         rows = v.reshape(len(problems), evaluation.num_outputs)
         results = evaluation.vjp(list(zip(problems, rows, strict=True)))
         batch = handle.shape[:-1]
-        g_theta = torch.as_tensor(np.stack([x for x, _ in results])).reshape(*batch, evaluation.dimension)
+        g_theta = torch.as_tensor(np.stack([x for x, _ in results])).reshape((*batch, evaluation.dimension))
         core = 1 if call.form == "diagonal" else 2
         if not call.need_scale:
             return g_theta.to(theta), torch.zeros_like(scale)
         stacked = torch.as_tensor(np.stack([L for _, L in results if L is not None]))
-        g_scale = stacked.reshape(*batch, *stacked.shape[1:])
+        g_scale = stacked.reshape((*batch, *stacked.shape[1:]))
         # A scale that several problems share gathers their gradients.
         shared = [i for i in range(len(batch)) if scale.shape[: scale.ndim - core][i] == 1 and batch[i] != 1]
         if shared:
@@ -206,7 +206,7 @@ class _JVP(torch.autograd.Function):
             T = np.broadcast_to(_numpy(t_scale), (*batch, *t_scale.shape[t_scale.ndim - core :]))
             T_rows = list(T.reshape(len(problems), *T.shape[T.ndim - core :]))
         products = evaluation.jvp(list(zip(problems, t_rows, T_rows, strict=True)))
-        return torch.stack(products).reshape(*batch, *evaluation.output_shape).to(theta)
+        return torch.stack(products).reshape((*batch, *evaluation.output_shape)).to(theta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
