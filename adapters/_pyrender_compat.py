@@ -30,7 +30,8 @@ _LIBRARIES = {
     "OSMesa": ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so"),
 }
 _PACKAGES = (
-    "Install them: Debian and Ubuntu: `apt-get install libegl1 libgl1 libgl1-mesa-dri` (or libosmesa6, up to Mesa 25.0); "
+    "Install them: Debian and Ubuntu: `apt-get install libegl1 libgl1 libgl1-mesa-dri` (or libosmesa6 "
+    "where Mesa is older than 25.1); "
     "Fedora, RHEL and Rocky: `dnf install mesa-libEGL mesa-libGL mesa-dri-drivers`; "
     "openSUSE: `zypper install Mesa-libEGL1 Mesa-libGL1 Mesa-dri`; Arch: `pacman -S mesa libglvnd`; "
     "Alpine: `apk add mesa-egl mesa-gl mesa-dri-gallium`; on a cluster: load its Mesa module, or use a container."
@@ -210,12 +211,16 @@ def _choose_device(devices: list[tuple[int, bool]], wanted: int | None) -> int:
         if not hardware:
             return devices[0][0]  # the caller warns once it knows who renders
         if not 0 <= wanted < len(hardware):
-            raise InputError(f"Expected device between 0 and {len(hardware) - 1}, got {wanted}: EGL lists no more GPUs.")
+            raise InputError(
+                f"Expected device between 0 and {len(hardware) - 1}, got {wanted}: EGL lists no more GPUs."
+            )
         return hardware[wanted]
     fixed = os.environ.get("EGL_DEVICE_ID")
     if fixed is not None:
         if not fixed.isdecimal() or int(fixed) >= len(devices):
-            raise InputError(f"Expected EGL_DEVICE_ID between 0 and {len(devices) - 1}, got {fixed!r}. Change or unset it.")
+            raise InputError(
+                f"Expected EGL_DEVICE_ID between 0 and {len(devices) - 1}, got {fixed!r}. Change or unset it."
+            )
         return devices[int(fixed)][0]
     rank = next((os.environ[name] for name in _LOCAL_RANK if os.environ.get(name, "").isdecimal()), "0")
     candidates = hardware or [handle for handle, _ in devices]
@@ -270,16 +275,17 @@ def choose_platform(wanted: str = "auto") -> str:
         if tied is not None:
             if tied not in ("egl", "osmesa") or asked not in (None, tied):
                 raise SetupError(
-                    f"Expected OpenGL on {asked or 'egl or osmesa'}, got {tied}: PyOpenGL was imported with it earlier in "
-                    f"this process. Set PYOPENGL_PLATFORM={asked or 'egl'} before the first import of OpenGL, or use "
-                    "one platform a process."
+                    f"Expected OpenGL on {asked or 'egl or osmesa'}, got {tied}: PyOpenGL was imported with it "
+                    f"earlier in this process. Set PYOPENGL_PLATFORM={asked or 'egl'} before the first import of "
+                    "OpenGL, or use one platform a process."
                 )
             return tied
         if asked is None and os.environ.get("PYOPENGL_PLATFORM"):
             asked = os.environ["PYOPENGL_PLATFORM"]
             if asked not in ("egl", "osmesa"):
                 raise SetupError(
-                    f"Expected PYOPENGL_PLATFORM=egl or osmesa, got {asked!r}, which needs a screen. Change or unset it."
+                    f"Expected PYOPENGL_PLATFORM=egl or osmesa, got {asked!r}, which needs a screen. "
+                    "Change or unset it."
                 )
         reasons = {}
         for name in ("egl", "osmesa") if asked is None else (asked,):
@@ -374,6 +380,6 @@ def _cure_pyopengl() -> None:
     name = f"{kind.__module__}.{kind.__name__}"
     if handler is not None and name not in handler.check:
         handler.check.append(name)
-    # The current context is a dictionary key in PyOpenGL: as a plain address it is hashable (OSMesa's was not) and whole
-    # (EGL's was cut to 32 bits).
+    # The current context is a dictionary key in PyOpenGL: as a plain address it is hashable (OSMesa's was not) and
+    # whole (EGL's was cut to 32 bits).
     platform.GetCurrentContext.restype = ctypes.c_void_p

@@ -5,8 +5,8 @@ Imported only after `_pyrender_compat.load`: pyrender's classes must exist befor
 
 from __future__ import annotations
 
+import ctypes
 import os
-import sys
 import threading
 import warnings
 import weakref
@@ -95,7 +95,7 @@ class FastRenderer(Renderer):
             GL.glBlitFramebuffer(*box, *box, GL.GL_COLOR_BUFFER_BIT, GL.GL_NEAREST)
             source = target
         GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, source)
-        glReadPixels(0, 0, width, height, what, number, into.ctypes.data)
+        glReadPixels(0, 0, width, height, what, number, ctypes.c_void_p(into.ctypes.data))
 
     def _framebuffer(self, samples: int) -> int:
         if samples not in self._framebuffers:
@@ -227,7 +227,3 @@ class Session:
 def abandon(session: Session) -> None:
     """Forgets a session that a fork inherited, without touching the parent's context."""
     _inherited.append(session)
-
-
-if sys.platform == "darwin":
-    warnings.warn("The pyrender adapter is not tested on macOS.", RuntimeWarning, stacklevel=1)

@@ -1,7 +1,8 @@
 """The teapot of Martin Newell (1975), from its 32 bicubic Bezier patches.
 
-Newell's control points are highly regular: body, rim, lid and bottom are profiles turned through four quarter circles,
-handle and spout are two mirrored halves. So they are written here by their profiles, and the patches are made from them.
+Newell's control points are highly regular: body, rim, lid and bottom are profiles turned through four quarter
+circles, handle and spout are two mirrored halves. So they are written here by their profiles, and the patches are made
+from them.
 Units and axes are Newell's: z up, spout towards +x, height 3.15.
 """
 
@@ -48,9 +49,7 @@ _UPPER_SPOUT = (
 
 def _turned(rows: tuple[tuple[float, float, float], ...], sense: int) -> list[NDArray[np.float64]]:
     """Four patches from a profile, turned clockwise (`sense=-1`) or anticlockwise (+1) seen from above."""
-    quarter = np.array(
-        [[(r, 0.0, z), (r, sense * b, z), (b, sense * r, z), (0.0, sense * r, z)] for r, b, z in rows]
-    )
+    quarter = np.array([[(r, 0.0, z), (r, sense * b, z), (b, sense * r, z), (0.0, sense * r, z)] for r, b, z in rows])
     turn = np.array([[0.0, -sense, 0.0], [sense, 0.0, 0.0], [0.0, 0.0, 1.0]])
     patches = [quarter]
     for _ in range(3):
