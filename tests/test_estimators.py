@@ -1,0 +1,375 @@
+"""Estimators: unbiasedness with power checks, exact facts of theory, invariances, batches, transforms, autograd."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bridge
+from bridge.design import default_leaf_size, make_design, make_strategy
+from bridge.dispatch import TreeSum, owned_nodes
+from bridge.distributions import get_distribution
+from bridge.points import get_points
+from bridge.testing import Quadrature, assert_mean, mean_differs
+from bridge.weights import make_weights
+
+A = np.array([[0.9, -0.4], [0.3, 0.8]])
+X = torch.tensor([0.2, -0.3], dtype=torch.float64)
+L = torch.tensor([[0.5, 0.21], [-0.13, 0.42]], dtype=torch.float64)
+REPLICATES = 2000
+
+
+def smooth_function(x):
+    return np.tanh(x @ A.T) + 0.7
+
+
+VECTORIZED = bridge.as_simulator(smooth_function, vectorized=True)
+
+
+def truths(name, scale):
+    rule, density = Quadrature(18), get_distribution(name)
+    exact = bridge.smooth(
+        VECTORIZED, seed=0, distribution=name, points=rule, num_samples=rule.size(density, 2), covariate="none"
+    ).estimate(X, scale=scale, scale_gradient=True)
+    v = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    return exact.value, exact.jacobian(), exact.vjp_scale(v), v
+
+
+def replicated(name, scale, n, **kwargs):
+    """REPLICATES independent estimates, as one batch of problems."""
+    smoothed = bridge.smooth(VECTORIZED, seed=5, distribution=name, num_samples=n, leaf_size=n, **kwargs)
+    return smoothed.estimate(X.expand(REPLICATES, 2), scale=scale, scale_gradient=True)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "logistic", "gumbel", "laplace"])
+@pytest.mark.parametrize("covariate", ["none", "f(x)", "loo", "auto"])
+def test_independent_rows_are_unbiased_in_x_and_in_a_full_scale(name, covariate):
+    value, jacobian, dL, v = truths(name, L)
+    estimate = replicated(name, L, 8, points="mc", covariate=covariate)
+    # Without a covariate the constant 0.7 swamps the signal: fewer digits, more power asked of fewer quantities.
+    power = 0.1 if covariate != "none" else 0.3
+    assert_mean(estimate.value, value, power)
+    strong = jacobian.abs() > 0.3
+    assert_mean(estimate.jacobian()[:, strong], jacobian[strong], power)
+    samples = estimate.vjp_scale(v.expand(REPLICATES, 2))
+    strong = dL.abs() > 0.1
+    assert not mean_differs(samples, dL)
+    assert mean_differs(samples[:, strong], dL[strong] + 0.25)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "logistic", "laplace", "cauchy"])
+def test_antithetic_pairs_are_unbiased_in_x_and_in_the_scale(name):
+    """Whole pairs are left out: the literal LOO would be N/(N-1) too large in x and 0.86 of the truth in L at N = 8."""
+    scale = torch.diagonal(L).clone()
+    _, jacobian, dL, v = truths(name, scale)
+    estimate = replicated(name, scale, 8, points="mc", antithetic=True)
+    strong = jacobian.abs() > 0.25
+    assert_mean(estimate.jacobian()[:, strong], jacobian[strong])
+    samples = estimate.vjp_scale(v.expand(REPLICATES, 2))
+    assert not mean_differs(samples, dL)
+    literal = replicated(name, scale, 8, points="mc", antithetic=True, covariate="loo")
+    np.testing.assert_allclose(literal.jacobian(), estimate.jacobian() * 8 / 7, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("points", ["rqmc-latin", "rqmc-cartesian", "sobol"])
+@pytest.mark.parametrize("name", ["gaussian", "logistic", "gumbel", "laplace", "cauchy"])
+def test_randomised_points_without_covariate_are_unbiased(name, points):
+    scale = torch.diagonal(L).clone()
+    value, jacobian, _, _ = truths(name, scale)
+    estimate = replicated(name, scale, 9 if points == "rqmc-cartesian" else 8, points=points, covariate="none")
+    assert_mean(estimate.value, value)
+    strong = jacobian.abs() > 0.3
+    assert_mean(estimate.jacobian()[:, strong], jacobian[strong])
+
+
+def test_triangular_with_latin_midpoints_is_within_its_known_bias():
+    """Latin midpoints cap the score at sqrt(N); the bias at N = 1000 is 2-3 % (theory, section 2)."""
+    scale = torch.diagonal(L).clone()
+    _, jacobian, _, _ = truths("triangular", scale)
+    smoothed = bridge.smooth(VECTORIZED, seed=5, distribution="triangular", num_samples=1000)
+    assert "Latin" in repr(smoothed.strategy.points)
+    mean = smoothed.estimate(X.expand(60, 2), scale=scale).jacobian().mean(0)
+    assert ((mean - jacobian).abs() < 0.04 * jacobian.abs().max()).all()
+    assert np.abs(make_design(smoothed.strategy, 0, 0, 2).nodes.score).max() <= np.sqrt(1000) * (1 + 1e-12)
+
+
+def test_f_of_x_equals_none_where_the_scores_sum_to_zero():
+    for kwargs in ({"antithetic": True, "points": "mc"}, {"points": "qmc-latin"}):
+        a, b = (
+            bridge.smooth(VECTORIZED, seed=1, num_samples=16, scale=0.3, covariate=c, **kwargs).estimate(X).jacobian()
+            for c in ("none", "f(x)")
+        )
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_mean_is_loo_short_by_the_factor_of_theory():
+    a, b = (
+        bridge.smooth(VECTORIZED, seed=1, num_samples=16, scale=0.3, points="mc", covariate=c).estimate(X).jacobian()
+        for c in ("mean", "loo")
+    )
+    np.testing.assert_allclose(a, b * 15 / 16, rtol=1e-12)
+
+
+def test_weights_against_a_loop_over_blocks():
+    strategy = make_strategy(
+        seed=3, num_samples=12, distribution="gaussian", points="mc", antithetic=True, covariate="auto",
+        forward="smoothed", simulator_seeds="common", leaf_size=None,
+    )  # fmt: skip
+    nodes = make_design(strategy, 0, 0, 3).nodes
+    F = np.random.default_rng(0).normal(size=12)
+    G = (nodes.score[:, :, None] * nodes.eps[:, None, :] - np.eye(3)).reshape(12, 9)
+    expected = np.zeros(9)
+    for i in range(12):
+        others = [j for j in range(12) if j // 2 != i // 2]
+        expected += (F[i] - F[others].mean()) * G[i] / 12
+    np.testing.assert_allclose(F @ make_weights(strategy, nodes, "matrix").scale, expected, rtol=1e-12)
+
+
+def test_cartesian_has_one_point_in_each_cell_and_names_the_nearest_feasible_numbers():
+    rng = np.random.default_rng(0)
+    u = get_points("rqmc-cartesian", False, get_distribution("gaussian")).uniform(27, 3, rng)
+    assert len(set(map(tuple, np.floor(u * 3).astype(int)))) == 27
+    assert len(np.unique(u[:, 0])) == 27  # not a product of jittered axes
+    with pytest.raises(bridge.BridgeError, match="27 and 64"):
+        bridge.smooth(lambda x: x, seed=0, num_samples=30, points="qmc-cartesian")(torch.zeros(3))
+
+
+@given(st.sampled_from(["mc", "qmc-latin", "rqmc-latin", "sobol"]), st.integers(1, 70), st.integers(1, 5), st.booleans())
+def test_points_lie_in_the_open_cube_and_depend_on_the_key_alone(points, n, d, antithetic):
+    n += n % 2 if antithetic else 0
+    strategy = make_strategy(
+        seed=n, num_samples=n, distribution="gaussian", points=points, antithetic=antithetic, covariate="none",
+        forward="smoothed", simulator_seeds="independent", leaf_size=None,
+    )  # fmt: skip
+    one, two = make_design(strategy, 4, 2, d), make_design(strategy, 4, 2, d)
+    assert np.isfinite(one.nodes.eps).all()
+    assert one.nodes.eps.shape == (n, d)
+    assert np.array_equal(one.nodes.eps, two.nodes.eps)
+    assert np.array_equal(one.seeds, two.seeds)
+    assert not np.array_equal(one.nodes.eps, make_design(strategy, 5, 2, d).nodes.eps) or points == "qmc-latin"
+    if "latin" in points and not antithetic:
+        from scipy.stats import norm
+
+        cells = np.sort(np.floor(norm.cdf(one.nodes.eps) * n - 1e-9 * (points == "qmc-latin")), axis=0)
+        assert (cells == np.arange(n)[:, None]).all()
+
+
+@given(st.integers(1, 90), st.data())
+def test_the_tree_has_one_shape_for_any_owners(leaves, data):
+    values = np.random.default_rng(leaves).normal(size=leaves) * 10.0 ** np.arange(leaves).clip(0, 12)
+    whole = TreeSum(leaves)
+    for i, v in enumerate(values):
+        whole.add(i, torch.tensor([v]))
+    cuts = sorted(data.draw(st.lists(st.integers(0, leaves), max_size=6)))
+    root = TreeSum(leaves)
+    for start, stop in zip([0, *cuts], [*cuts, leaves], strict=True):
+        part = TreeSum(leaves)
+        for i in range(start, stop):
+            part.add(i, torch.tensor([values[i]]))
+        assert list(part.partials) == list(owned_nodes(start, stop, leaves))
+        for node, value in part.partials.items():
+            root.add_node(node, value.clone())
+    assert root.result().item() == whole.result().item()
+    assert whole.result().item() == pytest.approx(values.sum(), rel=1e-9)
+
+
+def test_leaf_size_follows_from_n_alone():
+    assert [default_leaf_size(n) for n in (1, 64, 65, 128, 256, 1024, 4096)] == [1, 1, 4, 4, 8, 32, 128]
+
+
+@pytest.mark.parametrize("keep", [0.0, 100.0])
+def test_a_batch_is_its_problems_one_by_one_bitwise(keep):
+    smoothed = bridge.smooth(VECTORIZED, seed=2, num_samples=48, scale=0.4, keep_megabytes=keep)
+    batch = torch.stack([X, X + 0.3, X - 0.2]).reshape(3, 1, 2)
+    together = smoothed(batch, step=4)
+    assert together.shape == (3, 1, 2)
+    for b in range(3):
+        assert torch.equal(smoothed(batch[b, 0], step=4, problem=b), together[b, 0])
+    assert torch.equal(torch.func.vmap(lambda t: smoothed(t, step=4))(batch[:, 0]), together[:, 0])
+
+
+def test_kept_and_streamed_agree():
+    a, b = (
+        bridge.smooth(VECTORIZED, seed=2, num_samples=100, keep_megabytes=k, covariate="f(x)").estimate(
+            X, scale=L, scale_gradient=True
+        )
+        for k in (0.0, 100.0)
+    )
+    assert (a.streamed, b.streamed) == (True, False)
+    v = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    for one, other in (
+        (a.value, b.value),
+        (a.jacobian(), b.jacobian()),
+        (a.vjp(v), b.vjp(v)),
+        (a.vjp_scale(v), b.vjp_scale(v)),
+        (a.jvp(v), b.jvp(v)),
+        (a.vjp(v), a.jacobian().T @ v),
+        (a.jvp(v), a.jacobian() @ v),
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-10)
+    assert a.num_evaluations == 101
+
+
+def test_torch_func_transforms_agree_with_the_estimate():
+    smoothed = bridge.smooth(VECTORIZED, seed=2, num_samples=32, scale=0.4)
+    J = smoothed.estimate(X).jacobian()
+    np.testing.assert_allclose(torch.func.jacrev(smoothed)(X), J, rtol=1e-12)
+    np.testing.assert_allclose(torch.func.jacfwd(smoothed)(X), J, rtol=1e-12)
+    t = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    value, tangent = torch.func.jvp(smoothed, (X,), (t,))
+    np.testing.assert_allclose(tangent, J @ t, rtol=1e-12)
+    assert torch.equal(value, smoothed(X))
+    batch = torch.stack([X, X + 0.1])
+    stacked = smoothed.estimate(batch).jacobian()
+    np.testing.assert_allclose(torch.func.vmap(torch.func.jacrev(smoothed))(batch), stacked, rtol=1e-12)
+    np.testing.assert_allclose(torch.func.vmap(torch.func.jacfwd(smoothed))(batch), stacked, rtol=1e-12)
+    grad_L = torch.func.vmap(torch.func.grad(lambda s: smoothed(X, scale=s).sum()))(torch.tensor([0.4, 0.5]))
+    s = torch.tensor(0.4, requires_grad=True)
+    assert grad_L[0].item() == pytest.approx(torch.autograd.grad(smoothed(X, scale=s).sum(), s)[0].item(), rel=1e-6)
+
+
+def test_one_dispatch_for_a_mapped_batch_and_no_calls_in_backward():
+    calls = []
+
+    def counted(x):
+        calls.append(len(x))
+        return smooth_function(x)
+
+    smoothed = bridge.smooth(bridge.as_simulator(counted, vectorized=True), seed=0, num_samples=8, leaf_size=8)
+    batch = X.expand(5, 2).clone().requires_grad_()
+    y = torch.func.vmap(smoothed)(batch)
+    assert calls == [8] * 5
+    y.sum().backward()
+    assert calls == [8] * 5
+    assert batch.grad.shape == (5, 2)
+
+
+def test_the_simulator_is_a_black_box():
+    """It gets plain numbers, cannot be differentiated, and is called exactly N times."""
+    calls = 0
+
+    def opaque(x):
+        nonlocal calls
+        calls += 1
+        assert type(x) is np.ndarray
+        assert x.dtype == np.float64
+        assert x.flags.c_contiguous
+        y = np.floor(10 * x.sum())
+        x[:] = np.nan  # its own copy: nobody else may notice
+        return y
+
+    theta = X.clone().requires_grad_()
+    y = bridge.smooth(opaque, seed=0, num_samples=256, scale=0.5)(theta)
+    y.backward()
+    assert calls == 256
+    np.testing.assert_allclose(theta.grad, [10, 10], rtol=0.15)
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    smoothed = bridge.smooth(VECTORIZED, seed=0, num_samples=8)
+    theta = X.clone().requires_grad_()
+    (g,) = torch.autograd.grad(smoothed(theta).sum(), theta, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second score"):
+        g.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("output", [np.float32, np.float64, np.int32, np.uint8, bool])
+def test_types_follow_theta(dtype, output):
+    smoothed = bridge.smooth(lambda x: (x > 0).astype(output), seed=0, num_samples=64)
+    theta = X.to(dtype).requires_grad_()
+    y = smoothed(theta)
+    y.sum().backward()
+    assert y.dtype == theta.grad.dtype == dtype
+    exact = bridge.smooth(lambda x: (x > 0).astype(np.float64), seed=0, num_samples=64)(X)
+    np.testing.assert_allclose(y.detach(), exact, rtol=1e-5)
+
+
+def test_learned_log_scale_and_unsmoothed_forward():
+    log_scale = torch.tensor([-1.0, -0.5], dtype=torch.float64, requires_grad=True)
+    smoothed = bridge.smooth(VECTORIZED, seed=0, num_samples=64, scale=torch.ones(2))
+    smoothed(X, scale=log_scale.exp()).sum().backward()
+    assert log_scale.grad.abs().min() > 0
+    plain = bridge.smooth(VECTORIZED, seed=0, num_samples=64, scale=0.3, forward="unsmoothed")
+    theta = X.clone().requires_grad_()
+    y = plain(theta)
+    np.testing.assert_allclose(y.detach(), smooth_function(X.numpy()[None])[0], rtol=1e-14)
+    y.sum().backward()
+    reference = bridge.smooth(VECTORIZED, seed=0, num_samples=64, scale=0.3).estimate(X).vjp(torch.ones(2))
+    np.testing.assert_allclose(theta.grad, reference, rtol=1e-12)
+
+
+def test_smoothing_of_the_loss_is_that_of_the_algorithm_plus_the_variance():
+    """Squared error: E[|h - t|^2] = |E[h] - t|^2 + tr Cov[h], exactly with weights that sum to one."""
+    rule, density = Quadrature(18), get_distribution("gaussian")
+    common = {"seed": 0, "scale": 0.4, "points": rule, "num_samples": rule.size(density, 2), "covariate": "none"}
+    target = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    of_loss = bridge.smooth_loss(VECTORIZED, lambda y: ((y - target) ** 2).sum(), **common)(X)
+    mean = bridge.smooth(VECTORIZED, **common)(X)
+    square = bridge.smooth(lambda x: smooth_function(x[None])[0] ** 2, **common)(X)
+    expected = ((mean - target) ** 2).sum() + (square - mean**2).sum()
+    assert of_loss.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_simulator_seeds_are_common_or_independent():
+    seen = []
+
+    def noisy(x, seed):
+        seen.append(seed)
+        return np.random.default_rng(seed).normal()
+
+    for kind, count in (("common", 1), ("independent", 16)):
+        seen.clear()
+        smoothed = bridge.smooth(
+            bridge.as_simulator(noisy, seeded=True), seed=7, num_samples=16, simulator_seeds=kind
+        )
+        first = smoothed(X, step=1)
+        assert len(set(seen)) == count
+        before = list(seen)
+        seen.clear()
+        assert torch.equal(smoothed(X, step=1), first)
+        assert seen == before
+        seen.clear()
+        smoothed(X, step=2)
+        assert set(seen).isdisjoint(before)
+
+
+def test_frozen_noise_is_noticed_once():
+    smoothed = bridge.smooth(VECTORIZED, seed=0, num_samples=4)
+    smoothed(X)
+    with pytest.warns(UserWarning, match="noise is frozen"):
+        smoothed(X + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        smoothed(X + 2)
+        smoothed(X + 3, step=1)
+
+
+def test_queries_are_clipped_and_counted():
+    seen = []
+
+    def f(x):
+        seen.append(x.copy())
+        return x
+
+    sim = bridge.as_simulator(f, names=["a"], bounds=[(0.0, 1.0)], units=["nm"])
+    estimate = bridge.smooth(sim, seed=0, num_samples=64, scale=1.0).estimate(torch.tensor([0.5]))
+    queries = np.array(seen)
+    assert queries.min() == 0.0
+    assert queries.max() == 1.0
+    assert estimate.clipped_fraction == ((queries == 0) | (queries == 1)).mean()
+    strict = bridge.as_simulator(f, names=["a"], bounds=[(0.0, 1.0)], outside="raise")
+    with pytest.raises(bridge.BridgeError, match=r"a = .* outside \[0, 1\]"):
+        bridge.smooth(strict, seed=0, num_samples=64, scale=1.0)(torch.tensor([0.5]))
+
+
+def test_a_plain_scale_is_in_natural_units():
+    sim = bridge.as_simulator(lambda x: x, names=["kv", "angstrom"], natural_scale=[30.0, 0.5])
+    e = bridge.smooth(sim, seed=0, num_samples=256, scale=0.1)
+    f = bridge.smooth(lambda x: x, seed=0, num_samples=256, scale=torch.tensor([3.0, 0.05]).double())
+    assert torch.equal(e(X), f(X))
