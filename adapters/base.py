@@ -1,0 +1,439 @@
+"""Any program with a command line as a simulator.
+
+A `Template` knows what the program's files mean, a `Profile` how this machine runs it, and `ExternalSimulator` puts the
+two together: one fresh directory, one process group and one scrubbed environment a run. `TextTemplate` is the template
+for programs that read text and write an array.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Formatter
+from typing import Any, Literal, final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from adapters._process import Outcome, run_process
+from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
+from bridge.simulator import ParameterSpace
+
+STDOUT, STDERR = "stdout.txt", "stderr.txt"
+_TAIL_LINES = 20
+
+# A child that starts MPI of its own must not believe that it is a rank of ours: it would hang, or take our job down.
+_LAUNCHER = ("OMPI_", "PMIX_", "PMI_", "PMI2_", "PRTE_", "HYDRA_", "HYDI_", "MPIR_", "MPI_LOCAL", "I_MPI_HYDRA")
+# The user's policy for a launcher that the child may start itself ...
+_POLICY = ("OMPI_ALLOW_", "OMPI_MCA_", "PRTE_MCA_")
+# ... except what Open MPI 4's launcher writes under the same prefix (from its sources; not tested here).
+_LAUNCHER_MCA = tuple(f"OMPI_MCA_{name}" for name in ("ess", "orte_", "pmix", "initial_wdir", "shmem_RUNTIME_QUERY"))
+_THREADS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """One evaluation, as a template sees it.
+
+    Args:
+        values: parameter name -> value; float, or int for parameters of kind "integer" (rounded to the nearest).
+        vector: (d,) float64, unrounded, in the order of the parameter space.
+        seed: the simulator's own seed, below 2^64. A program that takes less may use `row.seed % 2**31`.
+    """
+
+    values: Mapping[str, float | int]
+    vector: NDArray[np.float64]
+    seed: int
+
+
+class Template(ABC):
+    """What a program's files mean. Instances must be picklable; they must not change between runs."""
+
+    @abstractmethod
+    def write_input(self, directory: Path, row: Row) -> None:
+        """Writes the program's input for one row into a fresh, empty directory, which is its working directory."""
+
+    @abstractmethod
+    def read_output(self, directory: Path) -> ArrayLike:
+        """Reads what the program left in the directory; `stdout.txt` and `stderr.txt` are what it said."""
+
+    def command_arguments(self, row: Row) -> tuple[str, ...]:
+        """Arguments that depend on the row; they follow the profile's."""
+        return ()
+
+    def standard_input(self, row: Row) -> str | None:
+        """Name of a file in the directory that the program reads as its standard input; None for none."""
+        return None
+
+    def check(self, space: ParameterSpace) -> None:
+        """Raises `InputError` where the template does not fit the parameters; called once, before any run."""
+        return None
+
+
+@final
+@dataclass(frozen=True)
+class Profile:
+    """How this machine runs a program.
+
+    Args:
+        argv: the program and its fixed arguments, one a string; never one string with spaces. A program without a slash
+            is looked up on the child's PATH; a relative path with one is taken from the current directory, now.
+        env: further variables for the program; they win over all others.
+        timeout_s: limit of one run [s]; None for none.
+        threads: what OMP_NUM_THREADS and the like tell the program; None leaves the variables as they are.
+        keep: whose run directories stay: of "failed" runs, "all" or "none".
+        scratch: where run directories are made, created where missing; by default the system's temporary directory,
+            which is local to the node on most clusters.
+        keep_slurm: leave SLURM_* in the program's environment, as a program started through `srun` needs.
+        kill_grace_s: time between the polite signal and the final one [s].
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float | None = None
+    threads: int | None = 1
+    keep: Literal["failed", "all", "none"] = "failed"
+    scratch: Path | None = None
+    keep_slurm: bool = False
+    kill_grace_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.argv, str | bytes):
+            raise InputError(
+                f"Expected argv as a list of strings, got the single string {self.argv!r}. Write "
+                f"{tuple(shlex.split(os.fsdecode(self.argv)))!r}: then spaces and quotes mean nothing."
+            )
+        argv = tuple(os.fspath(part) if isinstance(part, os.PathLike) else part for part in self.argv)
+        if not argv or not all(isinstance(part, str) for part in argv) or not argv[0]:
+            raise InputError(f"Expected argv as a program and its arguments, all strings, got {self.argv!r}.")
+        if os.sep in argv[0]:
+            argv = (os.path.abspath(argv[0]), *argv[1:])
+        object.__setattr__(self, "argv", argv)
+        env = dict(self.env)
+        if not all(isinstance(k, str) and isinstance(v, str) and k and "=" not in k for k, v in env.items()):
+            raise InputError(f"Expected env as a mapping of names to strings, got {env!r}. Write numbers as strings.")
+        object.__setattr__(self, "env", env)
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise InputError(f"Expected a positive timeout_s or None, got {self.timeout_s!r}.")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"Expected at least one thread or None, got {self.threads!r}.")
+        if self.keep not in ("failed", "all", "none"):
+            raise InputError(f"Unknown keep={self.keep!r}. Known: failed, all, none.")
+        if not self.kill_grace_s >= 0:
+            raise InputError(f"Expected a kill_grace_s of 0 or more, got {self.kill_grace_s!r}.")
+        if self.scratch is not None:
+            object.__setattr__(self, "scratch", Path(os.path.abspath(self.scratch)))
+
+    def environment(self) -> dict[str, str]:
+        """The program's environment: this process's without the launcher's variables, threads, `env`."""
+        launcher = _LAUNCHER if self.keep_slurm else (*_LAUNCHER, "SLURM_")
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(launcher) or (name.startswith(_POLICY) and not name.startswith(_LAUNCHER_MCA))
+        }
+        if self.threads is not None:
+            environment |= dict.fromkeys(_THREADS, str(self.threads))
+        return environment | dict(self.env)
+
+    def executable(self) -> str:
+        """Full path of the program.
+
+        Raises:
+            SetupError: there is none, or it may not be executed.
+        """
+        search = self.environment().get("PATH", os.defpath)
+        found = shutil.which(self.argv[0], path=search)
+        if found is None:
+            where = "no executable file is there" if os.sep in self.argv[0] else f"none on PATH={search}"
+            raise SetupError(
+                f"Expected the program {self.argv[0]!r} on {platform.node()}, got nothing: {where}. Install it, "
+                "load its module, or give its full path in Profile.argv."
+            )
+        return found
+
+
+@final
+@dataclass(frozen=True)
+class ExternalSimulator:
+    """A program as a `bridge.Simulator`: one run a row, one after another.
+
+    Each run has a fresh directory (its working directory) and a process group of its own, whose members are all ended
+    when the run is over: at exit, at the time limit, and when the run is interrupted. Only processes that left the
+    group (`setsid`) escape. This process's environment and working directory never change.
+
+    Args:
+        template: what the program's files mean.
+        profile: how to run it here.
+        space: its parameters.
+        output_shape: shape of one output; None to take what the first row of a call gives.
+    """
+
+    template: Template
+    profile: Profile
+    space: ParameterSpace
+    output_shape: tuple[int, ...] | None
+
+    def __post_init__(self) -> None:
+        if self.output_shape is not None:
+            object.__setattr__(self, "output_shape", tuple(int(n) for n in self.output_shape))
+        self.template.check(self.space)
+
+    def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[np.float64]:
+        """Runs the program k times.
+
+        Args:
+            inputs: (k, d) parameters.
+            seeds: (k,), one a run.
+
+        Returns:
+            (k, *output_shape) float64.
+
+        Raises:
+            SetupError: the program or the scratch directory is missing; nothing has been run.
+            EvaluationError: a run failed or gave non-finite numbers; EvaluationTimeoutError: it took too long;
+                OutputError: its output is missing, unreadable or of another shape. The rows after it are not run.
+        """
+        inputs = np.asarray(inputs, dtype=np.float64)
+        if inputs.ndim != 2 or inputs.shape[1] != self.space.dimension or len(inputs) != len(seeds):
+            raise InputError(
+                f"Expected inputs of shape (k, {self.space.dimension}) and k seeds, got {inputs.shape} and "
+                f"{len(seeds)}."
+            )
+        executable = self.profile.executable()
+        shape = self.output_shape
+        outputs = []
+        for x, seed in zip(inputs, seeds, strict=True):
+            outputs.append(self._run(executable, self._row(x, int(seed)), shape))
+            shape = outputs[0].shape
+        return np.stack(outputs) if outputs else np.empty((0, *(shape or ())))
+
+    def _row(self, vector: NDArray[np.float64], seed: int) -> Row:
+        values = {
+            p.name: round(float(v)) if p.kind == "integer" else float(v)
+            for p, v in zip(self.space.parameters, vector, strict=True)
+        }
+        return Row(values, vector.copy(), seed)
+
+    def _run(self, executable: str, row: Row, shape: tuple[int, ...] | None) -> NDArray[np.float64]:
+        directory = self._fresh_directory()
+        outcome: Outcome | None = None
+        keep = self.profile.keep == "all"
+        try:
+            self.template.write_input(directory, row)
+            command = (executable, *self.profile.argv[1:], *self.template.command_arguments(row))
+            standard_input = self.template.standard_input(row)
+            outcome = run_process(
+                command,
+                directory=directory,
+                environment=self.profile.environment(),
+                standard_input=None if standard_input is None else directory / standard_input,
+                standard_output=directory / STDOUT,
+                standard_error=directory / STDERR,
+                timeout_s=self.profile.timeout_s,
+                kill_grace_s=self.profile.kill_grace_s,
+            )
+            if outcome.timed_out:
+                raise EvaluationTimeoutError(
+                    f"Expected an end within {self.profile.timeout_s:g} s, got none: the run was killed. Raise "
+                    "Profile.timeout_s, or bound the parameters."
+                )
+            if outcome.status != 0:
+                raise EvaluationError(f"Expected exit status 0, got {outcome.describe()}.")
+            return self._read(directory, shape)
+        except BridgeError as error:
+            keep = keep or self.profile.keep == "failed"
+            raise type(error)(self._report(str(error), row, directory, outcome, keep=keep)) from error.__cause__
+        except Exception as error:
+            keep = keep or self.profile.keep == "failed"
+            said = (
+                f"Expected {type(self.template).__name__} to write the input and start the program, got "
+                f"{type(error).__name__}: {error}."
+            )
+            raise EvaluationError(self._report(said, row, directory, outcome, keep=keep)) from error
+        finally:
+            if not keep:
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def _fresh_directory(self) -> Path:
+        try:
+            if self.profile.scratch is not None:
+                self.profile.scratch.mkdir(parents=True, exist_ok=True)
+            prefix = f"bridge-{Path(self.profile.argv[0]).stem}-"
+            return Path(tempfile.mkdtemp(prefix=prefix, dir=self.profile.scratch))
+        except OSError as error:
+            raise SetupError(
+                f"Expected a writable scratch directory on {platform.node()}, got {error}. Set Profile.scratch "
+                "or TMPDIR."
+            ) from error
+
+    def _read(self, directory: Path, shape: tuple[int, ...] | None) -> NDArray[np.float64]:
+        reader = f"{type(self.template).__name__}.read_output"
+        try:
+            output = np.asarray(self.template.read_output(directory))
+            if np.iscomplexobj(output):
+                raise TypeError("complex numbers; return real and imaginary parts as real numbers")
+            output = np.array(output, dtype=np.float64, order="C")  # `ascontiguousarray` makes a vector of a scalar
+        except OutputError:
+            raise
+        except FileNotFoundError as error:
+            there = ", ".join(sorted(p.name for p in directory.iterdir())) or "nothing"
+            raise OutputError(
+                f"Expected the output file {error.filename or error!s}, got {there}. The program ended with status 0 "
+                "without writing it."
+            ) from error
+        except Exception as error:
+            raise OutputError(
+                f"Expected an output that {reader} can read, got {type(error).__name__}: {error}. Is the file whole?"
+            ) from error
+        if shape is not None and output.shape != shape:
+            hint = " If the program gives one number, declare output_shape=()." if output.shape == () else ""
+            raise OutputError(f"Expected an output of shape {shape}, got {output.shape}.{hint}")
+        bad = int(np.count_nonzero(~np.isfinite(output)))
+        if bad:
+            raise EvaluationError(f"Expected finite numbers, got {bad} of {output.size} that are NaN or infinite.")
+        return output
+
+    def _report(self, said: str, row: Row, directory: Path, outcome: Outcome | None, *, keep: bool) -> str:
+        """The message of a failed run: what, where, with which parameters, and what the program said last."""
+        values = ", ".join(
+            f"{p.name} = {row.values[p.name]!r}{' ' + p.unit if p.unit else ''}" for p in self.space.parameters
+        )
+        lines = [
+            said,
+            f"  program: {shlex.join(outcome.command) if outcome else self.profile.argv[0]}",
+            f"  parameters: {values}; seed {row.seed}",
+            f"  status: {outcome.describe() if outcome else 'not started'}, on {platform.node()}",
+            f"  directory: {directory}{'' if keep else ' (removed: Profile.keep)'}",
+        ]
+        for name in (STDOUT, STDERR):
+            tail = _tail(directory / name)
+            if tail:
+                lines += [f"  last lines of {name}:", *(f"    {line}" for line in tail)]
+        return "\n".join(lines)
+
+
+def _tail(path: Path, number: int = _TAIL_LINES, limit: int = 16_384) -> list[str]:
+    """The last lines of a file, however long it or they are."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - limit))
+            return [line[-500:] for line in file.read().decode(errors="replace").splitlines()[-number:]]
+    except OSError:
+        return []
+
+
+@final
+@dataclass(frozen=True)
+class TextTemplate(Template):
+    """Input as text with `{parameter}` placeholders, output as a file with an array.
+
+        template = TextTemplate(inputs={"in.txt": "mass = {mass_kg}\\nseed = {seed}\\n"}, output="out.npy")
+        simulator = ExternalSimulator(template, Profile(("my-code", "in.txt"), timeout_s=60), space, (64, 64))
+
+    Placeholders are Python's format fields: `{mass_kg}` is written so that it reads back as the same number,
+    `{mass_kg:.3f}` as asked; `{seed}` is the seed; braces of the file itself are doubled, `{{` and `}}`.
+
+    Args:
+        output: file that the program writes, relative to its directory; "stdout.txt" for what it prints.
+        inputs: file name -> text, each with placeholders.
+        arguments: further command-line arguments, each with placeholders.
+        stdin: which of `inputs` the program reads as its standard input.
+        read: path -> array; by default by the extension: .npy, .mrc (needs mrcfile), .csv (commas), and .txt, .dat and
+            all others as numbers separated by white space, with # comments.
+    """
+
+    output: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+    stdin: str | None = None
+    read: Callable[[Path], ArrayLike] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.arguments, str):
+            raise InputError(f"Expected arguments as a list of strings, got {self.arguments!r}.")
+        object.__setattr__(self, "arguments", tuple(self.arguments))
+        object.__setattr__(self, "inputs", dict(self.inputs))
+        for name in (self.output, *self.inputs):
+            if os.path.isabs(name) or ".." in Path(name).parts or not name:
+                raise InputError(f"Expected file names inside the run's directory, got {name!r}. Make it relative.")
+        if self.stdin is not None and self.stdin not in self.inputs:
+            raise InputError(f"Expected stdin among the inputs {list(self.inputs)}, got {self.stdin!r}.")
+
+    def check(self, space: ParameterSpace) -> None:
+        if "seed" in space.names:
+            raise InputError("Expected no parameter called 'seed': {seed} stands for the simulator's seed. Rename it.")
+        known = {*space.names, "seed"}
+        for text in (*self.inputs.values(), *self.arguments):
+            unknown = sorted(set(_fields(text)) - known)
+            if unknown:
+                raise InputError(
+                    f"Unknown placeholders {unknown} in {text[:60]!r}. Known: {', '.join((*space.names, 'seed'))}. "
+                    "Double the braces that belong to the file itself: {{ and }}."
+                )
+
+    def write_input(self, directory: Path, row: Row) -> None:
+        for name, text in self.inputs.items():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self._fill(text, row), encoding="utf-8")
+
+    def command_arguments(self, row: Row) -> tuple[str, ...]:
+        return tuple(self._fill(text, row) for text in self.arguments)
+
+    def standard_input(self, row: Row) -> str | None:
+        return self.stdin
+
+    def read_output(self, directory: Path) -> ArrayLike:
+        path = directory / self.output
+        if not path.exists():
+            raise FileNotFoundError(2, "no such file", self.output)
+        return (self.read or read_array)(path)
+
+    @staticmethod
+    def _fill(text: str, row: Row) -> str:
+        return text.format(**row.values, seed=row.seed)
+
+
+def _fields(text: str) -> Iterable[str]:
+    try:
+        return [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise InputError(
+            f"Expected text with {{parameter}} placeholders, got {text[:60]!r}: {error}. Double the braces that "
+            "belong to the file itself: {{ and }}."
+        ) from error
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """An array from a .npy, .mrc, .csv or text file, by its extension."""
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return np.load(path, allow_pickle=False)
+    if suffix in (".mrc", ".mrcs", ".map", ".rec", ".st"):
+        try:
+            import mrcfile
+        except ImportError as error:
+            raise OutputError(
+                'Expected mrcfile to read MRC files; install it: `pip install "simulation-bridge[cryoet]"`.'
+            ) from error
+        with mrcfile.open(path, mode="r") as file:
+            return np.array(file.data)
+    if path.stat().st_size == 0:
+        raise OutputError(f"Expected numbers in {path.name}, got an empty file.")
+    return np.loadtxt(path, delimiter="," if suffix == ".csv" else None)
