@@ -1,0 +1,188 @@
+"""Ranks: bitwise the same value, gradient and fit on 1, 2, 3 and 4; errors and misuse end on every rank."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.mpi
+
+GRADIENTS = """
+import hashlib
+import numpy as np
+import torch
+import bridge
+
+A = np.random.default_rng(0).normal(size=(2, 500))
+
+def f(x):
+    return np.sin(x @ A).astype(np.float32)
+
+theta = torch.tensor([[0.1, 0.4], [0.2, 0.3], [0.5, 0.6]], dtype=torch.float64, requires_grad=True)
+matrix = torch.tensor([[0.5, 0.2], [0.1, 0.4]], dtype=torch.float64, requires_grad=True)
+digest = hashlib.sha256()
+for keep in (40, 0):
+    for n, covariate, leaf in ((5, "auto", None), (64, "f(x)", None), (200, "loo", None), (99, "mean", 7)):
+        smoothed = bridge.smooth(
+            f, seed=0, num_samples=n, keep_megabytes=keep, covariate=covariate, leaf_size=leaf, points="rqmc-latin"
+        )
+        y = smoothed(theta, step=n, scale=matrix)
+        gradients = torch.autograd.grad((y**2).sum(), (theta, matrix))
+        e = smoothed.estimate(theta[0])
+        forward = torch.func.jvp(smoothed, (theta.detach(),), (torch.ones_like(theta),))[1]
+        per_problem = torch.func.vmap(torch.func.grad(lambda t: smoothed(t).sum()))(theta.detach())
+        loss = bridge.smooth_loss(f, lambda out: (out**2).sum(), seed=1, num_samples=n)(theta)
+        for t in (y, *gradients, e.jacobian(), e.jvp(torch.tensor([1.0, 2.0])), forward, per_problem, loss):
+            digest.update(t.detach().numpy().tobytes())
+if bridge.is_root():
+    print("digest", digest.hexdigest())
+"""
+
+FIT = """
+import hashlib
+import json
+import numpy as np
+import bridge
+
+grid = np.linspace(-1, 1, 48)
+
+def f(x):
+    return np.floor(50 * np.exp(-((grid[:, None] - x[0]) ** 2 + (grid - x[1]) ** 2) / x[2] ** 2))
+
+sim = bridge.as_simulator(f, names=["a", "b", "w"], bounds=[(-1, 1), (-1, 1), (0.05, 1)], natural_scale=[0.1, 0.1, 0.05])
+target = f([0.3, -0.2, 0.3])
+digest = hashlib.sha256()
+for method, steps in (("adam", 60), ("gauss-newton", 12)):
+    result = bridge.fit(sim, target, {"a": 0.0, "b": 0.1, "w": 0.4}, seed=0, method=method, steps=steps)
+    digest.update(json.dumps([h.parameters for h in result.history]).encode())
+    digest.update(result.parameters.tobytes() + result.standard_error.tobytes() + result.output.tobytes())
+    assert np.abs(result.parameters - [0.3, -0.2, 0.3]).max() < 0.01, result
+if bridge.is_root():
+    print("digest", digest.hexdigest())
+"""
+
+
+def alone(text, tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(text, encoding="utf-8")
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", [GRADIENTS, FIT], ids=["gradients", "fit"])
+def test_bitwise_the_same_on_any_number_of_ranks(script, run_ranks, tmp_path):
+    one = alone(script, tmp_path)
+    assert one.startswith("digest ")
+    for ranks in (1, 2, 3, 4):
+        done = run_ranks(ranks, script, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == one, f"{ranks} ranks"
+
+
+def test_a_failing_rank_raises_the_same_error_on_all(run_ranks):
+    done = run_ranks(
+        3,
+        """
+        import numpy as np, torch, bridge
+
+        def f(x):
+            return np.nan if x[0] > 1 else x.sum()
+
+        try:
+            bridge.smooth(f, seed=0, num_samples=64)(torch.zeros(2))
+        except bridge.BridgeError as error:
+            from mpi4py import MPI
+
+            texts = MPI.COMM_WORLD.allgather(f"{type(error).__name__} {error}")
+            if bridge.is_root():
+                assert len(set(texts)) == 1, texts
+                print(texts[0])
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("EvaluationError Expected finite outputs")
+    assert "p0 = 1." in done.stdout
+    assert "[rank " in done.stdout
+
+
+def test_ranks_in_different_places_get_an_error_not_a_deadlock(run_ranks):
+    done = run_ranks(
+        2,
+        """
+        import torch, bridge
+
+        smoothed = bridge.smooth(lambda x: x, seed=0, num_samples=4)
+        smoothed(torch.zeros(2), step=1 if bridge.is_root() else 2)
+        """,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "Expected all ranks to make the same call" in done.stderr
+    assert "step 1" in done.stderr
+    assert "step 2" in done.stderr
+
+
+def test_a_bug_on_one_rank_ends_the_job_with_its_traceback(run_ranks):
+    done = run_ranks(
+        3,
+        """
+        import torch, bridge
+
+        smoothed = bridge.smooth(lambda x: x, seed=0, num_samples=4)
+        smoothed(torch.zeros(2))
+        if smoothed.dispatcher.rank == 1:
+            raise KeyError("a bug of the script")
+        smoothed(torch.zeros(2), step=1)
+        """,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "rank 1 of 3" in done.stderr
+    assert "a bug of the script" in done.stderr
+
+
+def test_ranks_cannot_drift(run_ranks):
+    """Rank 0's parameters count: a rank that differs in a last bit is brought back."""
+    done = run_ranks(
+        2,
+        """
+        import torch, bridge
+
+        smoothed = bridge.smooth(lambda x: x**2, seed=0, num_samples=4)
+        rank = smoothed.dispatcher.rank
+        theta = torch.tensor([1.0 + rank], dtype=torch.float64, requires_grad=True)
+        y = smoothed(theta)
+        (g,) = torch.autograd.grad(y, theta)
+        values = smoothed.dispatcher.broadcast_object((y.item(), g.item()))
+        assert values == (y.item(), g.item()), (rank, values, y, g)
+        assert theta.item() == 1.0 + rank
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_wrong_launcher_is_detected(tmp_path):
+    """The launcher says four, MPI sees one: N silent worlds of size one."""
+    import os
+
+    script = tmp_path / "script.py"
+    script.write_text("import bridge, torch\nbridge.smooth(lambda x: x, seed=0)(torch.zeros(1))\n", encoding="utf-8")
+    environment = {**os.environ, "OMPI_COMM_WORLD_SIZE": "4"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode != 0
+    assert "4 separate worlds of one rank" in done.stderr
+
+
+def test_without_mpi_nothing_of_it_is_imported(tmp_path):
+    text = """
+import sys
+sys.modules["mpi4py"] = None  # as if it were not installed
+import torch, bridge
+theta = torch.zeros(2, requires_grad=True)
+bridge.smooth(lambda x: x, seed=0)(theta).sum().backward()
+print(bool((theta.grad - 1).abs().max() < 0.2))
+"""
+    assert alone(text, tmp_path) == "True\n"
