@@ -84,6 +84,12 @@ class Microscope:
             lower, upper = limits.get(item.name, (-3.6e5, 3.6e5))
             check_range("Microscope", item.name, getattr(self, item.name), lower, upper)
 
+    def values(self) -> dict[str, float]:
+        """The settings by parameter name; `b_factor_angstrom2` is the parameter `b_factor`."""
+        table = {item.name: float(getattr(self, item.name)) for item in fields(self)}
+        table["b_factor"] = table.pop("b_factor_angstrom2")
+        return table
+
 
 @dataclass(frozen=True)
 class Frequencies:
@@ -180,7 +186,7 @@ def envelope_exponent(values: Mapping[str, Value], grid: Frequencies) -> torch.T
     """
     wavelength = wavelength_angstrom(values["voltage_kv"])
     spread = focal_spread_angstrom(values["voltage_kv"], values["energy_spread_ev"], values["cc_mm"])
-    exponent = 0.25 * values["b_factor_angstrom2"] + (0.5 * (math.pi * wavelength * spread) ** 2) * grid.q2
+    exponent = 0.25 * values["b_factor"] + (0.5 * (math.pi * wavelength * spread) ** 2) * grid.q2
     if not _is_zero(values["convergence_mrad"]):
         slope = local_defocus(values, grid) - (1e7 * values["cs_mm"] * wavelength**2) * grid.q2
         exponent = exponent + (math.pi * 1e-3 * values["convergence_mrad"]) ** 2 * slope**2
@@ -244,6 +250,5 @@ def contrast_transfer(
     Returns:
         CTF (H, W), in the order of `torch.fft.fft2`.
     """
-    values = {item.name: float(getattr(microscope, item.name)) for item in fields(microscope)}
     grid = frequencies(shape, pixel_size_angstrom, dtype)
-    return torch.sin(phase_aberration(values, grid) + math.asin(microscope.amplitude_contrast))
+    return torch.sin(phase_aberration(microscope.values(), grid) + math.asin(microscope.amplitude_contrast))

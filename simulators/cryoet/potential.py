@@ -1,0 +1,337 @@
+"""From atoms to a projected electrostatic potential, and its interpolation at any in-plane pose.
+
+The projection along the beam is a sum over atoms of radial functions, one for each kind of atom and B factor. In
+Fourier space this is a handful of non-uniform Fourier transforms: the kinds' radial functions are expressed in a few
+of themselves, so the cost does not grow with the number of different B factors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import scipy.fft
+import scipy.linalg
+import scipy.ndimage
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+
+from bridge.errors import InputError
+from simulators.cryoet.physics import ICE_MOLECULES_PER_ANGSTROM3, POTENTIAL_CONSTANT
+from simulators.cryoet.specimen import Specimen, import_gemmi
+
+# Volume of solvent displaced by an atom [angstrom^3]: Fraser, MacRae & Suzuki (1978), J. Appl. Cryst. 11, 693.
+_DISPLACED = {1: 5.15, 6: 16.44, 7: 2.49, 8: 9.13, 15: 5.73, 16: 19.86}
+
+# Kernel of the non-uniform Fourier transform: exp(beta (sqrt(1 - x^2) - 1)) over 8 samples, oversampling 2. Its error
+# is near 1e-7 of the largest value (Barnett, Magland & af Klinteberg 2019, SIAM J. Sci. Comput. 41, C479).
+_SUPPORT = 8
+_BETA = 2.3 * _SUPPORT
+
+
+@lru_cache(maxsize=128)
+def peng_coefficients(atomic_number: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Amplitudes a_i [angstrom] and widths b_i [angstrom^2] of an element's electron scattering factor.
+
+    Reference:
+        Peng, Ren, Dudarev & Whelan (1996), Acta Cryst. A52, 257, table 1 (International Tables C, 4.3.2.2).
+    """
+    table = import_gemmi().Element(int(atomic_number)).c4322
+    if atomic_number < 1 or table is None:
+        raise InputError(f"Expected an element with an electron scattering factor (Z = 1 to 98), got {atomic_number}.")
+    values = table.get_coefs()
+    return tuple(values[:5]), tuple(values[5:])
+
+
+def scattering_factor(atomic_number: int, q2: NDArray[np.float64]) -> NDArray[np.float64]:
+    """f_e(q) = sum_i a_i exp(-b_i q^2 / 4) [angstrom], of the squared frequency [1/angstrom^2]."""
+    a, b = peng_coefficients(atomic_number)
+    return sum(ai * np.exp(-0.25 * bi * q2) for ai, bi in zip(a, b, strict=True))  # type: ignore[return-value]
+
+
+def ice_potential() -> float:
+    """Mean inner potential of vitreous ice [V]: h^2 / (2 pi m e) n (f_O(0) + 2 f_H(0)), about 4.6 V."""
+    zero = np.zeros(1)
+    molecule = scattering_factor(8, zero) + 2 * scattering_factor(1, zero)
+    return float(POTENTIAL_CONSTANT * ICE_MOLECULES_PER_ANGSTROM3 * molecule[0])
+
+
+def displaced_volume(atomic_number: int) -> float:
+    """Solvent that an atom displaces [angstrom^3]; a van der Waals sphere for elements not tabulated."""
+    if atomic_number in _DISPLACED:
+        return _DISPLACED[atomic_number]
+    return float(4 / 3 * np.pi * import_gemmi().Element(int(atomic_number)).vdw_r ** 3)
+
+
+def _curve(atomic_number: int, b_factor: float, hydrogens: float, q2: NDArray, solvent: bool) -> NDArray[np.float64]:
+    """Fourier transform of one atom's potential, less that of the solvent it displaces [V angstrom^3].
+
+    The displaced solvent is a Gaussian, V_ice V exp(-pi V^(2/3) q^2) (Fraser et al. 1978, equation 3).
+    """
+    curve = np.zeros_like(q2)
+    for z, number in ((atomic_number, 1.0), (1, hydrogens)):
+        if number:
+            curve += number * POTENTIAL_CONSTANT * scattering_factor(z, q2)
+            if solvent:
+                volume = displaced_volume(z)
+                curve -= number * ice_potential() * volume * np.exp(-np.pi * volume ** (2 / 3) * q2)
+    return curve * np.exp(-0.25 * b_factor * q2)
+
+
+def _radial_basis(specimen: Specimen, highest: float, solvent: bool) -> tuple[NDArray, NDArray]:
+    """A few kinds of atom whose curves span those of all, and the atoms' coordinates in them (n, r)."""
+    keys = np.stack((specimen.atomic_numbers, specimen.b_factors, specimen.hydrogens), axis=1)
+    kinds, inverse = np.unique(keys, axis=0, return_inverse=True)
+    q2 = np.linspace(0, highest, 96) ** 2
+    curves = np.stack([_curve(int(z), b, h, q2, solvent) for z, b, h in kinds])
+    # Interpolative decomposition: pivoted QR chooses the kinds that stand for the others.
+    _, r, pivots = scipy.linalg.qr(curves.T, mode="economic", pivoting=True)
+    size = np.abs(np.diag(r))
+    rank = max(1, int((size > 1e-9 * size[0]).sum()))
+    chosen = pivots[:rank]
+    coordinates = np.linalg.lstsq(curves[chosen].T, curves.T, rcond=None)[0].T
+    return kinds[chosen], coordinates[inverse.reshape(-1)] * specimen.weights[:, None]
+
+
+def _kernel_transform(size: int) -> NDArray[np.float64]:
+    """Fourier transform of the spreading kernel at the frequencies of a grid of `size` samples, by quadrature."""
+    nodes, node_weights = np.polynomial.legendre.leggauss(48)
+    values = np.exp(_BETA * (np.sqrt(1 - nodes**2) - 1)) * node_weights * (_SUPPORT / 2)
+    frequency = np.fft.fftfreq(size)
+    return np.cos(2 * np.pi * frequency[:, None] * (nodes * _SUPPORT / 2)[None, :]) @ values
+
+
+def _spreading_matrix(positions: NDArray, shape: tuple[int, int], step: float) -> scipy.sparse.csr_matrix:
+    """(pixels, n): each atom's kernel values on the periodic grid whose origin is sample n // 2."""
+    columns, weights = [], []
+    for axis, size in ((1, shape[0]), (0, shape[1])):
+        place = positions[:, axis] / step + size // 2
+        first = np.ceil(place - _SUPPORT / 2).astype(np.int64)
+        index = first[:, None] + np.arange(_SUPPORT)[None, :]
+        offset = (index - place[:, None]) / (_SUPPORT / 2)
+        weights.append(np.exp(_BETA * (np.sqrt(np.maximum(1 - offset**2, 0)) - 1)))
+        columns.append(index % size)
+    pixels = columns[0][:, :, None] * shape[1] + columns[1][:, None, :]
+    values = weights[0][:, :, None] * weights[1][:, None, :]
+    n, taps = len(positions), _SUPPORT**2
+    pointers = np.arange(0, n * taps + 1, taps)
+    return scipy.sparse.csr_matrix((values.ravel(), pixels.ravel(), pointers), shape=(n, shape[0] * shape[1])).T
+
+
+def band_limit(q2: NDArray[np.float64], cutoff: float) -> NDArray[np.float64]:
+    """1 below 0.9 cutoff, 0 above cutoff, half a cosine between; isotropic, so that it commutes with rotation."""
+    ramp = np.clip((np.sqrt(q2) / cutoff - 0.9) / 0.1, 0, 1)
+    return 0.5 * (1 + np.cos(np.pi * ramp))
+
+
+def projected_spectrum(
+    specimen: Specimen, shape: tuple[int, int], step_angstrom: float, *, solvent: bool, highest: float | None = None
+) -> NDArray[np.complex128]:
+    r"""Fourier coefficients of the projected potential on a periodic grid whose origin is sample n // 2.
+
+    V~(q) = h^2/(2 pi m e) sum_j w_j f_j(q) exp(-B_j q^2/4) exp(-2 pi i q.r_j), less the displaced solvent.
+
+    Args:
+        specimen: the atoms.
+        shape: (rows, columns) of the grid.
+        step_angstrom: its step [angstrom].
+        solvent: subtract the smooth displaced solvent.
+        highest: the spectrum is needed for |q| < highest only, and zero beyond; None for all [1/angstrom].
+
+    Returns:
+        (rows, columns // 2 + 1), in the scaling of `scipy.fft.irfft2` over `shape` [V angstrom].
+    """
+    nyquist = 0.5 / step_angstrom
+    # The kernel needs twice the sampling of the band that is wanted.
+    finer = 1 if highest is not None and highest <= 0.5 * nyquist else 2
+    fine = (finer * shape[0], finer * shape[1])
+    limit = nyquist * np.sqrt(2) if highest is None else highest
+    kinds, coordinates = _radial_basis(specimen, limit, solvent)
+    # Origin at sample n // 2 of the coarse grid, which is sample finer * (n // 2) of the fine one.
+    offset = np.array([finer * (n // 2) - (finer * n) // 2 for n in (shape[1], shape[0])]) * step_angstrom / finer
+    spread = _spreading_matrix(specimen.positions[:, :2] + offset, fine, step_angstrom / finer)
+    rows = np.concatenate((np.arange((shape[0] + 1) // 2), np.arange(-(shape[0] // 2), 0)))
+    half = shape[1] // 2 + 1
+    qy = np.fft.fftfreq(shape[0], step_angstrom)
+    qx = np.fft.rfftfreq(shape[1], step_angstrom)
+    q2 = qy[:, None] ** 2 + qx[None, :] ** 2
+    table = np.linspace(0, limit**2 * (1 + 1e-12), 16385)
+    total = np.zeros((shape[0], half), dtype=np.complex128)
+    for (z, b, h), column in zip(kinds, coordinates.T, strict=True):
+        spectrum = scipy.fft.rfft2((spread @ column).reshape(fine))[rows, :half]
+        total += spectrum * np.interp(q2, table, _curve(int(z), b, h, table, solvent), right=0.0)
+    kernel_y = _kernel_transform(fine[0])[rows]
+    kernel_x = _kernel_transform(fine[1])[np.arange(half)]
+    # Continuous transform -> samples: a sum over atoms of V~ / (area of a sample).
+    return total / (kernel_y[:, None] * kernel_x[None, :] * step_angstrom**2)
+
+
+def projected_potential(
+    specimen: Specimen,
+    shape: tuple[int, int],
+    step_angstrom: float,
+    *,
+    solvent: bool = False,
+    resolution_angstrom: float | None = None,
+) -> NDArray[np.float64]:
+    """Projected potential on a periodic grid whose origin is pixel n // 2; the reference for everything faster.
+
+    Args:
+        specimen: the atoms.
+        shape: (rows, columns).
+        step_angstrom: pixel [angstrom].
+        solvent: subtract the smooth displaced solvent.
+        resolution_angstrom: keep |q| < 1 / resolution only (sharp); None for all frequencies of the grid.
+
+    Returns:
+        (rows, columns) float64 [V angstrom].
+    """
+    highest = None if resolution_angstrom is None else 1 / resolution_angstrom
+    spectrum = projected_spectrum(specimen, shape, step_angstrom, solvent=solvent, highest=highest)
+    return scipy.fft.irfft2(spectrum, s=shape)
+
+
+def displaced_thickness(
+    specimen: Specimen, shape: tuple[int, int], step_angstrom: float, voxel_angstrom: float = 1.5
+) -> NDArray[np.float64]:
+    """Thickness of the solvent that is displaced when a voxel is either solvent or not: the hard threshold.
+
+    Each copy's atoms' volumes are spread on voxels, blurred by the atoms' mean Gaussian and a probe of 1.4 angstrom;
+    voxels more than half full hold no solvent. Copies are treated one by one, since they do not overlap.
+
+    Args:
+        specimen: the atoms.
+        shape, step_angstrom: of the periodic grid whose origin is sample n // 2.
+        voxel_angstrom: edge of a voxel [angstrom].
+
+    Returns:
+        (rows, columns) float64 [angstrom]; steps are as wide as a voxel, spread linearly over grid samples.
+    """
+    volume = np.array([displaced_volume(int(z)) for z in range(1, 1 + int(specimen.atomic_numbers.max()))])
+    own = volume[specimen.atomic_numbers - 1]
+    mean_square = (own ** (2 / 3) / (2 * np.pi) + specimen.b_factors / (8 * np.pi**2)) * specimen.weights
+    blur = np.sqrt(mean_square.sum() / specimen.weights.sum() + 1.4**2) / voxel_angstrom
+    total = np.zeros(shape)
+    for label in np.unique(specimen.labels):
+        mine = specimen.labels == label
+        xyz = specimen.positions[mine] / voxel_angstrom
+        filled = specimen.weights[mine] * (own[mine] + specimen.hydrogens[mine] * _DISPLACED[1])
+        margin = int(np.ceil(4 * blur)) + 2
+        low = np.floor(xyz.min(axis=0)).astype(np.int64) - margin
+        size = np.ceil(xyz.max(axis=0)).astype(np.int64) + margin - low + 1
+        density = np.zeros(size)
+        _add_linear(density, xyz - low, filled / voxel_angstrom**3)
+        full = scipy.ndimage.gaussian_filter(density, blur, mode="constant") > 0.5
+        columns = full.sum(axis=2) * voxel_angstrom**3
+        x, y = np.nonzero(columns)
+        points = np.stack(((y + low[1]), (x + low[0])), axis=1) * (voxel_angstrom / step_angstrom)
+        points += np.array([shape[0] // 2, shape[1] // 2])
+        inside = (points >= 0).all(axis=1) & (points < np.array(shape) - 1).all(axis=1)
+        _add_linear(total, points[inside], columns[x, y][inside] / step_angstrom**2)
+    return total
+
+
+def _add_linear(grid: NDArray[np.float64], points: NDArray[np.float64], values: NDArray[np.float64]) -> None:
+    """Adds values at fractional indices (n, dimensions) to the 2^dimensions samples around each."""
+    low = np.floor(points).astype(np.int64)
+    part = points - low
+    for corner in np.ndindex(*(2,) * grid.ndim):
+        share = np.prod(np.where(np.array(corner) == 1, part, 1 - part), axis=1)
+        index = np.ravel_multi_index(tuple((low + np.array(corner)).T), grid.shape)
+        grid.reshape(-1)[:] += np.bincount(index, values * share, minlength=grid.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    r"""A projected potential that can be sampled anywhere: v(x, y) = sum_k c_k B(x - k_x) B(y - k_y).
+
+    B is the cubic B-spline on a grid twice as fine as the image. The coefficients are the band-limited potential divided in
+    Fourier space by the spline's own transform, sinc^4, which makes v exact within the band; what is left are the
+    spline's images at multiples of the sampling frequency (below 1.3 % at the highest frequency of the band, falling
+    with its fourth power). v has two continuous derivatives, so gradients through the pose are those of v itself.
+
+    Args:
+        coefficients: (N, N) float64, in steps of the grid.
+        step_angstrom: of the grid [angstrom].
+    """
+
+    coefficients: torch.Tensor
+    step_angstrom: float
+    _converted: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def build(
+        cls, specimen: Specimen, pixel_size_angstrom: float, *, hard_solvent: bool, oversampling: int = 2
+    ) -> Projection:
+        """Projects a specimen for images of a pixel size.
+
+        Args:
+            specimen: the atoms.
+            pixel_size_angstrom: of the image; the potential is band-limited at its Nyquist frequency, isotropically.
+            hard_solvent: displaced solvent by threshold rather than the atoms' Gaussians.
+            oversampling: of the grid with respect to the image, at least 2.
+        """
+        step = pixel_size_angstrom / oversampling
+        # Room for the atoms' tails, the ringing of the band limit and the support of the spline.
+        reach = float(np.abs(specimen.positions[:, :2]).max()) + 24.0 + 16 * pixel_size_angstrom
+        n = scipy.fft.next_fast_len(int(np.ceil(2 * reach / step)) + 4, real=True)
+        if n > 16384:
+            raise InputError(
+                f"Expected a specimen that fits a grid of 16384^2 samples, got one of {2 * reach:.0f} angstrom at steps "
+                f"of {step:g} angstrom. Use larger pixels or a smaller specimen."
+            )
+        shape = (n, n)
+        cutoff = 0.5 / pixel_size_angstrom
+        spectrum = projected_spectrum(specimen, shape, step, solvent=not hard_solvent, highest=cutoff)
+        if hard_solvent:
+            spectrum -= ice_potential() * scipy.fft.rfft2(displaced_thickness(specimen, shape, step))
+        fy, fx = np.fft.fftfreq(n), np.fft.rfftfreq(n)
+        limit = band_limit((fy[:, None] ** 2 + fx[None, :] ** 2) / step**2, cutoff)
+        spectrum *= limit / (np.sinc(fy)[:, None] * np.sinc(fx)[None, :]) ** 4
+        return cls(torch.from_numpy(scipy.fft.irfft2(spectrum, s=shape)), step)
+
+    def in_dtype(self, dtype: torch.dtype) -> torch.Tensor:
+        """The coefficients in a dtype; converted once."""
+        if dtype not in self._converted:
+            self._converted[dtype] = self.coefficients.to(dtype)
+        return self._converted[dtype]
+
+    def sample(self, columns: torch.Tensor, rows: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        """v at fractional grid indices; zero outside the grid.
+
+        Args:
+            columns, rows: positions in samples of the grid, of one shape.
+            coefficients: `self.coefficients` in the dtype of the positions.
+
+        Returns:
+            v, of the same shape [V angstrom].
+        """
+        n = coefficients.shape[0]
+        # Clamping keeps indices valid; out there the potential is zero but for ringing at the 1e-4 level.
+        columns, rows = columns.clamp(1, n - 3), rows.clamp(1, n - 3)
+        column, row = columns.detach().floor(), rows.detach().floor()
+        across, down = _cubic_weights(columns - column), _cubic_weights(rows - row)
+        base = ((row - 1) * n + (column - 1)).to(torch.int64) if n < 4000 else (row.long() - 1) * n + column.long() - 1
+        base = base.reshape(-1)
+        flat = coefficients.reshape(-1)
+        size = (n - 4) * n + n - 3
+        total = None
+        for j in range(4):
+            line = None
+            for i in range(4):
+                # A narrowed view instead of base + offset: no new index array for each tap.
+                tap = flat.narrow(0, j * n + i, size).index_select(0, base).reshape(columns.shape)
+                line = across[i] * tap if line is None else torch.addcmul(line, across[i], tap)
+            total = down[j] * line if total is None else torch.addcmul(total, down[j], line)
+        return total
+
+
+def _cubic_weights(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The cubic B-spline's four values around a point at fraction `part` between samples 1 and 2."""
+    square = part * part
+    last = square * part / 6
+    first = last * -1 + 0.5 * square - 0.5 * part + 1 / 6
+    second = 3 * last - square + 2 / 3
+    return first, second, 1 - first - second - last, last

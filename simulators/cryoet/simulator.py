@@ -1,0 +1,372 @@
+"""`CryoET`: parameters -> micrograph.
+
+atoms -> projected potential -> solvent -> pose -> phase object -> lens -> dose -> noise, MTF -> counts
+
+A single tilt. Pose: the specimen is rotated about its origin, then shifted; its origin is at pixel (H // 2, W // 2) of
+the image. +x is the direction of columns, +y of rows, and a rotation is positive from +x to +y.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import scipy.fft
+import torch
+from numpy.typing import NDArray
+
+from bridge.errors import InputError
+from bridge.simulator import Parameter, ParameterSpace
+from simulators.cryoet import detector as detection
+from simulators.cryoet.detector import Detector
+from simulators.cryoet.optics import Frequencies, Microscope, Value, check_range, frequencies, transfer_function
+from simulators.cryoet.physics import interaction_constant, wavelength_angstrom
+from simulators.cryoet.potential import Projection
+from simulators.cryoet.specimen import Specimen
+
+Mode = Literal["hard", "smooth"]
+Noise = Literal["none", "poisson", "full"]
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where the specimen is.
+
+    Args:
+        x_angstrom, y_angstrom: shift to the right (larger column) and downwards (larger row) [angstrom].
+        z_angstrom: height; positive adds to the underfocus, and does nothing else [angstrom].
+        rotation_deg: in-plane rotation about the specimen's origin, from +x to +y, before the shift [degree].
+    """
+
+    x_angstrom: float = 0.0
+    y_angstrom: float = 0.0
+    z_angstrom: float = 0.0
+    rotation_deg: float = 0.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            check_range("Pose", item.name, getattr(self, item.name), -1e6, 1e6)
+
+
+def _p(name: str, unit: str, lower: float, upper: float, scale: float, description: str) -> Parameter:
+    return Parameter(name, unit, lower, upper, scale, "continuous", description)
+
+
+# Bounds are those within which the model makes sense; those of x and y follow from the field.
+_KNOWN = {
+    p.name: p
+    for p in (
+        _p("voltage_kv", "kV", 60.0, 1000.0, 20.0, "accelerating voltage"),
+        _p("defocus_um", "um", 0.2, 4.0, 0.1, "defocus, positive is underfocus"),
+        _p("astigmatism_um", "um", -0.5, 0.5, 0.05, "half the difference of the principal defoci"),
+        _p("astigmatism_angle_deg", "deg", -360.0, 360.0, 5.0, "direction of the larger defocus, from +x to +y"),
+        _p("cs_mm", "mm", 0.0, 10.0, 0.3, "spherical aberration"),
+        _p("amplitude_contrast", "", 0.0, 0.5, 0.02, "part of the contrast that is amplitude contrast"),
+        _p("phase_shift_deg", "deg", -360.0, 360.0, 5.0, "extra phase of the scattered wave (phase plate)"),
+        _p("energy_spread_ev", "eV", 0.0, 10.0, 0.3, "standard deviation of the beam's energy"),
+        _p("cc_mm", "mm", 0.0, 10.0, 0.3, "chromatic aberration"),
+        _p("convergence_mrad", "mrad", 0.0, 1.0, 0.02, "illumination semi-angle at 1/e"),
+        _p("aperture_um", "um", 5.0, 500.0, 5.0, "diameter of the objective aperture"),
+        _p("focal_length_mm", "mm", 0.5, 20.0, 0.3, "focal length; with the aperture it sets the cut-off"),
+        _p("b_factor", "angstrom^2", 0.0, 1000.0, 20.0, "B of the envelope exp(-B q^2 / 4)"),
+        _p("x_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift to the right (larger column)"),
+        _p("y_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift downwards (larger row)"),
+        _p("z_angstrom", "angstrom", -1e4, 1e4, 500.0, "height; adds to the underfocus"),
+        _p("rotation_deg", "deg", -360.0, 360.0, 2.0, "in-plane rotation from +x to +y, before the shift"),
+        _p("dose_e_per_angstrom2", "e/angstrom^2", 0.1, 1000.0, 2.0, "exposure"),
+    )
+}
+PARAMETER_NAMES = tuple(_KNOWN)
+
+
+@dataclass(frozen=True, eq=False)
+class CryoET:
+    r"""An embedded cryo-EM simulator: a micrograph of a rigid specimen in vitreous ice, in detector counts.
+
+    psi = exp(i sigma v - mu), I = |F^{-1}[T F psi]|^2, lambda = I dose pixel^2, with v the projected potential less that
+    of the displaced solvent, band-limited at the image's Nyquist frequency, and mu = w / sqrt(1 - w^2) sigma v.
+
+    The image is computed with a margin that is cut off afterwards, so that nothing comes in from the other side.
+
+    Args:
+        specimen: a `Specimen`, a path, "helix", or a table (see `Specimen.from_options`).
+        shape: (rows, columns) of the image.
+        pixel_size_angstrom: [angstrom].
+        microscope: a `Microscope` or a table of its settings.
+        detector: a `Detector` or a table of its settings.
+        parameters: names of the d inputs, in order; the other settings keep the values given here.
+        bounds: (lower, upper) of some of the parameters, instead of the defaults.
+        mode: "hard" (solvent by threshold, hard aperture, integer counts, saturation, dead pixels) or "smooth" (none of
+            these; differentiable by autograd).
+        noise: "none", "poisson" (counting) or "full" (counting and DQE).
+        pose: a `Pose` or a table: values of the pose parameters that are not inputs.
+        margin_pixels: margin on each side; by default the distance to which the lens spreads the Nyquist frequency at the
+            largest defocus of the parameter's bounds.
+
+    Raises:
+        InputError: a setting that is unknown, out of range or of the wrong shape.
+
+    Reference:
+        Vulovic et al. (2013), J. Struct. Biol. 183, 19, for the chain; the modules beside for each formula.
+    """
+
+    specimen: Specimen | str | Path | Mapping[str, Any] = "helix"
+    shape: Sequence[int] = (256, 256)
+    pixel_size_angstrom: float = 3.0
+    microscope: Microscope | Mapping[str, Any] = Microscope()
+    detector: Detector | Mapping[str, Any] = Detector()
+    parameters: Sequence[str] = ("defocus_um", "x_angstrom", "y_angstrom", "rotation_deg")
+    bounds: Mapping[str, Sequence[float]] | None = None
+    mode: Mode = "hard"
+    noise: Noise = "none"
+    pose: Pose | Mapping[str, Any] = Pose()
+    margin_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "shape", _checked_shape(self.shape))
+        check_range("CryoET", "pixel_size_angstrom", self.pixel_size_angstrom, 0.1, 100.0)
+        put(self, "microscope", _made(Microscope, self.microscope, "microscope"))
+        put(self, "detector", _made(Detector, self.detector, "detector"))
+        put(self, "pose", _made(Pose, self.pose, "pose"))
+        for name, known in (("mode", ("hard", "smooth")), ("noise", ("none", "poisson", "full"))):
+            if getattr(self, name) not in known:
+                raise InputError(f"Unknown {name}={getattr(self, name)!r}. Known: {', '.join(known)}.")
+        put(self, "specimen", Specimen.from_options(self.specimen))
+        if isinstance(self.parameters, str):
+            raise InputError(f"Expected a list of parameter names, got the text {self.parameters!r}. Use a list.")
+        put(self, "parameters", tuple(self.parameters))
+        space = _space(self.parameters, self.bounds, self.shape, self.pixel_size_angstrom)
+        put(self, "_space", space)
+        put(self, "_values", self._settings())
+        if self.margin_pixels is not None:
+            check_range("CryoET", "margin_pixels", self.margin_pixels, 0, 4096)
+        put(self, "_padded", self._padded_shape())
+        put(self, "_projections", {})
+
+    @property
+    def space(self) -> ParameterSpace:
+        """Names, units, bounds and natural scales of the inputs."""
+        return self._space  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def output_shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.shape  # type: ignore[return-value]
+
+    @property
+    def reference(self) -> NDArray[np.float64]:
+        """The inputs that reproduce the settings given to the constructor (d,) float64."""
+        return np.array([self._values[n] for n in self.space.names])  # type: ignore[attr-defined]
+
+    def replace(self, **changes: Any) -> CryoET:
+        """A simulator with some arguments of the constructor changed; projections are shared where still valid."""
+        known = [item.name for item in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise InputError(f"Unknown argument {name!r} of CryoET. Known: {', '.join(known)}.")
+        other = CryoET(**{name: changes.get(name, getattr(self, name)) for name in known})
+        # Keys hold everything that a projection depends on, so sharing them all is safe.
+        object.__setattr__(other, "_projections", self._projections)  # type: ignore[attr-defined]
+        return other
+
+    def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[np.float32]:
+        """Detector counts of k parameter vectors, with noise as `noise` says.
+
+        Args:
+            inputs: (k, d) float64.
+            seeds: (k,) of the noise.
+
+        Returns:
+            (k, rows, columns) float32. Row i depends on inputs[i] and seeds[i] alone, to the last bit.
+
+        Raises:
+            InputError: wrong shape, not finite, or outside the bounds.
+        """
+        inputs, seeds = np.asarray(inputs, dtype=np.float64), np.asarray(seeds)
+        d = self.space.dimension
+        if inputs.ndim != 2 or inputs.shape[1] != d or seeds.shape != (len(inputs),):
+            raise InputError(
+                f"Expected inputs of shape (k, {d}) ({', '.join(self.space.names)}) and seeds of shape (k,), got "
+                f"{inputs.shape} and {seeds.shape}."
+            )
+        if not (np.issubdtype(seeds.dtype, np.integer) and (seeds >= 0).all()):
+            raise InputError(f"Expected seeds that are integers >= 0, got dtype {seeds.dtype}. Use uint64.")
+        images = np.empty((len(inputs), *self.output_shape), dtype=np.float32)
+        for row, seed, image in zip(inputs, seeds, images, strict=True):
+            # `not <=` also catches NaN.
+            if not ((row >= self.space.lower) & (row <= self.space.upper)).all():
+                what = self.space.describe_outside(row) or "not a number"
+                raise InputError(f"Expected parameters inside the bounds, got {what}. Clip them, or widen bounds.")
+            values = {**self._values, **dict(zip(self.space.names, row.tolist(), strict=True))}  # type: ignore[attr-defined]
+            # One row at a time: a batched kernel may round differently from a single one.
+            with torch.no_grad():
+                counts = self._counts(values, torch.float32, None if self.noise == "none" else int(seed))
+            image[...] = counts.numpy()
+        return images
+
+    def image(self, theta: torch.Tensor) -> torch.Tensor:
+        """Expected counts, without noise; in smooth mode differentiable in `theta` (autograd and `torch.func`).
+
+        In hard mode the result is that of the noise-free chain, with its rounding.
+
+        Args:
+            theta: (..., d) float32 or float64, in the order of `space`; bounds are not checked.
+
+        Returns:
+            (..., rows, columns) in the dtype of `theta`.
+        """
+        return self._each(theta, lambda values: self._counts(values, theta.dtype, None))
+
+    def electrons(self, theta: torch.Tensor) -> torch.Tensor:
+        """Expected electrons of each pixel before the MTF: lambda, the rate of the Poisson process.
+
+        Args:
+            theta: (..., d).
+
+        Returns:
+            (..., rows, columns), without gain, rounding, saturation and dead pixels.
+        """
+        return self._each(theta, lambda values: self._crop(self._rate(values, theta.dtype)))
+
+    def projection(self) -> Projection:
+        """The projected potential in the specimen's frame; built once, shared by `replace`."""
+        key = (self.specimen.digest, self.pixel_size_angstrom, self.mode == "hard")  # type: ignore[union-attr]
+        cache = self._projections  # type: ignore[attr-defined]
+        if key not in cache:
+            cache[key] = Projection.build(
+                self.specimen,  # type: ignore[arg-type]
+                self.pixel_size_angstrom,
+                hard_solvent=self.mode == "hard",
+            )
+        return cache[key]  # type: ignore[no-any-return]
+
+    def _each(self, theta: torch.Tensor, compute: Callable[[dict[str, Value]], torch.Tensor]) -> torch.Tensor:
+        d = self.space.dimension
+        if not isinstance(theta, torch.Tensor) or theta.ndim == 0 or theta.shape[-1] != d:
+            got = tuple(theta.shape) if isinstance(theta, torch.Tensor) else type(theta).__name__
+            raise InputError(
+                f"Expected theta as a tensor of shape (..., {d}) ({', '.join(self.space.names)}), got {got}."
+            )
+        if theta.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"Expected theta in float32 or float64, got {theta.dtype}. Convert it.")
+        images = []
+        for row in theta.reshape(-1, d).unbind(0):
+            varied = dict(zip(self.space.names, row.unbind(0), strict=True))
+            images.append(compute({**self._values, **varied}))  # type: ignore[attr-defined]
+        if not images:
+            return theta.new_zeros((*theta.shape[:-1], *self.output_shape))
+        return torch.stack(images).reshape(*theta.shape[:-1], *self.output_shape)
+
+    def _settings(self) -> dict[str, float]:
+        """Every known parameter's value in the settings."""
+        table = {**self.microscope.values(), **asdict(self.pose)}  # type: ignore[union-attr,arg-type]
+        table["dose_e_per_angstrom2"] = self.detector.dose_e_per_angstrom2  # type: ignore[union-attr]
+        return {name: float(value) for name, value in table.items()}
+
+    def _padded_shape(self) -> tuple[int, int]:
+        margin = self.margin_pixels
+        if margin is None:
+            defocus = abs(self._values["defocus_um"])  # type: ignore[attr-defined]
+            if "defocus_um" in self.space.names:
+                i = self.space.index("defocus_um")
+                defocus = max(abs(self.space.lower[i]), abs(self.space.upper[i]))
+            # A frequency q is displaced by lambda df q: the gradient of chi over 2 pi.
+            wavelength = wavelength_angstrom(float(self._values["voltage_kv"]))  # type: ignore[attr-defined]
+            reach = wavelength * defocus * 1e4 * 0.5 / self.pixel_size_angstrom
+            margin = max(16, min(math.ceil(reach / self.pixel_size_angstrom), max(self.shape) // 2))
+        rows, columns = (scipy.fft.next_fast_len(n + 2 * margin, real=True) for n in self.shape)
+        return rows, columns
+
+    def _crop(self, image: torch.Tensor) -> torch.Tensor:
+        # The origin is at n // 2 of the padded grid and of the image alike.
+        top, left = (p // 2 - n // 2 for p, n in zip(self._padded, self.shape, strict=True))  # type: ignore[attr-defined]
+        return image[top : top + self.shape[0], left : left + self.shape[1]]
+
+    def _posed(self, values: Mapping[str, Value], dtype: torch.dtype) -> torch.Tensor:
+        """Projected potential on the padded grid: pixel r shows the specimen's point R^{-1} (r - shift)."""
+        projection = self.projection()
+        angle = values["rotation_deg"] * (math.pi / 180)
+        if isinstance(angle, torch.Tensor):
+            cosine, sine = torch.cos(angle), torch.sin(angle)
+        else:
+            cosine, sine = math.cos(angle), math.sin(angle)
+        step, n = projection.step_angstrom, projection.coefficients.shape[0]
+        rows, columns = (
+            (torch.arange(size, dtype=dtype) - size // 2) * self.pixel_size_angstrom
+            for size in self._padded  # type: ignore[attr-defined]
+        )
+        x, y = (columns - values["x_angstrom"]) / step, (rows - values["y_angstrom"]) / step
+        across = (cosine * x)[None, :] + (sine * y + n // 2)[:, None]
+        down = (cosine * y + n // 2)[:, None] - (sine * x)[None, :]
+        return projection.sample(across, down, projection.in_dtype(dtype))
+
+    def _rate(self, values: Mapping[str, Value], dtype: torch.dtype) -> torch.Tensor:
+        """Expected electrons of each pixel of the padded grid."""
+        grid: Frequencies = frequencies(self._padded, float(self.pixel_size_angstrom), dtype)  # type: ignore[attr-defined]
+        phase = self._posed(values, dtype) * interaction_constant(values["voltage_kv"])
+        w = values["amplitude_contrast"]
+        # The part w of a weak object's contrast is amplitude contrast: arcsin w is the phase of 1 + i w / sqrt(1 - w^2).
+        amplitude = torch.exp(phase * (-w / (1 - w * w) ** 0.5))
+        wave = torch.complex(amplitude * torch.cos(phase), amplitude * torch.sin(phase))
+        spectrum = torch.fft.fft2(wave) * transfer_function(values, grid, smooth=self.mode == "smooth")
+        wave = torch.fft.ifft2(spectrum)
+        intensity = wave.real.square() + wave.imag.square()
+        return intensity * (values["dose_e_per_angstrom2"] * self.pixel_size_angstrom**2)
+
+    def _counts(self, values: Mapping[str, Value], dtype: torch.dtype, seed: int | None) -> torch.Tensor:
+        camera: Detector = self.detector  # type: ignore[assignment]
+        rate = self._rate(values, dtype)
+        padded = self._padded  # type: ignore[attr-defined]
+        counts = self._crop(detection.filtered(rate, detection.mtf_filter(camera, padded, dtype)))
+        if seed is not None:
+            noise = detection.noise(self._crop(rate), camera, seed, self.noise)
+            # White noise may be filtered periodically: its correlations are right, and nothing of the signal wraps.
+            counts = counts + detection.filtered(noise, detection.mtf_filter(camera, self.output_shape, dtype))
+        counts = counts * camera.gain
+        return detection.read_out(counts, camera) if self.mode == "hard" else counts
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, int]:
+    good = isinstance(shape, Sequence) and not isinstance(shape, str) and len(shape) == 2
+    if not good or not all(isinstance(n, int | np.integer) and 8 <= n <= 16384 for n in shape):
+        raise InputError(f"Expected shape (rows, columns), two integers in [8, 16384], got {shape!r}. Correct it.")
+    return int(shape[0]), int(shape[1])
+
+
+def _made(kind: Any, options: Any, name: str) -> Any:
+    """An instance of a settings class from itself or from a mapping of its fields."""
+    if isinstance(options, kind):
+        return options
+    if not isinstance(options, Mapping):
+        raise InputError(f"Expected {name} as a {kind.__name__} or a table, got {type(options).__name__}.")
+    known = [item.name for item in fields(kind)]
+    for key in options:
+        if key not in known:
+            raise InputError(f"Unknown key {key!r} of {name}. Known keys: {', '.join(known)}.")
+    return kind(**options)
+
+
+def _space(
+    names: tuple[str, ...], bounds: Mapping[str, Sequence[float]] | None, shape: tuple[int, int], pixel: float
+) -> ParameterSpace:
+    for name in names:
+        if name not in _KNOWN:
+            raise InputError(f"Unknown parameter {name!r}. Known parameters: {', '.join(PARAMETER_NAMES)}.")
+    limits = {"x_angstrom": 0.5 * shape[1] * pixel, "y_angstrom": 0.5 * shape[0] * pixel}
+    for name, pair in (bounds or {}).items():
+        if name not in names:
+            raise InputError(f"Unknown parameter {name!r} in bounds. The parameters are: {', '.join(names)}.")
+        if isinstance(pair, str) or len(pair) != 2:
+            raise InputError(f"Expected bounds of {name} as (lower, upper), got {pair!r}.")
+    parameters = []
+    for name in names:
+        p = _KNOWN[name]
+        lower, upper = (-limits[name], limits[name]) if name in limits else (p.lower, p.upper)
+        lower, upper = (bounds or {}).get(name, (lower, upper))
+        parameters.append(Parameter(name, p.unit, float(lower), float(upper), p.natural_scale, p.kind, p.description))
+    return ParameterSpace(tuple(parameters))
