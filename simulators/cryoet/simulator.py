@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import scipy.fft
@@ -23,6 +23,7 @@ from bridge.errors import InputError
 from bridge.simulator import Parameter, ParameterSpace
 from simulators.cryoet import detector as detection
 from simulators.cryoet.detector import Detector
+from simulators.cryoet.files import read_micrograph, write_micrograph
 from simulators.cryoet.optics import Frequencies, Microscope, Value, check_range, frequencies, transfer_function
 from simulators.cryoet.physics import interaction_constant, wavelength_angstrom
 from simulators.cryoet.potential import Projection
@@ -126,6 +127,8 @@ class CryoET:
     pose: Pose | Mapping[str, Any] = Pose()
     margin_pixels: int | None = None
 
+    output_suffix: ClassVar[str] = ".mrc"
+
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "shape", _checked_shape(self.shape))
@@ -208,6 +211,20 @@ class CryoET:
                 counts = self._counts(values, torch.float32, None if self.noise == "none" else int(seed))
             image[...] = counts.numpy()
         return images
+
+    def read_output(self, path: str) -> NDArray[Any]:
+        """A micrograph from an MRC file, for `bridge fit`; its pixel size must be the simulator's within 1 %."""
+        micrograph = read_micrograph(path)
+        if abs(micrograph.pixel_size_angstrom / self.pixel_size_angstrom - 1) > 0.01:
+            raise InputError(
+                f"Expected a pixel of {self.pixel_size_angstrom:g} angstrom in {path}, got "
+                f"{micrograph.pixel_size_angstrom:g}. Set pixel_size_angstrom to that of the micrograph."
+            )
+        return micrograph.image
+
+    def write_output(self, path: str, output: NDArray[Any]) -> None:
+        """A micrograph as MRC, for `bridge fit`."""
+        write_micrograph(path, output, self.pixel_size_angstrom)
 
     def image(self, theta: torch.Tensor) -> torch.Tensor:
         """Expected counts, without noise; in smooth mode differentiable in `theta` (autograd and `torch.func`).
