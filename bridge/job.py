@@ -48,13 +48,7 @@ class Job:
     title: str
 
 
-def load_job(path: str | Path, directory: str | Path | None = None) -> Job:
-    """Reads and checks a job file, and makes its simulator. Nothing is evaluated.
-
-    Raises:
-        InputError: the file or what it names is missing, malformed, or has unknown keys.
-    """
-    path = Path(path)
+def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"Expected a job file (TOML), got {str(path)!r}, which is not a file.")
     try:
@@ -67,20 +61,44 @@ def load_job(path: str | Path, directory: str | Path | None = None) -> Job:
         raise InputError(
             f"Expected the sections {', '.join(_SECTIONS)} in {path}, got unknown {unknown} and missing {missing}."
         )
-    options = {key: _resolve(value, path.parent) for key, value in data["simulator"].items()}
+    return data
+
+
+def load_simulator(path: str | Path) -> Any:
+    """Makes the simulator of a job file.
+
+    Raises:
+        InputError: the file is missing, malformed, or names no simulator.
+    """
+    path = Path(path)
+    options = {key: _resolve(value, path.parent) for key, value in _load(path)["simulator"].items()}
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise InputError(f"Expected name = ... in [simulator] of {path}. Known: {registry.list_simulators()}.")
-    simulator = registry.make(name, **options)
-    if simulator.space is None:
-        raise InputError(f"Expected a simulator with named parameters for a job file, got {name!r} without any.")
-    target_file = path.parent / str(data["target"].get("file", ""))
+    try:
+        return registry.make(name, **options)
+    except TypeError as error:
+        raise InputError(f"Expected the arguments of {name!r} in [simulator] of {path}, got: {error}.") from error
+
+
+def load_job(path: str | Path, directory: str | Path | None = None) -> Job:
+    """Reads and checks a job file, and makes its simulator. Nothing is evaluated.
+
+    Raises:
+        InputError: the file or what it names is missing, malformed, or has unknown keys.
+    """
+    path = Path(path)
+    data = _load(path)
     settings = dict(data["fit"])
     allowed = _fit_settings()
     if wrong := sorted(set(settings) - set(allowed)):
         raise InputError(f"Unknown settings {wrong} in [fit] of {path}. Known: {', '.join(allowed)}.")
     if isinstance(settings.get("scale"), list):
         settings["scale"] = tuple(settings["scale"])
+    simulator = load_simulator(path)
+    if simulator.space is None:
+        raise InputError(f"Expected a simulator with named parameters in {path}, got one without any.")
+    target_file = path.parent / str(data["target"].get("file", ""))
     output = data.get("output", {})
     return Job(
         simulator=simulator,
