@@ -92,7 +92,7 @@ def draw_fit(result: FitResult, target: NDArray[Any], path: Path, title: str = "
     d = result.space.dimension
     axes = bottom.subplots(1, 1 + d)
     steps = [h.step for h in result.history]
-    axes[0].semilogy(steps, [h.loss for h in result.history], lw=1.2)
+    axes[0].plot(steps, [h.loss for h in result.history], lw=1.2)
     axes[0].set_title("loss", fontsize=10)
     axes[0].set_xlabel("step")
     for i, (ax, parameter) in enumerate(zip(axes[1:], result.space.parameters, strict=True)):
