@@ -102,8 +102,8 @@ def poisson_quantile(normal: NDArray[np.float64], rate: NDArray[np.float64]) -> 
     r"""Poisson counts from standard normal numbers: k = F^{-1}(Phi(z); lambda).
 
     A pixel's count rises with its rate for fixed z, so that images of one seed at neighbouring parameters have common
-    random numbers; a rejection sampler would redraw the noise. Below 50 electrons the inversion is exact. Above, it is the
-    Cornish-Fisher expansion to order lambda^{-1/2}, rounded: mean and variance are right to 1e-3 electrons and 1e-4.
+    random numbers; a rejection sampler would redraw the noise. Below 50 electrons the inversion is exact. Above, it
+    is the Cornish-Fisher expansion to order lambda^{-1/2}, rounded to integers.
 
     Args:
         normal: standard normal numbers.
@@ -118,7 +118,7 @@ def poisson_quantile(normal: NDArray[np.float64], rate: NDArray[np.float64]) -> 
     root = np.sqrt(rate)
     z2 = normal * normal
     with np.errstate(divide="ignore", invalid="ignore"):
-        counts = np.rint(rate + normal * root + (z2 - 1) / 6 + normal * (1 - z2) / (72 * root) - 0.0)
+        counts = np.rint(rate + normal * root + (z2 - 1) / 6 + normal * (1 - z2) / (72 * root))
     low = rate < _EXACT_BELOW
     if low.any():
         counts[low] = _exact_quantile(scipy.special.ndtr(normal[low]), rate[low])

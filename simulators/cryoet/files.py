@@ -19,7 +19,7 @@ _MODES = {np.dtype(np.float32), np.dtype(np.int8), np.dtype(np.int16), np.dtype(
 
 def _mrcfile() -> Any:
     try:
-        import mrcfile  # noqa: PLC0415
+        import mrcfile
     except ImportError as error:
         raise SetupError(
             "Expected the package mrcfile, which cannot be imported. Install it: "
@@ -57,7 +57,8 @@ def write_micrograph(
         label: up to 80 ASCII characters.
 
     Raises:
-        InputError: wrong shape, not finite, a pixel size that is not positive, a label that does not fit, or no such folder.
+        InputError: wrong shape, not finite, a pixel size that is not positive, a label that is too long, or no such
+            folder.
     """
     mrcfile = _mrcfile()
     path = Path(path)

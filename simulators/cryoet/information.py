@@ -9,6 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
+from simulators.cryoet.detector import dead_pixels
 from simulators.cryoet.simulator import CryoET
 
 
@@ -29,11 +30,12 @@ def cramer_rao(simulator: CryoET, theta: ArrayLike | torch.Tensor) -> CramerRao:
 
     F = sum_pixels (DQE / lambda) (d lambda / d theta) (d lambda / d theta)^T; bounds: sqrt(diag F^{-1}).
 
-    lambda are the expected electrons before the MTF. For a DQE of 1 this is the exact information of Poisson counts. Below,
-    the noise has variance lambda / DQE; what the variance itself tells about theta, of relative size 1 / (2 lambda), is left
-    out, so that the true bound is slightly lower. The MTF filters signal and noise alike: it correlates the counts but is
-    an invertible linear map (it is nowhere zero), so the information is what it was before, and no MTF appears in the
-    formula. Rounding and saturation are not counted; dead pixels are left out of the sum.
+    lambda are the expected electrons before the MTF. For a DQE of 1 this is the exact information of Poisson counts.
+    Below, the noise has variance lambda / DQE; what the variance itself tells about theta, of relative size
+    1 / (2 lambda), is left out, so that the true bound is slightly lower. The MTF filters signal and noise alike: it
+    correlates the counts but is an invertible linear map (it is nowhere zero), so the information is what it was
+    before, and no MTF appears in the formula. (At the edge of the image this neglects the little that blur carries
+    across.) Rounding and saturation are not counted; dead pixels are left out of the sum.
 
     Args:
         simulator: in mode "smooth"; its derivatives are exact (forward-mode automatic differentiation).
@@ -48,8 +50,6 @@ def cramer_rao(simulator: CryoET, theta: ArrayLike | torch.Tensor) -> CramerRao:
     Reference:
         Kay (1993), Fundamentals of Statistical Signal Processing: Estimation Theory, section 3.7.
     """
-    from simulators.cryoet.detector import dead_pixels  # noqa: PLC0415
-
     if simulator.mode != "smooth":
         raise InputError('Expected a simulator in mode "smooth", got "hard". Use simulator.replace(mode="smooth").')
     given = torch.as_tensor(theta)

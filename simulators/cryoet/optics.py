@@ -108,6 +108,12 @@ class Frequencies:
     scattered: torch.Tensor
     highest: float
 
+    @property
+    def first_half(self) -> Frequencies:
+        """Rows 0 to H // 2, those of qy >= 0 (and the Nyquist frequency)."""
+        n = self.q2.shape[0] // 2 + 1
+        return Frequencies(self.q2[:n], self.cosine[:n], self.sine[:n], self.scattered[:n], self.highest)
+
 
 @lru_cache(maxsize=16)
 def frequencies(shape: tuple[int, int], pixel_size_angstrom: float, dtype: torch.dtype) -> Frequencies:
@@ -226,6 +232,14 @@ def transfer_function(values: Mapping[str, Value], grid: Frequencies, *, smooth:
     Returns:
         T (H, W), complex.
     """
+    if _is_zero(values["astigmatism_um"]):
+        # Then T depends on |qy| alone: half of the rows, and their mirror image.
+        upper = _transfer(values, grid.first_half, smooth=smooth)
+        return torch.cat((upper, upper[1 : (grid.q2.shape[0] + 1) // 2].flip(0)))
+    return _transfer(values, grid, smooth=smooth)
+
+
+def _transfer(values: Mapping[str, Value], grid: Frequencies, *, smooth: bool) -> torch.Tensor:
     chi = phase_aberration(values, grid)
     amplitude = torch.exp(-envelope_exponent(values, grid))
     opening = aperture(values, grid, smooth=smooth)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -88,8 +88,8 @@ PARAMETER_NAMES = tuple(_KNOWN)
 class CryoET:
     r"""An embedded cryo-EM simulator: a micrograph of a rigid specimen in vitreous ice, in detector counts.
 
-    psi = exp(i sigma v - mu), I = |F^{-1}[T F psi]|^2, lambda = I dose pixel^2, with v the projected potential less that
-    of the displaced solvent, band-limited at the image's Nyquist frequency, and mu = w / sqrt(1 - w^2) sigma v.
+    psi = exp(i sigma v - mu), I = |F^{-1}[T F psi]|^2, lambda = I dose pixel^2, with v the projected potential less
+    that of the displaced solvent, band-limited at the image's Nyquist frequency, and mu = w / sqrt(1 - w^2) sigma v.
 
     The image is computed with a margin that is cut off afterwards, so that nothing comes in from the other side.
 
@@ -105,8 +105,8 @@ class CryoET:
             these; differentiable by autograd).
         noise: "none", "poisson" (counting) or "full" (counting and DQE).
         pose: a `Pose` or a table: values of the pose parameters that are not inputs.
-        margin_pixels: margin on each side; by default the distance to which the lens spreads the Nyquist frequency at the
-            largest defocus of the parameter's bounds.
+        margin_pixels: margin on each side; by default the distance to which the lens spreads the Nyquist frequency at
+            the largest defocus of the parameter's bounds.
 
     Raises:
         InputError: a setting that is unknown, out of range or of the wrong shape.
@@ -118,13 +118,13 @@ class CryoET:
     specimen: Specimen | str | Path | Mapping[str, Any] = "helix"
     shape: Sequence[int] = (256, 256)
     pixel_size_angstrom: float = 3.0
-    microscope: Microscope | Mapping[str, Any] = Microscope()
-    detector: Detector | Mapping[str, Any] = Detector()
+    microscope: Microscope | Mapping[str, Any] = field(default_factory=Microscope)
+    detector: Detector | Mapping[str, Any] = field(default_factory=Detector)
     parameters: Sequence[str] = ("defocus_um", "x_angstrom", "y_angstrom", "rotation_deg")
     bounds: Mapping[str, Sequence[float]] | None = None
     mode: Mode = "hard"
     noise: Noise = "none"
-    pose: Pose | Mapping[str, Any] = Pose()
+    pose: Pose | Mapping[str, Any] = field(default_factory=Pose)
     margin_pixels: int | None = None
 
     output_suffix: ClassVar[str] = ".mrc"
@@ -320,14 +320,14 @@ class CryoET:
         x, y = (columns - values["x_angstrom"]) / step, (rows - values["y_angstrom"]) / step
         across = (cosine * x)[None, :] + (sine * y + n // 2)[:, None]
         down = (cosine * y + n // 2)[:, None] - (sine * x)[None, :]
-        return projection.sample(across, down, projection.in_dtype(dtype))
+        return projection.sample(across, down)
 
     def _rate(self, values: Mapping[str, Value], dtype: torch.dtype) -> torch.Tensor:
         """Expected electrons of each pixel of the padded grid."""
         grid: Frequencies = frequencies(self._padded, float(self.pixel_size_angstrom), dtype)  # type: ignore[attr-defined]
         phase = self._posed(values, dtype) * interaction_constant(values["voltage_kv"])
         w = values["amplitude_contrast"]
-        # The part w of a weak object's contrast is amplitude contrast: arcsin w is the phase of 1 + i w / sqrt(1 - w^2).
+        # The part w of the contrast is amplitude contrast: arcsin w is the phase of 1 + i w / sqrt(1 - w^2).
         amplitude = torch.exp(phase * (-w / (1 - w * w) ** 0.5))
         wave = torch.complex(amplitude * torch.cos(phase), amplitude * torch.sin(phase))
         spectrum = torch.fft.fft2(wave) * transfer_function(values, grid, smooth=self.mode == "smooth")

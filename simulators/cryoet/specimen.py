@@ -29,7 +29,7 @@ _RESIDUE_HYDROGENS = 7.76
 def import_gemmi() -> Any:
     """gemmi, or a `SetupError` that says how to get it."""
     try:
-        import gemmi  # noqa: PLC0415
+        import gemmi
     except ImportError as error:
         raise SetupError(
             'Expected the package gemmi, which cannot be imported. Install it: pip install "simulation-bridge[cryoet]".'
@@ -70,7 +70,7 @@ class Specimen:
         n = len(self.positions)
         if n == 0 or self.positions.shape != (n, 3):
             raise InputError(
-                f"Expected positions of shape (n, 3) with n >= 1, got {self.positions.shape}. Give x, y, z of each atom."
+                f"Expected positions of shape (n, 3) with n >= 1, got {self.positions.shape}. Give x, y, z an atom."
             )
         for key in ("atomic_numbers", "weights", "b_factors", "hydrogens", "labels"):
             array = getattr(self, key)
