@@ -228,12 +228,13 @@ class Evaluation:
                     matrices = {leaf.problem: self._stream_weights(problem.weights, F)}
                 part = matrices[leaf.problem][:, start:stop]
                 if total is None:
-                    total = part @ F
+                    total = torch.mm(part, F, out=sums[leaf.problem].buffer(F, len(part)))
                 else:
                     total.addmm_(part, F)
                 if not self.streamed:
                     # The simulator may use the same memory for its next outputs.
                     kept.append(F.clone())
+                del outputs, F  # before the next outputs are made: memory is for one chunk
             assert total is not None
             sums[leaf.problem].add(leaf.index, total)
             if kept:
@@ -306,9 +307,9 @@ class Evaluation:
         results: list[tuple[Array, Array | None]] = []
         if self.streamed:
             for b, v in vectors:
-                columns = self._sums[b][1:]
-                g = torch.mv(columns.to(torch.float64), v.to(columns.device)).cpu().numpy()
-                results.append(self._pull_back(b, g))
+                # One column at a time: a float64 copy of all of them would be twice the Jacobian.
+                g = [torch.dot(c.to(torch.float64), v.to(c.device)).item() for c in self._sums[b][1:]]
+                results.append(self._pull_back(b, np.array(g)))
             return results
         for (b, _), c in zip(vectors, self._products(vectors), strict=True):
             weights = self.problems[b].weights

@@ -374,7 +374,7 @@ def smooth(
     forward: str = "smoothed",
     simulator_seeds: str = "common",
     leaf_size: int | None = None,
-    keep_megabytes: float = 40.0,
+    keep_megabytes: float = 24.0,
     comm: Intracomm | None = None,
 ) -> SmoothedSimulator:
     """Makes a black box differentiable by smoothing the algorithm: f_L(x) = E[f(x + L eps)].

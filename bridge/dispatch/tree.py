@@ -29,6 +29,11 @@ class TreeSum:
     def __init__(self, num_leaves: int) -> None:
         self.num_leaves = num_leaves
         self._partials: dict[Node, torch.Tensor] = {}
+        self._spare: list[torch.Tensor] = []
+
+    def buffer(self, like: torch.Tensor, rows: int) -> torch.Tensor:
+        """Memory for the next leaf, (rows, m): what a finished sum has left, before anything new."""
+        return self._spare.pop() if self._spare else like.new_empty((rows, like.shape[1]))
 
     def add(self, leaf: int, value: torch.Tensor) -> None:
         self.add_node(Node(0, leaf), value)
@@ -40,6 +45,7 @@ class TreeSum:
                 left = self._partials.pop(Node(level, place - 1), None)
                 if left is None:
                     break
+                self._spare.append(value)
                 value = left.add_(value)
             elif (place + 1) << level < self.num_leaves or (place == 0 and 1 << level >= self.num_leaves):
                 break  # the right sibling is still to come, or this is the root
@@ -53,6 +59,7 @@ class TreeSum:
 
     def result(self) -> torch.Tensor:
         """The whole sum, once every leaf has come."""
+        self._spare.clear()
         (total,) = self._partials.values()
         return total
 
