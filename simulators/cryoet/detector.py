@@ -49,6 +49,7 @@ class Detector:
         check_range("Detector", "dqe", self.dqe, 0.0, 1.0, open_lower=True)
         check_range("Detector", "gain", self.gain, 0.0, 1e6, open_lower=True)
         check_range("Detector", "dead_pixel_fraction", self.dead_pixel_fraction, 0.0, 0.99)
+        check_range("Detector", "dead_pixel_seed", self.dead_pixel_seed, 0, 2**63)
         if self.bits is not None:
             check_range("Detector", "bits", self.bits, 1, 24)
         if self.mtf is None:

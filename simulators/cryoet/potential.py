@@ -86,11 +86,15 @@ def _radial_basis(specimen: Specimen, highest: float, solvent: bool) -> tuple[ND
     kinds, inverse = np.unique(keys, axis=0, return_inverse=True)
     q2 = np.linspace(0, highest, 96) ** 2
     curves = np.stack([_curve(int(z), b, h, q2, solvent) for z, b, h in kinds])
-    # Interpolative decomposition: pivoted QR chooses the kinds that stand for the others.
-    _, r, pivots = scipy.linalg.qr(curves.T, mode="economic", pivoting=True)
+    # Interpolative decomposition: pivoted QR chooses the kinds that stand for the others. Kinds are sorted by element
+    # and B factor and their curves vary smoothly, so that a few hundred of them, with each element's ends, span all.
+    ends = np.flatnonzero(np.diff(kinds[:, 0], prepend=-1) != 0)
+    ends = np.concatenate((ends, ends[1:] - 1, [len(kinds) - 1]))
+    candidates = np.union1d(np.arange(0, len(kinds), max(1, len(kinds) // 256)), ends)
+    _, r, pivots = scipy.linalg.qr(curves[candidates].T, mode="economic", pivoting=True)
     size = np.abs(np.diag(r))
     rank = max(1, int((size > 1e-9 * size[0]).sum()))
-    chosen = pivots[:rank]
+    chosen = candidates[pivots[:rank]]
     coordinates = np.linalg.lstsq(curves[chosen].T, curves.T, rcond=None)[0].T
     return kinds[chosen], coordinates[inverse.reshape(-1)] * specimen.weights[:, None]
 
@@ -157,15 +161,17 @@ def projected_spectrum(
     qy = np.fft.fftfreq(shape[0], step_angstrom)
     qx = np.fft.rfftfreq(shape[1], step_angstrom)
     q2 = qy[:, None] ** 2 + qx[None, :] ** 2
-    table = np.linspace(0, limit**2 * (1 + 1e-12), 16385)
+    # A frequency on the limit itself does not belong to the band, however it is rounded.
+    table = np.linspace(0, limit**2, 16385)
+    band = 1.0 if highest is None else q2 < highest**2 * (1 - 1e-9)
     total = np.zeros((shape[0], half), dtype=np.complex128)
     for (z, b, h), column in zip(kinds, coordinates.T, strict=True):
         spectrum = scipy.fft.rfft2((spread @ column).reshape(fine))[rows, :half]
-        total += spectrum * np.interp(q2, table, _curve(int(z), b, h, table, solvent), right=0.0)
+        total += spectrum * np.interp(q2, table, _curve(int(z), b, h, table, solvent))
     kernel_y = _kernel_transform(fine[0])[rows]
     kernel_x = _kernel_transform(fine[1])[np.arange(half)]
     # Continuous transform -> samples: a sum over atoms of V~ / (area of a sample).
-    return total / (kernel_y[:, None] * kernel_x[None, :] * step_angstrom**2)
+    return band * total / (kernel_y[:, None] * kernel_x[None, :] * step_angstrom**2)
 
 
 def projected_potential(
@@ -198,8 +204,9 @@ def displaced_thickness(
 ) -> NDArray[np.float64]:
     """Thickness of the solvent that is displaced when a voxel is either solvent or not: the hard threshold.
 
-    Each copy's atoms' volumes are spread on voxels, blurred by the atoms' mean Gaussian and a probe of 1.4 angstrom;
-    voxels more than half full hold no solvent. Copies are treated one by one, since they do not overlap.
+    Each copy's atoms' volumes are spread on voxels and blurred by the atoms' mean Gaussian and a probe of 1.4 angstrom;
+    the fullest voxels, up to the total volume of the atoms, hold no solvent, and all others hold nothing else. Copies
+    are treated one by one, since they do not overlap.
 
     Args:
         specimen: the atoms.
@@ -223,7 +230,10 @@ def displaced_thickness(
         size = np.ceil(xyz.max(axis=0)).astype(np.int64) + margin - low + 1
         density = np.zeros(size)
         _add_linear(density, xyz - low, filled / voxel_angstrom**3)
-        full = scipy.ndimage.gaussian_filter(density, blur, mode="constant") > 0.5
+        density = scipy.ndimage.gaussian_filter(density, blur, mode="constant")
+        # As many voxels as the atoms' volume fills: the threshold comes out near one half for a protein.
+        count = min(max(int(round(filled.sum() / voxel_angstrom**3)), 1), density.size)
+        full = density >= np.partition(density, density.size - count, axis=None)[density.size - count]
         columns = full.sum(axis=2) * voxel_angstrom**3
         x, y = np.nonzero(columns)
         points = np.stack(((y + low[1]), (x + low[0])), axis=1) * (voxel_angstrom / step_angstrom)

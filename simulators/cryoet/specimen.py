@@ -267,6 +267,8 @@ class Specimen:
         """
         if not isinstance(copies, int) or copies < 1:
             raise InputError(f"Expected copies >= 1, an integer, got {copies!r}.")
+        if not isinstance(seed, int) or seed < 0:
+            raise InputError(f"Expected seed >= 0, an integer, got {seed!r}.")
         radius = float(np.linalg.norm(self.positions, axis=1).max()) + 2.0
         spacing = 2 * radius if spacing_angstrom is None else float(spacing_angstrom)
         free = float(field_angstrom) - 2 * radius
