@@ -133,7 +133,7 @@ def fit(
         steps: at most so many; default 150 for adam, 24 for gauss-newton.
         num_samples: perturbations a step.
         scale: of the noise in natural units, from the first to the last step; a number keeps it.
-        learning_rate: of adam, in units of the scale; decays by a cosine to a tenth.
+        learning_rate: of adam, in units of the scale; decays by a cosine to a fifth.
         variance: of the target's noise, a number or an array of its shape; 1 when left out.
         loss: l(output, target) -> number, in place of least squares (adam only).
         tolerance: converged when, at the last scale, the parameters move by less than this (natural units) over a
@@ -191,7 +191,7 @@ def fit(
                 on_step(record)
             if method == "adam":
                 g = estimate.vjp(gradient).numpy() * natural
-                decay = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * step / steps))
+                decay = 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * step / steps))
                 state = state - learning_rate * width * decay * adam.direction(g)
             else:
                 state = state - misfit.gauss_newton(estimate.jacobian(), estimate.value, natural, limit=2 * width)

@@ -41,8 +41,8 @@ class Quadrature(PointSet):
         heavy = isinstance(distribution, Cauchy)
         if heavy:
             # In the angle t, e = tan t, the density is constant: the infinite support becomes an interval.
-            ladder = np.arctan([0.5, 1, 2, 4, 8, 16, 32, 64, np.inf])
-            edges = np.concatenate([[0], ladder, -ladder, np.arctan(self.breakpoints)])
+            angles = np.arctan([0.5, 1, 2, 4, 8, 16, 32, 64, np.inf])
+            edges = np.concatenate([[0], angles, -angles, np.arctan(self.breakpoints)])
         else:
             ladder = (
                 [0.25, 0.5, 1, 2, 3, 4.5, 6, 9] if isinstance(distribution, Gaussian) else [0.5, 1, 2, 4, 8, 16, 28, 42]

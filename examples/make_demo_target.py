@@ -1,6 +1,6 @@
 """Simulates the demo's target once: a noisy micrograph, and beside it the truth, which the fit never reads.
 
-    python examples/make_demo_target.py
+python examples/make_demo_target.py
 """
 
 import json

@@ -16,7 +16,7 @@ from simulators.cryoet import CryoET, Detector, Microscope, Specimen, read_micro
 HERE = Path(__file__).parent
 
 options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-options.add_argument("--steps", type=int, default=130)
+options.add_argument("--steps", type=int, default=120)
 options.add_argument("--samples", type=int, default=32)
 options.add_argument("--output", type=Path, default=None, help="write the recovered parameters here (JSON)")
 arguments = options.parse_args()
@@ -47,8 +47,8 @@ result = bridge.fit(
     seed=0,
     steps=arguments.steps,
     num_samples=arguments.samples,
-    learning_rate=0.5,
-    scale=(2.0, 0.15),
+    learning_rate=0.4,
+    scale=(3.0, 0.15),
     variance=450.0,  # of a pixel: 40 e/A^2 x 9 A^2 / DQE
     on_step=show,
 )

@@ -102,12 +102,14 @@ def test_bad_simulators(function, kind, words):
 
 
 def test_declared_and_vectorised_shapes():
+    wide = bridge.as_simulator(identity, vectorized=True, output_shape=(3,))
+    smoothed = bridge.smooth(wide, seed=0, num_samples=8, leaf_size=8)
     with pytest.raises(OutputError, match=r"Expected outputs of shape \(8, 3\) .* got \(8, 2\)"):
-        sim = bridge.as_simulator(identity, vectorized=True, output_shape=(3,))
-        bridge.smooth(sim, seed=0, num_samples=8, leaf_size=8)(X)
+        smoothed(X)
+    scalar = bridge.as_simulator(lambda x: x[:, 0], vectorized=True, output_shape=(1,))
+    smoothed = bridge.smooth(scalar, seed=0, num_samples=8, leaf_size=8)
     with pytest.raises(OutputError, match=r"declare output_shape=\(\)"):
-        sim = bridge.as_simulator(lambda x: x[:, 0], vectorized=True, output_shape=(1,))
-        bridge.smooth(sim, seed=0, num_samples=8, leaf_size=8)(X)
+        smoothed(X)
 
 
 def test_parameter_spaces():
@@ -136,7 +138,7 @@ def test_registry():
     assert "cryoet" in bridge.list_simulators()
     with pytest.raises(InputError, match=r"Unknown simulator 'cryo'. Known simulators: .*cryoet"):
         bridge.make("cryo")
-    with pytest.raises(InputError, match="which .*Double has"):
+    with pytest.raises(InputError, match=r"which .*Double has"):
         bridge.register("test-registry-double")(dict)
 
 

@@ -51,7 +51,8 @@ grid = np.linspace(-1, 1, 48)
 def f(x):
     return np.floor(50 * np.exp(-((grid[:, None] - x[0]) ** 2 + (grid - x[1]) ** 2) / x[2] ** 2))
 
-sim = bridge.as_simulator(f, names=["a", "b", "w"], bounds=[(-1, 1), (-1, 1), (0.05, 1)], natural_scale=[0.1, 0.1, 0.05])
+bounds = [(-1, 1), (-1, 1), (0.05, 1)]
+sim = bridge.as_simulator(f, names=["a", "b", "w"], bounds=bounds, natural_scale=[0.1, 0.1, 0.05])
 target = f([0.3, -0.2, 0.3])
 digest = hashlib.sha256()
 for method, steps in (("adam", 60), ("gauss-newton", 12)):

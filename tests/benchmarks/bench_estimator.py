@@ -61,7 +61,9 @@ def measure(n: int) -> dict[str, float]:
 
 
 def main() -> None:
-    print(f"d={D}, m={M}, float32, forward and backward, {REPEATS} repeats; {platform.processor() or platform.machine()}")
+    print(
+        f"d={D}, m={M}, float32, forward and backward, {REPEATS} repeats; {platform.processor() or platform.machine()}"
+    )
     print(f"{'N':>6} {'CPU us/sample':>14} {'(min':>8} {'max)':>8} {'peak MB':>8}")
     for n in (16, 64, 256, 1024, 4096):
         run = subprocess.run([sys.executable, __file__, str(n)], capture_output=True, text=True, check=True)
