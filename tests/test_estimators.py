@@ -139,7 +139,9 @@ def test_cartesian_has_one_point_in_each_cell_and_names_the_nearest_feasible_num
         bridge.smooth(lambda x: x, seed=0, num_samples=30, points="qmc-cartesian")(torch.zeros(3))
 
 
-@given(st.sampled_from(["mc", "qmc-latin", "rqmc-latin", "sobol"]), st.integers(1, 70), st.integers(1, 5), st.booleans())
+@given(
+    st.sampled_from(["mc", "qmc-latin", "rqmc-latin", "sobol"]), st.integers(1, 70), st.integers(1, 5), st.booleans()
+)
 def test_points_lie_in_the_open_cube_and_depend_on_the_key_alone(points, n, d, antithetic):
     n += n % 2 if antithetic else 0
     strategy = make_strategy(
@@ -325,9 +327,7 @@ def test_simulator_seeds_are_common_or_independent():
 
     for kind, count in (("common", 1), ("independent", 16)):
         seen.clear()
-        smoothed = bridge.smooth(
-            bridge.as_simulator(noisy, seeded=True), seed=7, num_samples=16, simulator_seeds=kind
-        )
+        smoothed = bridge.smooth(bridge.as_simulator(noisy, seeded=True), seed=7, num_samples=16, simulator_seeds=kind)
         first = smoothed(X, step=1)
         assert len(set(seen)) == count
         before = list(seen)

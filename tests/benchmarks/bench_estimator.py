@@ -10,7 +10,6 @@ memory (beyond the process before the first step) is that of this N alone.
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -61,9 +60,7 @@ def measure(n: int) -> dict[str, float]:
 
 
 def main() -> None:
-    print(
-        f"d={D}, m={M}, float32, forward and backward, {REPEATS} repeats; {platform.processor() or platform.machine()}"
-    )
+    print(f"d={D}, m={M}, float32, forward and backward, {REPEATS} repeats")
     print(f"{'N':>6} {'CPU us/sample':>14} {'(min':>8} {'max)':>8} {'peak MB':>8}")
     for n in (16, 64, 256, 1024, 4096):
         run = subprocess.run([sys.executable, __file__, str(n)], capture_output=True, text=True, check=True)

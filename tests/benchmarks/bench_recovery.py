@@ -54,7 +54,10 @@ def main() -> None:
             ok = bool((np.abs(error) <= tolerance).all())
             good += ok
             cells = " ".join(f"{o:>+8.2f} -> {e:>+7.4f}" for o, e in zip(offset, error, strict=True))
-            print(f"{number:>6} {cells}  {'ok' if ok else 'MISSED'}  {runs} runs, {wall:.0f} s wall, {cpu:.0f} s CPU", flush=True)
+            print(
+                f"{number:>6} {cells}  {'ok' if ok else 'MISSED'}  {runs} runs, {wall:.0f} s wall, {cpu:.0f} s CPU",
+                flush=True,
+            )
     print(f"{good} of {STARTS} recovered")
 
 
