@@ -126,9 +126,7 @@ def read_micrograph(path: str | Path) -> Micrograph:
     if data.ndim == 3 and len(data) == 1:
         data = data[0]
     if data.ndim != 2:
-        raise InputError(
-            f"Expected a single image in {str(path)!r}, got an array of shape {data.shape}. Split the stack."
-        )
+        raise InputError(f"Expected one image in {str(path)!r}, got an array of shape {data.shape}. Split the stack.")
     if data.dtype.kind not in "iuf" or not np.isfinite(data).all():
         raise InputError(f"Expected finite real numbers in {str(path)!r}, got dtype {data.dtype} or NaN or infinity.")
     if not size[0] > 0 or abs(size[0] - size[1]) > 1e-4 * size[0]:

@@ -232,7 +232,7 @@ def displaced_thickness(
         _add_linear(density, xyz - low, filled / voxel_angstrom**3)
         density = scipy.ndimage.gaussian_filter(density, blur, mode="constant")
         # As many voxels as the atoms' volume fills: the threshold comes out near one half for a protein.
-        count = min(max(int(round(filled.sum() / voxel_angstrom**3)), 1), density.size)
+        count = min(max(round(filled.sum() / voxel_angstrom**3), 1), density.size)
         full = density >= np.partition(density, density.size - count, axis=None)[density.size - count]
         columns = full.sum(axis=2) * voxel_angstrom**3
         x, y = np.nonzero(columns)
