@@ -6,22 +6,23 @@ order of calls. Ranks therefore make it by themselves, and nothing random is sen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.distributions import Distribution, get_distribution
+from bridge.distributions import Distribution, fisher_information, get_distribution
 from bridge.errors import InputError
 from bridge.points import Nodes, PointSet, get_points
 
 Array = NDArray[np.float64]
-Covariate = Literal["auto", "none", "f(x)", "loo", "mean"]
+Covariate = Literal["auto", "none", "f(x)", "loo", "mean", "block", "regression", "bq"]
+Failures = Literal["raise", "drop"]
 Forward = Literal["smoothed", "unsmoothed"]
 SimulatorSeeds = Literal["common", "independent"]
 
-COVARIATES = ("auto", "none", "f(x)", "loo", "mean")
+COVARIATES = ("auto", "none", "f(x)", "loo", "mean", "block", "regression", "bq")
 
 # First word of every key, so that the streams of different purposes never meet.
 _PERTURBATIONS, _SIMULATOR = 0, 1
@@ -29,15 +30,21 @@ _PERTURBATIONS, _SIMULATOR = 0, 1
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a smoothed value and its gradients are estimated; see `bridge.smooth` for the meaning of each field."""
+    """How a smoothed value and its gradients are estimated; see `bridge.smooth` for the meaning of each field.
+
+    `num_samples` counts the rows of one replicate.
+    """
 
     seed: int
     num_samples: int
+    replicates: int
     distribution: Distribution
+    information: float
     points: PointSet
     covariate: Covariate
     forward: Forward
     simulator_seeds: SimulatorSeeds
+    failures: Failures
     leaf_size: int
 
     @property
@@ -47,13 +54,19 @@ class Strategy:
 
     @property
     def num_rows(self) -> int:
+        """Rows of one replicate, the unperturbed one included."""
         return self.num_samples + self.extra_row
+
+    @property
+    def weights_need_outputs(self) -> bool:
+        """Whether weights are known only once all rows are evaluated; outputs are then kept."""
+        return self.covariate == "bq" or self.failures == "drop"
 
 
 def default_leaf_size(num_samples: int) -> int:
-    """Rows of one leaf of the summation tree: from N alone, so that the sums' shape depends on nothing else.
+    """Rows of one unit, which a rank evaluates as a whole: from N alone, so that sums have one shape.
 
-    One row up to 64, so that each simulation can go to its own rank; beyond, 32 leaves or fewer, so that a streamed
+    One row up to 64, so that each simulation can go to its own rank; beyond, 32 units or fewer, so that a streamed
     Jacobian holds at most six partial sums at once.
     """
     return 1 if num_samples <= 64 else 1 << (-(-num_samples // 32) - 1).bit_length()
@@ -63,12 +76,14 @@ def make_strategy(
     *,
     seed: int | None,
     num_samples: int,
+    replicates: int,
     distribution: str | Distribution,
     points: str | PointSet,
     antithetic: bool,
     covariate: str,
     forward: str,
     simulator_seeds: str,
+    failures: str,
     leaf_size: int | None,
 ) -> Strategy:
     """Checks the settings of `bridge.smooth` at the door.
@@ -88,22 +103,38 @@ def make_strategy(
         raise InputError(f"Unknown forward={forward!r}. Known: smoothed, unsmoothed.")
     if simulator_seeds not in ("common", "independent"):
         raise InputError(f"Unknown simulator_seeds={simulator_seeds!r}. Known: common, independent.")
+    if failures not in ("raise", "drop"):
+        raise InputError(f"Unknown failures={failures!r}. Known: raise, drop.")
+    if int(replicates) != replicates or replicates < 1 or num_samples % replicates:
+        raise InputError(
+            f"Expected replicates to divide num_samples={num_samples}, got {replicates!r}. Four to eight suit."
+        )
     if leaf_size is not None and (int(leaf_size) != leaf_size or leaf_size < 1):
         raise InputError(f"Expected a positive integer leaf_size, got {leaf_size!r}.")
-    if covariate == "loo" and num_samples < 2:
+    each = int(num_samples) // int(replicates)
+    if covariate == "loo" and each < 2:
         raise InputError("Expected at least two samples for covariate='loo', got 1. Use more, or 'f(x)'.")
     density = get_distribution(distribution)
+    information = fisher_information(density)
+    if covariate == "regression" and not np.isfinite(information):
+        raise InputError(
+            f"Expected a density of finite Fisher information for covariate='regression', got {density.name!r}. Use "
+            "'auto', or another distribution."
+        )
     strategy = Strategy(
         seed=int(seed),
-        num_samples=int(num_samples),
+        num_samples=each,
+        replicates=int(replicates),
         distribution=density,
-        points=get_points(points, antithetic, density),
+        information=information,
+        points=get_points(points, antithetic),
         covariate=covariate,  # type: ignore[arg-type]  # checked above
         forward=forward,  # type: ignore[arg-type]
         simulator_seeds=simulator_seeds,  # type: ignore[arg-type]
-        leaf_size=int(leaf_size) if leaf_size else default_leaf_size(int(num_samples)),
+        failures=failures,  # type: ignore[arg-type]
+        leaf_size=min(each, int(leaf_size) if leaf_size else default_leaf_size(int(num_samples))),
     )
-    if antithetic:
+    if antithetic or points == "orthogonal":
         # Infeasible combinations are refused here, before the first simulation, not at the first step.
         strategy.points.nodes(density, strategy.num_samples, 1, np.random.default_rng(0))
     return strategy
@@ -122,14 +153,29 @@ class Design:
     seeds: NDArray[np.uint64]
 
 
-def make_design(strategy: Strategy, step: int, problem: int, dimension: int) -> Design:
-    """All draws of (seed, step, problem) for `dimension` parameters."""
+def make_design(
+    strategy: Strategy,
+    step: int,
+    problem: int,
+    dimension: int,
+    replicate: int = 0,
+    atom: tuple[int, float] | None = None,
+) -> Design:
+    """All draws of (seed, step, problem, replicate) for `dimension` parameters.
+
+    Args:
+        atom: (coordinate, value) at which eps is held in every row, all else alike.
+    """
 
     def generator(purpose: int) -> np.random.Generator:
-        key = np.random.SeedSequence(strategy.seed, spawn_key=(purpose, step, problem))
+        key = np.random.SeedSequence(strategy.seed, spawn_key=(purpose, step, problem, replicate))
         return np.random.Generator(np.random.Philox(key))
 
     nodes = strategy.points.nodes(strategy.distribution, strategy.num_samples, dimension, generator(_PERTURBATIONS))
+    if atom is not None:
+        eps = nodes.eps.copy()
+        eps[:, atom[0]] = atom[1]
+        nodes = replace(nodes, eps=eps)
     draw = generator(_SIMULATOR)
     if strategy.simulator_seeds == "common":
         seeds = np.full(strategy.num_rows, draw.integers(0, 2**63, dtype=np.uint64))

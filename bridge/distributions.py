@@ -30,12 +30,14 @@ class Distribution(ABC):
         symmetric: p(-e) = p(e); antithetic pairs need it.
         fisher_information: E[s^2], the variance of the score; inf where it does not exist.
         cross_moments: whether E[s_i eps_j] exists for i != j, which a scale matrix with off-diagonal entries needs.
+        atoms: (place, mass) of the point masses of p'': where p has a kink. A custom density with kinks lists them.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "custom"
     symmetric: ClassVar[bool] = False
     fisher_information: ClassVar[float] = float("nan")
     cross_moments: ClassVar[bool] = True
+    atoms: ClassVar[tuple[tuple[float, float], ...]] = ()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -58,6 +60,12 @@ class Distribution(ABC):
         """s(icdf(u)); overridden where going through eps loses digits."""
         return self.score(self.icdf(u))
 
+    def second_score(self, e: Array) -> Array:
+        """p''(e) / p(e) = s^2 - s', where it exists; here by central differences of the score."""
+        h = 1e-5 * np.maximum(1.0, np.abs(e))
+        s = self.score(e)
+        return np.asarray(s * s - (self.score(e + h) - self.score(e - h)) / (2 * h))
+
 
 @final
 class Gaussian(Distribution):
@@ -75,6 +83,9 @@ class Gaussian(Distribution):
 
     def score(self, e: Array) -> Array:
         return np.array(e, dtype=np.float64)
+
+    def second_score(self, e: Array) -> Array:
+        return e * e - 1
 
 
 @final
@@ -95,6 +106,10 @@ class Logistic(Distribution):
     def score(self, e: Array) -> Array:
         return np.tanh(0.5 * e)
 
+    def second_score(self, e: Array) -> Array:
+        t = np.tanh(0.5 * e)
+        return 1.5 * t * t - 0.5
+
 
 @final
 class Gumbel(Distribution):
@@ -113,6 +128,10 @@ class Gumbel(Distribution):
 
     def score(self, e: Array) -> Array:
         return -np.expm1(-e)
+
+    def second_score(self, e: Array) -> Array:
+        s = -np.expm1(-e)
+        return s * s - np.exp(-e)
 
 
 @final
@@ -135,6 +154,9 @@ class Cauchy(Distribution):
     def score(self, e: Array) -> Array:
         return 2 * e / (1 + e * e)
 
+    def second_score(self, e: Array) -> Array:
+        return (6 * e * e - 2) / (1 + e * e) ** 2
+
 
 @final
 class Laplace(Distribution):
@@ -143,6 +165,7 @@ class Laplace(Distribution):
     name = "laplace"
     symmetric = True
     fisher_information = 1.0
+    atoms = ((0.0, -1.0),)
 
     def icdf(self, u: Array) -> Array:
         return np.where(u < 0.5, np.log(2 * u), -np.log(2 * (1 - u)))
@@ -152,6 +175,9 @@ class Laplace(Distribution):
 
     def score(self, e: Array) -> Array:
         return np.sign(e)
+
+    def second_score(self, e: Array) -> Array:
+        return np.ones_like(e)  # p'' = p - delta(0)
 
 
 @final
@@ -164,6 +190,7 @@ class Triangular(Distribution):
     name = "triangular"
     symmetric = True
     fisher_information = float("inf")
+    atoms = ((-1.0, 1.0), (0.0, -2.0), (1.0, 1.0))
 
     def icdf(self, u: Array) -> Array:
         return np.where(u < 0.5, np.sqrt(2 * u) - 1, 1 - np.sqrt(2 * (1 - u)))
@@ -179,6 +206,9 @@ class Triangular(Distribution):
     def score_from_uniform(self, u: Array) -> Array:
         # 1 - |e| = sqrt(2 min(u, 1-u)) exactly; through e the ends cancel.
         return np.sign(u - 0.5) / np.sqrt(2 * np.minimum(u, 1 - u))
+
+    def second_score(self, e: Array) -> Array:
+        return np.zeros_like(e)  # p'' is nothing but its atoms
 
 
 _KNOWN: dict[str, type[Distribution]] = {
@@ -211,6 +241,23 @@ def check_distribution(distribution: Distribution) -> None:
             f"for {type(distribution).__name__}. A density that jumps, such as the uniform one, has no score-function "
             "gradient; take distribution='triangular' for compact support, and check icdf against log_prob."
         )
+
+
+def fisher_information(distribution: Distribution) -> float:
+    """E[s^2]: as the density states it, else by quadrature; inf where it grows without end towards the tails."""
+    if not np.isnan(distribution.fisher_information):
+        return distribution.fisher_information
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+
+    def truncated(tail: float) -> float:
+        # Panels that shrink towards both ends, in u.
+        edges = np.concatenate([np.geomspace(tail, 0.5, 60), 1 - np.geomspace(tail, 0.5, 60)[-2::-1]])
+        half = 0.5 * np.diff(edges)
+        u = (0.5 * (edges[1:] + edges[:-1])[:, None] + half[:, None] * nodes).ravel()
+        return float(np.sum((half[:, None] * weights).ravel() * distribution.score_from_uniform(u) ** 2))
+
+    near, far = truncated(1e-4), truncated(1e-8)
+    return far if np.isfinite(far) and far < 1.1 * near else float("inf")
 
 
 def get_distribution(distribution: str | Distribution) -> Distribution:

@@ -1,406 +1,36 @@
-"""Evaluates the rows of a design and turns them, by the weights, into values, Jacobians and products with them.
-
-The outputs stay on the rank that computed them. Two ways, chosen from N, d, m and a setting, never from the ranks:
-
-* kept: each rank keeps its rows of F. The forward pass reduces m numbers; a VJP exchanges the N scalars <v, F_i>.
-* streamed: rows are added to F^T [a, W] as they come and dropped; the sums, (1 + d) m numbers, are reduced once.
-"""
+"""What one step tells about the smoothed function: value, derivatives, and how good they are."""
 
 from __future__ import annotations
 
 import math
-import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import special, stats
 
-from bridge.design import Design, Strategy, make_design
-from bridge.dispatch import Dispatcher, TreeSum
-from bridge.errors import BridgeError, EvaluationError, InputError, OutputError
-from bridge.scale import Form, check_scale, perturb, pull_back_scale, pull_back_theta, push_scale, push_theta
-from bridge.simulator import ParameterSpace, Simulator, simulator_name
-from bridge.weights import Weights, make_weights, resolve_covariate
+from bridge.errors import InputError
+from bridge.evaluation import Evaluation
+from bridge.points import Auto
+from bridge.scale import pull_back_scale, pull_back_theta
+from bridge.weights import resolve_covariate
 
 Array = NDArray[np.float64]
 
-# Rows handed to the simulator, and to the kernel, at once: more would cost memory and gain no speed.
-_CHUNK = 16
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One parameter vector with its scale and its draws."""
-
-    theta: Array
-    scale: Array
-    design: Design
-    weights: Weights
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """Rows [start, stop) of one problem: the unit that a rank owns, and the leaf of its summation tree."""
-
-    problem: int
-    index: int
-    start: int
-    stop: int
-
-
-def _leaves(strategy: Strategy) -> list[tuple[int, int]]:
-    n, size = strategy.num_samples, strategy.leaf_size
-    runs = [(start, min(start + size, n)) for start in range(0, n, size)]
-    return [*runs, (n, n + 1)] if strategy.extra_row else runs
-
-
-def _as_rows(outputs: Any, k: int, shape: tuple[int, ...] | None, name: str) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """A simulator's outputs as a (k, m) floating tensor, and the shape of one output; the one place of conversion."""
-    if not isinstance(outputs, torch.Tensor):
-        array = np.asarray(outputs)
-        if array.dtype.kind not in "fiub":
-            raise OutputError(
-                f"Expected real numbers from simulator {name!r}, got an array of dtype {array.dtype}. Return the real "
-                "and imaginary parts, or a numeric array."
-            )
-        if array.dtype == np.longdouble or not array.dtype.isnative or array.dtype in (np.uint32, np.uint64):
-            array = array.astype(np.float64)
-        elif array.dtype == np.uint16:
-            array = array.astype(np.float32)
-        # Read-only memory (a memory map, a broadcast) cannot back a tensor.
-        outputs = torch.as_tensor(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
-    tensor = outputs.detach()
-    if tensor.ndim == 0 or tensor.shape[0] != k or (shape is not None and tuple(tensor.shape[1:]) != shape):
-        want = f"({k}, {', '.join(map(str, shape))})" if shape else f"({k},)" if shape == () else f"({k}, ...)"
-        hint = " If one output is a scalar, declare output_shape=()." if tensor.shape == (k,) else ""
-        raise OutputError(
-            f"Expected outputs of shape {want} from simulator {name!r} for {k} rows, got {tuple(tensor.shape)}.{hint}"
-        )
-    if tensor.is_complex():
-        raise OutputError(f"Expected real numbers from simulator {name!r}, got a tensor of dtype {tensor.dtype}.")
-    if tensor.dtype not in (torch.float32, torch.float64):
-        exact = tensor.dtype in (
-            torch.uint8,
-            torch.int8,
-            torch.int16,
-            torch.bool,
-            torch.float16,
-            torch.bfloat16,
-        )
-        tensor = tensor.to(torch.float32 if exact else torch.float64)
-    return tensor.reshape(k, -1), tuple(outputs.shape[1:])
-
-
-class Evaluation:
-    """The outputs of one collective evaluation of one or more problems, and what is linear in them."""
-
-    def __init__(
-        self,
-        simulator: Simulator,
-        space: ParameterSpace,
-        strategy: Strategy,
-        dispatcher: Dispatcher,
-        thetas: Array,
-        scales: Array,
-        form: Form,
-        *,
-        step: int,
-        first_problem: int,
-        need_theta: bool,
-        need_scale: bool,
-        keep_bytes: int,
-    ) -> None:
-        """Evaluates everything. Collective.
-
-        Args:
-            thetas: (B, d). scales: (B, d) or (B, d, d).
-            need_theta, need_scale: which derivatives may be asked for; with neither only the value is computed.
-            keep_bytes: outputs up to this size are kept, larger ones streamed where that is smaller.
-        """
-        self.strategy, self.form, self._dispatcher = strategy, form, dispatcher
-        self.num_problems, self.dimension = thetas.shape
-        dispatcher.begin(
-            "forward",
-            f"step {step}, problems {first_problem} to {first_problem + self.num_problems - 1}, d {self.dimension}, "
-            f"derivatives {need_theta} {need_scale}, {strategy}",
-        )
-        thetas, scales = dispatcher.broadcast(thetas), dispatcher.broadcast(scales)
-        if not np.isfinite(thetas).all():
-            raise InputError(f"Expected finite parameters, got {thetas.tolist()}.")
-        check_scale(scales, form)
-        self.problems = []
-        for b, (theta, scale) in enumerate(zip(thetas, scales, strict=True)):
-            design = make_design(strategy, step, first_problem + b, self.dimension)
-            weights = make_weights(strategy, design.nodes, form if need_scale else None)
-            self.problems.append(Problem(theta, scale, design, weights))
-
-        runs = _leaves(strategy)
-        self._num_leaves = len(runs)
-        leaves = [Leaf(b, i, start, stop) for b in range(self.num_problems) for i, (start, stop) in enumerate(runs)]
-        self._own = leaves[slice(*_bounds(dispatcher.share(len(leaves))))]
-        self._derivatives = (need_theta, need_scale)
-        self._columns = self._stream_columns(need_theta, need_scale)
-        self._kept: dict[Leaf, torch.Tensor] = {}
-        self.streamed = True
-        self.output_shape: tuple[int, ...] = ()
-        sums = [TreeSum(self._num_leaves) for _ in range(self.num_problems)]
-
-        error, like, clipped = None, None, 0
-        try:
-            like, clipped = self._evaluate_own(simulator, space, sums, keep_bytes)
-        except BridgeError as failure:
-            error = failure
-        except Exception as failure:
-            error = EvaluationError(
-                f"Simulator {simulator_name(simulator)!r} raised {type(failure).__name__}: {failure} on "
-                f"{socket.gethostname()}."
-            )
-            error.__cause__ = failure
-        dispatcher.agree(error)
-        # A rank without rows learns from rank 0 what an output looks like.
-        mine = None if like is None else (tuple(like.shape), str(like.dtype), self.output_shape, self.streamed)
-        layout = dispatcher.broadcast_object(mine)
-        if mine is not None and mine != layout:
-            error = OutputError(
-                f"Expected outputs of shape {layout[2]} and {layout[1]} as on rank 0, got {self.output_shape} and "
-                f"{mine[1]}. Ranks must run the same simulator."
-            )
-        dispatcher.agree(error)
-        if like is None:
-            shape, dtype, self.output_shape, self.streamed = layout
-            like = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
-        self._sums = dispatcher.finish(sums, like, self._owners(dispatcher, leaves))
-        rows = self.num_problems * strategy.num_rows
-        self.num_evaluations = rows
-        self.clipped_fraction = float(dispatcher.scatter_add(np.array([float(clipped)]))[0]) / rows
-        self.num_outputs = like.shape[1]
-
-    # -- evaluation ------------------------------------------------------------------------------------------------
-
-    def _stream_columns(self, need_theta: bool, need_scale: bool) -> int:
-        columns = 1 + (self.dimension if need_theta else 0)
-        if need_scale:
-            columns += self.dimension if self.form == "diagonal" else self.dimension**2
-        return columns
-
-    def _owners(self, dispatcher: Dispatcher, leaves: Sequence[Leaf]) -> list[list[range]]:
-        if dispatcher.size == 1:
-            return []
-        owners = []
-        for rank in range(dispatcher.size):
-            start, stop = _bounds(dispatcher.share_of(len(leaves), rank))
-            per_problem = []
-            for b in range(self.num_problems):
-                base = b * self._num_leaves
-                lo = min(max(start - base, 0), self._num_leaves)
-                per_problem.append(range(lo, min(max(stop - base, lo), self._num_leaves)))
-            owners.append(per_problem)
-        return owners
-
-    def _evaluate_own(
-        self, simulator: Simulator, space: ParameterSpace, sums: list[TreeSum], keep_bytes: int
-    ) -> tuple[torch.Tensor | None, int]:
-        like, clipped = None, 0
-        shape = simulator.output_shape
-        matrices: dict[int, torch.Tensor] = {}
-        rows: dict[int, Array] = {}
-        for leaf in self._own:
-            problem = self.problems[leaf.problem]
-            if leaf.problem not in rows:
-                rows = {leaf.problem: self._inputs(problem)}
-            total: torch.Tensor | None = None
-            kept = []
-            for start in range(leaf.start, leaf.stop, _CHUNK):
-                stop = min(start + _CHUNK, leaf.stop)
-                inputs, changed = space.admit(rows[leaf.problem][start:stop])
-                clipped += int(changed.sum())
-                seeds = problem.design.seeds[start:stop]
-                # A copy: a simulator that writes into its arguments must not change the design.
-                outputs = simulator(np.array(inputs, order="C"), seeds.copy())
-                F, shape = _as_rows(outputs, stop - start, shape, simulator_name(simulator))
-                self._check_finite(F, inputs, start, simulator, space)
-                if like is None:
-                    like = self._layout(F, shape, keep_bytes)
-                if leaf.problem not in matrices:
-                    matrices = {leaf.problem: self._stream_weights(problem.weights, F)}
-                part = matrices[leaf.problem][:, start:stop]
-                if total is None:
-                    total = torch.mm(part, F, out=sums[leaf.problem].buffer(F, len(part)))
-                else:
-                    total.addmm_(part, F)
-                if not self.streamed:
-                    # The simulator may use the same memory for its next outputs.
-                    kept.append(F.clone())
-                del outputs, F  # before the next outputs are made: memory is for one chunk
-            assert total is not None
-            sums[leaf.problem].add(leaf.index, total)
-            if kept:
-                self._kept[leaf] = kept[0] if len(kept) == 1 else torch.cat(kept)
-        return like, clipped
-
-    def _inputs(self, problem: Problem) -> Array:
-        inputs = perturb(problem.theta, problem.scale, problem.design.nodes.eps)
-        return np.vstack([inputs, problem.theta]) if self.strategy.extra_row else inputs
-
-    def _layout(self, F: torch.Tensor, shape: tuple[int, ...], keep_bytes: int) -> torch.Tensor:
-        """Decides between kept and streamed, once the size of an output is known."""
-        self.output_shape = shape
-        needed = any(self._derivatives)
-        rows = self.strategy.num_rows
-        size = self.num_problems * rows * F.shape[1] * F.element_size()
-        self.streamed = not needed or (size > keep_bytes and self._columns < rows)
-        return F.new_empty((self._columns if self.streamed else 1, F.shape[1]))
-
-    def _stream_weights(self, weights: Weights, like: torch.Tensor) -> torch.Tensor:
-        columns = [weights.value[:, None]]
-        if self.streamed and self._derivatives[0]:
-            columns.append(weights.theta)
-        if self.streamed and weights.scale is not None:
-            columns.append(weights.scale)
-        return torch.as_tensor(np.ascontiguousarray(np.hstack(columns).T)).to(like)
-
-    def _check_finite(
-        self, F: torch.Tensor, inputs: Array, start: int, simulator: Simulator, space: ParameterSpace
-    ) -> None:
-        # One sum finds every NaN and infinity at a fraction of the cost of looking at each number.
-        if bool(torch.isfinite(F.sum())):
-            return
-        bad = torch.nonzero(~torch.isfinite(F).all(dim=1)).flatten()
-        if len(bad) == 0:
-            return
-        row = int(bad[0])
-        values = ", ".join(f"{n} = {v:.6g}" for n, v in space.mapping(inputs[row]).items())
-        raise EvaluationError(
-            f"Expected finite outputs from simulator {simulator_name(simulator)!r}, got "
-            f"{int((~torch.isfinite(F[row])).sum())} of {F.shape[1]} numbers NaN or infinite in row {start + row} "
-            f"({values}) on {socket.gethostname()}. Bound the parameters to where the simulator works."
-        )
-
-    # -- what is linear in the outputs ------------------------------------------------------------------------------
-
-    def value(self, b: int) -> torch.Tensor:
-        """F^T a of problem b: (m,)."""
-        return self._sums[b][0]
-
-    def _products(self, pairs: Sequence[tuple[int, torch.Tensor]]) -> list[Array]:
-        """<v, F_i> of all rows, for each (problem, v): (num_rows,) float64. Collective."""
-        scalars = np.zeros((len(pairs), self.strategy.num_rows))
-        for leaf, F in self._kept.items():
-            wide = F.to(torch.float64)
-            for q, (b, v) in enumerate(pairs):
-                if b == leaf.problem:
-                    scalars[q, leaf.start : leaf.stop] = torch.mv(wide, v.to(F.device)).cpu().numpy()
-        return list(self._dispatcher.scatter_add(scalars))
-
-    def vjp(self, pairs: Sequence[tuple[int, torch.Tensor]]) -> list[tuple[Array, Array | None]]:
-        """For each (problem, v in R^m): gradients of <v, value> in theta, (d,), and in L, (d,) or (d, d). Collective.
-
-        VJP(v) = L^-T W^T (F v): never builds m x d (arXiv 2410.08125, Lemma 3 and Theorem 7).
-        """
-        if not any(self._derivatives):
-            raise InputError("This evaluation was made without derivatives; call estimate outside torch.no_grad().")
-        self._dispatcher.begin("vjp", f"{len(pairs)} products")
-        vectors = [(b, self._broadcast_vector(v)) for b, v in pairs]
-        results: list[tuple[Array, Array | None]] = []
-        if self.streamed:
-            for b, v in vectors:
-                # One column at a time: a float64 copy of all of them would be twice the Jacobian.
-                g = [torch.dot(c.to(torch.float64), v.to(c.device)).item() for c in self._sums[b][1:]]
-                results.append(self._pull_back(b, np.array(g)))
-            return results
-        for (b, _), c in zip(vectors, self._products(vectors), strict=True):
-            weights = self.problems[b].weights
-            columns_ = [w for w in (weights.theta, weights.scale) if w is not None]
-            # A sum in index order: the same bits whoever owned the rows.
-            results.append(self._pull_back(b, np.concatenate([(w * c[:, None]).sum(axis=0) for w in columns_])))
-        return results
-
-    def _broadcast_vector(self, v: torch.Tensor) -> torch.Tensor:
-        flat = v.detach().reshape(-1).to("cpu", torch.float64)
-        return torch.as_tensor(self._dispatcher.broadcast(flat.numpy()))
-
-    def _pull_back(self, b: int, g: Array) -> tuple[Array, Array | None]:
-        problem, d = self.problems[b], self.dimension
-        x = pull_back_theta(problem.scale, g[:d])
-        if problem.weights.scale is None:
-            return x, None
-        return x, pull_back_scale(problem.scale, g[d:].reshape(problem.scale.shape))
-
-    def jvp(self, triples: Sequence[tuple[int, Array, Array | None]]) -> list[torch.Tensor]:
-        """For each (problem, tangent in theta, tangent in L or None): J t, (m,). Collective."""
-        if not any(self._derivatives):
-            raise InputError("This evaluation was made without derivatives; call estimate outside torch.no_grad().")
-        self._dispatcher.begin("jvp", f"{len(triples)} products")
-        eps_space = []
-        for b, t, T in triples:
-            scale = self.problems[b].scale
-            parts = [push_theta(scale, self._dispatcher.broadcast(t))]
-            if T is not None:
-                if self.problems[b].weights.scale is None:
-                    raise InputError("This evaluation was made without derivatives in the scale.")
-                parts.append(push_scale(scale, self._dispatcher.broadcast(T)).reshape(-1))
-            eps_space.append((b, parts))
-        if self.streamed:
-            results = []
-            for b, parts in eps_space:
-                columns = self._sums[b][1:]
-                t_all = torch.as_tensor(np.concatenate(parts)).to(columns)
-                results.append(t_all @ columns[: len(t_all)])
-            return results
-        rows = []
-        for b, parts in eps_space:
-            weights = self.problems[b].weights
-            w = (weights.theta * parts[0]).sum(axis=1)
-            if len(parts) == 2 and weights.scale is not None:
-                w = w + (weights.scale * parts[1]).sum(axis=1)
-            rows.append((b, w[None, :]))
-        return [total[0] for total in self._tree_sums(rows)]
-
-    def _tree_sums(self, weights: Sequence[tuple[int, Array]]) -> list[torch.Tensor]:
-        """W F by the same tree as the value, from kept rows, for each (problem, W (c, num_rows)). Collective."""
-        sums = [TreeSum(self._num_leaves) for _ in weights]
-        for q, (b, w) in enumerate(weights):
-            for leaf, F in self._kept.items():
-                if leaf.problem == b:
-                    part = torch.as_tensor(np.ascontiguousarray(w[:, leaf.start : leaf.stop])).to(F)
-                    sums[q].add(leaf.index, part @ F)
-        if self._dispatcher.size == 1:
-            return [tree.result() for tree in sums]
-        leaves = [Leaf(b, i, *run) for b in range(self.num_problems) for i, run in enumerate(_leaves(self.strategy))]
-        all_owners = self._owners(self._dispatcher, leaves)
-        owners = [[ranges[b] for b, _ in weights] for ranges in all_owners]
-        like = self._sums[0].new_empty((weights[0][1].shape[0], self.num_outputs))
-        return self._dispatcher.finish(sums, like, owners)
-
-    def jacobian(self, b: int) -> torch.Tensor:
-        """J = F^T W L^-1 of problem b: (m, d). Collective."""
-        scale = self.problems[b].scale
-        if not self._derivatives[0]:
-            raise InputError("This evaluation was made without derivatives in the parameters.")
-        self._dispatcher.begin("jacobian", f"problem {b}")
-        if self.streamed:
-            columns = self._sums[b][1 : 1 + self.dimension]
-        else:
-            (columns,) = self._tree_sums([(b, self.problems[b].weights.theta.T)])
-        # Column r of L^-T W^T F^T: J = (L^-T A)^T for A (d, m) in eps-space.
-        inverse = np.diag(1 / scale) if scale.ndim == 1 else np.linalg.inv(scale)
-        return columns.T @ torch.as_tensor(inverse).to(columns)
-
-
-def _bounds(run: range) -> tuple[int, int]:
-    return run.start, run.stop
-
 
 class Estimate:
-    """What one step tells about the smoothed function at one parameter vector or at a batch of them.
+    """Value, Jacobian and products with it, standard errors, covariance and median, at one vector or at a batch.
 
     Attributes:
         value: (*batch, *output_shape), the smoothed value E[f(x + L eps)], or f(x) with forward="unsmoothed".
         num_evaluations: simulator runs paid for, the unperturbed row included.
+        num_failed: runs that failed and were dropped; the estimate is then that of the runs that succeed, which is
+            another quantity unless failing has nothing to do with the perturbation.
         clipped_fraction: share of the queries that lay outside the bounds and were moved onto them.
+        points, points_reason: the point set that was used, and why.
         covariate, covariate_reason: the control variate that was used, and why.
         streamed: whether outputs were added up as they came (True) or are kept.
     """
@@ -412,23 +42,34 @@ class Estimate:
         shape = (*batch, *evaluation.output_shape)
         self.value = finish(torch.stack([evaluation.value(b) for b in self._all]).reshape(shape))
         self.num_evaluations = evaluation.num_evaluations
+        self.num_failed = evaluation.num_failed
         self.clipped_fraction = evaluation.clipped_fraction
         self.streamed = evaluation.streamed
-        nodes = evaluation.problems[0].design.nodes
-        self.covariate, self.covariate_reason = resolve_covariate(evaluation.strategy.covariate, nodes)
+        strategy, nodes = evaluation.strategy, evaluation.problems[0].design.nodes
+        self.covariate, self.covariate_reason = resolve_covariate(strategy, nodes)
+        self.points, self.points_reason = repr(strategy.points), "as asked"
+        if isinstance(strategy.points, Auto):
+            chosen, self.points_reason = strategy.points.choose(strategy.distribution, *nodes.eps.shape)
+            self.points = repr(chosen)
 
     @property
     def _all(self) -> range:
-        return range(self._evaluation.num_problems)
+        return range(self._evaluation.num_vectors)
+
+    # -- derivatives ------------------------------------------------------------------------------------------------
 
     def jacobian(self) -> torch.Tensor:
         """J = E[f (L^-T s)^T]: (*batch, *output_shape, d). Collective under MPI."""
-        stacked = torch.stack([self._evaluation.jacobian(b) for b in self._all])
-        return self._finish(stacked.reshape((*self._batch, *self._evaluation.output_shape, self._evaluation.dimension)))
+        means = [torch.stack(self._evaluation.replicate_jacobians(b)).mean(dim=0) for b in self._all]
+        return self._finish(self._shaped(means))
+
+    def _shaped(self, jacobians: list[torch.Tensor]) -> torch.Tensor:
+        shape = (*self._batch, *self._evaluation.output_shape, self._evaluation.dimension)
+        return torch.stack(jacobians).reshape(shape)
 
     def vjp(self, v: torch.Tensor) -> torch.Tensor:
         """J^T v for v of the value's shape: (*batch, d). Never builds J. Collective under MPI."""
-        return self._finish(self._vjp(v, 0))
+        return self._finish(self._vjp(v, 0).mean(dim=-2))
 
     def vjp_scale(self, v: torch.Tensor) -> torch.Tensor:
         """d<v, value>/dL for v of the value's shape: (*batch, d) or (*batch, d, d). Collective under MPI.
@@ -436,18 +77,24 @@ class Estimate:
         Raises:
             InputError: the estimate was made without `scale_gradient=True` and the scale does not require grad.
         """
-        if self._evaluation.problems[0].weights.scale is None:
+        self._require_scale()
+        return self._finish(self._vjp(v, 1).mean(dim=len(self._batch)))
+
+    def _require_scale(self) -> None:
+        if not self._evaluation.has_scale:
             raise InputError(
                 "Expected an estimate with derivatives in the scale; use estimate(..., scale_gradient=True)."
             )
-        return self._finish(self._vjp(v, 1))
 
-    def _vjp(self, v: torch.Tensor, which: int) -> torch.Tensor:
+    def _rows(self, v: torch.Tensor) -> torch.Tensor:
         v = torch.as_tensor(v)
         if v.shape != self.value.shape:
             raise InputError(f"Expected a vector of shape {tuple(self.value.shape)}, got {tuple(v.shape)}.")
-        rows = v.reshape(self._evaluation.num_problems, self._evaluation.num_outputs)
-        gradients = [pair[which] for pair in self._evaluation.vjp(list(enumerate(rows)))]
+        return v.reshape(self._evaluation.num_vectors, self._evaluation.num_outputs)
+
+    def _vjp(self, v: torch.Tensor, which: int) -> torch.Tensor:
+        """(*batch, R, ...): a product for each replicate."""
+        gradients = [pair[which] for pair in self._evaluation.vjp(list(enumerate(self._rows(v))))]
         stacked = torch.as_tensor(np.stack([g for g in gradients if g is not None]))
         return stacked.reshape((*self._batch, *stacked.shape[1:]))
 
@@ -460,3 +107,260 @@ class Estimate:
         rows = tangent.reshape(math.prod(self._batch), -1).numpy()
         products = self._evaluation.jvp([(b, row, None) for b, row in enumerate(rows)])
         return self._finish(torch.stack(products).reshape(self.value.shape))
+
+    # -- how good they are ------------------------------------------------------------------------------------------
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """Of Student's t that belongs to the standard errors: replicates - 1, or the independent rows - 1."""
+        strategy = self._evaluation.strategy
+        if strategy.replicates > 1:
+            return strategy.replicates - 1
+        self._require_independent_rows()
+        return strategy.num_samples - self.num_failed // len(self._evaluation.problems) - 1
+
+    def interval(self, standard_error: torch.Tensor, level: float = 0.95) -> torch.Tensor:
+        """Half the width of the confidence interval that belongs to a standard error of this estimate."""
+        return standard_error * float(stats.t.ppf(0.5 + level / 2, self.degrees_of_freedom))
+
+    def _require_independent_rows(self) -> None:
+        evaluation = self._evaluation
+        nodes = evaluation.problems[0].design.nodes
+        plain = self.covariate in ("none", "f(x)", "loo", "mean", "block")
+        if nodes.block != 1 or not plain:
+            raise InputError(
+                f"Expected replicates for a standard error with {self.points} and covariate {self.covariate!r}, whose "
+                "rows are not independent of each other: pass replicates=4 (or 8) to smooth, which splits num_samples "
+                "into independent parts."
+            )
+        evaluation.require_rows("standard errors from single rows (replicates=4 needs none)")
+
+    @property
+    def standard_error(self) -> torch.Tensor:
+        """Of the value, of its shape: from replicates, else from independent rows. Collective under MPI."""
+        evaluation = self._evaluation
+        if evaluation.strategy.replicates > 1:
+            values = torch.stack([evaluation.replicate_values(b) for b in self._all]).to(torch.float64)
+            error = values.std(dim=1) / math.sqrt(evaluation.strategy.replicates)
+            return self._finish(error.reshape(self.value.shape))
+        self._require_independent_rows()
+        if evaluation.strategy.forward == "unsmoothed":
+            return torch.zeros_like(self.value)
+        errors = []
+        for b in self._all:
+            good = evaluation.surviving(b)
+            (squares,) = evaluation.second_moments(b, [good[None].astype(float)], evaluation.value(b))
+            count = int(good.sum())
+            errors.append((squares[0] / (count * (count - 1))).sqrt())
+        return self._finish(torch.stack(errors).reshape(self.value.shape))
+
+    def jacobian_standard_error(self) -> torch.Tensor:
+        """Of each entry of the Jacobian, of its shape: from replicates, else from independent rows. Collective."""
+        evaluation = self._evaluation
+        if evaluation.strategy.replicates > 1:
+            scale = math.sqrt(evaluation.strategy.replicates)
+            errors = [torch.stack(evaluation.replicate_jacobians(b)).std(dim=0) / scale for b in self._all]
+            return self._finish(self._shaped(errors))
+        self._require_independent_rows()
+        errors = []
+        for b in self._all:
+            # Row i contributes (F_i - b) g_i^T, g = L^-T s.
+            problem, good = evaluation.problems[b], evaluation.surviving(b)
+            g = np.stack([pull_back_theta(problem.scale, s) for s in problem.design.nodes.score]) * good[:, None]
+            (squares,) = evaluation.second_moments(b, [(g * g).T], self._centre_of_rows(b))
+            (jacobian,) = evaluation.replicate_jacobians(b)
+            count = int(good.sum())
+            variance = squares.T / count - jacobian.square()
+            errors.append((variance.clamp(min=0) / (count - 1)).sqrt())
+        return self._finish(self._shaped(errors))
+
+    def _centre_of_rows(self, b: int) -> torch.Tensor:
+        """What the covariate subtracts from each row: (m,)."""
+        evaluation = self._evaluation
+        if self.covariate == "none":
+            return torch.zeros_like(evaluation.value(b))
+        return evaluation.unperturbed(b) if self.covariate == "f(x)" else evaluation.mean_of_rows(b)
+
+    def vjp_standard_error(self, v: torch.Tensor) -> torch.Tensor:
+        """Of `vjp(v)`, (*batch, d): from replicates, else from independent rows. Collective under MPI."""
+        evaluation = self._evaluation
+        if evaluation.strategy.replicates > 1:
+            return self._finish(self._vjp(v, 0).std(dim=-2) / math.sqrt(evaluation.strategy.replicates))
+        self._require_independent_rows()
+        errors = []
+        for b, row in enumerate(self._rows(v)):
+            problem, good = evaluation.problems[b], evaluation.surviving(b)
+            (c,) = evaluation.row_products(b, row)
+            centre = float(torch.dot(self._centre_of_rows(b).to(torch.float64), row.to("cpu", torch.float64)))
+            g = np.stack([pull_back_theta(problem.scale, s) for s in problem.design.nodes.score])
+            contributions = ((c - centre)[:, None] * g)[good]
+            errors.append(torch.as_tensor(contributions.std(axis=0, ddof=1) / math.sqrt(len(contributions))))
+        return self._finish(torch.stack(errors).reshape((*self._batch, evaluation.dimension)))
+
+    # -- the distribution of the outputs ----------------------------------------------------------------------------
+
+    def covariance(self) -> torch.Tensor:
+        """Cov[f(x + L eps)], unbiased: (*batch, m, m), float64, for outputs flattened to m. Collective under MPI.
+
+        Rows must be independent; needs kept outputs and holds m^2 numbers.
+        """
+        return self._finish_batch([self._mean_over(b, self._covariance) for b in self._all])
+
+    def covariance_vjp(self, V: torch.Tensor) -> torch.Tensor:
+        """d<V, C>/dx for V (*batch, m, m): (*batch, d), by the unbiased third k-statistic (Theorem 8). Collective."""
+        return self._covariance_vjp(V, 0)
+
+    def covariance_vjp_scale(self, V: torch.Tensor) -> torch.Tensor:
+        """d<V, C>/dL: (*batch, d) or (*batch, d, d). Collective under MPI."""
+        self._require_scale()
+        return self._covariance_vjp(V, 1)
+
+    def variance_vjp(self, v: torch.Tensor) -> torch.Tensor:
+        """d<v, diag C>/dx for v of the value's shape: (*batch, d); O(N m), never builds C. Collective under MPI."""
+        rows = self._rows(v).to("cpu", torch.float64)
+        return self._finish_batch([self._third(b, partial(_diagonal_form, rows[b]), 0) for b in self._all])
+
+    def _finish_batch(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        stacked = torch.stack(tensors)
+        return self._finish(stacked.reshape((*self._batch, *stacked.shape[1:])))
+
+    def _mean_over(self, b: int, function: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        return torch.stack([function(p) for p in self._evaluation.replicates(b)]).mean(dim=0)
+
+    def _require_rows_for(self, what: str) -> None:
+        evaluation = self._evaluation
+        evaluation.require_rows(what)
+        nodes = evaluation.problems[0].design.nodes
+        if nodes.block != 1:
+            raise InputError(
+                f"Expected independent rows for {what}, got {self.points}, under which it is biased. Use points='mc'."
+            )
+
+    def _covariance(self, p: int) -> torch.Tensor:
+        self._require_rows_for("the covariance")
+        F = self._evaluation.gather_rows(p)[torch.as_tensor(self._evaluation.surviving(p))]
+        F = F - F.mean(dim=0)
+        return F.T @ F / (len(F) - 1)
+
+    def _covariance_vjp(self, V: torch.Tensor, which: int) -> torch.Tensor:
+        m = self._evaluation.num_outputs
+        V = torch.as_tensor(V).to("cpu", torch.float64)
+        if tuple(V.shape) != (*self._batch, m, m):
+            raise InputError(f"Expected a matrix of shape {(*self._batch, m, m)}, got {tuple(V.shape)}.")
+        matrices = V.reshape(-1, m, m)
+        return self._finish_batch([self._third(b, partial(_full_form, matrices[b]), which) for b in self._all])
+
+    def _third(self, b: int, form: Callable[[torch.Tensor], torch.Tensor], which: int) -> torch.Tensor:
+        """N / ((N-1)(N-2)) sum_i q_i (g_i - mean g), q_i = form(F_i - mean F), pulled back."""
+        self._require_rows_for("derivatives of the covariance")
+        results = []
+        for p in self._evaluation.replicates(b):
+            good = self._evaluation.surviving(p)
+            mean = self._evaluation.mean_of_rows(p).to("cpu", torch.float64)
+            q = self._evaluation.row_scalars(p, partial(_of_centred, form, mean))[good]
+            problem = self._evaluation.problems[p]
+            s, eps = problem.design.nodes.score[good], problem.design.nodes.eps[good]
+            n = len(s)
+            if n < 3:
+                raise InputError(f"Expected at least three rows for derivatives of the covariance, got {n}.")
+            factor = n / ((n - 1) * (n - 2))
+            if which == 0:
+                total = factor * (q[:, None] * (s - s.mean(axis=0))).sum(axis=0)
+                results.append(pull_back_theta(problem.scale, total))
+                continue
+            g = s * eps - 1 if problem.scale.ndim == 1 else s[:, :, None] * eps[:, None, :] - np.eye(s.shape[1])
+            weight = q.reshape((-1,) + (1,) * (g.ndim - 1))
+            results.append(pull_back_scale(problem.scale, factor * (weight * (g - g.mean(axis=0))).sum(axis=0)))
+        return torch.as_tensor(np.mean(results, axis=0))
+
+    def median(self, k: int = 3) -> torch.Tensor:
+        """E[median of f(x + L eps_1), ..., f(x + L eps_k)], elementwise, k odd: of the value's shape. Collective.
+
+        The U-statistic over all k-subsets of the rows, O(N log N) for each output. Exists where the mean does not.
+        Rows must be independent; needs kept outputs.
+        """
+        results = [self._mean_over(b, lambda p: self._median(p, k)[0]) for b in self._all]
+        return self._finish(torch.stack(results).reshape(self.value.shape))
+
+    def median_jacobian(self, k: int = 3) -> torch.Tensor:
+        """d median / dx: (*batch, *output_shape, d), with the scores of all k rows of each subset. Collective."""
+        return self._finish(self._shaped([self._mean_over(b, lambda p: self._median(p, k)[1]) for b in self._all]))
+
+    def median_vjp(self, v: torch.Tensor, k: int = 3) -> torch.Tensor:
+        """The median's Jacobian's transpose times v of the value's shape: (*batch, d). Collective under MPI."""
+        rows = self._rows(v).to("cpu", torch.float64)
+        return self._finish_batch([rows[b] @ self._mean_over(b, lambda p: self._median(p, k)[1]) for b in self._all])
+
+    def _median(self, p: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._require_rows_for("the k-sample median")
+        good = self._evaluation.surviving(p)
+        problem = self._evaluation.problems[p]
+        columns, _ = self._evaluation.output_columns(p)
+        g = np.stack([pull_back_theta(problem.scale, s) for s in problem.design.nodes.score[good]])
+        value, jacobian = median_statistic(columns[torch.as_tensor(good)].numpy(), g, k)
+        both = self._evaluation.join_columns(torch.as_tensor(np.vstack([value[None], jacobian.T])))
+        return both[0], both[1:].T
+
+
+def _diagonal_form(v: torch.Tensor, F: torch.Tensor) -> torch.Tensor:
+    return (F * F) @ v
+
+
+def _full_form(V: torch.Tensor, F: torch.Tensor) -> torch.Tensor:
+    return ((F @ V) * F).sum(dim=1)
+
+
+def _of_centred(form: Callable[[torch.Tensor], torch.Tensor], mean: torch.Tensor, F: torch.Tensor) -> torch.Tensor:
+    return form(F - mean)
+
+
+def median_statistic(F: Array, g: Array, k: int) -> tuple[Array, Array]:
+    """The k-sample median and its gradient as U-statistics over all subsets of k rows.
+
+    With y_(r) the sorted outputs and s_(r) their scores, h = (k-1)/2 and T = C(N, k):
+    value = sum_r y_(r) C(r-1, h) C(N-r, h) / T;
+    gradient = sum_r y_(r) [C(r-1,h) C(N-r,h) s_(r) + C(r-2,h-1) C(N-r,h) sum_{i<r} s_(i)
+    + C(r-1,h) C(N-r-1,h-1) sum_{i>r} s_(i)] / T (all k scores of a subset, not the median's alone).
+
+    Args:
+        F: (N, m) outputs. g: (N, d) scores pulled back, L^-T s. k: odd.
+
+    Returns:
+        (m,) and (m, d).
+    """
+    n = len(F)
+    if int(k) != k or k < 1 or k % 2 == 0 or k > n:
+        raise InputError(f"Expected an odd k between 1 and the {n} rows for the k-sample median, got {k!r}.")
+    h = (k - 1) // 2
+    r = np.arange(1, n + 1)
+    # Ratios to C(N, k) by logarithms: the binomials themselves overflow.
+    total = _log_binomial(n, k)
+
+    def ratio(a: Array | NDArray[np.int64], i: int, b: Array | NDArray[np.int64], j: int) -> Array:
+        with np.errstate(invalid="ignore"):
+            return np.nan_to_num(np.exp(_log_binomial(a, i) + _log_binomial(b, j) - total))
+
+    own = ratio(r - 1, h, n - r, h)
+    below = ratio(r - 2, h - 1, n - r, h) if h else np.zeros(n)
+    above = ratio(r - 1, h, n - r - 1, h - 1) if h else np.zeros(n)
+    order = np.argsort(F, axis=0, kind="stable")
+    # Centred on the median of the rows: the score's mean is zero, so a constant changes the noise alone.
+    y = np.take_along_axis(F, order, axis=0)
+    value = own @ y
+    centred = y - np.median(F, axis=0)
+    jacobian = np.empty((F.shape[1], g.shape[1]))
+    for j in range(g.shape[1]):
+        s = g[:, j][order]
+        lower = np.cumsum(s, axis=0) - s
+        higher = s.sum(axis=0) - lower - s
+        jacobian[:, j] = np.sum(centred * (own[:, None] * s + below[:, None] * lower + above[:, None] * higher), axis=0)
+    return value, jacobian
+
+
+def _log_binomial(n: Any, k: int) -> Any:
+    """log C(n, k), -inf where it is zero."""
+    n = np.asarray(n, dtype=np.float64)
+    inside = (n >= k) & (k >= 0)
+    safe = np.where(inside, n, max(k, 0))
+    value = special.gammaln(safe + 1) - special.gammaln(k + 1) - special.gammaln(safe - k + 1) if k >= 0 else 0 * safe
+    return np.where(inside, value, -np.inf)

@@ -13,9 +13,10 @@ from typing import ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 from scipy.stats import qmc
 
-from bridge.distributions import Distribution
+from bridge.distributions import Distribution, Gaussian, fisher_information
 from bridge.errors import InputError
 
 Array = NDArray[np.float64]
@@ -31,12 +32,14 @@ class Nodes:
         weight: (n,) weights of the mean, summing to 1.
         block: rows [0, block), [block, 2 block), ... are independent of each other and identically distributed as
             blocks; 1: independent rows; n: all rows depend on each other.
+        paired: rows 2i and 2i + 1 are eps and -eps.
     """
 
     eps: Array
     score: Array
     weight: Array
     block: int
+    paired: bool = False
 
 
 class PointSet(ABC):
@@ -147,6 +150,73 @@ class Sobol(PointSet):
 
 
 @final
+class Halton(PointSet):
+    """Scrambled Halton points: for any n, where Sobol' points want a power of two.
+
+    Reference: Owen, arXiv 1706.02808 (the random permutations of digits).
+    """
+
+    name = "halton"
+
+    def uniform(self, n: int, d: int, rng: np.random.Generator) -> Array:
+        return np.clip(qmc.Halton(d, scramble=True, rng=rng).random(n), 2.0**-53, 1 - 2.0**-53)
+
+
+@final
+class Orthogonal(PointSet):
+    """Blocks of d orthogonal directions, each row Gaussian by itself: a Haar rotation times independent chi(d) norms.
+
+    For n a small multiple of d; Gaussian noise only, which alone is unchanged by rotations. Blocks are independent.
+
+    Reference: Choromanski et al., ICML 2018 (structured evolution strategies).
+    """
+
+    name = "orthogonal"
+
+    def uniform(self, n: int, d: int, rng: np.random.Generator) -> Array:
+        return np.asarray(special.ndtr(self._directions(n, d, rng)))
+
+    def _directions(self, n: int, d: int, rng: np.random.Generator) -> Array:
+        blocks = -(-n // d)
+        q, r = np.linalg.qr(rng.standard_normal((blocks, d, d)))
+        # With the signs of R's diagonal, Q is uniform over the rotations (and reflections).
+        q = q * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None, :]
+        norms = np.sqrt(rng.chisquare(d, size=(blocks, d)))
+        return np.asarray((q.transpose(0, 2, 1) * norms[:, :, None]).reshape(blocks * d, d)[:n])
+
+    def nodes(self, distribution: Distribution, n: int, d: int, rng: np.random.Generator) -> Nodes:
+        if not isinstance(distribution, Gaussian):
+            raise InputError(
+                f"Expected Gaussian noise for orthogonal points, got {distribution.name!r}: only the Gaussian is "
+                "unchanged by rotations. Use points='sobol'."
+            )
+        eps = self._directions(n, d, rng)
+        return Nodes(eps, eps.copy(), np.full(n, 1.0 / n), d if n % d == 0 else n)
+
+
+@final
+class Auto(PointSet):
+    """Chooses by (n, d, distribution); `choose` says what and why."""
+
+    name = "auto"
+
+    def choose(self, distribution: Distribution, n: int, d: int) -> tuple[PointSet, str]:
+        if np.isinf(fisher_information(distribution)):
+            return Latin(jitter=False), "the score has infinite variance: midpoints bound it"
+        if d > qmc.Sobol.MAXDIM:
+            return MonteCarlo(), f"more parameters than Sobol' points have dimensions ({qmc.Sobol.MAXDIM})"
+        if isinstance(distribution, Gaussian) and n % 2 == 0 and 2 * d <= n < 4 * (d + 1):
+            return Antithetic(Orthogonal()), f"few rows ({n}) for {d} parameters: orthogonal pairs"
+        return Sobol(), "scrambled Sobol' points are the best all-round set"
+
+    def uniform(self, n: int, d: int, rng: np.random.Generator) -> Array:
+        return Sobol().uniform(n, d, rng)
+
+    def nodes(self, distribution: Distribution, n: int, d: int, rng: np.random.Generator) -> Nodes:
+        return self.choose(distribution, n, d)[0].nodes(distribution, n, d, rng)
+
+
+@final
 @dataclass(frozen=True)
 class Antithetic(PointSet):
     """Pairs (u, 1 - u), neighbours in row order, over n/2 points of another set.
@@ -180,7 +250,8 @@ class Antithetic(PointSet):
         def mirror(x: Array) -> Array:
             return np.stack([x, -x], axis=1).reshape(n, d)
 
-        return Nodes(mirror(half.eps), mirror(half.score), np.repeat(half.weight, 2) / 2, min(n, self.block(n)))
+        block = min(n, 2 * half.block)
+        return Nodes(mirror(half.eps), mirror(half.score), np.repeat(half.weight, 2) / 2, block, paired=True)
 
 
 _KNOWN: dict[str, PointSet] = {
@@ -190,16 +261,18 @@ _KNOWN: dict[str, PointSet] = {
     "qmc-cartesian": Cartesian(jitter=False),
     "rqmc-cartesian": Cartesian(jitter=True),
     "sobol": Sobol(),
+    "halton": Halton(),
+    "orthogonal": Orthogonal(),
+    "auto": Auto(),
 }
 
 
-def get_points(points: str | PointSet, antithetic: bool, distribution: Distribution) -> PointSet:
-    """The point set of that name; "auto" is scrambled Sobol', or Latin midpoints for a density without Fisher
-    information (triangular), whose score they bound."""
+def get_points(points: str | PointSet, antithetic: bool) -> PointSet:
+    """The point set of that name, or the one given, in antithetic pairs if asked."""
     if isinstance(points, str):
-        if points == "auto":
-            points = "qmc-latin" if np.isinf(distribution.fisher_information) else "sobol"
         if points not in _KNOWN:
-            raise InputError(f"Unknown points {points!r}. Known: auto, {', '.join(_KNOWN)}.")
+            raise InputError(f"Unknown points {points!r}. Known: {', '.join(_KNOWN)}.")
         points = _KNOWN[points]
-    return Antithetic(points) if antithetic else points
+    if not antithetic:
+        return points
+    return Antithetic(Sobol() if isinstance(points, Auto) else points)

@@ -195,6 +195,71 @@ class Simulator(Protocol):
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> Any: ...
 
 
+class BlockStructure:
+    """Which outputs each parameter touches: the other derivatives are exactly zero, and their noise is not paid for.
+
+    The images of a tilt series that have shifts of their own are one example, independent problems in one call
+    another. The variance of a VJP falls by about the number of blocks.
+
+    Args:
+        parameter_block: (d,) the block of each parameter, 0, 1, ...; -1 touches every output.
+        output_block: the block of each output: an array of the output's shape, or of its first axis alone; -1 is
+            touched by every parameter.
+    """
+
+    def __init__(self, parameter_block: ArrayLike, output_block: ArrayLike) -> None:
+        self.parameter_block = np.asarray(parameter_block)
+        self._output_block = np.asarray(output_block)
+        for what, blocks in (("parameter_block", self.parameter_block), ("output_block", self._output_block)):
+            if blocks.dtype.kind not in "iu" or blocks.size == 0 or blocks.min() < -1:
+                raise InputError(f"Expected {what} to be integers from -1 up, got {blocks.tolist()}.")
+        if self.parameter_block.ndim != 1:
+            raise InputError(f"Expected one block a parameter, got shape {self.parameter_block.shape}.")
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockStructure({len(np.unique(self.parameter_block))} blocks of {len(self.parameter_block)} parameters)"
+        )
+
+    def _blocks(self, shape: tuple[int, ...]) -> NDArray[np.int64]:
+        blocks = self._output_block
+        if blocks.shape != shape and shape[:1] == blocks.shape:
+            blocks = np.broadcast_to(blocks.reshape((-1,) + (1,) * (len(shape) - 1)), shape)
+        if blocks.shape != shape:
+            raise InputError(
+                f"Expected output_block of shape {shape} or {shape[:1]}, as outputs have, got {blocks.shape}."
+            )
+        return blocks.reshape(-1).astype(np.int64)
+
+    def outputs(self, shape: tuple[int, ...]) -> NDArray[np.int64]:
+        """(m,) block of each output, counted from 0 (0 is what every parameter touches)."""
+        return self._blocks(shape) + 1
+
+    def touched(self, blocks: int) -> NDArray[np.bool_]:
+        """(blocks, d): whether parameter j touches block g of `outputs`."""
+        g = np.arange(blocks)[:, None] - 1
+        own = self.parameter_block[None, :]
+        return np.asarray((g == -1) | (own == -1) | (g == own))
+
+    def seen(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(n, blocks) sums over each block to (n, d): the sum over what each parameter touches."""
+        touched = self.touched(sums.shape[1])
+        return np.stack([(sums * touched[:, j]).sum(axis=1) for j in range(touched.shape[1])], axis=1)
+
+    def mask(self, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+        """(d, m): whether parameter j touches output o."""
+        block = self.outputs(shape)
+        return self.touched(int(block.max()) + 1)[block].T
+
+
+@runtime_checkable
+class Structured(Protocol):
+    """A simulator that knows which outputs each parameter touches."""
+
+    @property
+    def structure(self) -> BlockStructure | None: ...
+
+
 @dataclass(frozen=True)
 class FunctionSimulator:
     """A plain function seen as a `Simulator`; made by `as_simulator`."""
@@ -204,6 +269,7 @@ class FunctionSimulator:
     output_shape: tuple[int, ...] | None = None
     vectorized: bool = False
     seeded: bool = False
+    structure: BlockStructure | None = None
 
     @property
     def name(self) -> str:
@@ -212,24 +278,28 @@ class FunctionSimulator:
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> Any:
         if self.vectorized:
             return self.function(inputs, seeds) if self.seeded else self.function(inputs)
-        outputs = []
-        for x, seed in zip(inputs, seeds, strict=True):
+        # Each output is copied as it comes: the function may hand out the same memory every time.
+        stacked: NDArray[Any] = np.empty(0)
+        for i, (x, seed) in enumerate(zip(inputs, seeds, strict=True)):
             try:
                 # A copy: a function that changes its argument must not change the design.
-                result = self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy())
-                outputs.append(np.asarray(result))
+                result = np.asarray(self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy()))
             except Exception as error:
                 raise EvaluationError(
                     f"Simulator {self.name!r} raised {type(error).__name__}: {error} at parameters {x.tolist()}, "
                     f"seed {int(seed)}. Call it there by itself to see the whole traceback."
                 ) from error
-        shapes = {o.shape for o in outputs}
-        if len(shapes) > 1:
-            raise OutputError(
-                f"Expected outputs of one shape from {self.name!r}, got {sorted(shapes)}. Pad or interpolate the "
-                "output to a fixed shape."
-            )
-        return np.stack(outputs)
+            if i == 0:
+                stacked = np.empty((len(inputs), *result.shape), result.dtype)
+            if result.shape != stacked.shape[1:]:
+                raise OutputError(
+                    f"Expected outputs of one shape from {self.name!r}, got {stacked.shape[1:]} and {result.shape}. "
+                    "Pad or interpolate the output to a fixed shape."
+                )
+            if result.dtype != stacked.dtype:
+                stacked = stacked.astype(np.result_type(stacked, result), copy=False)
+            stacked[i] = result
+        return stacked
 
 
 def as_simulator(
@@ -243,6 +313,7 @@ def as_simulator(
     outside: Outside = "clip",
     vectorized: bool = False,
     seeded: bool = False,
+    structure: BlockStructure | None = None,
 ) -> Simulator:
     """Wraps a function as a simulator.
 
@@ -256,6 +327,7 @@ def as_simulator(
         natural_scale: of each parameter, see `Parameter`.
         output_shape: shape of one output; learned from the first call when left out.
         outside: "clip", "raise" or "ignore", see `ParameterSpace`.
+        structure: which outputs each parameter touches, where that is known.
 
     Returns:
         a `Simulator`.
@@ -266,7 +338,7 @@ def as_simulator(
     described = {"names": names, "units": units, "bounds": bounds, "natural_scale": natural_scale}
     given = {key: value for key, value in described.items() if value is not None}
     if isinstance(function, Simulator):
-        if given or output_shape is not None or vectorized or seeded:
+        if given or output_shape is not None or vectorized or seeded or structure is not None:
             raise InputError(
                 f"{type(function).__name__} is a Simulator already and describes itself; call as_simulator on a "
                 "plain function, or drop the other arguments."
@@ -291,7 +363,7 @@ def as_simulator(
             if natural_scale is not None:
                 parameters[i] = replace(parameters[i], natural_scale=float(natural_scale[i]))
         space = ParameterSpace(tuple(parameters), outside=outside)
-    return FunctionSimulator(function, space, output_shape, vectorized=vectorized, seeded=seeded)
+    return FunctionSimulator(function, space, output_shape, vectorized, seeded, structure)
 
 
 def simulator_name(simulator: Simulator) -> str:

@@ -1,8 +1,9 @@
 """Simulators as PyTorch functions: smoothing of the algorithm, f_L(x) = E[f(x + L eps)], and of a loss of it.
 
-Three `torch.autograd.Function`s: the forward, its VJP, which backward calls, and its JVP. Each is its own Function
-with `setup_context` and `vmap`, because a backward that runs numpy or MPI directly fails under `torch.func` transforms;
-the JVP is a third one for the same reason (jacfwd maps over tangents).
+Four `torch.autograd.Function`s: the forward, its VJP, which backward calls, its JVP, and the product with the Hessian,
+which the VJP's own derivatives call. Each is its own Function with `setup_context` and `vmap`, because a backward that
+runs numpy or MPI directly fails under `torch.func` transforms; the JVP is one for the same reason (jacfwd maps over
+tangents).
 
 An evaluation is known to the graph by a number, a tensor that batches as the parameters do: `vmap` over parameters,
 over upstream vectors or over both then finds, for each, the evaluation and the problem it belongs to.
@@ -25,9 +26,10 @@ from bridge.design import Strategy, make_strategy
 from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.distributions import Distribution
 from bridge.errors import InputError
-from bridge.estimate import Estimate, Evaluation
+from bridge.estimate import Estimate
+from bridge.evaluation import Evaluation
 from bridge.points import PointSet
-from bridge.scale import Form, ScaleLike, parse_scale
+from bridge.scale import Form, ScaleLike, parse_scale, pull_back_theta, push_theta
 from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name
 
 if TYPE_CHECKING:
@@ -45,39 +47,81 @@ class _Call:
     smoothed: SmoothedSimulator
     step: int
     problem: int
+    replicate: int
     space: ParameterSpace
     form: Form
     need_theta: bool
     need_scale: bool
     evaluations: list[Evaluation] = field(default_factory=list)
+    atoms: dict[tuple[int, int, float], Evaluation] = field(default_factory=dict)
 
     def evaluate(self, theta: torch.Tensor, scale: torch.Tensor) -> int:
         """Evaluates theta (*batch, d); returns the number by which the evaluation is found again."""
         rows = _numpy(theta).reshape(-1, theta.shape[-1])
         core = 1 if self.form == "diagonal" else 2
         scales = np.broadcast_to(_numpy(scale), (*theta.shape[:-1], *scale.shape[scale.ndim - core :]))
-        evaluation = Evaluation(
+        scales = np.ascontiguousarray(scales.reshape(len(rows), *scales.shape[scales.ndim - core :]))
+        self.evaluations.append(self._evaluation(rows, scales, None))
+        return len(self.evaluations) - 1
+
+    def _evaluation(
+        self, thetas: NDArray[np.float64], scales: NDArray[np.float64], atom: tuple[int, float] | None
+    ) -> Evaluation:
+        return Evaluation(
             self.smoothed.simulator,
             self.space,
             self.smoothed.strategy,
             self.smoothed.dispatcher,
-            rows,
-            np.ascontiguousarray(scales.reshape(len(rows), *scales.shape[scales.ndim - core :])),
+            thetas,
+            scales,
             self.form,
             step=self.step,
             first_problem=self.problem,
-            need_theta=self.need_theta,
-            need_scale=self.need_scale,
+            first_replicate=self.replicate,
+            need_theta=self.need_theta and atom is None,
+            need_scale=self.need_scale and atom is None,
             keep_bytes=self.smoothed.keep_bytes,
+            spare=self.smoothed.spare,
+            atom=atom,
         )
-        self.evaluations.append(evaluation)
-        return len(self.evaluations) - 1
+
+    def hvp(self, number: int, triples: list[tuple[int, torch.Tensor, NDArray[np.float64]]]) -> list[NDArray[Any]]:
+        """d^2<v, value>/dx^2 u for each (vector, v, u). Collective.
+
+        Where the density has kinks, f is also evaluated with one eps_i held at each of them: num_samples runs more for
+        each parameter and kink, once for an evaluation.
+        """
+        evaluation = self.evaluations[number]
+        products = evaluation.hvp(triples)
+        atoms = self.smoothed.strategy.distribution.atoms
+        if not atoms:
+            return products
+        results = []
+        replicates = self.smoothed.strategy.replicates
+        scales = np.stack([p.scale for p in evaluation.problems[::replicates]])
+        thetas = np.stack([p.theta for p in evaluation.problems[::replicates]])
+        for (b, v, u), product in zip(triples, products, strict=True):
+            pushed, more = push_theta(scales[b], u), np.zeros(evaluation.dimension)
+            for i in range(evaluation.dimension):
+                for place, mass in atoms:
+                    key = (number, i, place)
+                    if key not in self.atoms:
+                        self.atoms[key] = self._evaluation(thetas, scales, (i, place))
+                    value = self.atoms[key].value(b).to("cpu", torch.float64)
+                    more[i] += mass * float(torch.dot(v.reshape(-1).to("cpu", torch.float64), value)) * pushed[i]
+            results.append(product + pull_back_theta(scales[b], more))
+        return results
 
     def find(self, handle: torch.Tensor) -> tuple[Evaluation, list[int]]:
         """The evaluation and the problems behind a (*batch, 2) handle."""
         pairs = handle.detach().to("cpu", torch.int64).reshape(-1, 2)
-        (number,) = set(pairs[:, 0].tolist())
-        return self.evaluations[number], pairs[:, 1].tolist()
+        return self.evaluations[self.number(handle)], pairs[:, 1].tolist()
+
+    @staticmethod
+    def number(handle: torch.Tensor) -> int:
+        """The evaluation behind a handle."""
+        (number,) = set(handle.detach().to("cpu", torch.int64).reshape(-1, 2)[:, 0].tolist())
+        return int(number)
 
 
 def _front(tensor: torch.Tensor, dim: int | None, size: int, shared: bool = False) -> torch.Tensor:
@@ -95,9 +139,9 @@ class _Smooth(torch.autograd.Function):
         number = call.evaluate(theta, scale)
         evaluation = call.evaluations[number]
         batch = theta.shape[:-1]
-        values = torch.stack([evaluation.value(b) for b in range(evaluation.num_problems)])
+        values = torch.stack([evaluation.value(b) for b in range(evaluation.num_vectors)])
         value = values.reshape((*batch, *evaluation.output_shape)).to(theta)
-        problems = torch.arange(evaluation.num_problems)
+        problems = torch.arange(evaluation.num_vectors)
         handle = torch.stack([torch.full_like(problems, number), problems], dim=-1).reshape((*batch, 2))
         return value, handle
 
@@ -141,11 +185,13 @@ class _VJP(torch.autograd.Function):
         rows = v.reshape(len(problems), evaluation.num_outputs)
         results = evaluation.vjp(list(zip(problems, rows, strict=True)))
         batch = handle.shape[:-1]
-        g_theta = torch.as_tensor(np.stack([x for x, _ in results])).reshape((*batch, evaluation.dimension))
+        g_theta = torch.as_tensor(np.stack([x.mean(axis=0) for x, _ in results])).reshape(
+            (*batch, evaluation.dimension)
+        )
         core = 1 if call.form == "diagonal" else 2
         if not call.need_scale:
             return g_theta.to(theta), torch.zeros_like(scale)
-        stacked = torch.as_tensor(np.stack([L for _, L in results if L is not None]))
+        stacked = torch.as_tensor(np.stack([L.mean(axis=0) for _, L in results if L is not None]))
         g_scale = stacked.reshape((*batch, *stacked.shape[1:]))
         # A scale that several problems share gathers their gradients.
         shared = [i for i in range(len(batch)) if scale.shape[: scale.ndim - core][i] == 1 and batch[i] != 1]
@@ -155,26 +201,33 @@ class _VJP(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, handle, theta, scale, call = inputs
+        v, handle, theta, scale, call = inputs
         ctx.call = call
-        ctx.save_for_backward(handle, theta, scale)
-        ctx.save_for_forward(handle, theta, scale)
+        ctx.save_for_backward(v, handle, theta, scale)
+        ctx.save_for_forward(v, handle, theta, scale)
 
     @staticmethod
     def backward(ctx: Any, u_theta: torch.Tensor, u_scale: torch.Tensor) -> Any:
-        handle, theta, scale = ctx.saved_tensors
+        v, handle, theta, scale = ctx.saved_tensors
+        g_v = g_theta = None
+        if ctx.needs_input_grad[0]:
+            g_v = _JVP.apply(u_theta, u_scale, handle, theta, scale, ctx.call)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            raise NotImplementedError(
-                "Second derivatives of a smoothed function are not available yet: they need the second score. "
-                "Differentiate once, or use Gauss-Newton on the Jacobian (bridge.fit(method='gauss-newton'))."
-            )
-        return _JVP.apply(u_theta, u_scale, handle, theta, scale, ctx.call), None, None, None, None
+            _refuse_second_scale(ctx.call)
+            g_theta = _HVP.apply(u_theta, v, handle, theta, scale, ctx.call)
+        return g_v, None, g_theta, None, None
 
     @staticmethod
     def jvp(ctx: Any, t_v: Any, _h: Any, t_theta: Any, t_scale: Any, _c: Any) -> Any:
-        raise NotImplementedError(
-            "Forward-mode derivatives of a gradient of a smoothed function need the second score and are not available."
-        )
+        v, handle, theta, scale = ctx.saved_tensors
+        _refuse_second_scale(ctx.call)
+        total = torch.zeros_like(theta)
+        if t_v is not None:
+            total = total + _VJP.apply(t_v, handle, theta, scale, ctx.call)[0]
+        if t_theta is not None:
+            # H is symmetric, so the same product serves both modes.
+            total = total + _HVP.apply(t_theta, v, handle, theta, scale, ctx.call)
+        return total, torch.zeros_like(scale)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, v: Any, handle: Any, theta: Any, scale: Any, call: _Call) -> Any:
@@ -183,6 +236,41 @@ class _VJP(torch.autograd.Function):
         # Each of the n products has a gradient of its own, also of a scale that is not mapped.
         scale = _front(scale, in_dims[3], n)
         return _VJP.apply(v, handle, theta, scale, call), (0, 0)
+
+
+def _refuse_second_scale(call: _Call) -> None:
+    if call.need_scale:
+        raise NotImplementedError(
+            "Second derivatives are available in the parameters, not in a scale that is learned. Detach the scale."
+        )
+
+
+class _HVP(torch.autograd.Function):
+    """(u, v, handle, theta, scale) -> d^2<v, value>/dx^2 u, by the second score; not differentiable again."""
+
+    @staticmethod
+    def forward(
+        u: torch.Tensor, v: torch.Tensor, handle: torch.Tensor, theta: torch.Tensor, scale: torch.Tensor, call: _Call
+    ) -> torch.Tensor:
+        evaluation, problems = call.find(handle)
+        rows = v.reshape(len(problems), evaluation.num_outputs)
+        triples = list(zip(problems, rows, _numpy(u).reshape(len(problems), -1), strict=True))
+        products = call.hvp(call.number(handle), triples)
+        return torch.as_tensor(np.stack(products)).reshape(u.shape).to(theta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("Third derivatives of a smoothed function are not available.")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        rows = [_front(x, dim, info.batch_size) for x, dim in zip(inputs[:4], in_dims, strict=False)]
+        scale = _front(inputs[4], in_dims[4], info.batch_size, shared=True)
+        return _HVP.apply(*rows, scale, inputs[5]), 0
 
 
 class _JVP(torch.autograd.Function):
@@ -210,17 +298,19 @@ class _JVP(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, handle, theta, scale, call = inputs
+        t_theta, _, handle, theta, scale, call = inputs
         ctx.call = call
-        ctx.save_for_backward(handle, theta, scale)
+        ctx.save_for_backward(t_theta, handle, theta, scale)
 
     @staticmethod
     def backward(ctx: Any, v: torch.Tensor) -> Any:
-        handle, theta, scale = ctx.saved_tensors
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            raise NotImplementedError("Second derivatives of a smoothed function are not available yet.")
+        t_theta, handle, theta, scale = ctx.saved_tensors
         g_theta, g_scale = _VJP.apply(v, handle, theta, scale, ctx.call)
-        return g_theta, g_scale if ctx.call.need_scale else None, None, None, None, None
+        h_theta = None
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            _refuse_second_scale(ctx.call)
+            h_theta = _HVP.apply(t_theta, v, handle, theta, scale, ctx.call)
+        return g_theta, g_scale if ctx.call.need_scale else None, None, h_theta, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -243,6 +333,7 @@ class SmoothedSimulator:
     ) -> None:
         self.simulator, self.strategy, self.scale = simulator, strategy, scale
         self.dispatcher, self.keep_bytes = dispatcher, keep_bytes
+        self.spare: list[torch.Tensor] = []
         self._last: tuple[int, int, bytes] | None = None
         self._warned = False
 
@@ -281,6 +372,7 @@ class SmoothedSimulator:
             self,
             step,
             problem,
+            0,
             space,
             form,
             need_theta=need and (transformed or tangents or theta.requires_grad or tensor.requires_grad),
@@ -298,19 +390,21 @@ class SmoothedSimulator:
         *,
         scale: ScaleLike | None = None,
         problem: int = 0,
+        replicate: int = 0,
         scale_gradient: bool = False,
     ) -> Estimate:
         """Value, Jacobian and products with it, outside autograd.
 
         Args:
             theta, step, scale, problem: as in a call.
+            replicate: key of the first replicate: other ones are independent of these.
             scale_gradient: also prepare derivatives in L (`Estimate.vjp_scale`).
 
         Returns:
             an `Estimate`. Collective under MPI, as are its methods.
         """
         theta, tensor, form, space = self._prepare(theta, step, scale, problem)
-        call = _Call(self, step, problem, space, form, need_theta=True, need_scale=scale_gradient)
+        call = _Call(self, step, problem, replicate, space, form, need_theta=True, need_scale=scale_gradient)
         core = 1 if form == "diagonal" else 2
         shared = tensor.reshape((1,) * (theta.ndim - 1) + tuple(tensor.shape[tensor.ndim - core :]))
         number = call.evaluate(theta, shared)
@@ -371,8 +465,10 @@ def smooth(
     points: str | PointSet = "auto",
     antithetic: bool = False,
     covariate: str = "auto",
+    replicates: int = 1,
     forward: str = "smoothed",
     simulator_seeds: str = "common",
+    failures: str = "raise",
     leaf_size: int | None = None,
     keep_megabytes: float = 24.0,
     comm: Intracomm | None = None,
@@ -390,14 +486,21 @@ def smooth(
         distribution: gaussian, logistic, gumbel, cauchy, laplace, triangular, or a `Distribution`.
         scale: L: a number (in the parameters' natural units), (d,) (its diagonal), (d, d) (L itself) or
             `LowerTriangular`; tensors that require grad are learned.
-        points: auto, mc, qmc-latin, rqmc-latin, qmc-cartesian, rqmc-cartesian, sobol, or a `PointSet`.
+        points: auto, mc, qmc-latin, rqmc-latin, qmc-cartesian, rqmc-cartesian, sobol, halton, orthogonal, or a
+            `PointSet`. "auto" chooses by N, d and the distribution; `Estimate.points_reason` says why.
         antithetic: pairs eps, -eps; symmetric densities and even N.
-        covariate: auto, none, f(x), loo, mean.
+        covariate: auto, none, f(x), loo, mean, block, regression, bq: see `bridge.weights`; what "auto" took, and
+            why, is in `Estimate.covariate_reason`.
+        replicates: R independent parts of num_samples / R rows each, whose spread gives standard errors of any point
+            set; 4 to 8 suit. With 1 only independent rows have standard errors.
         forward: "smoothed" returns the mean; "unsmoothed" returns f(x) (one run more), with the smoothed gradient.
         simulator_seeds: "common" hands all perturbations of a step the same seed (common random numbers), "independent"
-            each row its own.
-        leaf_size: rows of one leaf of the summation tree, the unit that goes to a rank; default from N alone. Part of
-            the result's last bits.
+            each row its own. Replicates always have seeds of their own.
+        failures: "raise", or "drop": rows that raise or are not finite are left out (pairs as a whole) and the weights
+            recomputed. The estimate is then that of the runs that succeed: biased, unless failing is independent of
+            the perturbation. Needs memory for all outputs.
+        leaf_size: rows of one unit that goes to a rank as a whole; default from N alone. Part of the result's last
+            bits.
         keep_megabytes: outputs up to this size, over all ranks, are kept for backward; larger ones are streamed into
             the Jacobian where that is smaller.
         comm: an mpi4py communicator; by default all ranks that the launcher started.
@@ -414,12 +517,14 @@ def smooth(
     strategy = make_strategy(
         seed=seed,
         num_samples=num_samples,
+        replicates=replicates,
         distribution=distribution,
         points=points,
         antithetic=antithetic,
         covariate=covariate,
         forward=forward,
         simulator_seeds=simulator_seeds,
+        failures=failures,
         leaf_size=leaf_size,
     )
     wrapped = as_simulator(simulator)

@@ -24,7 +24,7 @@ def identity(x):
         ({"num_samples": 0}, "at least one sample"),
         ({"distribution": "uniform"}, "absolutely continuous"),
         ({"distribution": "normal"}, "Known: gaussian, logistic, gumbel, cauchy, laplace, triangular"),
-        ({"points": "halton"}, "Known: auto, mc"),
+        ({"points": "hammersley"}, "Known: mc"),
         ({"covariate": "baseline"}, "Known: auto, none"),
         ({"covariate": "loo", "num_samples": 1}, "at least two"),
         ({"antithetic": True, "num_samples": 7}, "even number of samples .* got 7. Use 6 or 8"),

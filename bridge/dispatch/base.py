@@ -60,16 +60,36 @@ class Dispatcher(ABC):
         """A small Python object (a shape, a name) of rank 0's on every rank."""
 
     @abstractmethod
+    def first(self, value: Any) -> Any:
+        """A small Python object on every rank: that of the first rank where it is not None; None if it is on all."""
+
+    @abstractmethod
     def finish(
-        self, sums: Sequence[TreeSum], like: torch.Tensor, owners: Sequence[Sequence[range]]
+        self, sums: Sequence[TreeSum], like: Sequence[torch.Tensor], owners: Sequence[Sequence[range]]
     ) -> list[torch.Tensor]:
         """Completes trees of which each rank holds a part; the results come to every rank.
 
         Args:
             sums: this rank's part of each tree.
-            like: a tensor of the shape, dtype and device of every sum.
+            like: for each, a tensor of the shape, dtype and device of the sum.
             owners: for each rank, the run of leaves of each tree that it added.
         """
+
+    @abstractmethod
+    def transfer(self, tensor: torch.Tensor, source: int, dest: int) -> torch.Tensor:
+        """Sends a tensor (on `source`) into one of the same shape and dtype (on `dest`), which is returned there.
+
+        Only these two ranks call it.
+        """
+
+    @abstractmethod
+    def transpose(self, rows: torch.Tensor) -> torch.Tensor:
+        """Row blocks to column blocks: each rank has (own rows, m), float64 on the CPU, in the order of ranks, and gets
+        all rows of its share of the m columns. No rank holds all."""
+
+    @abstractmethod
+    def concatenate(self, columns: torch.Tensor) -> torch.Tensor:
+        """(n, own width) column blocks in the order of ranks to (n, m) on every rank; float64 on the CPU."""
 
     @abstractmethod
     def scatter_add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:

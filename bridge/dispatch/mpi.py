@@ -94,12 +94,14 @@ class MPIDispatcher(Dispatcher):
     def broadcast_object(self, value: Any) -> Any:
         return self._comm.bcast(value, root=0)
 
+    def first(self, value: Any) -> Any:
+        return next((x for x in self._comm.allgather(value) if x is not None), None)
+
     def finish(
-        self, sums: Sequence[TreeSum], like: torch.Tensor, owners: Sequence[Sequence[range]]
+        self, sums: Sequence[TreeSum], like: Sequence[torch.Tensor], owners: Sequence[Sequence[range]]
     ) -> list[torch.Tensor]:
         # Rank 0 takes one partial after another, in leaf order, straight into the tree: it never holds more than
         # O(log leaves) of them.
-        buffer = torch.empty(like.shape, dtype=like.dtype)
         for problem, tree in enumerate(sums):
             for rank in range(1, self.size):
                 own = owners[rank][problem]
@@ -107,19 +109,57 @@ class MPIDispatcher(Dispatcher):
                 if self.rank == rank:
                     partials = tree.partials
                     for node in nodes:
-                        outgoing = partials[node].to("cpu").contiguous().numpy()
-                        self._in_pieces(outgoing, lambda piece: self._comm.Send(piece, dest=0))
+                        self.transfer(partials[node], rank, 0)
                 elif self.rank == 0:
                     for node in nodes:
-                        incoming = torch.empty_like(buffer)
-                        self._in_pieces(incoming.numpy(), lambda piece, r=rank: self._comm.Recv(piece, source=r))
-                        tree.add_node(node, incoming.to(like.device))
+                        tree.add_node(node, self.transfer(torch.empty_like(like[problem]), rank, 0))
         results = []
-        for tree in sums:
-            total = tree.result().to("cpu").contiguous() if self.rank == 0 else torch.empty_like(buffer)
+        for problem, tree in enumerate(sums):
+            device = like[problem].device
+            root = tree.result() if self.rank == 0 else torch.empty_like(like[problem])
+            total = root.to("cpu").contiguous()
             self._in_pieces(total.numpy(), lambda piece: self._comm.Bcast(piece, root=0))
-            results.append(total.to(like.device))
+            results.append(total.to(device))
         return results
+
+    def transfer(self, tensor: torch.Tensor, source: int, dest: int) -> torch.Tensor:
+        array = tensor.to("cpu").contiguous().numpy()
+        if self.rank == source:
+            self._in_pieces(array, lambda piece: self._comm.Send(piece, dest=dest))
+        elif self.rank == dest:
+            self._in_pieces(array, lambda piece: self._comm.Recv(piece, source=source))
+        return torch.as_tensor(array).to(tensor.device)
+
+    def transpose(self, rows: torch.Tensor) -> torch.Tensor:
+        counts = self._comm.allgather(len(rows))
+        shares = [self.share_of(rows.shape[1], rank) for rank in range(self.size)]
+        own = shares[self.rank]
+        parts = [torch.empty((count, len(own)), dtype=torch.float64) for count in counts]
+        # In rounds, so that everybody sends and receives at once.
+        for shift in range(self.size):
+            dest, source = (self.rank + shift) % self.size, (self.rank - shift) % self.size
+            outgoing = rows[:, shares[dest].start : shares[dest].stop].contiguous()
+            if shift == 0:
+                parts[self.rank] = outgoing
+                continue
+            requests: list[MPI.Request] = []
+            self._in_pieces(
+                outgoing.numpy(), lambda piece, to=dest, sent=requests: sent.append(self._comm.Isend(piece, dest=to))
+            )
+            self._in_pieces(parts[source].numpy(), lambda piece, at=source: self._comm.Recv(piece, source=at))
+            MPI.Request.Waitall(requests)
+        return torch.cat(parts)
+
+    def concatenate(self, columns: torch.Tensor) -> torch.Tensor:
+        widths = self._comm.allgather(columns.shape[1])
+        parts = []
+        for rank, width in enumerate(widths):
+            part = (
+                columns.contiguous() if rank == self.rank else torch.empty((len(columns), width), dtype=torch.float64)
+            )
+            self._in_pieces(part.numpy(), lambda piece, root=rank: self._comm.Bcast(piece, root=root))
+            parts.append(part)
+        return torch.cat(parts, dim=1)
 
     def scatter_add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         total = np.empty_like(values)
@@ -157,20 +197,19 @@ def _abort_on_uncaught_exceptions() -> None:
     if _installed or MPI.COMM_WORLD.Get_size() == 1:
         return
     _installed = True
-    previous = sys.excepthook
 
     def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
         rank = MPI.COMM_WORLD.Get_rank()
         if issubclass(kind, errors.BridgeError) and rank != 0:
             # Most of these are raised alike on every rank: rank 0 shows it and ends the job before we do.
             time.sleep(1.0)
-        try:
-            print(f"rank {rank} of {MPI.COMM_WORLD.Get_size()} on {MPI.Get_processor_name()}:", file=sys.stderr)
-            previous(kind, value, trace)
-        except Exception:
-            traceback.print_exception(kind, value, trace)
+        # One write, so that the tracebacks of several ranks do not interleave.
+        where = f"rank {rank} of {MPI.COMM_WORLD.Get_size()} on {MPI.Get_processor_name()}:\n"
+        sys.stderr.write(where + "".join(traceback.format_exception(kind, value, trace)))
         sys.stdout.flush()
         sys.stderr.flush()
+        # The launcher forwards what the ranks print, and some launchers drop the rest once a rank aborts.
+        time.sleep(0.5)
         MPI.COMM_WORLD.Abort(_ABORT)
 
     sys.excepthook = hook

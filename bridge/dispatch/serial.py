@@ -38,10 +38,22 @@ class SerialDispatcher(Dispatcher):
     def broadcast_object(self, value: Any) -> Any:
         return value
 
+    def first(self, value: Any) -> Any:
+        return value
+
     def finish(
-        self, sums: Sequence[TreeSum], like: torch.Tensor, owners: Sequence[Sequence[range]]
+        self, sums: Sequence[TreeSum], like: Sequence[torch.Tensor], owners: Sequence[Sequence[range]]
     ) -> list[torch.Tensor]:
         return [tree.result() for tree in sums]
+
+    def transfer(self, tensor: torch.Tensor, source: int, dest: int) -> torch.Tensor:
+        return tensor
+
+    def transpose(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+    def concatenate(self, columns: torch.Tensor) -> torch.Tensor:
+        return columns
 
     def scatter_add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         return values

@@ -26,14 +26,20 @@ class Node(NamedTuple):
 class TreeSum:
     """Adds leaves that come in ascending order; tensors passed in are owned (and changed) by the sum."""
 
-    def __init__(self, num_leaves: int) -> None:
+    def __init__(self, num_leaves: int, spare: list[torch.Tensor] | None = None) -> None:
+        """`spare` collects the memory of finished sums, for this tree and for later ones that are given the list:
+        fresh pages cost more than the additions."""
         self.num_leaves = num_leaves
         self._partials: dict[Node, torch.Tensor] = {}
-        self._spare: list[torch.Tensor] = []
+        self._spare = [] if spare is None else spare
 
     def buffer(self, like: torch.Tensor, rows: int) -> torch.Tensor:
         """Memory for the next leaf, (rows, m): what a finished sum has left, before anything new."""
-        return self._spare.pop() if self._spare else like.new_empty((rows, like.shape[1]))
+        while self._spare:
+            old = self._spare.pop()
+            if old.shape == (rows, like.shape[1]) and old.dtype == like.dtype and old.device == like.device:
+                return old
+        return like.new_empty((rows, like.shape[1]))
 
     def add(self, leaf: int, value: torch.Tensor) -> None:
         self.add_node(Node(0, leaf), value)
@@ -59,7 +65,6 @@ class TreeSum:
 
     def result(self) -> torch.Tensor:
         """The whole sum, once every leaf has come."""
-        self._spare.clear()
         (total,) = self._partials.values()
         return total
 

@@ -1,0 +1,851 @@
+"""Evaluates the rows of designs and adds them up by weights: the only module in which other ranks exist.
+
+The outputs stay on the rank that computed them. Two ways, chosen from N, d, m and settings, never from the ranks:
+
+* kept: each rank keeps its rows of F. The forward pass reduces m numbers; a VJP exchanges the N scalars <v, F_i>.
+* streamed: rows are added to F^T [a, W] as they come and dropped; the sums, (1 + d) m numbers, are reduced once.
+
+A *unit* is a run of rows that one rank evaluates; a *leaf* of the summation tree is one unit where outputs are kept,
+and several where they are streamed, because the kernel that adds rows to (1 + d) m numbers is bound by memory. The
+rows of a leaf that two ranks share travel to the rank that has its first: at most one leaf's worth for each rank.
+"""
+
+from __future__ import annotations
+
+import socket
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bridge.design import Design, Strategy, make_design
+from bridge.dispatch import Dispatcher, TreeSum
+from bridge.errors import BridgeError, EvaluationError, InputError, OutputError
+from bridge.scale import Form, check_scale, perturb, pull_back_scale, pull_back_theta, push_scale, push_theta
+from bridge.simulator import BlockStructure, FunctionSimulator, ParameterSpace, Simulator, Structured, simulator_name
+from bridge.weights import Weights, make_weights, second_weights, survivors
+
+Array = NDArray[np.float64]
+
+# Rows handed to the simulator, and to the kernel, at once: more would cost memory and gain no speed.
+_CHUNK = 16
+# Rows of a streamed leaf: below, the additions of the tree cost more than those of the leaves.
+_STREAMED_LEAF = 32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One replicate of one parameter vector: its scale and its draws."""
+
+    theta: Array
+    scale: Array
+    design: Design
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows [start, stop) of one problem; `index` counts the units of the problem."""
+
+    problem: int
+    index: int
+    start: int
+    stop: int
+
+
+def _as_rows(outputs: Any, k: int, shape: tuple[int, ...] | None, name: str) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """A simulator's outputs as a (k, m) floating tensor, and the shape of one output; the one place of conversion."""
+    if not isinstance(outputs, torch.Tensor):
+        array = np.asarray(outputs)
+        if array.dtype.kind not in "fiub":
+            raise OutputError(
+                f"Expected real numbers from simulator {name!r}, got an array of dtype {array.dtype}. Return the real "
+                "and imaginary parts, or a numeric array."
+            )
+        if array.dtype == np.longdouble or not array.dtype.isnative or array.dtype in (np.uint32, np.uint64):
+            array = array.astype(np.float64)
+        elif array.dtype == np.uint16:
+            array = array.astype(np.float32)
+        # Read-only memory (a memory map, a broadcast) cannot back a tensor.
+        outputs = torch.as_tensor(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+    tensor = outputs.detach()
+    if tensor.ndim == 0 or tensor.shape[0] != k or (shape is not None and tuple(tensor.shape[1:]) != shape):
+        want = f"({k}, {', '.join(map(str, shape))})" if shape else f"({k},)" if shape == () else f"({k}, ...)"
+        hint = " If one output is a scalar, declare output_shape=()." if tensor.shape == (k,) else ""
+        raise OutputError(
+            f"Expected outputs of shape {want} from simulator {name!r} for {k} rows, got {tuple(tensor.shape)}.{hint}"
+        )
+    if tensor.is_complex():
+        raise OutputError(f"Expected real numbers from simulator {name!r}, got a tensor of dtype {tensor.dtype}.")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        exact = (torch.uint8, torch.int8, torch.int16, torch.bool, torch.float16, torch.bfloat16)
+        tensor = tensor.to(torch.float32 if tensor.dtype in exact else torch.float64)
+    return tensor.reshape(k, -1), tuple(outputs.shape[1:])
+
+
+def _accumulate(total: torch.Tensor, weights: torch.Tensor, F: torch.Tensor, first: bool) -> None:
+    """Adds weights (c, k) times F (k, m) to total (c, m), in pieces of fixed size; `first`: total is empty memory.
+
+    The value's row goes by itself: its bits are then the same whether or not derivatives are added up beside it, and
+    kernels are made for multiples of four or eight rows.
+    """
+    for start in range(0, len(F), _CHUNK):
+        W, G = weights[:, start : start + _CHUNK], F[start : start + _CHUNK]
+        if not first:
+            total[:1].addmm_(W[:1], G)
+            if len(total) > 1:
+                total[1:].addmm_(W[1:], G)
+        elif len(G) == 1:
+            # An outer product, for which the matrix product is several times slower.
+            torch.mul(W, G, out=total)
+        else:
+            torch.mm(W[:1], G, out=total[:1])
+            if len(total) > 1:
+                torch.mm(W[1:], G, out=total[1:])
+        first = False
+
+
+class Evaluation:
+    """The outputs of one collective evaluation of one or more problems, and what is linear in them.
+
+    Attributes:
+        num_vectors: B, parameter vectors; each has `strategy.replicates` problems, R of them, one after another.
+        num_failed: rows dropped, over all problems.
+    """
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        space: ParameterSpace,
+        strategy: Strategy,
+        dispatcher: Dispatcher,
+        thetas: Array,
+        scales: Array,
+        form: Form,
+        *,
+        step: int,
+        first_problem: int,
+        first_replicate: int,
+        need_theta: bool,
+        need_scale: bool,
+        keep_bytes: int,
+        spare: list[torch.Tensor],
+        atom: tuple[int, float] | None = None,
+    ) -> None:
+        """Evaluates everything. Collective.
+
+        Args:
+            thetas: (B, d). scales: (B, d) or (B, d, d).
+            need_theta, need_scale: which derivatives may be asked for; with neither only the value is computed.
+            keep_bytes: outputs up to this size are kept, larger ones streamed where that is smaller.
+            spare: memory left by earlier evaluations; what this one leaves is added.
+            atom: (coordinate, value) at which eps is held, for second derivatives of densities with kinks.
+        """
+        self.strategy, self.form, self._dispatcher, self._space = strategy, form, dispatcher, space
+        self._simulator, self._name = simulator, simulator_name(simulator)
+        self.num_vectors, self.dimension = thetas.shape
+        dispatcher.begin(
+            "forward",
+            f"step {step}, problems {first_problem} to {first_problem + self.num_vectors - 1}, d {self.dimension}, "
+            f"derivatives {need_theta} {need_scale}, {strategy}",
+        )
+        thetas, scales = dispatcher.broadcast(thetas), dispatcher.broadcast(scales)
+        if not np.isfinite(thetas).all():
+            raise InputError(f"Expected finite parameters, got {thetas.tolist()}.")
+        check_scale(scales, form)
+        self.problems = [
+            Problem(theta, scale, make_design(strategy, step, first_problem + b, self.dimension, r, atom))
+            for b, (theta, scale) in enumerate(zip(thetas, scales, strict=True))
+            for r in range(first_replicate, first_replicate + strategy.replicates)
+        ]
+        self.structure = _structure(simulator, self.dimension, form)
+
+        self._runs = _unit_runs(strategy)
+        self._units = [Unit(p, i, *run) for p in range(len(self.problems)) for i, run in enumerate(self._runs)]
+        shares = [dispatcher.share_of(len(self._units), rank) for rank in range(dispatcher.size)]
+        self._starts = [share.start for share in shares]
+        self._own = self._units[shares[dispatcher.rank].start : shares[dispatcher.rank].stop]
+        self._derivatives = (need_theta, need_scale)
+        self._columns = self._stream_columns(need_theta, need_scale)
+        # Each unit's outputs, chunk by chunk; None for a chunk of which every row failed.
+        chunks: dict[Unit, list[torch.Tensor | None]] = {}
+        self._kept: dict[Unit, torch.Tensor] = {}
+        self._failed: dict[int, str] = {}
+        self.output_shape: tuple[int, ...] = ()
+        self._large = False
+
+        stream: _Stream | None = None
+        error, like, clipped = None, None, 0
+        try:
+            like, clipped, stream = self._evaluate_own(keep_bytes, spare, chunks)
+        except BridgeError as failure:
+            error = failure
+        except Exception as failure:
+            error = EvaluationError(
+                f"Simulator {self._name!r} raised {type(failure).__name__}: {failure} on {socket.gethostname()}."
+            )
+            error.__cause__ = failure
+        dispatcher.agree(error)
+        # A rank without rows learns from the first that has some what an output looks like.
+        mine = None
+        if like is not None:
+            mine = (like.shape[1], str(like.dtype), self.output_shape, stream is not None, self._large)
+        layout = dispatcher.first(mine)
+        if layout is None:
+            why = dispatcher.first(next(iter(self._failed.values()), None))
+            raise EvaluationError(f"Expected an output from simulator {self._name!r}, got failures only ({why}).")
+        if mine is not None and mine != layout:
+            error = OutputError(
+                f"Expected outputs of shape {layout[2]} and {layout[1]} as on the first rank, got {self.output_shape} "
+                f"and {mine[1]}. Ranks must run the same simulator."
+            )
+        dispatcher.agree(error)
+        self.num_outputs, _, self.output_shape, self.streamed, self._large = layout
+        if like is None:
+            like = torch.empty((0, layout[0]), dtype=getattr(torch, layout[1].removeprefix("torch.")))
+        self._like = like[:0]
+        rows = len(self.problems) * strategy.num_rows
+        self.num_evaluations = rows
+        self.clipped_fraction = float(dispatcher.scatter_add(np.array([float(clipped)]))[0]) / rows
+        if self.streamed:
+            self.num_failed = 0
+            self.weights: list[Weights] = []
+            self._sums = (stream or _Stream(self, like, spare)).finish()
+        else:
+            for unit, parts in chunks.items():
+                self._kept[unit] = _assemble(unit, parts, self._like)
+            self._valid = self._agree_on_failures()
+            self.weights = [self._make_weights(p, self._valid[p]) for p in range(len(self.problems))]
+            self._sums = self._tree_sums([(p, w.value[None]) for p, w in enumerate(self.weights)], spare=spare)
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def _stream_columns(self, need_theta: bool, need_scale: bool) -> int:
+        columns = 1 + (self.dimension if need_theta else 0)
+        if need_scale:
+            columns += self.dimension if self.form == "diagonal" else self.dimension**2
+        return columns
+
+    def owner(self, unit: int) -> int:
+        """The rank that has unit number `unit` of all."""
+        return bisect_right(self._starts, unit) - 1
+
+    def _evaluate_own(
+        self, keep_bytes: int, spare: list[torch.Tensor], chunks: dict[Unit, list[torch.Tensor | None]]
+    ) -> tuple[torch.Tensor | None, int, _Stream | None]:
+        like, clipped, stream = None, 0, None
+        shape = self._simulator.output_shape
+        rows: dict[int, Array] = {}
+        for unit in self._own:
+            if unit.problem not in rows:
+                rows = {unit.problem: self._inputs(self.problems[unit.problem])}
+            kept: list[torch.Tensor | None] = []
+            chunks[unit] = kept
+            for start in range(unit.start, unit.stop, _CHUNK):
+                stop = min(start + _CHUNK, unit.stop)
+                inputs, changed = self._space.admit(rows[unit.problem][start:stop])
+                clipped += int(changed.sum())
+                F, shape = self._call(unit.problem, start, inputs, shape)
+                if F is None:
+                    kept.append(None)
+                    continue
+                if like is None:
+                    like, self.output_shape = F, shape or ()
+                    self._large, streams = self._layout(F, keep_bytes)
+                    if streams:
+                        stream = _Stream(self, F, spare)
+                if stream is None:
+                    self._check_finite(F, unit.problem, inputs, start)
+                    # The simulator may use the same memory for its next outputs, unless it was made for this call.
+                    kept.append(F if _makes_memory(self._simulator) else F.clone())
+                else:
+                    stream.add(unit, start, F, inputs)
+                del F  # before the next outputs are made: memory is for one chunk
+        return None if like is None else like[:0].clone(), clipped, stream
+
+    def _inputs(self, problem: Problem) -> Array:
+        inputs = perturb(problem.theta, problem.scale, problem.design.nodes.eps)
+        return np.vstack([inputs, problem.theta]) if self.strategy.extra_row else inputs
+
+    def _call(
+        self, p: int, start: int, inputs: Array, shape: tuple[int, ...] | None
+    ) -> tuple[torch.Tensor | None, tuple[int, ...] | None]:
+        """Outputs of some rows; None where all of them failed and failures are dropped."""
+        k = len(inputs)
+        seeds = self.problems[p].design.seeds[start : start + k]
+        try:
+            # Copies: a simulator that writes into its arguments must not change the design.
+            outputs = self._simulator(np.array(inputs, order="C"), seeds.copy())
+        except Exception as error:
+            if self.strategy.failures == "raise" or isinstance(error, InputError | OutputError):
+                raise
+            if k == 1:
+                self._failed[p * self.strategy.num_rows + start] = f"{type(error).__name__}: {error}"
+                return None, shape
+            # Each by itself, so that one failure does not take its neighbours along.
+            parts = []
+            for i in range(k):
+                part, shape = self._call(p, start + i, inputs[i : i + 1], shape)
+                parts.append(part if part is None else part.clone())
+            good = [part for part in parts if part is not None]
+            if not good:
+                return None, shape
+            return torch.cat([torch.full_like(good[0], torch.nan) if x is None else x for x in parts]), shape
+        return _as_rows(outputs, k, shape, self._name)
+
+    def _layout(self, F: torch.Tensor, keep_bytes: int) -> tuple[bool, bool]:
+        """Decides, once the size of an output is known: (whether leaves have several units, whether to stream).
+
+        The first must not depend on which derivatives are wanted, or the value's last bits would.
+        """
+        rows = self.strategy.num_rows
+        if self.strategy.weights_need_outputs:
+            return False, False
+        large = len(self.problems) * rows * F.shape[1] * F.element_size() > keep_bytes and 1 + self.dimension < rows
+        return large, not any(self._derivatives) or (large and self._columns < rows)
+
+    @property
+    def units_in_leaf(self) -> int:
+        """Units of a streamed leaf, from N and the unit alone: 2 rows at N = 16, 32 from N = 256 on."""
+        n, unit = self.strategy.num_samples, self.strategy.leaf_size
+        return max(1, min(_STREAMED_LEAF, 1 << max(0, (n - 1).bit_length() - 3)) // unit) if self._large else 1
+
+    def stream_weights(self, p: int, like: torch.Tensor) -> torch.Tensor:
+        """[a, W] of problem p as the streamed kernel takes it: (columns, num_rows)."""
+        weights = self._make_weights(p, None)
+        columns = [weights.value[:, None]]
+        if self._derivatives[0]:
+            columns.append(weights.theta)
+        if weights.scale is not None:
+            columns.append(weights.scale)
+        return torch.as_tensor(np.ascontiguousarray(np.hstack(columns).T)).to(like)
+
+    def _make_weights(self, p: int, valid: NDArray[np.bool_] | None) -> Weights:
+        nodes = self.problems[p].design.nodes
+        projections = None
+        if self.strategy.covariate == "bq":
+            projections = self._projections(p)
+        return make_weights(self.strategy, nodes, self.form if self._derivatives[1] else None, valid, projections)
+
+    def _projections(self, p: int) -> Array:
+        """(N, 4) projections of the outputs on random signs, from which hyperparameters are fitted. Collective."""
+        signs = np.random.Generator(np.random.Philox(key=self.num_outputs)).integers(0, 2, (4, self.num_outputs))
+        vectors = torch.as_tensor(2.0 * signs - 1.0)
+        return np.stack(self._products([(p, v) for v in vectors]), axis=1)[: self.strategy.num_samples]
+
+    def check_finite_sum(self, total: torch.Tensor, F: torch.Tensor, p: int, inputs: Array, start: int) -> None:
+        """Refuses outputs that are not finite; a weighted sum of them shows every NaN, a weight of zero included."""
+        if not bool(torch.isfinite(total.sum())):
+            self._refuse(~torch.isfinite(F).all(dim=1), F, p, inputs, start)
+
+    def _check_finite(self, F: torch.Tensor, p: int, inputs: Array, start: int) -> None:
+        # One sum finds every NaN and infinity at a fraction of the cost of looking at each number.
+        if bool(torch.isfinite(F.sum())):
+            return
+        self._refuse(~torch.isfinite(F).all(dim=1), F, p, inputs, start)
+
+    def _refuse(self, bad: torch.Tensor, F: torch.Tensor, p: int, inputs: Array, start: int) -> None:
+        if not bool(bad.any()):
+            return  # finite numbers whose sum overflows
+        row = int(torch.nonzero(bad)[0])
+        if self.strategy.failures == "drop":
+            for i in torch.nonzero(bad).flatten().tolist():
+                self._failed.setdefault(p * self.strategy.num_rows + start + i, "outputs NaN or infinite")
+            # A weight of zero does not undo a NaN.
+            F[bad] = 0
+            return
+        values = ", ".join(f"{n} = {v:.6g}" for n, v in self._space.mapping(inputs[row]).items())
+        raise EvaluationError(
+            f"Expected finite outputs from simulator {self._name!r}, got "
+            f"{int((~torch.isfinite(F[row])).sum())} of {F.shape[1]} numbers NaN or infinite in row {start + row} "
+            f"({values}) on {socket.gethostname()}. Bound the parameters to where the simulator works, or, if failing "
+            'has nothing to do with the parameters, drop such rows with failures="drop".'
+        )
+
+    def _agree_on_failures(self) -> NDArray[np.bool_]:
+        """Which rows of which problem count: (P, num_rows). Collective."""
+        valid = np.ones((len(self.problems), self.strategy.num_rows), dtype=bool)
+        if self.strategy.failures == "raise":
+            self.num_failed = 0
+            return valid
+        flags = np.zeros(valid.size)
+        flags[list(self._failed)] = 1.0
+        failed = self._dispatcher.scatter_add(flags).reshape(valid.shape) > 0
+        self.num_failed = int(failed.sum())
+        if self.num_failed == 0:
+            return valid
+        why = self._dispatcher.first(next(iter(self._failed.values()), None))
+        for p, problem in enumerate(self.problems):
+            valid[p] = survivors(self.strategy, problem.design.nodes, ~failed[p], str(why))
+        return valid
+
+    # -- what is linear in the outputs ------------------------------------------------------------------------------
+
+    def value(self, b: int) -> torch.Tensor:
+        """F^T a of vector b, the mean over its replicates: (m,)."""
+        return _mean([self._sums[p][0] for p in self.replicates(b)])
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether derivatives in L were asked for."""
+        return self._derivatives[1]
+
+    def unperturbed(self, p: int) -> torch.Tensor:
+        """f(x), where it was evaluated as one more row of a kept problem: (m,). Collective."""
+        last = np.zeros((1, self.strategy.num_rows))
+        last[0, -1] = 1.0
+        return self._tree_sums([(p, last)])[0][0]
+
+    def mean_of_rows(self, p: int) -> torch.Tensor:
+        """The mean of the surviving perturbed rows of a kept problem: (m,). Collective."""
+        good = np.zeros((1, self.strategy.num_rows))
+        good[0, : self.strategy.num_samples] = self.surviving(p) / self.surviving(p).sum()
+        return self._tree_sums([(p, good)])[0][0]
+
+    def replicate_values(self, b: int) -> torch.Tensor:
+        """(R, m): the values of the replicates."""
+        return torch.stack([self._sums[p][0] for p in self.replicates(b)])
+
+    def replicates(self, b: int) -> range:
+        """The problems of vector b."""
+        return range(b * self.strategy.replicates, (b + 1) * self.strategy.replicates)
+
+    def require_rows(self, what: str) -> None:
+        """Refuses what needs the rows themselves where they were streamed."""
+        if self.streamed:
+            size = len(self.problems) * self.strategy.num_rows * self.num_outputs * self._like.element_size() / 1e6
+            raise InputError(
+                f"Expected kept outputs for {what}, got streamed ones: pass keep_megabytes={int(size) + 1} "
+                "(over all ranks)."
+            )
+
+    def _products(
+        self, pairs: Sequence[tuple[int, torch.Tensor]], square: bool = False, block_of: torch.Tensor | None = None
+    ) -> list[Array]:
+        """<v, F_i> of all rows, for each (problem, v): (num_rows,) float64. Collective.
+
+        Args:
+            square: <v, F_i^2> instead.
+            block_of: (m,) which block each output belongs to, in [0, blocks): (num_rows, blocks) sums of each block.
+        """
+        blocks = 1 if block_of is None else int(block_of.max()) + 1
+        scalars = np.zeros((len(pairs), self.strategy.num_rows, blocks))
+        wide: torch.Tensor | None = None
+        for unit, F in self._kept.items():
+            mine = [(q, v) for q, (p, v) in enumerate(pairs) if p == unit.problem]
+            if not mine:
+                continue
+            if wide is None or wide.shape != F.shape or wide.device != F.device:
+                wide = torch.empty(F.shape, dtype=torch.float64, device=F.device)
+            wide.copy_(F)
+            if square:
+                wide.square_()
+            for q, v in mine:
+                v = v.to(F.device)
+                if block_of is None:
+                    sums = torch.mv(wide, v)[:, None]
+                else:
+                    sums = wide.new_zeros((len(F), blocks)).index_add_(1, block_of.to(F.device), wide * v)
+                scalars[q, unit.start : unit.stop] = sums.cpu().numpy()
+        total = self._dispatcher.scatter_add(scalars)
+        return list(total[:, :, 0] if block_of is None else total)
+
+    def surviving(self, p: int) -> NDArray[np.bool_]:
+        """(N,) which perturbed rows of problem p count."""
+        return np.asarray(self._valid[p][: self.strategy.num_samples])
+
+    def row_products(self, b: int, v: torch.Tensor) -> list[Array]:
+        """<v, F_i> of the perturbed rows of each replicate of vector b: R arrays (N,). Collective."""
+        self.require_rows("products with each row")
+        self._dispatcher.begin("products", f"vector {b}")
+        v = self._broadcast_vector(v)
+        return [c[: self.strategy.num_samples] for c in self._products([(p, v) for p in self.replicates(b)])]
+
+    def vjp(self, pairs: Sequence[tuple[int, torch.Tensor]]) -> list[tuple[Array, Array | None]]:
+        """For each (vector, v in R^m): gradients of <v, value> in theta, (R, d), and in L, (R, d) or (R, d, d), one for
+        each replicate; the estimate is their mean. Collective.
+
+        VJP(v) = L^-T W^T (F v): never builds m x d (arXiv 2410.08125, Lemma 3 and Theorem 7).
+        """
+        self.require_derivatives()
+        self._dispatcher.begin("vjp", f"{len(pairs)} products")
+        vectors = [(p, self._broadcast_vector(v)) for b, v in pairs for p in self.replicates(b)]
+        if self.streamed:
+            results = [self._pull_back(p, self._streamed_products(p, v)) for p, v in vectors]
+        else:
+            block_of = None if self.structure is None else torch.as_tensor(self.structure.outputs(self.output_shape))
+            results = []
+            for (p, _), c in zip(vectors, self._products(vectors, block_of=block_of), strict=True):
+                weights = self.weights[p]
+                columns = [w for w in (weights.theta, weights.scale) if w is not None]
+                # A sum in index order: the same bits whoever owned the rows.
+                if self.structure is None:
+                    parts = [(w * c[:, None]).sum(axis=0) for w in columns]
+                else:
+                    seen = self.structure.seen(c)
+                    parts = [(w * seen).sum(axis=0) for w in columns]
+                results.append(self._pull_back(p, np.concatenate(parts)))
+        R = self.strategy.replicates
+        groups = [results[i : i + R] for i in range(0, len(results), R)]
+        return [
+            (np.stack([x for x, _ in group]), None if group[0][1] is None else np.stack([L for _, L in group]))  # type: ignore[misc]
+            for group in groups
+        ]
+
+    def _streamed_products(self, p: int, v: torch.Tensor) -> Array:
+        # One column at a time: a float64 copy of all of them would be twice the Jacobian.
+        columns = self._sums[p][1:]
+        v = v.to(columns.device)
+        if self.structure is None:
+            return np.array([torch.dot(c.to(torch.float64), v).item() for c in columns])
+        mask = torch.as_tensor(self.structure.mask(self.output_shape), device=columns.device)
+        return np.array(
+            [torch.dot(c.to(torch.float64), v * mask[j % self.dimension]).item() for j, c in enumerate(columns)]
+        )
+
+    def require_derivatives(self) -> None:
+        if not any(self._derivatives):
+            raise InputError("This evaluation was made without derivatives; call estimate outside torch.no_grad().")
+
+    def _broadcast_vector(self, v: torch.Tensor) -> torch.Tensor:
+        flat = v.detach().reshape(-1).to("cpu", torch.float64)
+        return torch.as_tensor(self._dispatcher.broadcast(flat.numpy()))
+
+    def _pull_back(self, p: int, g: Array) -> tuple[Array, Array | None]:
+        problem, d = self.problems[p], self.dimension
+        x = pull_back_theta(problem.scale, g[:d])
+        if not self._derivatives[1]:
+            return x, None
+        return x, pull_back_scale(problem.scale, g[d:].reshape(problem.scale.shape))
+
+    def hvp(self, triples: Sequence[tuple[int, torch.Tensor, Array]]) -> list[Array]:
+        """For each (vector, v in R^m, u in R^d): d^2<v, value>/dx^2 u, (d,), from the second score. Collective.
+
+        H = L^-T E[<v, f> (s s^T - diag(s'))] L^-1, without what a density with kinks has at its atoms.
+        """
+        self.require_derivatives()
+        self.require_rows("second derivatives")
+        self._dispatcher.begin("hvp", f"{len(triples)} products")
+        vectors, tangents = [], []
+        for b, v, u in triples:
+            v, u = self._broadcast_vector(v), self._dispatcher.broadcast(u)
+            vectors += [(p, v) for p in self.replicates(b)]
+            tangents += [u] * self.strategy.replicates
+        results = []
+        for (p, _), u, c in zip(vectors, tangents, self._products(vectors), strict=True):
+            scale = self.problems[p].scale
+            nodes = self.problems[p].design.nodes
+            W = second_weights(self.strategy, nodes, self._valid[p], push_theta(scale, u))
+            results.append(pull_back_theta(scale, (W * c[:, None]).sum(axis=0)))
+        R = self.strategy.replicates
+        return [np.mean(results[i : i + R], axis=0) for i in range(0, len(results), R)]
+
+    def jvp(self, triples: Sequence[tuple[int, Array, Array | None]]) -> list[torch.Tensor]:
+        """For each (vector, tangent in theta, tangent in L or None): J t, (m,). Collective."""
+        self.require_derivatives()
+        self._dispatcher.begin("jvp", f"{len(triples)} products")
+        eps_space = []
+        for b, t, T in triples:
+            scale = self.problems[b * self.strategy.replicates].scale
+            parts = [push_theta(scale, self._dispatcher.broadcast(t))]
+            if T is not None:
+                if not self._derivatives[1]:
+                    raise InputError("This evaluation was made without derivatives in the scale.")
+                parts.append(push_scale(scale, self._dispatcher.broadcast(T)).reshape(-1))
+            eps_space.append((b, parts))
+        if self.streamed:
+            results = []
+            for b, parts in eps_space:
+                replicates = []
+                for p in self.replicates(b):
+                    columns = self._sums[p][1:]
+                    t_all = torch.as_tensor(np.concatenate(parts)).to(columns)
+                    replicates.append(t_all @ self._masked(columns[: len(t_all)]))
+                results.append(_mean(replicates))
+            return results
+        rows, where = [], []
+        for b, parts in eps_space:
+            for p in self.replicates(b):
+                columns_ = [self.weights[p].theta * parts[0]]
+                if len(parts) == 2:
+                    columns_.append(self.weights[p].scale * parts[1])  # type: ignore[operator]
+                for own, index in self._blocks():
+                    w = sum((c if own is None else c[:, own]).sum(axis=1) for c in columns_)
+                    rows.append((p, np.asarray(w)[None, :]))
+                    where.append(index)
+        sums = [total[0] for total in self._tree_sums(rows, columns=where)]
+        R, blocks = self.strategy.replicates, len(where) // (len(eps_space) * self.strategy.replicates)
+        results = []
+        for q in range(len(eps_space)):
+            replicates = []
+            for r in range(R):
+                pieces = sums[(q * R + r) * blocks : (q * R + r + 1) * blocks]
+                if where[0] is None:
+                    replicates.append(pieces[0])
+                    continue
+                whole = pieces[0].new_empty(self.num_outputs)
+                for piece, index in zip(pieces, where, strict=False):
+                    whole[index] = piece
+                replicates.append(whole)
+            results.append(_mean(replicates))
+        return results
+
+    def _blocks(self) -> list[tuple[Any, torch.Tensor | None]]:
+        """(parameters that touch it, its outputs) for each block of outputs; one block of all without structure."""
+        if self.structure is None:
+            return [(None, None)]
+        block_of = self.structure.outputs(self.output_shape)
+        touched = self.structure.touched(int(block_of.max()) + 1)
+        return [(touched[g], torch.as_tensor(np.flatnonzero(block_of == g))) for g in np.unique(block_of)]
+
+    def _masked(self, columns: torch.Tensor) -> torch.Tensor:
+        if self.structure is None:
+            return columns
+        mask = torch.as_tensor(self.structure.mask(self.output_shape), device=columns.device)
+        return columns * mask.repeat(len(columns) // self.dimension, 1)
+
+    def _tree_sums(
+        self,
+        weights: Sequence[tuple[int, Array]],
+        *,
+        columns: Sequence[torch.Tensor | None] | None = None,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        spare: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """W F from kept rows, for each (problem, W (c, num_rows)), by a tree over the units. Collective.
+
+        Args:
+            columns: for each, the outputs to sum; all where None.
+            transform: applied to the rows first.
+        """
+        sums = [TreeSum(len(self._runs), spare) for _ in weights]
+        for q, (p, w) in enumerate(weights):
+            index = None if columns is None else columns[q]
+            for unit, F in self._kept.items():
+                if unit.problem == p:
+                    G = F if transform is None else transform(F)
+                    G = G if index is None else G[:, index.to(G.device)]
+                    part = torch.as_tensor(np.ascontiguousarray(w[:, unit.start : unit.stop])).to(G)
+                    total = sums[q].buffer(G, len(part))
+                    _accumulate(total, part, G, first=True)
+                    sums[q].add(unit.index, total)
+        if self._dispatcher.size == 1:
+            return [tree.result() for tree in sums]
+        all_owners = self._owners(1)
+        owners = [[ranges[p] for p, _ in weights] for ranges in all_owners]
+        like = [
+            self._like.new_empty((len(w), self.num_outputs if columns is None or c is None else len(c)))
+            for (_, w), c in zip(weights, columns or [None] * len(weights), strict=True)
+        ]
+        return self._dispatcher.finish(sums, like, owners)
+
+    def _owners(self, units_in_leaf: int) -> list[list[range]]:
+        """For each rank and problem, the run of leaves whose first unit the rank has."""
+        owners = []
+        per_problem = len(self._runs)
+        bounds = [*self._starts, len(self._units)]
+        for rank in range(self._dispatcher.size):
+            ranges = []
+            for p in range(len(self.problems)):
+                lo, hi = (min(max(x - p * per_problem, 0), per_problem) for x in bounds[rank : rank + 2])
+                first = [self.leaf_of(i, units_in_leaf) for i in (lo, hi)]
+                # A leaf counts where it begins.
+                starts = [
+                    leaf + (i != self.leaf_start(leaf, units_in_leaf)) for leaf, i in zip(first, (lo, hi), strict=True)
+                ]
+                ranges.append(range(starts[0], max(starts)))
+            owners.append(ranges)
+        return owners
+
+    def leaf_of(self, index: int, units_in_leaf: int) -> int:
+        """The leaf of a problem's unit; the unperturbed row is a leaf of its own. `index` may be one past the end."""
+        regular = len(self._runs) - self.strategy.extra_row
+        if index >= regular:
+            return -(-regular // units_in_leaf) + (index - regular)
+        return index // units_in_leaf
+
+    def leaf_start(self, leaf: int, units_in_leaf: int) -> int:
+        """The first unit of a leaf."""
+        regular = len(self._runs) - self.strategy.extra_row
+        leaves = -(-regular // units_in_leaf)
+        return leaf * units_in_leaf if leaf < leaves else regular + (leaf - leaves)
+
+    def replicate_jacobians(self, b: int) -> list[torch.Tensor]:
+        """J = F^T W L^-1 of each replicate of vector b: R tensors (m, d). Collective."""
+        if not self._derivatives[0]:
+            raise InputError("This evaluation was made without derivatives in the parameters.")
+        self._dispatcher.begin("jacobian", f"vector {b}")
+        problems = self.replicates(b)
+        if self.streamed:
+            all_columns = [self._sums[p][1 : 1 + self.dimension] for p in problems]
+        else:
+            all_columns = self._tree_sums([(p, self.weights[p].theta.T) for p in problems])
+        scale = self.problems[problems[0]].scale
+        # Column r of L^-T W^T F^T: J = (L^-T A)^T for A (d, m) in eps-space.
+        inverse = np.diag(1 / scale) if scale.ndim == 1 else np.linalg.inv(scale)
+        return [self._masked(columns).T @ torch.as_tensor(inverse).to(columns) for columns in all_columns]
+
+    def second_moments(self, b: int, weights: Sequence[Array], centres: torch.Tensor) -> list[torch.Tensor]:
+        """W (F - centre)^2 for each W (c, N), from kept rows of a single replicate: (c, m) each. Collective."""
+        self._dispatcher.begin("second moments", f"vector {b}")
+        (p,) = self.replicates(b)
+        extra = self.strategy.num_rows - self.strategy.num_samples
+        padded = [(p, np.pad(w, ((0, 0), (0, extra)))) for w in weights]
+        return self._tree_sums(padded, transform=lambda F: (F - centres.to(F)).square())
+
+    def row_scalars(self, p: int, function: Callable[[torch.Tensor], torch.Tensor]) -> Array:
+        """function(F) of the perturbed rows of a kept problem, computed where the rows are: (N,). Collective.
+
+        `function` maps (k, m) float64 to (k,) and treats each row by itself.
+        """
+        self._dispatcher.begin("row scalars", f"problem {p}")
+        scalars = np.zeros(self.strategy.num_rows)
+        for unit, F in self._kept.items():
+            if unit.problem == p:
+                scalars[unit.start : unit.stop] = function(F.to("cpu", torch.float64)).numpy()
+        return self._dispatcher.scatter_add(scalars)[: self.strategy.num_samples]
+
+    def output_columns(self, p: int) -> tuple[torch.Tensor, range]:
+        """All perturbed rows of the run of outputs that this rank takes: (N, width), float64, and the run. Collective.
+
+        The transpose of the row blocks: each rank gives every other one a part of its rows, nobody holds all.
+        """
+        own = self._dispatcher.share(self.num_outputs)
+        mine = [
+            (unit, F) for unit, F in self._kept.items() if unit.problem == p and unit.start < self.strategy.num_samples
+        ]
+        block = torch.cat([F for _, F in mine]) if mine else self._like
+        return self._dispatcher.transpose(block.to("cpu", torch.float64)), own
+
+    def join_columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """(n, own width) results for each rank's run of outputs to (n, m) on every rank. Collective."""
+        return self._dispatcher.concatenate(columns)
+
+    def gather_rows(self, p: int) -> torch.Tensor:
+        """All perturbed rows on every rank, (N, m) float64. Collective; for looking and for small outputs."""
+        columns, _ = self.output_columns(p)
+        return self.join_columns(columns)
+
+
+def _assemble(unit: Unit, parts: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+    """The outputs of a unit, zeros where all of a chunk failed."""
+    if len(parts) == 1 and parts[0] is not None:
+        return parts[0]
+    starts = range(unit.start, unit.stop, _CHUNK)
+    rows = [min(_CHUNK, unit.stop - start) for start in starts]
+    filled = [like.new_zeros((k, like.shape[1])) if F is None else F for k, F in zip(rows, parts, strict=True)]
+    return torch.cat(filled)
+
+
+def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).mean(dim=0)
+
+
+def _makes_memory(simulator: Simulator) -> bool:
+    """Whether each call's outputs are in memory of their own."""
+    return isinstance(simulator, FunctionSimulator) and not simulator.vectorized
+
+
+def _unit_runs(strategy: Strategy) -> list[tuple[int, int]]:
+    n, size = strategy.num_samples, strategy.leaf_size
+    runs = [(start, min(start + size, n)) for start in range(0, n, size)]
+    return [*runs, (n, n + 1)] if strategy.extra_row else runs
+
+
+def _structure(simulator: Simulator, dimension: int, form: Form) -> BlockStructure | None:
+    structure = simulator.structure if isinstance(simulator, Structured) else None
+    if structure is None:
+        return None
+    if len(structure.parameter_block) != dimension:
+        raise InputError(
+            f"Expected a block for each of {dimension} parameters, got {len(structure.parameter_block)} from "
+            f"{simulator_name(simulator)!r}."
+        )
+    if form != "diagonal":
+        raise InputError(
+            "Expected a number or a diagonal scale for a simulator with block structure, got a matrix: it would mix "
+            "parameters of different blocks. Use a diagonal."
+        )
+    return structure
+
+
+class _Stream:
+    """Adds rows to F^T [a, W] as they come: one tree a problem, leaves of several units."""
+
+    def __init__(self, evaluation: Evaluation, like: torch.Tensor, spare: list[torch.Tensor]) -> None:
+        self._e = e = evaluation
+        self._like = like[:0].clone()
+        self._units_in_leaf = e.units_in_leaf
+        per_problem = e.leaf_of(len(e._runs), self._units_in_leaf)
+        self._sums = [TreeSum(per_problem, spare) for _ in e.problems]
+        self._matrix: tuple[int, torch.Tensor] | None = None
+        self._total: torch.Tensor | None = None
+        self._at: tuple[int, int] | None = None
+        self._travelling: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._rank = e._dispatcher.rank
+
+    def _place(self, unit: Unit) -> tuple[int, int]:
+        """(leaf, first unit's number among all) of a unit."""
+        leaf = self._e.leaf_of(unit.index, self._units_in_leaf)
+        return leaf, unit.problem * len(self._e._runs) + self._e.leaf_start(leaf, self._units_in_leaf)
+
+    def add(self, unit: Unit, start: int, F: torch.Tensor, inputs: Array) -> None:
+        leaf, first = self._place(unit)
+        if self._e.owner(first) != self._rank:
+            self._e._check_finite(F, unit.problem, inputs, start)
+            self._travelling.setdefault((unit.problem, unit.index), []).append(F.clone())
+            return
+        self._add(unit.problem, leaf, start, F)
+        assert self._total is not None
+        self._e.check_finite_sum(self._total[0], F, unit.problem, inputs, start)
+
+    def _add(self, p: int, leaf: int, start: int, F: torch.Tensor) -> None:
+        if self._at != (p, leaf):
+            self._close()
+        if self._matrix is None or self._matrix[0] != p:
+            self._matrix = (p, self._e.stream_weights(p, F))
+        part = self._matrix[1][:, start : start + len(F)]
+        first = self._total is None
+        if self._total is None:
+            self._at, self._total = (p, leaf), self._sums[p].buffer(F, len(part))
+        _accumulate(self._total, part, F, first)
+
+    def _close(self) -> None:
+        if self._at is not None and self._total is not None:
+            self._sums[self._at[0]].add(self._at[1], self._total)
+        self._at = self._total = None
+
+    def finish(self) -> list[torch.Tensor]:
+        """Completes shared leaves and trees: one (columns, m) a problem, on every rank. Collective."""
+        e = self._e
+        if e._dispatcher.size > 1:
+            self._exchange()
+        self._close()
+        if e._dispatcher.size == 1:
+            return [tree.result() for tree in self._sums]
+        like = self._like.new_empty((e._columns, e.num_outputs))
+        return e._dispatcher.finish(self._sums, [like] * len(self._sums), e._owners(self._units_in_leaf))
+
+    def _exchange(self) -> None:
+        """Rows of shared leaves go to the rank that has the leaf's first unit; all ranks walk in the same order."""
+        e = self._e
+        for start, stop in zip(e._starts, [*e._starts[1:], len(e._units)], strict=True):
+            for number in range(start, stop):
+                leaf, first = self._place(e._units[number])
+                if first >= start:
+                    break
+                self._move(e._units[number], leaf, e.owner(start), e.owner(first))
+
+    def _move(self, unit: Unit, leaf: int, source: int, home: int) -> None:
+        e = self._e
+        rows = unit.stop - unit.start
+        if self._rank == source:
+            F = torch.cat(self._travelling.pop((unit.problem, unit.index)))
+            e._dispatcher.transfer(F, source, home)
+        elif self._rank == home:
+            F = e._dispatcher.transfer(self._like.new_empty((rows, e.num_outputs)), source, home)
+            for start in range(0, rows, _CHUNK):
+                self._add(unit.problem, leaf, unit.start + start, F[start : start + _CHUNK])
