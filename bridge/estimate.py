@@ -218,7 +218,7 @@ class Estimate:
     def variance_vjp(self, v: torch.Tensor) -> torch.Tensor:
         """d<v, diag C>/dx for v of the value's shape: (*batch, d); O(N m), never builds C. Collective under MPI."""
         rows = self._rows(v).to("cpu", torch.float64)
-        return self._finish_batch([self._third(b, partial(_diagonal_form, rows[b]), 0) for b in self._all])
+        return self._finish_batch([self._third(b, partial(_diagonal_form, rows[b].clone()), 0) for b in self._all])
 
     def _finish_batch(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         stacked = torch.stack(tensors)
@@ -248,7 +248,7 @@ class Estimate:
         if tuple(V.shape) != (*self._batch, m, m):
             raise InputError(f"Expected a matrix of shape {(*self._batch, m, m)}, got {tuple(V.shape)}.")
         matrices = V.reshape(-1, m, m)
-        return self._finish_batch([self._third(b, partial(_full_form, matrices[b]), which) for b in self._all])
+        return self._finish_batch([self._third(b, partial(_full_form, matrices[b].clone()), which) for b in self._all])
 
     def _third(self, b: int, form: Callable[[torch.Tensor], torch.Tensor], which: int) -> torch.Tensor:
         """N / ((N-1)(N-2)) sum_i q_i (g_i - mean g), q_i = form(F_i - mean F), pulled back."""
@@ -257,6 +257,7 @@ class Estimate:
         for p in self._evaluation.replicates(b):
             good = self._evaluation.surviving(p)
             mean = self._evaluation.mean_of_rows(p).to("cpu", torch.float64)
+            # (The forms get memory of torch's own, so that the bits do not depend on where it lies.)
             q = self._evaluation.row_scalars(p, partial(_of_centred, form, mean))[good]
             problem = self._evaluation.problems[p]
             s, eps = problem.design.nodes.score[good], problem.design.nodes.eps[good]
@@ -329,6 +330,10 @@ def median_statistic(F: Array, g: Array, k: int) -> tuple[Array, Array]:
         (m,) and (m, d).
     """
     n = len(F)
+    if F.shape[1] == 1:
+        # Sums over rows run in one order for two columns and more; a single one would be summed in pairs.
+        value, jacobian = median_statistic(np.repeat(F, 2, axis=1), g, k)
+        return value[:1], jacobian[:1]
     if int(k) != k or k < 1 or k % 2 == 0 or k > n:
         raise InputError(f"Expected an odd k between 1 and the {n} rows for the k-sample median, got {k!r}.")
     h = (k - 1) // 2
@@ -346,7 +351,7 @@ def median_statistic(F: Array, g: Array, k: int) -> tuple[Array, Array]:
     order = np.argsort(F, axis=0, kind="stable")
     # Centred on the median of the rows: the score's mean is zero, so a constant changes the noise alone.
     y = np.take_along_axis(F, order, axis=0)
-    value = own @ y
+    value = np.sum(own[:, None] * y, axis=0)
     centred = y - np.median(F, axis=0)
     jacobian = np.empty((F.shape[1], g.shape[1]))
     for j in range(g.shape[1]):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import socket
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,16 @@ def _as_rows(outputs: Any, k: int, shape: tuple[int, ...] | None, name: str) -> 
     if tensor.dtype not in (torch.float32, torch.float64):
         exact = (torch.uint8, torch.int8, torch.int16, torch.bool, torch.float16, torch.bfloat16)
         tensor = tensor.to(torch.float32 if tensor.dtype in exact else torch.float64)
-    return tensor.reshape(k, -1), tuple(outputs.shape[1:])
+    return _aligned(tensor.reshape(k, -1)), tuple(outputs.shape[1:])
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory that starts on a multiple of 64 bytes.
+
+    The last bits of a BLAS product depend on where its operands lie; torch's own memory starts on such multiples,
+    numpy's and the user's need not, and differs from rank to rank.
+    """
+    return tensor if tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 else tensor.contiguous().clone()
 
 
 def _accumulate(total: torch.Tensor, weights: torch.Tensor, F: torch.Tensor, first: bool) -> None:
@@ -321,19 +330,25 @@ class Evaluation:
             columns.append(weights.theta)
         if weights.scale is not None:
             columns.append(weights.scale)
-        return torch.as_tensor(np.ascontiguousarray(np.hstack(columns).T)).to(like)
+        return _aligned(torch.as_tensor(np.ascontiguousarray(np.hstack(columns).T)).to(like))
 
     def _make_weights(self, p: int, valid: NDArray[np.bool_] | None) -> Weights:
         nodes = self.problems[p].design.nodes
         projections = None
         if self.strategy.covariate == "bq":
             projections = self._projections(p)
-        return make_weights(self.strategy, nodes, self.form if self._derivatives[1] else None, valid, projections)
+        form = self.form if self._derivatives[1] else None
+        weights = make_weights(self.strategy, nodes, form, valid, projections)
+        if projections is None:
+            return weights
+        # Fitted numbers: the same bits on every rank.
+        share = self._dispatcher.broadcast
+        return replace(weights, value=share(weights.value), theta=share(weights.theta))
 
     def _projections(self, p: int) -> Array:
         """(N, 4) projections of the outputs on random signs, from which hyperparameters are fitted. Collective."""
         signs = np.random.Generator(np.random.Philox(key=self.num_outputs)).integers(0, 2, (4, self.num_outputs))
-        vectors = torch.as_tensor(2.0 * signs - 1.0)
+        vectors = [_aligned(torch.as_tensor(row)) for row in 2.0 * signs - 1.0]
         return np.stack(self._products([(p, v) for v in vectors]), axis=1)[: self.strategy.num_samples]
 
     def check_finite_sum(self, total: torch.Tensor, F: torch.Tensor, p: int, inputs: Array, start: int) -> None:
@@ -512,7 +527,7 @@ class Evaluation:
 
     def _broadcast_vector(self, v: torch.Tensor) -> torch.Tensor:
         flat = v.detach().reshape(-1).to("cpu", torch.float64)
-        return torch.as_tensor(self._dispatcher.broadcast(flat.numpy()))
+        return _aligned(torch.as_tensor(self._dispatcher.broadcast(flat.numpy())))
 
     def _pull_back(self, p: int, g: Array) -> tuple[Array, Array | None]:
         problem, d = self.problems[p], self.dimension
@@ -628,7 +643,7 @@ class Evaluation:
                 if unit.problem == p:
                     G = F if transform is None else transform(F)
                     G = G if index is None else G[:, index.to(G.device)]
-                    part = torch.as_tensor(np.ascontiguousarray(w[:, unit.start : unit.stop])).to(G)
+                    part = _aligned(torch.as_tensor(np.ascontiguousarray(w[:, unit.start : unit.stop])).to(G))
                     total = sums[q].buffer(G, len(part))
                     _accumulate(total, part, G, first=True)
                     sums[q].add(unit.index, total)
@@ -686,7 +701,7 @@ class Evaluation:
         scale = self.problems[problems[0]].scale
         # Column r of L^-T W^T F^T: J = (L^-T A)^T for A (d, m) in eps-space.
         inverse = np.diag(1 / scale) if scale.ndim == 1 else np.linalg.inv(scale)
-        return [self._masked(columns).T @ torch.as_tensor(inverse).to(columns) for columns in all_columns]
+        return [self._masked(columns).T @ _aligned(torch.as_tensor(inverse).to(columns)) for columns in all_columns]
 
     def second_moments(self, b: int, weights: Sequence[Array], centres: torch.Tensor) -> list[torch.Tensor]:
         """W (F - centre)^2 for each W (c, N), from kept rows of a single replicate: (c, m) each. Collective."""

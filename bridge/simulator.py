@@ -260,6 +260,16 @@ class Structured(Protocol):
     def structure(self) -> BlockStructure | None: ...
 
 
+def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Empty memory that starts on a multiple of 64 bytes, as torch wants it (an aligned copy is saved later)."""
+    if dtype.hasobject:
+        return np.empty(shape, dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + 64, dtype=np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 @dataclass(frozen=True)
 class FunctionSimulator:
     """A plain function seen as a `Simulator`; made by `as_simulator`."""
@@ -290,7 +300,7 @@ class FunctionSimulator:
                     f"seed {int(seed)}. Call it there by itself to see the whole traceback."
                 ) from error
             if i == 0:
-                stacked = np.empty((len(inputs), *result.shape), result.dtype)
+                stacked = _empty_aligned((len(inputs), *result.shape), result.dtype)
             if result.shape != stacked.shape[1:]:
                 raise OutputError(
                     f"Expected outputs of one shape from {self.name!r}, got {stacked.shape[1:]} and {result.shape}. "

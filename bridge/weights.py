@@ -34,6 +34,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bridge.design import Strategy
@@ -117,9 +118,10 @@ def _centre(g: Array, nodes: Nodes, covariate: str) -> Array:
 
 
 def _regression(strategy: Strategy, nodes: Nodes) -> Array:
-    centred = nodes.score - np.mean(nodes.score, axis=0)
-    gram = centred.T @ centred
-    return np.asarray(strategy.information * np.linalg.solve(gram, centred.T).T)
+    # In torch's memory, whose alignment is the same on every rank: the last bits of a solution depend on it.
+    centred = torch.as_tensor(nodes.score - np.mean(nodes.score, axis=0)).clone()
+    solved = torch.linalg.solve(centred.T @ centred, centred.T)
+    return np.ascontiguousarray(strategy.information * solved.T.numpy())
 
 
 def _survivors_only(nodes: Nodes, valid: NDArray[np.bool_]) -> Nodes:

@@ -201,6 +201,8 @@ def test_a_run_that_ends_leaves_no_descendants_either(make: Any, tmp_path: Path)
 
 
 def test_an_interrupt_ends_the_run_as_well(make: Any, tmp_path: Path, scratch: Path) -> None:
+    # A shell that starts the tests in the background has them ignore interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     pids = tmp_path / "pids"
     simulator = make(STUBBORN.format(pids=str(pids), then="time.sleep(600)"))
 
@@ -210,8 +212,11 @@ def test_an_interrupt_ends_the_run_as_well(make: Any, tmp_path: Path, scratch: P
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        simulator(X, SEEDS)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            simulator(X, SEEDS)
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     for pid in map(int, pids.read_text().split()):
         wait_until(lambda pid=pid: gone(pid))

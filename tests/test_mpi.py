@@ -33,9 +33,41 @@ for keep in (40, 0):
         e = smoothed.estimate(theta[0])
         forward = torch.func.jvp(smoothed, (theta.detach(),), (torch.ones_like(theta),))[1]
         per_problem = torch.func.vmap(torch.func.grad(lambda t: smoothed(t).sum()))(theta.detach())
+        if keep:
+            hessian = torch.func.hessian(lambda t: smoothed(t).sum())(theta[0].detach())
+            digest.update(hessian.numpy().tobytes())
         loss = bridge.smooth_loss(f, lambda out: (out**2).sum(), seed=1, num_samples=n)(theta)
         for t in (y, *gradients, e.jacobian(), e.jvp(torch.tensor([1.0, 2.0])), forward, per_problem, loss):
             digest.update(t.detach().numpy().tobytes())
+# Large outputs are streamed in leaves of several units, which ranks share; small ones transposed, for sorts.
+for n, kwargs in ((16, {}), (40, {"replicates": 4}), (96, {"covariate": "f(x)"}), (256, {})):
+    smoothed = bridge.smooth(f, seed=0, num_samples=n, keep_megabytes=0, **kwargs)
+    e = smoothed.estimate(theta, step=n)
+    assert e.streamed
+    digest.update(e.jacobian().numpy().tobytes())
+    y = smoothed(theta.detach(), step=n)
+    assert torch.equal(e.value, y)
+    if kwargs.get("replicates"):
+        digest.update(e.standard_error.numpy().tobytes())
+
+def fragile(x):
+    if x[0] > 1.2:
+        raise ValueError("outside")
+    return np.where(x[1] > 1.4, np.nan, f(x))
+
+for n, points, covariate in ((24, "mc", "auto"), (32, "mc", "loo"), (30, "halton", "bq")):
+    smoothed = bridge.smooth(fragile, seed=2, num_samples=n, points=points, covariate=covariate, failures="drop")
+    e = smoothed.estimate(theta[0], step=n, scale_gradient=True)
+    assert e.num_failed > 0, n
+    digest.update(bytes([e.num_failed]))
+    results = [e.value, e.vjp(e.value), e.vjp_scale(e.value), e.jacobian()]
+    if covariate == "loo":
+        V = torch.eye(500)
+        results += [e.covariance(), e.covariance_vjp(V), e.covariance_vjp_scale(V), e.variance_vjp(e.value)]
+        results += [e.median(3), e.median_jacobian(5), e.standard_error, e.jacobian_standard_error()]
+        results += [e.vjp_standard_error(e.value)]
+    for t in results:
+        digest.update(t.numpy().tobytes())
 if bridge.is_root():
     print("digest", digest.hexdigest())
 """
