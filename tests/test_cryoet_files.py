@@ -126,12 +126,32 @@ def test_field_keeps_its_distance_and_says_what_does_not_fit() -> None:
     gaps = np.linalg.norm(centres[:, None] - centres[None], axis=-1)[np.triu_indices(6, 1)]
     assert gaps.min() >= 64 - 1e-9
     assert one.field(copies=6, field_angstrom=400.0, seed=4).digest != many.digest
-    with pytest.raises(InputError, match="room for 50 copies"):
-        one.field(copies=50, field_angstrom=200.0, seed=1)
+    with pytest.raises(InputError, match="room for 20 copies"):
+        one.field(copies=20, field_angstrom=200.0, seed=1)
     with pytest.raises(InputError, match="wider than one copy"):
         one.field(copies=1, field_angstrom=30.0, seed=1)
     with pytest.raises(InputError, match="seed"):
         one.field(copies=1, field_angstrom=300.0, seed=-1)
+
+
+def test_fields_are_those_that_micrographs_were_made_from() -> None:
+    """A field is a function of its seed for good: the demo's target shows the one of seed 1."""
+    one = Specimen.from_atoms([[30, 0, 0], [0, 10, 0]], [6, 6])
+    expected = [
+        [-5.659362, 27.789147, -8.433741],
+        [-21.291017, 49.776091, 8.065522],
+        [-69.234824, -78.895929, -12.896861],
+        [-51.434138, -64.358064, 8.823776],
+        [30.065003, -60.032001, -17.471205],
+        [56.788349, -69.891647, -3.736209],
+    ]
+    assert one.field(copies=3, field_angstrom=200.0, seed=1).positions == pytest.approx(np.array(expected), abs=1e-5)
+    hinges = Specimen.from_file(HINGE, assembly="1").field(copies=12, field_angstrom=768.0, seed=1)
+    ends = hinges.positions.reshape(12, -1, 3)[[0, 11]][:, [0, -1]].reshape(4, 3)
+    expected = [[-104.532, 214.895, -1.650], [-127.300, 221.868, -36.104]]
+    expected += [[-2.937, -39.905, 0.869], [36.392, -31.590, 12.621]]
+    # To the last figure of the structure's own coordinates.
+    assert ends == pytest.approx(np.array(expected), abs=2e-3)
 
 
 def test_orientations_are_uniform() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
-from simulators.cryoet.detector import dead_pixels
+from simulators.cryoet.detector import Detector, dead_pixels
 from simulators.cryoet.simulator import CryoET
 
 
@@ -55,10 +55,9 @@ def cramer_rao(simulator: CryoET, theta: ArrayLike | torch.Tensor) -> CramerRao:
     given = torch.as_tensor(theta)
     point = torch.from_numpy(simulator.space.vector(given.detach().numpy()))
     rate, slopes = simulator.electrons(point), torch.func.jacfwd(simulator.electrons)(point)
-    weight = simulator.detector.dqe / rate
-    dead = dead_pixels(
-        simulator.detector.dead_pixel_fraction, simulator.detector.dead_pixel_seed, simulator.output_shape
-    )
+    camera = cast(Detector, simulator.detector)
+    weight = camera.dqe / rate
+    dead = dead_pixels(camera.dead_pixel_fraction, camera.dead_pixel_seed, simulator.output_shape)
     if dead is not None:
         weight = weight.masked_fill(dead, 0.0)
     fisher = torch.einsum("hw,hwi,hwj->ij", weight, slopes, slopes).numpy()

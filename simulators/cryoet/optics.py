@@ -109,10 +109,11 @@ class Frequencies:
     highest: float
 
     @property
-    def first_half(self) -> Frequencies:
-        """Rows 0 to H // 2, those of qy >= 0 (and the Nyquist frequency)."""
-        n = self.q2.shape[0] // 2 + 1
-        return Frequencies(self.q2[:n], self.cosine[:n], self.sine[:n], self.scattered[:n], self.highest)
+    def quadrant(self) -> Frequencies:
+        """Those of qx >= 0 and qy >= 0 (and the Nyquist frequencies)."""
+        part = (slice(self.q2.shape[0] // 2 + 1), slice(self.q2.shape[1] // 2 + 1))
+        q2, cosine, sine, scattered = (t[part] for t in (self.q2, self.cosine, self.sine, self.scattered))
+        return Frequencies(q2, cosine, sine, scattered, self.highest)
 
 
 @lru_cache(maxsize=16)
@@ -131,7 +132,8 @@ def _is_zero(value: Value) -> bool:
     return not isinstance(value, torch.Tensor) and value == 0.0
 
 
-def _cos_sin(degrees: Value) -> tuple[Value, Value]:
+def cos_sin(degrees: Value) -> tuple[Value, Value]:
+    """Cosine and sine of an angle in degrees, as numbers or tensors like the angle itself."""
     if isinstance(degrees, torch.Tensor):
         angle = torch.deg2rad(degrees)
         return torch.cos(angle), torch.sin(angle)
@@ -146,7 +148,7 @@ def local_defocus(values: Mapping[str, Value], grid: Frequencies) -> Value:
     defocus = values["defocus_um"] * 1e4 + values.get("z_angstrom", 0.0)
     if _is_zero(values["astigmatism_um"]):
         return defocus
-    cosine, sine = _cos_sin(2 * values["astigmatism_angle_deg"])
+    cosine, sine = cos_sin(2 * values["astigmatism_angle_deg"])
     # cos 2(phi - phi_A) from q^2 cos 2phi and q^2 sin 2phi; the direction of q = 0 does not matter.
     direction = (grid.cosine * cosine + grid.sine * sine) / torch.where(grid.q2 > 0, grid.q2, 1.0)
     return defocus + values["astigmatism_um"] * 1e4 * direction
@@ -233,9 +235,11 @@ def transfer_function(values: Mapping[str, Value], grid: Frequencies, *, smooth:
         T (H, W), complex.
     """
     if _is_zero(values["astigmatism_um"]):
-        # Then T depends on |qy| alone: half of the rows, and their mirror image.
-        upper = _transfer(values, grid.first_half, smooth=smooth)
-        return torch.cat((upper, upper[1 : (grid.q2.shape[0] + 1) // 2].flip(0)))
+        # Then T depends on |qx| and |qy| alone: a quarter, and its mirror images.
+        quarter = _transfer(values, grid.quadrant, smooth=smooth)
+        rows, columns = ((n + 1) // 2 for n in grid.q2.shape)
+        upper = torch.cat((quarter, quarter[:, 1:columns].flip(1)), 1)
+        return torch.cat((upper, upper[1:rows].flip(0)))
     return _transfer(values, grid, smooth=smooth)
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from scipy import constants
 
-Scalar = TypeVar("Scalar", float, torch.Tensor)
+Scalar = TypeVar("Scalar", float, torch.Tensor, float | torch.Tensor)
 
 REST_ENERGY_EV = constants.m_e * constants.c**2 / constants.e
 """Rest energy of the electron [eV]."""

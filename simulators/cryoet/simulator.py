@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import scipy.fft
@@ -24,7 +25,7 @@ from bridge.simulator import Parameter, ParameterSpace
 from simulators.cryoet import detector as detection
 from simulators.cryoet.detector import Detector
 from simulators.cryoet.files import read_micrograph, write_micrograph
-from simulators.cryoet.optics import Frequencies, Microscope, Value, check_range, frequencies, transfer_function
+from simulators.cryoet.optics import Microscope, Value, check_range, cos_sin, frequencies, transfer_function
 from simulators.cryoet.physics import interaction_constant, wavelength_angstrom
 from simulators.cryoet.potential import Projection
 from simulators.cryoet.specimen import Specimen
@@ -91,7 +92,8 @@ class CryoET:
     psi = exp(i sigma v - mu), I = |F^{-1}[T F psi]|^2, lambda = I dose pixel^2, with v the projected potential less
     that of the displaced solvent, band-limited at the image's Nyquist frequency, and mu = w / sqrt(1 - w^2) sigma v.
 
-    The image is computed with a margin that is cut off afterwards, so that nothing comes in from the other side.
+    The image is computed with a margin that is cut off afterwards, so that next to nothing comes in from the other
+    side: less than 1 % of the contrast. The specimen fades out over the outermost pixels of the margin.
 
     Args:
         specimen: a `Specimen`, a path, "helix", or a table (see `Specimen.from_options`).
@@ -105,8 +107,9 @@ class CryoET:
             these; differentiable by autograd).
         noise: "none", "poisson" (counting) or "full" (counting and DQE).
         pose: a `Pose` or a table: values of the pose parameters that are not inputs.
-        margin_pixels: margin on each side; by default the distance to which the lens spreads the Nyquist frequency at
-            the largest defocus of the parameter's bounds.
+        margin_pixels: margin on each side; by default 12 pixels more than the distance to which the lens spreads the
+            Nyquist frequency at the largest defocus and wavelength within the parameters' bounds, or than half the
+            image's longer side if that is less.
 
     Raises:
         InputError: a setting that is unknown, out of range or of the wrong shape.
@@ -131,7 +134,8 @@ class CryoET:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "shape", _checked_shape(self.shape))
+        shape = _checked_shape(self.shape)
+        put(self, "shape", shape)
         check_range("CryoET", "pixel_size_angstrom", self.pixel_size_angstrom, 0.1, 100.0)
         put(self, "microscope", _made(Microscope, self.microscope, "microscope"))
         put(self, "detector", _made(Detector, self.detector, "detector"))
@@ -142,9 +146,9 @@ class CryoET:
         put(self, "specimen", Specimen.from_options(self.specimen))
         if isinstance(self.parameters, str):
             raise InputError(f"Expected a list of parameter names, got the text {self.parameters!r}. Use a list.")
-        put(self, "parameters", tuple(self.parameters))
-        space = _space(self.parameters, self.bounds, self.shape, self.pixel_size_angstrom)
-        put(self, "_space", space)
+        names = tuple(self.parameters)
+        put(self, "parameters", names)
+        put(self, "_space", _space(names, self.bounds, shape, self.pixel_size_angstrom))
         put(self, "_values", self._settings())
         if self.margin_pixels is not None:
             check_range("CryoET", "margin_pixels", self.margin_pixels, 0, 4096)
@@ -154,7 +158,7 @@ class CryoET:
     @property
     def space(self) -> ParameterSpace:
         """Names, units, bounds and natural scales of the inputs."""
-        return self._space  # type: ignore[attr-defined,no-any-return]
+        return self._space  # type: ignore[attr-defined]
 
     @property
     def output_shape(self) -> tuple[int, int]:
@@ -248,19 +252,16 @@ class CryoET:
         Returns:
             (..., rows, columns), without gain, rounding, saturation and dead pixels.
         """
-        return self._each(theta, lambda values: self._crop(self._rate(values, theta.dtype)))
+        return self._each(theta, lambda values: self._rate(values, self._crop(self._wave(values, theta.dtype))))
 
     def projection(self) -> Projection:
         """The projected potential in the specimen's frame; built once, shared by `replace`."""
-        key = (self.specimen.digest, self.pixel_size_angstrom, self.mode == "hard")  # type: ignore[union-attr]
+        specimen, hard = cast(Specimen, self.specimen), self.mode == "hard"
+        key = (specimen.digest, self.pixel_size_angstrom, hard)
         cache = self._projections  # type: ignore[attr-defined]
         if key not in cache:
-            cache[key] = Projection.build(
-                self.specimen,  # type: ignore[arg-type]
-                self.pixel_size_angstrom,
-                hard_solvent=self.mode == "hard",
-            )
-        return cache[key]  # type: ignore[no-any-return]
+            cache[key] = Projection.build(specimen, self.pixel_size_angstrom, hard_solvent=hard)
+        return cache[key]
 
     def _each(self, theta: torch.Tensor, compute: Callable[[dict[str, Value]], torch.Tensor]) -> torch.Tensor:
         d = self.space.dimension
@@ -281,21 +282,31 @@ class CryoET:
 
     def _settings(self) -> dict[str, float]:
         """Every known parameter's value in the settings."""
-        table = {**self.microscope.values(), **asdict(self.pose)}  # type: ignore[union-attr,arg-type]
-        table["dose_e_per_angstrom2"] = self.detector.dose_e_per_angstrom2  # type: ignore[union-attr]
+        # The constructor has made them of the options.
+        microscope, pose = cast(Microscope, self.microscope), cast(Pose, self.pose)
+        dose = cast(Detector, self.detector).dose_e_per_angstrom2
+        table = {**microscope.values(), **asdict(pose), "dose_e_per_angstrom2": dose}
         return {name: float(value) for name, value in table.items()}
+
+    def _extremes(self, name: str) -> tuple[float, float]:
+        """Smallest and largest value of a setting: its bounds if it is an input."""
+        if name in self.space.names:
+            i = self.space.index(name)
+            return float(self.space.lower[i]), float(self.space.upper[i])
+        return self._values[name], self._values[name]  # type: ignore[attr-defined]
 
     def _padded_shape(self) -> tuple[int, int]:
         margin = self.margin_pixels
         if margin is None:
-            defocus = abs(self._values["defocus_um"])  # type: ignore[attr-defined]
-            if "defocus_um" in self.space.names:
-                i = self.space.index("defocus_um")
-                defocus = max(abs(self.space.lower[i]), abs(self.space.upper[i]))
+            names = ("defocus_um", "astigmatism_um", "z_angstrom")
+            defocus, astigmatism, height = (max(map(abs, self._extremes(name))) for name in names)
             # A frequency q is displaced by lambda df q: the gradient of chi over 2 pi.
-            wavelength = wavelength_angstrom(float(self._values["voltage_kv"]))  # type: ignore[attr-defined]
-            reach = wavelength * defocus * 1e4 * 0.5 / self.pixel_size_angstrom
-            margin = max(16, min(math.ceil(reach / self.pixel_size_angstrom), max(self.shape) // 2))
+            wavelength = wavelength_angstrom(self._extremes("voltage_kv")[0])
+            displaced = wavelength * ((defocus + astigmatism) * 1e4 + height) * 0.5 / self.pixel_size_angstrom
+            reach = min(math.ceil(displaced / self.pixel_size_angstrom), max(self.shape) // 2)
+            # Beyond that come the ringing of the band limit, whose edge is a twentieth of a cycle a pixel wide, and
+            # the diffraction fringe of the shadow's own edge. 12 pixels leave less than 1 % of the contrast.
+            margin = reach + 12
         rows, columns = (scipy.fft.next_fast_len(n + 2 * margin, real=True) for n in self.shape)
         return rows, columns
 
@@ -307,11 +318,7 @@ class CryoET:
     def _posed(self, values: Mapping[str, Value], dtype: torch.dtype) -> torch.Tensor:
         """Projected potential on the padded grid: pixel r shows the specimen's point R^{-1} (r - shift)."""
         projection = self.projection()
-        angle = values["rotation_deg"] * (math.pi / 180)
-        if isinstance(angle, torch.Tensor):
-            cosine, sine = torch.cos(angle), torch.sin(angle)
-        else:
-            cosine, sine = math.cos(angle), math.sin(angle)
+        cosine, sine = cos_sin(values["rotation_deg"])
         step, n = projection.step_angstrom, projection.coefficients.shape[0]
         rows, columns = (
             (torch.arange(size, dtype=dtype) - size // 2) * self.pixel_size_angstrom
@@ -322,30 +329,50 @@ class CryoET:
         down = (cosine * y + n // 2)[:, None] - (sine * x)[None, :]
         return projection.sample(across, down)
 
-    def _rate(self, values: Mapping[str, Value], dtype: torch.dtype) -> torch.Tensor:
-        """Expected electrons of each pixel of the padded grid."""
-        grid: Frequencies = frequencies(self._padded, float(self.pixel_size_angstrom), dtype)  # type: ignore[attr-defined]
-        phase = self._posed(values, dtype) * interaction_constant(values["voltage_kv"])
+    def _wave(self, values: Mapping[str, Value], dtype: torch.dtype) -> torch.Tensor:
+        """The wave in the image plane, on the padded grid."""
+        grid = frequencies(self._padded, float(self.pixel_size_angstrom), dtype)  # type: ignore[attr-defined]
+        # The padded grid is periodic: an atom that leaves it must not end in an edge, which would diffract far.
+        down, across = (
+            _fade(padded, size, dtype)
+            for padded, size in zip(self._padded, self.shape, strict=True)  # type: ignore[attr-defined]
+        )
+        phase = self._posed(values, dtype) * (interaction_constant(values["voltage_kv"]) * down)[:, None] * across
         w = values["amplitude_contrast"]
         # The part w of the contrast is amplitude contrast: arcsin w is the phase of 1 + i w / sqrt(1 - w^2).
         amplitude = torch.exp(phase * (-w / (1 - w * w) ** 0.5))
         wave = torch.complex(amplitude * torch.cos(phase), amplitude * torch.sin(phase))
         spectrum = torch.fft.fft2(wave) * transfer_function(values, grid, smooth=self.mode == "smooth")
-        wave = torch.fft.ifft2(spectrum)
+        return torch.fft.ifft2(spectrum)
+
+    def _rate(self, values: Mapping[str, Value], wave: torch.Tensor) -> torch.Tensor:
+        """Expected electrons of each pixel."""
         intensity = wave.real.square() + wave.imag.square()
         return intensity * (values["dose_e_per_angstrom2"] * self.pixel_size_angstrom**2)
 
     def _counts(self, values: Mapping[str, Value], dtype: torch.dtype, seed: int | None) -> torch.Tensor:
-        camera: Detector = self.detector  # type: ignore[assignment]
-        rate = self._rate(values, dtype)
-        padded = self._padded  # type: ignore[attr-defined]
-        counts = self._crop(detection.filtered(rate, detection.mtf_filter(camera, padded, dtype)))
+        camera = cast(Detector, self.detector)
+        transfer = detection.mtf_filter(camera, self._padded, dtype)  # type: ignore[attr-defined]
+        wave = self._wave(values, dtype)
+        if transfer is None:
+            rate = counts = self._rate(values, self._crop(wave))
+        else:
+            padded = self._rate(values, wave)
+            rate, counts = self._crop(padded), self._crop(detection.filtered(padded, transfer))
         if seed is not None:
-            noise = detection.noise(self._crop(rate), camera, seed, self.noise)
+            noise = detection.noise(rate, camera, seed, self.noise)
             # White noise may be filtered periodically: its correlations are right, and nothing of the signal wraps.
             counts = counts + detection.filtered(noise, detection.mtf_filter(camera, self.output_shape, dtype))
         counts = counts * camera.gain
         return detection.read_out(counts, camera) if self.mode == "hard" else counts
+
+
+@lru_cache(maxsize=32)
+def _fade(padded: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """1, but a rise from 0 over the outermost pixels on both sides: eight, or all of the margin if that is less."""
+    width = min(8, padded // 2 - size // 2, padded - size - (padded // 2 - size // 2))
+    rise = torch.sin(0.5 * math.pi * (torch.arange(width, dtype=torch.float64) + 0.5) / max(width, 1)).square()
+    return torch.cat((rise, torch.ones(padded - 2 * width, dtype=torch.float64), rise.flip(0))).to(dtype)
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, int]:

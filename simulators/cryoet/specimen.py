@@ -5,6 +5,7 @@ Axes: +x is the direction of columns, +y of rows, the beam runs along +z. Length
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -104,8 +105,8 @@ class Specimen:
         """
         xyz = np.asarray(positions, dtype=np.float64)
         n = len(xyz)
-        spread = [np.broadcast_to(np.asarray(v, dtype=np.float64), (n,)) for v in (weights, b_factors, hydrogens)]
-        return cls(xyz, np.asarray(elements), *spread, np.zeros(n, dtype=np.int64), name)
+        w, b, h = (np.broadcast_to(np.asarray(v, dtype=np.float64), (n,)) for v in (weights, b_factors, hydrogens))
+        return cls(xyz, np.asarray(elements), w, b, h, np.zeros(n, dtype=np.int64), name)
 
     @classmethod
     def from_file(cls, path: str | Path, assembly: str | None = "1", *, hydrogens: str = "riding") -> Specimen:
@@ -138,6 +139,8 @@ class Specimen:
                 f"Expected a PDB or mmCIF file (.pdb, .cif, also .gz), got {str(path)!r}, which gemmi cannot read: "
                 f"{error}. Check the file and its extension."
             ) from error
+        if structure.input_format == gemmi.CoorFormat.Pdb:
+            _check_columns(path)
         if len(structure) == 0 or structure[0].count_atom_sites() == 0:
             raise InputError(f"Expected atoms in {str(path)!r}, found none. Is it a coordinate file, and whole?")
         model = structure[0]
@@ -300,6 +303,22 @@ class Specimen:
         )
 
 
+def _check_columns(path: Path) -> None:
+    """Coordinates of a PDB file must be numbers: gemmi reads as far as it understands, and would say nothing."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="latin-1") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.startswith(("ATOM", "HETATM")):
+                for start in (30, 38, 46):
+                    try:
+                        float(line[start : start + 8])
+                    except ValueError as error:
+                        raise InputError(
+                            f"Expected a coordinate in columns {start + 1} to {start + 8} of line {number} of "
+                            f"{str(path)!r}, got {line[start : start + 8]!r}. Is the file whole, and a PDB file?"
+                        ) from error
+
+
 def _from_model(gemmi: Any, model: Any, path: Path, hydrogens: str) -> Specimen:
     rows: list[tuple[float, ...]] = []
     for chain in model:
@@ -314,6 +333,8 @@ def _from_model(gemmi: Any, model: Any, path: Path, hydrogens: str) -> Specimen:
     if not rows:
         raise InputError(f"Expected atoms other than water in {str(path)!r}, found none. Choose another structure.")
     table = np.array(rows)
+    if not np.isfinite(table).all():
+        raise InputError(f"Expected numbers for each atom in {str(path)!r}, got some that are none. Correct the file.")
     numbers = table[:, 3].astype(np.int64)
     for z in np.unique(numbers):
         if gemmi.Element(int(z)).c4322 is None or z < 1:
@@ -344,19 +365,22 @@ def _riding(gemmi: Any, residue: Any) -> float:
     return max((known.hydrogen_count - 2) * min(built / whole, 1.0) - present, 0.0) / carriers
 
 
-def _places(random: np.random.Generator, copies: int, free: float, spacing: float) -> list[NDArray[np.float64]]:
+def _places(random: np.random.Generator, copies: int, free: float, spacing: float) -> NDArray[np.float64]:
     """Dart throwing with restarts; the fullest attempt is returned, so that the caller can say how many fit."""
-    best: list[NDArray[np.float64]] = []
-    for _ in range(50):
-        centres: list[NDArray[np.float64]] = []
+    best = np.zeros((0, 2))
+    for _ in range(20):
+        centres, found = np.zeros((copies, 2)), 0
         for _ in range(200 * copies):
+            # One dart at a time: the orientations are drawn after the last that counts, so that drawing darts in bulk
+            # would change every field, and with it what a micrograph made from one shows.
             trial = (random.random(2) - 0.5) * max(free, 0.0)
-            if all(np.hypot(*(trial - c)) >= spacing for c in centres):
-                centres.append(trial)
-                if len(centres) == copies:
+            gaps = centres[:found] - trial
+            if ((gaps * gaps).sum(axis=1) >= spacing**2).all():
+                centres[found] = trial
+                found += 1
+                if found == copies:
                     return centres
-        if len(centres) > len(best):
-            best = centres
+        best = centres[:found] if found > len(best) else best
     return best
 
 
