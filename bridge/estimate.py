@@ -298,7 +298,14 @@ class Estimate:
         problem = self._evaluation.problems[p]
         columns, _ = self._evaluation.output_columns(p)
         g = np.stack([pull_back_theta(problem.scale, s) for s in problem.design.nodes.score[good]])
-        value, jacobian = median_statistic(columns[torch.as_tensor(good)].numpy(), g, k)
+        F = columns[torch.as_tensor(good)].numpy()
+        value, jacobian = median_statistic(F, g, k)
+        half = len(F) // 2
+        if k <= half:
+            # A constant changes the gradient's noise alone, but the median of the same rows is not one: it would take
+            # k/N of the gradient away. So each half is centred on the other's median, which is independent of it.
+            halves = [(F[:half], g[:half], F[half:]), (F[half:], g[half:], F[:half])]
+            jacobian = np.mean([median_statistic(x - np.median(y, axis=0), s, k)[1] for x, s, y in halves], axis=0)
         both = self._evaluation.join_columns(torch.as_tensor(np.vstack([value[None], jacobian.T])))
         return both[0], both[1:].T
 
@@ -349,16 +356,14 @@ def median_statistic(F: Array, g: Array, k: int) -> tuple[Array, Array]:
     below = ratio(r - 2, h - 1, n - r, h) if h else np.zeros(n)
     above = ratio(r - 1, h, n - r - 1, h - 1) if h else np.zeros(n)
     order = np.argsort(F, axis=0, kind="stable")
-    # Centred on the median of the rows: the score's mean is zero, so a constant changes the noise alone.
     y = np.take_along_axis(F, order, axis=0)
     value = np.sum(own[:, None] * y, axis=0)
-    centred = y - np.median(F, axis=0)
     jacobian = np.empty((F.shape[1], g.shape[1]))
     for j in range(g.shape[1]):
         s = g[:, j][order]
         lower = np.cumsum(s, axis=0) - s
         higher = s.sum(axis=0) - lower - s
-        jacobian[:, j] = np.sum(centred * (own[:, None] * s + below[:, None] * lower + above[:, None] * higher), axis=0)
+        jacobian[:, j] = np.sum(y * (own[:, None] * s + below[:, None] * lower + above[:, None] * higher), axis=0)
     return value, jacobian
 
 

@@ -449,9 +449,12 @@ class Evaluation:
         blocks = 1 if block_of is None else int(block_of.max()) + 1
         scalars = np.zeros((len(pairs), self.strategy.num_rows, blocks))
         wide: torch.Tensor | None = None
+        asked: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        for q, (p, v) in enumerate(pairs):
+            asked.setdefault(p, []).append((q, v))
         for unit, F in self._kept.items():
-            mine = [(q, v) for q, (p, v) in enumerate(pairs) if p == unit.problem]
-            if not mine:
+            mine = asked.get(unit.problem)
+            if mine is None:
                 continue
             if wide is None or wide.shape != F.shape or wide.device != F.device:
                 wide = torch.empty(F.shape, dtype=torch.float64, device=F.device)
@@ -637,16 +640,18 @@ class Evaluation:
             transform: applied to the rows first.
         """
         sums = [TreeSum(len(self._runs), spare) for _ in weights]
+        rows_of: dict[int, list[tuple[Unit, torch.Tensor]]] = {}
+        for unit, F in self._kept.items():
+            rows_of.setdefault(unit.problem, []).append((unit, F))
         for q, (p, w) in enumerate(weights):
             index = None if columns is None else columns[q]
-            for unit, F in self._kept.items():
-                if unit.problem == p:
-                    G = F if transform is None else transform(F)
-                    G = G if index is None else G[:, index.to(G.device)]
-                    part = _aligned(torch.as_tensor(np.ascontiguousarray(w[:, unit.start : unit.stop])).to(G))
-                    total = sums[q].buffer(G, len(part))
-                    _accumulate(total, part, G, first=True)
-                    sums[q].add(unit.index, total)
+            for unit, F in rows_of.get(p, ()):
+                G = F if transform is None else transform(F)
+                G = G if index is None else G[:, index.to(G.device)]
+                part = _aligned(torch.as_tensor(np.ascontiguousarray(w[:, unit.start : unit.stop])).to(G))
+                total = sums[q].buffer(G, len(part))
+                _accumulate(total, part, G, first=True)
+                sums[q].add(unit.index, total)
         if self._dispatcher.size == 1:
             return [tree.result() for tree in sums]
         all_owners = self._owners(1)
