@@ -181,7 +181,7 @@ class Evaluation:
         self._columns = self._stream_columns(need_theta, need_scale)
         # Each unit's outputs, chunk by chunk; None for a chunk of which every row failed.
         chunks: dict[Unit, list[torch.Tensor | None]] = {}
-        self._kept: dict[Unit, torch.Tensor] = {}
+        self._kept: list[list[tuple[Unit, torch.Tensor]]] = [[] for _ in self.problems]
         self._failed: dict[int, str] = {}
         self.output_shape: tuple[int, ...] = ()
         self._large = False
@@ -225,7 +225,7 @@ class Evaluation:
             self._sums = (stream or _Stream(self, like, spare)).finish()
         else:
             for unit, parts in chunks.items():
-                self._kept[unit] = _assemble(unit, parts, self._like)
+                self._kept[unit.problem].append((unit, _assemble(unit, parts, self._like)))
             self._valid = self._agree_on_failures()
             self.weights = [self._make_weights(p, self._valid[p]) for p in range(len(self.problems))]
             self._sums = self._tree_sums([(p, w.value[None]) for p, w in enumerate(self.weights)], spare=spare)
@@ -452,10 +452,8 @@ class Evaluation:
         asked: dict[int, list[tuple[int, torch.Tensor]]] = {}
         for q, (p, v) in enumerate(pairs):
             asked.setdefault(p, []).append((q, v))
-        for unit, F in self._kept.items():
-            mine = asked.get(unit.problem)
-            if mine is None:
-                continue
+        for unit, F in (kept for p in asked for kept in self._kept[p]):
+            mine = asked[unit.problem]
             if wide is None or wide.shape != F.shape or wide.device != F.device:
                 wide = torch.empty(F.shape, dtype=torch.float64, device=F.device)
             wide.copy_(F)
@@ -640,12 +638,9 @@ class Evaluation:
             transform: applied to the rows first.
         """
         sums = [TreeSum(len(self._runs), spare) for _ in weights]
-        rows_of: dict[int, list[tuple[Unit, torch.Tensor]]] = {}
-        for unit, F in self._kept.items():
-            rows_of.setdefault(unit.problem, []).append((unit, F))
         for q, (p, w) in enumerate(weights):
             index = None if columns is None else columns[q]
-            for unit, F in rows_of.get(p, ()):
+            for unit, F in self._kept[p]:
                 G = F if transform is None else transform(F)
                 G = G if index is None else G[:, index.to(G.device)]
                 part = _aligned(torch.as_tensor(np.ascontiguousarray(w[:, unit.start : unit.stop])).to(G))
@@ -723,9 +718,8 @@ class Evaluation:
         """
         self._dispatcher.begin("row scalars", f"problem {p}")
         scalars = np.zeros(self.strategy.num_rows)
-        for unit, F in self._kept.items():
-            if unit.problem == p:
-                scalars[unit.start : unit.stop] = function(F.to("cpu", torch.float64)).numpy()
+        for unit, F in self._kept[p]:
+            scalars[unit.start : unit.stop] = function(F.to("cpu", torch.float64)).numpy()
         return self._dispatcher.scatter_add(scalars)[: self.strategy.num_samples]
 
     def output_columns(self, p: int) -> tuple[torch.Tensor, range]:
@@ -734,10 +728,8 @@ class Evaluation:
         The transpose of the row blocks: each rank gives every other one a part of its rows, nobody holds all.
         """
         own = self._dispatcher.share(self.num_outputs)
-        mine = [
-            (unit, F) for unit, F in self._kept.items() if unit.problem == p and unit.start < self.strategy.num_samples
-        ]
-        block = torch.cat([F for _, F in mine]) if mine else self._like
+        mine = [F for unit, F in self._kept[p] if unit.start < self.strategy.num_samples]
+        block = torch.cat(mine) if mine else self._like
         return self._dispatcher.transpose(block.to("cpu", torch.float64)), own
 
     def join_columns(self, columns: torch.Tensor) -> torch.Tensor:
