@@ -115,7 +115,7 @@ def test_covariance_and_its_derivatives_are_unbiased_at_five_rows():
             for E in np.eye(4).reshape(4, 2, 2)
         ]
     ).reshape(2, 2)
-    n = 8000
+    n = 20000
     sim = bridge.as_simulator(f, vectorized=True)
     smoothed = bridge.smooth(
         sim, seed=3, num_samples=5, leaf_size=5, scale=torch.as_tensor(MATRIX), points="mc", keep_megabytes=1e4
@@ -123,8 +123,8 @@ def test_covariance_and_its_derivatives_are_unbiased_at_five_rows():
     e = smoothed.estimate(X2.expand(n, 2), scale_gradient=True)
     assert_mean(e.covariance().reshape(n, 9)[:, [0, 4, 8]], np.diag(truth(theta, MATRIX)))
     batch = torch.as_tensor(V).expand(n, 3, 3)
-    assert_mean(e.covariance_vjp(batch), d_x, power=0.2)
-    assert_mean(e.covariance_vjp_scale(batch), d_L, power=0.3)
+    assert_mean(e.covariance_vjp(batch), d_x, power=0.4)
+    assert_mean(e.covariance_vjp_scale(batch), d_L, power=0.4)
     v = torch.tensor([0.5, 0.3, 0.7], dtype=torch.float64).expand(n, 3)
     np.testing.assert_allclose(e.variance_vjp(v), e.covariance_vjp(torch.diag_embed(v)), rtol=1e-9, atol=1e-12)
 
@@ -149,7 +149,7 @@ def test_median_of_cauchy_noise_exists_where_the_mean_does_not():
     """f(y) = y under Cauchy noise: median x, slope 1, by symmetry; k = 5 has finite variance."""
     sim = bridge.as_simulator(lambda x: x[:, :1], vectorized=True)
     smoothed = bridge.smooth(sim, seed=2, num_samples=33, distribution="cauchy", points="mc", leaf_size=33)
-    e = smoothed.estimate(torch.full((4000, 1), 0.7, dtype=torch.float64))
+    e = smoothed.estimate(torch.full((2000, 1), 0.7, dtype=torch.float64))
     assert_mean(e.median(7)[:, 0], 0.7, power=0.2)
     assert_mean(e.median_jacobian(7)[:, 0, 0], 1.0, power=0.2)
     with pytest.raises(InputError, match="odd k"):
