@@ -73,7 +73,9 @@ def test_hessian_from_random_rows_is_unbiased():
     sim = bridge.as_simulator(lambda x: np.sin(x @ A + 0.3), vectorized=True)
     truth = -np.sin(X2.numpy() @ A + 0.3) * np.exp(-0.5 * 0.25 * A @ A) * np.outer(A, A)
     for name, more in (("mc", {}), ("mc", {"antithetic": True})):
-        smoothed = bridge.smooth(sim, seed=1, num_samples=16, leaf_size=16, scale=0.5, points=name, covariate="block", **more)
+        smoothed = bridge.smooth(
+            sim, seed=1, num_samples=16, leaf_size=16, scale=0.5, points=name, covariate="block", **more
+        )
         batch = X2.expand(1500, 2)
         hessians = torch.func.vmap(torch.func.hessian(lambda t: smoothed(t)))(batch)  # noqa: B023
         assert_mean(hessians, truth, power=0.5)
@@ -203,7 +205,7 @@ def test_standard_errors_of_one_scramble_are_refused():
 
 def test_replicates_are_independent_evaluations_of_their_own():
     smoothed = bridge.smooth(lambda x: np.sin(x), seed=0, num_samples=32, replicates=4)
-    single = bridge.smooth(lambda x: np.sin(x), seed=0, num_samples=8)
+    single = bridge.smooth(lambda x: np.sin(x), seed=0, num_samples=8, covariate="block")
     whole = smoothed.estimate(X2, step=3)
     parts = [single.estimate(X2, step=3, replicate=r) for r in range(4)]
     np.testing.assert_allclose(whole.jacobian(), sum(p.jacobian() for p in parts) / 4, rtol=1e-12)

@@ -66,7 +66,8 @@ def test_the_bias_falls_by_four_when_the_scale_is_halved(case):
 
 def test_the_gradient_of_a_loss_agrees(case):
     box, exact, _ = case
-    target = torch.as_tensor(np.asarray(box((THETA.numpy() + [0.02, 1.0, -1.0, 0.5])[None], np.zeros(1, np.uint64))[0]))
+    away = np.array([[0.02, 1.0, -1.0, 0.5]])
+    target = torch.as_tensor(np.asarray(box(THETA.numpy() + away, np.zeros(1, np.uint64))[0]))
     smoothed = bridge.smooth(box, seed=1, num_samples=256, scale=0.02)
     theta = THETA.clone().requires_grad_()
     image = smoothed(theta)
