@@ -16,8 +16,8 @@ from simulators.cryoet import CryoET, Detector, Microscope, Specimen, read_micro
 HERE = Path(__file__).parent
 
 options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-options.add_argument("--steps", type=int, default=120)
-options.add_argument("--samples", type=int, default=32)
+options.add_argument("--steps", type=int, default=48)
+options.add_argument("--samples", type=int, default=64)
 options.add_argument("--output", type=Path, default=None, help="write the recovered parameters here (JSON)")
 arguments = options.parse_args()
 
@@ -36,7 +36,7 @@ simulator = CryoET(
 
 
 def show(step):
-    if bridge.is_root() and step.step % 10 == 0:
+    if bridge.is_root() and step.step % 4 == 0:
         print(f"step {step.step:4d}  loss {step.loss:.5f}  {simulator.space.mapping(step.parameters)}", flush=True)
 
 
@@ -45,9 +45,9 @@ result = bridge.fit(
     target.image,
     start={"defocus_um": 2.0, "x_angstrom": -10.0, "y_angstrom": 5.0, "rotation_deg": -2.5},
     seed=0,
+    method="gauss-newton",  # least squares with the Jacobian of the smoothed simulator
     steps=arguments.steps,
     num_samples=arguments.samples,
-    learning_rate=0.4,
     scale=(3.0, 0.15),
     variance=450.0,  # of a pixel: 40 e/A^2 x 9 A^2 / DQE
     on_step=show,

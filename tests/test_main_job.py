@@ -34,9 +34,8 @@ y_angstrom = 4.0
 rotation_deg = 3.0
 [fit]
 seed = 0
-method = "adam"
-steps = 60
-learning_rate = 0.5
+method = "gauss-newton"
+steps = 24
 num_samples = 32
 scale = [1.0, 0.1]
 variance = 700.0
@@ -87,7 +86,7 @@ def test_the_command_recovers_and_writes_everything(job_file, tmp_path, capsys):
     [
         (("target.mrc", "missing.mrc"), "missing.mrc"),
         (('name = "cryoet"', 'name = "cryo"'), "Known simulators"),
-        (("steps = 60", "stepz = 60"), "stepz"),
+        (("steps = 24", "stepz = 24"), "stepz"),
         (("[start]", "[begin]"), "begin"),
         (('specimen = "helix"', 'specimen = "nowhere.pdb"'), "nowhere.pdb"),
         (("pixel_size_angstrom = 4.0", "pixel_size_angstrom = 3.0"), "pixel"),
