@@ -12,6 +12,7 @@ rows of a leaf that two ranks share travel to the rank that has its first: at mo
 
 from __future__ import annotations
 
+import math
 import socket
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from bridge.weights import Weights, make_weights, second_weights, survivors
 Array = NDArray[np.float64]
 
 # Rows handed to the simulator, and to the kernel, at once: more would cost memory and gain no speed.
-_CHUNK = 16
+_CHUNK = 8
 # Rows of a streamed leaf: below, the additions of the tree cost more than those of the leaves.
 _STREAMED_LEAF = 32
 
@@ -318,9 +319,13 @@ class Evaluation:
 
     @property
     def units_in_leaf(self) -> int:
-        """Units of a streamed leaf, from N and the unit alone: 2 rows at N = 16, 32 from N = 256 on."""
+        """Units of a streamed leaf, from N and the unit alone: 2 rows at N = 16, 32 at N = 256, and never more than 16
+        leaves, because each level of the tree holds a sum."""
+        if not self._large:
+            return 1
         n, unit = self.strategy.num_samples, self.strategy.leaf_size
-        return max(1, min(_STREAMED_LEAF, 1 << max(0, (n - 1).bit_length() - 3)) // unit) if self._large else 1
+        rows = max(min(_STREAMED_LEAF, 1 << max(0, (n - 1).bit_length() - 3)), -(-n // 16))
+        return max(1, -(-rows // unit) if rows > _STREAMED_LEAF else rows // unit)
 
     def stream_weights(self, p: int, like: torch.Tensor) -> torch.Tensor:
         """[a, W] of problem p as the streamed kernel takes it: (columns, num_rows)."""
@@ -353,12 +358,12 @@ class Evaluation:
 
     def check_finite_sum(self, total: torch.Tensor, F: torch.Tensor, p: int, inputs: Array, start: int) -> None:
         """Refuses outputs that are not finite; a weighted sum of them shows every NaN, a weight of zero included."""
-        if not bool(torch.isfinite(total.sum())):
+        if not math.isfinite(total.sum().item()):
             self._refuse(~torch.isfinite(F).all(dim=1), F, p, inputs, start)
 
     def _check_finite(self, F: torch.Tensor, p: int, inputs: Array, start: int) -> None:
         # One sum finds every NaN and infinity at a fraction of the cost of looking at each number.
-        if bool(torch.isfinite(F.sum())):
+        if math.isfinite(F.sum().item()):
             return
         self._refuse(~torch.isfinite(F).all(dim=1), F, p, inputs, start)
 
