@@ -12,15 +12,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AdaptiveEstimate": "bridge.adaptive",
+    "BlockStructure": "bridge.simulator",
     "Distribution": "bridge.distributions",
     "Estimate": "bridge.estimate",
     "FitResult": "bridge.fitting",
+    "LogScale": "bridge.scale",
     "LowerTriangular": "bridge.scale",
     "PointSet": "bridge.points",
     "fit": "bridge.fitting",
     "is_root": "bridge.dispatch",
     "smooth": "bridge.smoothing",
     "smooth_loss": "bridge.smoothing",
+    "study": "bridge.studying",
     "BridgeError": "bridge.errors",
     "Parameter": "bridge.simulator",
     "ParameterSpace": "bridge.simulator",

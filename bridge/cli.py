@@ -28,6 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fit.add_argument("file", help="job file (TOML)")
     fit.add_argument("-o", "--output", help="directory for the results, in place of the file's")
     fit.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    study = commands.add_parser("study", help="which estimator suits the simulator of a job file")
+    study.add_argument("file", help="job file (TOML): its simulator and start")
+    study.add_argument("--budget", type=int, default=4096, help="simulator runs to spend (default: 4096)")
+    study.add_argument("--scale", type=float, default=1.0, help="of the noise, in natural units (default: 1)")
+    study.add_argument("--seed", type=int, default=0)
+    study.add_argument("-o", "--output", default="study", help="directory for study.md, study.csv and study.png")
     commands.add_parser("doctor", help="what this machine has: versions, MPI, threads")
     options = parser.parse_args(arguments)
     try:
@@ -38,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _info(options.name)
         if options.command == "doctor":
             return _doctor()
+        if options.command == "study":
+            return _study(options)
         return _fit(options.file, options.output, options.quiet)
     except BridgeError as error:
         print(f"bridge: {error}", file=sys.stderr)
@@ -63,6 +71,26 @@ def _fit(file: str, output: str | None, quiet: bool) -> int:
         print(summary(result))
         print("written: " + ", ".join(str(p) for p in written))
     return 75 if result.stop_reason == "interrupted" else 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from bridge.dispatch import is_root
+    from bridge.job import load_job
+    from bridge.report import write_whole
+    from bridge.studying import study
+
+    job = load_job(options.file)
+    result = study(job.simulator, job.start, seed=options.seed, budget=options.budget, scale=options.scale)
+    if is_root():
+        folder = Path(options.output)
+        write_whole(folder / "study.md", lambda p: p.write_text(result.table(), encoding="utf-8"))
+        write_whole(folder / "study.csv", lambda p: p.write_text(result.csv(), encoding="utf-8"))
+        result.draw(folder / "study.png")
+        print(result.table())
+        print(f"{result.num_evaluations} simulations; written: {folder}/study.md, study.csv, study.png")
+    return 0
 
 
 def _doctor() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,17 @@ from bridge.scale import pull_back_scale, pull_back_theta
 from bridge.weights import resolve_covariate
 
 Array = NDArray[np.float64]
+
+
+class SquaredError(NamedTuple):
+    """Mean squared error of the smoothed value, unbiased, with its gradients; see `Estimate.squared_error`.
+
+    value: (*batch,). gradient: (*batch, d), in x. scale_gradient: in L, where the estimate has derivatives in it.
+    """
+
+    value: torch.Tensor
+    gradient: torch.Tensor
+    scale_gradient: torch.Tensor | None
 
 
 class Estimate:
@@ -66,6 +77,15 @@ class Estimate:
     def _shaped(self, jacobians: list[torch.Tensor]) -> torch.Tensor:
         shape = (*self._batch, *self._evaluation.output_shape, self._evaluation.dimension)
         return torch.stack(jacobians).reshape(shape)
+
+    def of_replicates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Value and Jacobian of each replicate: (R, *batch, *output_shape) and (..., d), float64. Collective."""
+        evaluation = self._evaluation
+        values = torch.stack([evaluation.replicate_values(b) for b in self._all], dim=1)
+        jacobians = [torch.stack(evaluation.replicate_jacobians(b)) for b in self._all]
+        shape = (-1, *self._batch, *evaluation.output_shape)
+        both = values.reshape(shape), torch.stack(jacobians, dim=1).reshape((*shape, evaluation.dimension))
+        return both[0].to(torch.float64), both[1].to(torch.float64)
 
     def vjp(self, v: torch.Tensor) -> torch.Tensor:
         """J^T v for v of the value's shape: (*batch, d). Never builds J. Collective under MPI."""
@@ -273,6 +293,63 @@ class Estimate:
             weight = q.reshape((-1,) + (1,) * (g.ndim - 1))
             results.append(pull_back_scale(problem.scale, factor * (weight * (g - g.mean(axis=0))).sum(axis=0)))
         return torch.as_tensor(np.mean(results, axis=0))
+
+    # -- squared error ------------------------------------------------------------------------------------------------
+
+    def squared_error(self, target: torch.Tensor, weight: torch.Tensor | float = 1.0) -> SquaredError:
+        """mean_j w_j (f_L(x)_j - t_j)^2 of the smoothed value and its gradients, all unbiased. Collective under MPI.
+
+        The plug-in |mean F - t|^2 is too large by tr C / N, C the covariance of the output, because the same noise is
+        squared; its gradient 2 J^T (mean F - t), with leave-one-out weights, by (2 / N) d tr C / dx. Both are
+        subtracted, estimated from the same rows by the second and third k-statistic.
+
+        Args:
+            target: t, of the value's shape or that of one output. weight: w, a number or such a tensor.
+
+        Raises:
+            InputError: rows that depend on each other, streamed outputs, or a covariate other than loo or block.
+        """
+        evaluation = self._evaluation
+        self._require_rows_for("the bias correction of the squared error")
+        if self.covariate not in ("loo", "block") or evaluation.strategy.forward != "smoothed":
+            raise InputError(
+                "Expected covariate='loo' and forward='smoothed' for an unbiased squared error, got "
+                f"{self.covariate!r} and {evaluation.strategy.forward!r}."
+            )
+        try:
+            t = torch.as_tensor(target).detach().to(self.value).expand(self.value.shape)
+            w = torch.as_tensor(weight).detach().to(self.value).expand(self.value.shape) / evaluation.num_outputs
+        except RuntimeError as error:
+            raise InputError(
+                f"Expected a target and a weight of shape {tuple(self.value.shape)}, got "
+                f"{tuple(torch.as_tensor(target).shape)} and {tuple(torch.as_tensor(weight).shape)}."
+            ) from error
+        residual = self.value - t
+        weights = self._rows(w).to("cpu", torch.float64)
+        plain = (w * residual**2).reshape(evaluation.num_vectors, -1).sum(dim=1).to("cpu", torch.float64)
+        share = [np.mean([1 / s.sum() for s in map(evaluation.surviving, evaluation.replicates(b))]) for b in self._all]
+        per_row = torch.as_tensor(share) / evaluation.strategy.replicates  # 1/N of all rows
+
+        def excess(which: int) -> torch.Tensor:
+            forms = [partial(_diagonal_form, weights[b].clone()) for b in self._all]
+            thirds = torch.stack([self._third(b, forms[b], which) for b in self._all])
+            return 2 * per_row.reshape((-1,) + (1,) * (thirds.ndim - 1)) * thirds
+
+        traces = torch.stack([self._mean_over(b, partial(self._trace, weights[b].clone())) for b in self._all])
+        both = [self._vjp(2 * w * residual, which) for which in range(1 + evaluation.has_scale)]
+        gradients = []
+        for which, products in enumerate(both):
+            g = products.mean(dim=len(self._batch))
+            gradients.append(self._finish(g - excess(which).reshape(g.shape)))
+        value = self._finish((plain - per_row * traces).reshape(self._batch))
+        return SquaredError(value, gradients[0], gradients[1] if len(gradients) > 1 else None)
+
+    def _trace(self, weight: torch.Tensor, p: int) -> torch.Tensor:
+        """sum_j w_j Var F_j, unbiased."""
+        good = self._evaluation.surviving(p)
+        mean = self._evaluation.mean_of_rows(p).to("cpu", torch.float64)
+        q = self._evaluation.row_scalars(p, partial(_of_centred, partial(_diagonal_form, weight), mean))[good]
+        return torch.as_tensor(q.sum() / (len(q) - 1))
 
     def median(self, k: int = 3) -> torch.Tensor:
         """E[median of f(x + L eps_1), ..., f(x + L eps_k)], elementwise, k odd: of the value's shape. Collective.

@@ -31,7 +31,26 @@ class LowerTriangular:
         object.__setattr__(self, "tensor", torch.as_tensor(self.tensor))
 
 
-ScaleLike = float | torch.Tensor | NDArray[np.float64] | LowerTriangular
+@dataclass(frozen=True)
+class LogScale:
+    """L as an exponential, so that it stays positive or invertible while it is learned.
+
+    A number or 0-dim tensor a: exp(a), in the parameters' natural units; (d,): the diagonal exp(a_i), in parameter
+    units; (d, d): the matrix exponential of A, in parameter units, whose determinant is exp(tr A) > 0.
+    """
+
+    tensor: torch.Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensor", torch.as_tensor(self.tensor))
+
+    def exponential(self) -> torch.Tensor:
+        """L, float64, differentiable in the tensor."""
+        tensor = self.tensor.to(torch.float64)
+        return torch.linalg.matrix_exp(tensor) if tensor.ndim == 2 else torch.exp(tensor)
+
+
+ScaleLike = float | torch.Tensor | NDArray[np.float64] | LowerTriangular | LogScale
 
 
 def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) -> tuple[torch.Tensor, Form]:
@@ -39,7 +58,7 @@ def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) ->
 
     Args:
         scale: number or 0-dim tensor (in the parameters' natural units), (d,) or (d, d) (in parameter units), or
-            `LowerTriangular`; any tensor may require grad.
+            `LowerTriangular`, or `LogScale`; any tensor may require grad.
         natural: (d,) natural units of the parameters.
         distribution: Cauchy noise takes a diagonal L only.
 
@@ -50,6 +69,8 @@ def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) ->
         InputError: wrong shape, not finite, not positive (diagonal), singular (matrix).
     """
     d = len(natural)
+    if isinstance(scale, LogScale):
+        scale = scale.exponential()
     if isinstance(scale, LowerTriangular):
         tensor = scale.tensor.to(torch.float64)
         if tensor.shape != (d, d):
@@ -89,7 +110,7 @@ def check_scale(scale: Array, form: Form) -> None:
     if form == "diagonal" and (scale <= 0).any():
         raise InputError(
             f"Expected a positive scale for each parameter, got {scale.tolist()}. To keep a parameter fixed, leave it "
-            "out of the simulator's parameters; a learned scale stays positive as the exponential of its logarithm."
+            "out of the simulator's parameters; a learned scale stays positive as `bridge.LogScale`."
         )
     if form == "matrix" and (condition := float(np.max(np.linalg.cond(scale)))) > 1e12:
         raise InputError(

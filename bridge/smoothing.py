@@ -14,14 +14,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.autograd import forward_ad
 
+from bridge.adaptive import AdaptiveEstimate, Quantity, estimate_to
 from bridge.design import Strategy, make_strategy
 from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.distributions import Distribution
@@ -34,6 +36,9 @@ from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _numpy(tensor: torch.Tensor) -> NDArray[np.float64]:
@@ -320,6 +325,22 @@ class _JVP(torch.autograd.Function):
         return _JVP.apply(t_theta, t_scale, handle, theta, scale, call), 0
 
 
+def _outside_graphs(method: Callable[P, T]) -> Callable[P, T]:
+    """Keeps torch.compile out of a method: the graph breaks there, what is before and after it is compiled.
+
+    `torch.compiler.disable` does so at once, but costs every import two seconds.
+    """
+
+    @wraps(method)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            result: T = torch.compiler.disable(method)(*args, **kwargs)
+            return result
+        return method(*args, **kwargs)
+
+    return inner
+
+
 class SmoothedSimulator:
     """A simulator as a differentiable function; made by `bridge.smooth` and `bridge.smooth_loss`."""
 
@@ -344,6 +365,7 @@ class SmoothedSimulator:
             f"num_samples={s.num_samples}, covariate={s.covariate!r}, seed={s.seed})"
         )
 
+    @_outside_graphs
     def __call__(
         self, theta: torch.Tensor, step: int = 0, *, scale: ScaleLike | None = None, problem: int = 0
     ) -> torch.Tensor:
@@ -383,6 +405,7 @@ class SmoothedSimulator:
         value: torch.Tensor = _Smooth.apply(theta, shared, call)[0]
         return value
 
+    @_outside_graphs
     def estimate(
         self,
         theta: torch.Tensor,
@@ -409,6 +432,53 @@ class SmoothedSimulator:
         shared = tensor.reshape((1,) * (theta.ndim - 1) + tuple(tensor.shape[tensor.ndim - core :]))
         number = call.evaluate(theta, shared)
         return Estimate(call.evaluations[number], tuple(theta.shape[:-1]), lambda x: x.to(theta))
+
+    @_outside_graphs
+    def squared_error(
+        self,
+        theta: torch.Tensor,
+        target: torch.Tensor,
+        step: int = 0,
+        *,
+        weight: torch.Tensor | float = 1.0,
+        scale: ScaleLike | None = None,
+        problem: int = 0,
+    ) -> torch.Tensor:
+        """mean_j w_j (f_L(theta)_j - target_j)^2, unbiased in value and gradient: (*batch,), differentiable once.
+
+        In place of `((smoothed(theta) - target)**2).mean()`, whose expectation is larger by tr C / N. Needs
+        points="mc"; `covariate="auto"` is taken as leave-one-out. See `Estimate.squared_error`.
+        """
+        centred = self
+        if self.strategy.covariate == "auto":
+            strategy = replace(self.strategy, covariate="loo")
+            centred = SmoothedSimulator(self.simulator, strategy, self.scale, self.dispatcher, self.keep_bytes)
+        given, tensor, _, _ = centred._prepare(theta, step, scale, problem)
+        estimate = centred.estimate(
+            given.detach(), step, scale=scale, problem=problem, scale_gradient=tensor.requires_grad
+        )
+        result = estimate.squared_error(target, weight)
+        # A tangent plane with this value and these gradients: autograd needs no more to differentiate once.
+        value = result.value + ((given - given.detach()) * result.gradient).sum(dim=-1)
+        if result.scale_gradient is not None and tensor.requires_grad:
+            core = tensor.ndim
+            product = (tensor - tensor.detach()) * result.scale_gradient.to(tensor)
+            value = value + product.sum(dim=tuple(range(-core, 0))).to(value)
+        return value
+
+    @_outside_graphs
+    def estimate_to(
+        self,
+        theta: torch.Tensor,
+        step: int = 0,
+        *,
+        relative_error: float,
+        budget: int,
+        of: Quantity = "jacobian",
+        scale: ScaleLike | None = None,
+    ) -> AdaptiveEstimate:
+        """An estimate with as many simulations as its accuracy needs; see `bridge.adaptive`. Collective under MPI."""
+        return estimate_to(self, theta, step, relative_error=relative_error, budget=budget, of=of, scale=scale)
 
     def _prepare(
         self, theta: torch.Tensor, step: int, scale: ScaleLike | None, problem: int
@@ -485,7 +555,7 @@ def smooth(
         num_samples: N, simulator runs for each parameter vector; powers of two suit Sobol' points.
         distribution: gaussian, logistic, gumbel, cauchy, laplace, triangular, or a `Distribution`.
         scale: L: a number (in the parameters' natural units), (d,) (its diagonal), (d, d) (L itself) or
-            `LowerTriangular`; tensors that require grad are learned.
+            `LowerTriangular`, or `LogScale`; tensors that require grad are learned.
         points: auto, mc, qmc-latin, rqmc-latin, qmc-cartesian, rqmc-cartesian, sobol, halton, orthogonal, or a
             `PointSet`. "auto" chooses by N, d and the distribution; `Estimate.points_reason` says why.
         antithetic: pairs eps, -eps; symmetric densities and even N.
