@@ -28,14 +28,10 @@ from bridge.dispatch import Dispatcher, TreeSum
 from bridge.errors import BridgeError, EvaluationError, InputError, OutputError
 from bridge.scale import Form, check_scale, perturb, pull_back_scale, pull_back_theta, push_scale, push_theta
 from bridge.simulator import BlockStructure, FunctionSimulator, ParameterSpace, Simulator, Structured, simulator_name
+from bridge.streaming import CHUNK, STREAMED_LEAF, Stream, Unit, accumulate, aligned, as_rows
 from bridge.weights import Weights, make_weights, second_weights, survivors
 
 Array = NDArray[np.float64]
-
-# Rows handed to the simulator, and to the kernel, at once: more would cost memory and gain no speed.
-_CHUNK = 8
-# Rows of a streamed leaf: below, the additions of the tree cost more than those of the leaves.
-_STREAMED_LEAF = 32
 
 
 @dataclass(frozen=True)
@@ -45,77 +41,6 @@ class Problem:
     theta: Array
     scale: Array
     design: Design
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Rows [start, stop) of one problem; `index` counts the units of the problem."""
-
-    problem: int
-    index: int
-    start: int
-    stop: int
-
-
-def _as_rows(outputs: Any, k: int, shape: tuple[int, ...] | None, name: str) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """A simulator's outputs as a (k, m) floating tensor, and the shape of one output; the one place of conversion."""
-    if not isinstance(outputs, torch.Tensor):
-        array = np.asarray(outputs)
-        if array.dtype.kind not in "fiub":
-            raise OutputError(
-                f"Expected real numbers from simulator {name!r}, got an array of dtype {array.dtype}. Return the real "
-                "and imaginary parts, or a numeric array."
-            )
-        if array.dtype == np.longdouble or not array.dtype.isnative or array.dtype in (np.uint32, np.uint64):
-            array = array.astype(np.float64)
-        elif array.dtype == np.uint16:
-            array = array.astype(np.float32)
-        # Read-only memory (a memory map, a broadcast) cannot back a tensor.
-        outputs = torch.as_tensor(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
-    tensor = outputs.detach()
-    if tensor.ndim == 0 or tensor.shape[0] != k or (shape is not None and tuple(tensor.shape[1:]) != shape):
-        want = f"({k}, {', '.join(map(str, shape))})" if shape else f"({k},)" if shape == () else f"({k}, ...)"
-        hint = " If one output is a scalar, declare output_shape=()." if tensor.shape == (k,) else ""
-        raise OutputError(
-            f"Expected outputs of shape {want} from simulator {name!r} for {k} rows, got {tuple(tensor.shape)}.{hint}"
-        )
-    if tensor.is_complex():
-        raise OutputError(f"Expected real numbers from simulator {name!r}, got a tensor of dtype {tensor.dtype}.")
-    if tensor.dtype not in (torch.float32, torch.float64):
-        exact = (torch.uint8, torch.int8, torch.int16, torch.bool, torch.float16, torch.bfloat16)
-        tensor = tensor.to(torch.float32 if tensor.dtype in exact else torch.float64)
-    return _aligned(tensor.reshape(k, -1)), tuple(outputs.shape[1:])
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in memory that starts on a multiple of 64 bytes.
-
-    The last bits of a BLAS product depend on where its operands lie; torch's own memory starts on such multiples,
-    numpy's and the user's need not, and differs from rank to rank.
-    """
-    return tensor if tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 else tensor.contiguous().clone()
-
-
-def _accumulate(total: torch.Tensor, weights: torch.Tensor, F: torch.Tensor, first: bool) -> None:
-    """Adds weights (c, k) times F (k, m) to total (c, m), in pieces of fixed size; `first`: total is empty memory.
-
-    The value's row goes by itself: its bits are then the same whether or not derivatives are added up beside it, and
-    kernels are made for multiples of four or eight rows.
-    """
-    for start in range(0, len(F), _CHUNK):
-        W, G = weights[:, start : start + _CHUNK], F[start : start + _CHUNK]
-        if not first:
-            total[:1].addmm_(W[:1], G)
-            if len(total) > 1:
-                total[1:].addmm_(W[1:], G)
-        elif len(G) == 1:
-            # An outer product, for which the matrix product is several times slower.
-            torch.mul(W, G, out=total)
-        else:
-            torch.mm(W[:1], G, out=total[:1])
-            if len(total) > 1:
-                torch.mm(W[1:], G, out=total[1:])
-        first = False
 
 
 class Evaluation:
@@ -154,7 +79,7 @@ class Evaluation:
             spare: memory left by earlier evaluations; what this one leaves is added.
             atom: (coordinate, value) at which eps is held, for second derivatives of densities with kinks.
         """
-        self.strategy, self.form, self._dispatcher, self._space = strategy, form, dispatcher, space
+        self.strategy, self.form, self.dispatcher, self._space = strategy, form, dispatcher, space
         self._simulator, self._name = simulator, simulator_name(simulator)
         self.num_vectors, self.dimension = thetas.shape
         dispatcher.begin(
@@ -173,13 +98,13 @@ class Evaluation:
         ]
         self.structure = _structure(simulator, self.dimension, form)
 
-        self._runs = _unit_runs(strategy)
-        self._units = [Unit(p, i, *run) for p in range(len(self.problems)) for i, run in enumerate(self._runs)]
-        shares = [dispatcher.share_of(len(self._units), rank) for rank in range(dispatcher.size)]
-        self._starts = [share.start for share in shares]
-        self._own = self._units[shares[dispatcher.rank].start : shares[dispatcher.rank].stop]
+        self.runs = _unit_runs(strategy)
+        self.units = [Unit(p, i, *run) for p in range(len(self.problems)) for i, run in enumerate(self.runs)]
+        shares = [dispatcher.share_of(len(self.units), rank) for rank in range(dispatcher.size)]
+        self.starts = [share.start for share in shares]
+        self._own = self.units[shares[dispatcher.rank].start : shares[dispatcher.rank].stop]
         self._derivatives = (need_theta, need_scale)
-        self._columns = self._stream_columns(need_theta, need_scale)
+        self.num_columns = self._stream_columns(need_theta, need_scale)
         # Each unit's outputs, chunk by chunk; None for a chunk of which every row failed.
         chunks: dict[Unit, list[torch.Tensor | None]] = {}
         self._kept: list[list[tuple[Unit, torch.Tensor]]] = [[] for _ in self.problems]
@@ -187,7 +112,7 @@ class Evaluation:
         self.output_shape: tuple[int, ...] = ()
         self._large = False
 
-        stream: _Stream | None = None
+        stream: Stream | None = None
         error, like, clipped = None, None, 0
         try:
             like, clipped, stream = self._evaluate_own(keep_bytes, spare, chunks)
@@ -223,7 +148,7 @@ class Evaluation:
         if self.streamed:
             self.num_failed = 0
             self.weights: list[Weights] = []
-            self._sums = (stream or _Stream(self, like, spare)).finish()
+            self._sums = (stream or Stream(self, like, spare)).finish()
         else:
             for unit, parts in chunks.items():
                 self._kept[unit.problem].append((unit, _assemble(unit, parts, self._like)))
@@ -241,11 +166,11 @@ class Evaluation:
 
     def owner(self, unit: int) -> int:
         """The rank that has unit number `unit` of all."""
-        return bisect_right(self._starts, unit) - 1
+        return bisect_right(self.starts, unit) - 1
 
     def _evaluate_own(
         self, keep_bytes: int, spare: list[torch.Tensor], chunks: dict[Unit, list[torch.Tensor | None]]
-    ) -> tuple[torch.Tensor | None, int, _Stream | None]:
+    ) -> tuple[torch.Tensor | None, int, Stream | None]:
         like, clipped, stream = None, 0, None
         shape = self._simulator.output_shape
         rows: dict[int, Array] = {}
@@ -254,8 +179,8 @@ class Evaluation:
                 rows = {unit.problem: self._inputs(self.problems[unit.problem])}
             kept: list[torch.Tensor | None] = []
             chunks[unit] = kept
-            for start in range(unit.start, unit.stop, _CHUNK):
-                stop = min(start + _CHUNK, unit.stop)
+            for start in range(unit.start, unit.stop, CHUNK):
+                stop = min(start + CHUNK, unit.stop)
                 inputs, changed = self._space.admit(rows[unit.problem][start:stop])
                 clipped += int(changed.sum())
                 F, shape = self._call(unit.problem, start, inputs, shape)
@@ -266,9 +191,9 @@ class Evaluation:
                     like, self.output_shape = F, shape or ()
                     self._large, streams = self._layout(F, keep_bytes)
                     if streams:
-                        stream = _Stream(self, F, spare)
+                        stream = Stream(self, F, spare)
                 if stream is None:
-                    self._check_finite(F, unit.problem, inputs, start)
+                    self.check_finite(F, unit.problem, inputs, start)
                     # The simulator may use the same memory for its next outputs, unless it was made for this call.
                     kept.append(F if _makes_memory(self._simulator) else F.clone())
                 else:
@@ -304,7 +229,7 @@ class Evaluation:
             if not good:
                 return None, shape
             return torch.cat([torch.full_like(good[0], torch.nan) if x is None else x for x in parts]), shape
-        return _as_rows(outputs, k, shape, self._name)
+        return as_rows(outputs, k, shape, self._name)
 
     def _layout(self, F: torch.Tensor, keep_bytes: int) -> tuple[bool, bool]:
         """Decides, once the size of an output is known: (whether leaves have several units, whether to stream).
@@ -315,7 +240,7 @@ class Evaluation:
         if self.strategy.weights_need_outputs:
             return False, False
         large = len(self.problems) * rows * F.shape[1] * F.element_size() > keep_bytes and 1 + self.dimension < rows
-        return large, not any(self._derivatives) or (large and self._columns < rows)
+        return large, not any(self._derivatives) or (large and self.num_columns < rows)
 
     @property
     def units_in_leaf(self) -> int:
@@ -324,8 +249,8 @@ class Evaluation:
         if not self._large:
             return 1
         n, unit = self.strategy.num_samples, self.strategy.leaf_size
-        rows = max(min(_STREAMED_LEAF, 1 << max(0, (n - 1).bit_length() - 3)), -(-n // 16))
-        return max(1, -(-rows // unit) if rows > _STREAMED_LEAF else rows // unit)
+        rows = max(min(STREAMED_LEAF, 1 << max(0, (n - 1).bit_length() - 3)), -(-n // 16))
+        return max(1, -(-rows // unit) if rows > STREAMED_LEAF else rows // unit)
 
     def stream_weights(self, p: int, like: torch.Tensor) -> torch.Tensor:
         """[a, W] of problem p as the streamed kernel takes it: (columns, num_rows)."""
@@ -335,7 +260,7 @@ class Evaluation:
             columns.append(weights.theta)
         if weights.scale is not None:
             columns.append(weights.scale)
-        return _aligned(torch.as_tensor(np.ascontiguousarray(np.hstack(columns).T)).to(like))
+        return aligned(torch.as_tensor(np.ascontiguousarray(np.hstack(columns).T)).to(like))
 
     def _make_weights(self, p: int, valid: NDArray[np.bool_] | None) -> Weights:
         nodes = self.problems[p].design.nodes
@@ -347,13 +272,13 @@ class Evaluation:
         if projections is None:
             return weights
         # Fitted numbers: the same bits on every rank.
-        share = self._dispatcher.broadcast
+        share = self.dispatcher.broadcast
         return replace(weights, value=share(weights.value), theta=share(weights.theta))
 
     def _projections(self, p: int) -> Array:
         """(N, 4) projections of the outputs on random signs, from which hyperparameters are fitted. Collective."""
         signs = np.random.Generator(np.random.Philox(key=self.num_outputs)).integers(0, 2, (4, self.num_outputs))
-        vectors = [_aligned(torch.as_tensor(row)) for row in 2.0 * signs - 1.0]
+        vectors = [aligned(torch.as_tensor(row)) for row in 2.0 * signs - 1.0]
         return np.stack(self._products([(p, v) for v in vectors]), axis=1)[: self.strategy.num_samples]
 
     def check_finite_sum(self, total: torch.Tensor, F: torch.Tensor, p: int, inputs: Array, start: int) -> None:
@@ -361,7 +286,7 @@ class Evaluation:
         if not math.isfinite(total.sum().item()):
             self._refuse(~torch.isfinite(F).all(dim=1), F, p, inputs, start)
 
-    def _check_finite(self, F: torch.Tensor, p: int, inputs: Array, start: int) -> None:
+    def check_finite(self, F: torch.Tensor, p: int, inputs: Array, start: int) -> None:
         # One sum finds every NaN and infinity at a fraction of the cost of looking at each number.
         if math.isfinite(F.sum().item()):
             return
@@ -393,11 +318,11 @@ class Evaluation:
             return valid
         flags = np.zeros(valid.size)
         flags[list(self._failed)] = 1.0
-        failed = self._dispatcher.scatter_add(flags).reshape(valid.shape) > 0
+        failed = self.dispatcher.scatter_add(flags).reshape(valid.shape) > 0
         self.num_failed = int(failed.sum())
         if self.num_failed == 0:
             return valid
-        why = self._dispatcher.first(next(iter(self._failed.values()), None))
+        why = self.dispatcher.first(next(iter(self._failed.values()), None))
         for p, problem in enumerate(self.problems):
             valid[p] = survivors(self.strategy, problem.design.nodes, ~failed[p], str(why))
         return valid
@@ -471,7 +396,7 @@ class Evaluation:
                 else:
                     sums = wide.new_zeros((len(F), blocks)).index_add_(1, block_of.to(F.device), wide * v)
                 scalars[q, unit.start : unit.stop] = sums.cpu().numpy()
-        total = self._dispatcher.scatter_add(scalars)
+        total = self.dispatcher.scatter_add(scalars)
         return list(total[:, :, 0] if block_of is None else total)
 
     def surviving(self, p: int) -> NDArray[np.bool_]:
@@ -481,7 +406,7 @@ class Evaluation:
     def row_products(self, b: int, v: torch.Tensor) -> list[Array]:
         """<v, F_i> of the perturbed rows of each replicate of vector b: R arrays (N,). Collective."""
         self.require_rows("products with each row")
-        self._dispatcher.begin("products", f"vector {b}")
+        self.dispatcher.begin("products", f"vector {b}")
         v = self._broadcast_vector(v)
         return [c[: self.strategy.num_samples] for c in self._products([(p, v) for p in self.replicates(b)])]
 
@@ -492,7 +417,7 @@ class Evaluation:
         VJP(v) = L^-T W^T (F v): never builds m x d (arXiv 2410.08125, Lemma 3 and Theorem 7).
         """
         self.require_derivatives()
-        self._dispatcher.begin("vjp", f"{len(pairs)} products")
+        self.dispatcher.begin("vjp", f"{len(pairs)} products")
         vectors = [(p, self._broadcast_vector(v)) for b, v in pairs for p in self.replicates(b)]
         if self.streamed:
             results = [self._pull_back(p, self._streamed_products(p, v)) for p, v in vectors]
@@ -533,7 +458,7 @@ class Evaluation:
 
     def _broadcast_vector(self, v: torch.Tensor) -> torch.Tensor:
         flat = v.detach().reshape(-1).to("cpu", torch.float64)
-        return _aligned(torch.as_tensor(self._dispatcher.broadcast(flat.numpy())))
+        return aligned(torch.as_tensor(self.dispatcher.broadcast(flat.numpy())))
 
     def _pull_back(self, p: int, g: Array) -> tuple[Array, Array | None]:
         problem, d = self.problems[p], self.dimension
@@ -549,10 +474,10 @@ class Evaluation:
         """
         self.require_derivatives()
         self.require_rows("second derivatives")
-        self._dispatcher.begin("hvp", f"{len(triples)} products")
+        self.dispatcher.begin("hvp", f"{len(triples)} products")
         vectors, tangents = [], []
         for b, v, u in triples:
-            v, u = self._broadcast_vector(v), self._dispatcher.broadcast(u)
+            v, u = self._broadcast_vector(v), self.dispatcher.broadcast(u)
             vectors += [(p, v) for p in self.replicates(b)]
             tangents += [u] * self.strategy.replicates
         results = []
@@ -567,15 +492,15 @@ class Evaluation:
     def jvp(self, triples: Sequence[tuple[int, Array, Array | None]]) -> list[torch.Tensor]:
         """For each (vector, tangent in theta, tangent in L or None): J t, (m,). Collective."""
         self.require_derivatives()
-        self._dispatcher.begin("jvp", f"{len(triples)} products")
+        self.dispatcher.begin("jvp", f"{len(triples)} products")
         eps_space = []
         for b, t, T in triples:
             scale = self.problems[b * self.strategy.replicates].scale
-            parts = [push_theta(scale, self._dispatcher.broadcast(t))]
+            parts = [push_theta(scale, self.dispatcher.broadcast(t))]
             if T is not None:
                 if not self._derivatives[1]:
                     raise InputError("This evaluation was made without derivatives in the scale.")
-                parts.append(push_scale(scale, self._dispatcher.broadcast(T)).reshape(-1))
+                parts.append(push_scale(scale, self.dispatcher.broadcast(T)).reshape(-1))
             eps_space.append((b, parts))
         if self.streamed:
             results = []
@@ -642,32 +567,32 @@ class Evaluation:
             columns: for each, the outputs to sum; all where None.
             transform: applied to the rows first.
         """
-        sums = [TreeSum(len(self._runs), spare) for _ in weights]
+        sums = [TreeSum(len(self.runs), spare) for _ in weights]
         for q, (p, w) in enumerate(weights):
             index = None if columns is None else columns[q]
             for unit, F in self._kept[p]:
                 G = F if transform is None else transform(F)
                 G = G if index is None else G[:, index.to(G.device)]
-                part = _aligned(torch.as_tensor(np.ascontiguousarray(w[:, unit.start : unit.stop])).to(G))
+                part = aligned(torch.as_tensor(np.ascontiguousarray(w[:, unit.start : unit.stop])).to(G))
                 total = sums[q].buffer(G, len(part))
-                _accumulate(total, part, G, first=True)
+                accumulate(total, part, G, first=True)
                 sums[q].add(unit.index, total)
-        if self._dispatcher.size == 1:
+        if self.dispatcher.size == 1:
             return [tree.result() for tree in sums]
-        all_owners = self._owners(1)
+        all_owners = self.owners(1)
         owners = [[ranges[p] for p, _ in weights] for ranges in all_owners]
         like = [
             self._like.new_empty((len(w), self.num_outputs if columns is None or c is None else len(c)))
             for (_, w), c in zip(weights, columns or [None] * len(weights), strict=True)
         ]
-        return self._dispatcher.finish(sums, like, owners)
+        return self.dispatcher.finish(sums, like, owners)
 
-    def _owners(self, units_in_leaf: int) -> list[list[range]]:
+    def owners(self, units_in_leaf: int) -> list[list[range]]:
         """For each rank and problem, the run of leaves whose first unit the rank has."""
         owners = []
-        per_problem = len(self._runs)
-        bounds = [*self._starts, len(self._units)]
-        for rank in range(self._dispatcher.size):
+        per_problem = len(self.runs)
+        bounds = [*self.starts, len(self.units)]
+        for rank in range(self.dispatcher.size):
             ranges = []
             for p in range(len(self.problems)):
                 lo, hi = (min(max(x - p * per_problem, 0), per_problem) for x in bounds[rank : rank + 2])
@@ -682,14 +607,14 @@ class Evaluation:
 
     def leaf_of(self, index: int, units_in_leaf: int) -> int:
         """The leaf of a problem's unit; the unperturbed row is a leaf of its own. `index` may be one past the end."""
-        regular = len(self._runs) - self.strategy.extra_row
+        regular = len(self.runs) - self.strategy.extra_row
         if index >= regular:
             return -(-regular // units_in_leaf) + (index - regular)
         return index // units_in_leaf
 
     def leaf_start(self, leaf: int, units_in_leaf: int) -> int:
         """The first unit of a leaf."""
-        regular = len(self._runs) - self.strategy.extra_row
+        regular = len(self.runs) - self.strategy.extra_row
         leaves = -(-regular // units_in_leaf)
         return leaf * units_in_leaf if leaf < leaves else regular + (leaf - leaves)
 
@@ -697,7 +622,7 @@ class Evaluation:
         """J = F^T W L^-1 of each replicate of vector b: R tensors (m, d). Collective."""
         if not self._derivatives[0]:
             raise InputError("This evaluation was made without derivatives in the parameters.")
-        self._dispatcher.begin("jacobian", f"vector {b}")
+        self.dispatcher.begin("jacobian", f"vector {b}")
         problems = self.replicates(b)
         if self.streamed:
             all_columns = [self._sums[p][1 : 1 + self.dimension] for p in problems]
@@ -706,11 +631,11 @@ class Evaluation:
         scale = self.problems[problems[0]].scale
         # Column r of L^-T W^T F^T: J = (L^-T A)^T for A (d, m) in eps-space.
         inverse = np.diag(1 / scale) if scale.ndim == 1 else np.linalg.inv(scale)
-        return [self._masked(columns).T @ _aligned(torch.as_tensor(inverse).to(columns)) for columns in all_columns]
+        return [self._masked(columns).T @ aligned(torch.as_tensor(inverse).to(columns)) for columns in all_columns]
 
     def second_moments(self, b: int, weights: Sequence[Array], centres: torch.Tensor) -> list[torch.Tensor]:
         """W (F - centre)^2 for each W (c, N), from kept rows of a single replicate: (c, m) each. Collective."""
-        self._dispatcher.begin("second moments", f"vector {b}")
+        self.dispatcher.begin("second moments", f"vector {b}")
         (p,) = self.replicates(b)
         extra = self.strategy.num_rows - self.strategy.num_samples
         padded = [(p, np.pad(w, ((0, 0), (0, extra)))) for w in weights]
@@ -721,25 +646,25 @@ class Evaluation:
 
         `function` maps (k, m) float64 to (k,) and treats each row by itself.
         """
-        self._dispatcher.begin("row scalars", f"problem {p}")
+        self.dispatcher.begin("row scalars", f"problem {p}")
         scalars = np.zeros(self.strategy.num_rows)
         for unit, F in self._kept[p]:
             scalars[unit.start : unit.stop] = function(F.to("cpu", torch.float64)).numpy()
-        return self._dispatcher.scatter_add(scalars)[: self.strategy.num_samples]
+        return self.dispatcher.scatter_add(scalars)[: self.strategy.num_samples]
 
     def output_columns(self, p: int) -> tuple[torch.Tensor, range]:
         """All perturbed rows of the run of outputs that this rank takes: (N, width), float64, and the run. Collective.
 
         The transpose of the row blocks: each rank gives every other one a part of its rows, nobody holds all.
         """
-        own = self._dispatcher.share(self.num_outputs)
+        own = self.dispatcher.share(self.num_outputs)
         mine = [F for unit, F in self._kept[p] if unit.start < self.strategy.num_samples]
         block = torch.cat(mine) if mine else self._like
-        return self._dispatcher.transpose(block.to("cpu", torch.float64)), own
+        return self.dispatcher.transpose(block.to("cpu", torch.float64)), own
 
     def join_columns(self, columns: torch.Tensor) -> torch.Tensor:
         """(n, own width) results for each rank's run of outputs to (n, m) on every rank. Collective."""
-        return self._dispatcher.concatenate(columns)
+        return self.dispatcher.concatenate(columns)
 
     def gather_rows(self, p: int) -> torch.Tensor:
         """All perturbed rows on every rank, (N, m) float64. Collective; for looking and for small outputs."""
@@ -751,8 +676,8 @@ def _assemble(unit: Unit, parts: Sequence[torch.Tensor | None], like: torch.Tens
     """The outputs of a unit, zeros where all of a chunk failed."""
     if len(parts) == 1 and parts[0] is not None:
         return parts[0]
-    starts = range(unit.start, unit.stop, _CHUNK)
-    rows = [min(_CHUNK, unit.stop - start) for start in starts]
+    starts = range(unit.start, unit.stop, CHUNK)
+    rows = [min(CHUNK, unit.stop - start) for start in starts]
     filled = [like.new_zeros((k, like.shape[1])) if F is None else F for k, F in zip(rows, parts, strict=True)]
     return torch.cat(filled)
 
@@ -787,82 +712,3 @@ def _structure(simulator: Simulator, dimension: int, form: Form) -> BlockStructu
             "parameters of different blocks. Use a diagonal."
         )
     return structure
-
-
-class _Stream:
-    """Adds rows to F^T [a, W] as they come: one tree a problem, leaves of several units."""
-
-    def __init__(self, evaluation: Evaluation, like: torch.Tensor, spare: list[torch.Tensor]) -> None:
-        self._e = e = evaluation
-        self._like = like[:0].clone()
-        self._units_in_leaf = e.units_in_leaf
-        per_problem = e.leaf_of(len(e._runs), self._units_in_leaf)
-        self._sums = [TreeSum(per_problem, spare) for _ in e.problems]
-        self._matrix: tuple[int, torch.Tensor] | None = None
-        self._total: torch.Tensor | None = None
-        self._at: tuple[int, int] | None = None
-        self._travelling: dict[tuple[int, int], list[torch.Tensor]] = {}
-        self._rank = e._dispatcher.rank
-
-    def _place(self, unit: Unit) -> tuple[int, int]:
-        """(leaf, first unit's number among all) of a unit."""
-        leaf = self._e.leaf_of(unit.index, self._units_in_leaf)
-        return leaf, unit.problem * len(self._e._runs) + self._e.leaf_start(leaf, self._units_in_leaf)
-
-    def add(self, unit: Unit, start: int, F: torch.Tensor, inputs: Array) -> None:
-        leaf, first = self._place(unit)
-        if self._e.owner(first) != self._rank:
-            self._e._check_finite(F, unit.problem, inputs, start)
-            self._travelling.setdefault((unit.problem, unit.index), []).append(F.clone())
-            return
-        self._add(unit.problem, leaf, start, F)
-        assert self._total is not None
-        self._e.check_finite_sum(self._total[0], F, unit.problem, inputs, start)
-
-    def _add(self, p: int, leaf: int, start: int, F: torch.Tensor) -> None:
-        if self._at != (p, leaf):
-            self._close()
-        if self._matrix is None or self._matrix[0] != p:
-            self._matrix = (p, self._e.stream_weights(p, F))
-        part = self._matrix[1][:, start : start + len(F)]
-        first = self._total is None
-        if self._total is None:
-            self._at, self._total = (p, leaf), self._sums[p].buffer(F, len(part))
-        _accumulate(self._total, part, F, first)
-
-    def _close(self) -> None:
-        if self._at is not None and self._total is not None:
-            self._sums[self._at[0]].add(self._at[1], self._total)
-        self._at = self._total = None
-
-    def finish(self) -> list[torch.Tensor]:
-        """Completes shared leaves and trees: one (columns, m) a problem, on every rank. Collective."""
-        e = self._e
-        if e._dispatcher.size > 1:
-            self._exchange()
-        self._close()
-        if e._dispatcher.size == 1:
-            return [tree.result() for tree in self._sums]
-        like = self._like.new_empty((e._columns, e.num_outputs))
-        return e._dispatcher.finish(self._sums, [like] * len(self._sums), e._owners(self._units_in_leaf))
-
-    def _exchange(self) -> None:
-        """Rows of shared leaves go to the rank that has the leaf's first unit; all ranks walk in the same order."""
-        e = self._e
-        for start, stop in zip(e._starts, [*e._starts[1:], len(e._units)], strict=True):
-            for number in range(start, stop):
-                leaf, first = self._place(e._units[number])
-                if first >= start:
-                    break
-                self._move(e._units[number], leaf, e.owner(start), e.owner(first))
-
-    def _move(self, unit: Unit, leaf: int, source: int, home: int) -> None:
-        e = self._e
-        rows = unit.stop - unit.start
-        if self._rank == source:
-            F = torch.cat(self._travelling.pop((unit.problem, unit.index)))
-            e._dispatcher.transfer(F, source, home)
-        elif self._rank == home:
-            F = e._dispatcher.transfer(self._like.new_empty((rows, e.num_outputs)), source, home)
-            for start in range(0, rows, _CHUNK):
-                self._add(unit.problem, leaf, unit.start + start, F[start : start + _CHUNK])
