@@ -33,7 +33,7 @@ class AdaptiveEstimate:
         value: (*batch, *output_shape). jacobian: (*batch, *output_shape, d).
         standard_error, jacobian_standard_error: of each entry, from the spread of the replicates.
         relative_error: |standard errors| / |estimate| (root of sums of squares, all entries together) of what was
-            asked for; the noise's own part of |estimate| is subtracted.
+            asked for, the Jacobian's with parameters in natural units; the noise's part of |estimate| is subtracted.
         reached: whether that is as small as was asked for; else the budget ended first.
         replicates: how many there are. num_evaluations: simulator runs.
     """
@@ -72,9 +72,9 @@ class _Moments:
     def standard_error(self) -> torch.Tensor:
         return (self.squares / (self.count * (self.count - 1))).sqrt()
 
-    def relative_error(self) -> float:
-        noise = float(self.standard_error.square().sum())
-        signal = float(self.mean.square().sum()) - noise
+    def relative_error(self, unit: torch.Tensor) -> float:
+        noise = float((self.standard_error * unit).square().sum())
+        signal = float((self.mean * unit).square().sum()) - noise
         return math.sqrt(noise / signal) if signal > 0 else 0.0 if noise == 0 else math.inf
 
 
@@ -127,6 +127,8 @@ def estimate_to(
             f"Expected a budget of at least one round of {cost} runs ({per_round} replicates of {strategy.num_rows} "
             f"rows at {math.prod(batch)} parameter vectors), got {budget!r}."
         )
+    space = smoothed.simulator.space
+    natural = torch.ones(()) if space is None else torch.as_tensor(space.natural_scale)
     value, jacobian = _Moments(), _Moments()
     spent = 0
     while True:
@@ -135,7 +137,7 @@ def estimate_to(
         values, jacobians = estimate.of_replicates()
         value.add(values)
         jacobian.add(jacobians)
-        error = (value if of == "value" else jacobian).relative_error()
+        error = value.relative_error(torch.ones(())) if of == "value" else jacobian.relative_error(natural)
         if error <= relative_error or spent + cost > budget:
             break
     tensors = (value.mean, jacobian.mean, value.standard_error, jacobian.standard_error)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 REPEATS = 8
 _LEAST_ROWS = 4
+_ENOUGH = 0.5  # relative error of a Jacobian with which one can descend
 
 # Names of strategies, and what they hand to `smooth`. The first is what others are compared with.
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
@@ -52,8 +53,8 @@ class StudyRow:
         num_samples: rows of one estimate.
         error: expected relative error of one estimate's Jacobian, root of sums of squares over all entries, from the
             spread of the repetitions; 0.1 is good, above 1 the gradient is mostly noise.
-        bias: as far as it stands out of the noise, the relative distance of the repetitions' mean from that of the
-            unbiased strategies; nan where there is none to compare with.
+        bias: the relative distance of the repetitions' mean from that of an unbiased strategy where it stands out of
+            the noise, else 0; nan for unbiased strategies and where none was measured.
         runs: that one estimate would need for a relative error of 10 %, by the 1/sqrt(N) law (points better than
             random need fewer); inf where no signal was seen.
         blur: |f_L(x) - f(x)| / |f(x)|, what smoothing itself changes.
@@ -167,7 +168,7 @@ def study(
     Returns:
         a `StudyResult`. At a given scale the recommendation is the candidate of fewest runs; a larger scale always
         has less noise but smooths more away, so the scale is the smallest at which one estimate of N rows has an error
-        of 50 % or less (enough to descend), else the one of fewest runs.
+        of 50 % or less (enough to descend); where there is none, the reason says that the budget was too small.
 
     Raises:
         InputError: a budget that leaves fewer than 4 rows, unknown names, theta of the wrong shape.
@@ -192,7 +193,7 @@ def study(
     measure = _Measure(sim, x, seed, rows, np.asarray(scale, dtype=np.float64), comm)
     for name in strategies:
         measure(name, "gaussian", 1.0)
-    if not measure.rows:
+    if not measure.found:
         raise InputError(f"Expected a feasible strategy, got none: {measure.left_out}.")
     best = measure.best()
     for distribution in distributions:
@@ -200,25 +201,41 @@ def study(
     best = measure.best()
     for factor in factors:
         measure(best.strategy, best.distribution, factor)
-    at_scales = [r for r in measure.rows if (r.strategy, r.distribution) == (best.strategy, best.distribution)]
-    good = [r for r in at_scales if r.error <= 0.5]
+    best, table = measure.best(), measure.rows()
+    at_scales = [r for r in table if (r.strategy, r.distribution) == (best.strategy, best.distribution)]
+    good = [r for r in at_scales if r.error <= _ENOUGH]
     chosen = min(good, key=lambda r: r.factor) if good else min(at_scales, key=lambda r: r.runs)
+    name = f"{chosen.strategy} with {chosen.distribution} noise and the scale x {chosen.factor:g}"
     if good:
-        why = f"the smallest scale at which {rows} rows give the Jacobian to {chosen.error:.0%}"
+        first = table[0]
+        reason = f"{name}: the smallest scale at which {rows} rows give the Jacobian to {chosen.error:.0%}."
+        if best is not first and math.isfinite(first.runs) and best.runs > 0:
+            ratio = first.runs / best.runs
+            reason += f" At the given scale it needs {ratio:.2g} times fewer runs than {first.strategy}."
     else:
-        why = f"no scale gives the Jacobian to 50 % with {rows} rows; this one needs fewest runs"
-    first = measure.rows[0]
-    ratio = first.runs / best.runs if math.isfinite(first.runs) and best.runs > 0 else math.nan
-    reason = (
-        f"{chosen.strategy} with {chosen.distribution} noise and the scale x {chosen.factor:g}: {why}; at the given "
-        f"scale {best.runs:.3g} runs for 10 %, {ratio:.2g} times fewer than {first.strategy}."
-    )
+        reason = (
+            f"undecided. No candidate gives the Jacobian to {_ENOUGH:.0%} with {rows} rows: the order is mostly noise."
+        )
+        if math.isfinite(chosen.error):
+            more = budget * (chosen.error / _ENOUGH) ** 2
+            reason += f" A budget of about {more:.2g} runs would tell; so far {name} is ahead."
     settings = {**STRATEGIES[chosen.strategy], "distribution": chosen.distribution}
     settings["scale"] = (np.asarray(scale, dtype=np.float64) * chosen.factor).tolist()
     settings["num_samples"] = rows
-    return StudyResult(
-        simulator_name(sim), tuple(measure.rows), chosen, settings, reason, measure.left_out, measure.spent
-    )
+    return StudyResult(simulator_name(sim), table, chosen, settings, reason, measure.left_out, measure.spent)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was measured of one candidate; `noise`: variance of one repetition, summed over all entries."""
+
+    strategy: str
+    distribution: str
+    factor: float
+    mean: torch.Tensor
+    noise: float
+    unbiased: bool
+    blur: float
 
 
 class _Measure:
@@ -235,9 +252,11 @@ class _Measure:
     ) -> None:
         self._simulator, self._theta, self._seed, self._n = simulator, theta, seed, rows
         self._scale, self._comm = scale, comm
-        self.rows: list[StudyRow] = []
+        space = simulator.space or ParameterSpace.unnamed(len(theta))
+        # Parameters of different units are compared in their natural ones.
+        self._natural = torch.as_tensor(space.natural_scale, dtype=torch.float64)
+        self.found: list[_Found] = []
         self.left_out: dict[str, str] = {}
-        self._unbiased: dict[tuple[str, float], tuple[torch.Tensor, float]] = {}
         once = smooth(
             simulator, seed=seed, num_samples=1, points="mc", covariate="none", forward="unsmoothed", comm=comm
         )
@@ -247,10 +266,32 @@ class _Measure:
 
     def best(self) -> StudyRow:
         """The candidate of fewest runs at the given scale."""
-        return min((r for r in self.rows if r.factor == 1.0), key=lambda r: (r.runs, r.error))
+        return min((r for r in self.rows() if r.factor == 1.0), key=lambda r: (r.runs, r.error))
+
+    def rows(self) -> tuple[StudyRow, ...]:
+        """All candidates, in the order in which they were measured."""
+        return tuple(self._row(f) for f in self.found)
+
+    def _row(self, found: _Found) -> StudyRow:
+        # All strategies of one density and scale estimate one Jacobian: its size is taken from the least noisy.
+        same = [f for f in self.found if (f.distribution, f.factor) == (found.distribution, found.factor)]
+        quiet = min(same, key=lambda f: f.noise)
+        signal = float(quiet.mean.square().sum()) - quiet.noise / REPEATS
+        error = math.sqrt(found.noise / signal) if signal > 0 else math.inf
+        bias = math.nan
+        references = [f for f in same if f.unbiased and f is not found]
+        if references and signal > 0 and not found.unbiased:
+            reference = min(references, key=lambda f: f.noise)
+            apart = float((found.mean - reference.mean).square().sum())
+            expected = (found.noise + reference.noise) / REPEATS
+            # Less than this is what noise alone does.
+            bias = math.sqrt((apart - expected) / signal) if apart > 2 * expected else 0.0
+        total = math.hypot(error, bias) if math.isfinite(bias) else error
+        runs = self._n * (total / 0.1) ** 2
+        return StudyRow(found.strategy, found.distribution, found.factor, self._n, error, bias, runs, found.blur)
 
     def __call__(self, strategy: str, distribution: str, factor: float) -> None:
-        if any((r.strategy, r.distribution, r.factor) == (strategy, distribution, factor) for r in self.rows):
+        if any((f.strategy, f.distribution, f.factor) == (strategy, distribution, factor) for f in self.found):
             return
         try:
             smoothed = smooth(
@@ -263,28 +304,16 @@ class _Measure:
                 **STRATEGIES[strategy],
             )
             # A batch of the same vector: repetitions with noise of their own, in one dispatch.
-            estimate = smoothed.estimate(self._theta.expand(REPEATS, -1), step=len(self.rows))
+            estimate = smoothed.estimate(self._theta.expand(REPEATS, -1), step=len(self.found))
         except InputError as refusal:
             self.left_out[f"{strategy}, {distribution}"] = str(refusal)
             return
         self.spent += estimate.num_evaluations
-        jacobians = estimate.jacobian().to(torch.float64).flatten(1)
+        jacobians = (estimate.jacobian().to(torch.float64) * self._natural).flatten(1)
         mean = jacobians.mean(dim=0)
-        noise = float((jacobians - mean).square().sum()) / (REPEATS - 1)  # of one repetition
-        signal = float(mean.square().sum()) - noise / REPEATS
-        error = math.sqrt(noise / signal) if signal > 0 else math.inf
+        noise = float((jacobians - mean).square().sum()) / (REPEATS - 1)
         value = estimate.value.to(torch.float64).mean(dim=0)
         size = float(self._plain.norm())
         blur = float((value - self._plain).norm()) / size if size > 0 else math.nan
         unbiased = estimate.covariate in ("none", "loo") or (estimate.covariate == "block" and "mc" in strategy)
-        reference = self._unbiased.get((distribution, factor))
-        bias = math.nan
-        if reference is not None and signal > 0:
-            apart = float((mean - reference[0]).square().sum()) - noise / REPEATS - reference[1]
-            bias = math.sqrt(max(0.0, apart) / signal)
-        if unbiased and (reference is None or noise / REPEATS < reference[1]):
-            self._unbiased[distribution, factor] = (mean, noise / REPEATS)
-        total = math.hypot(error, bias) if math.isfinite(bias) else error
-        self.rows.append(
-            StudyRow(strategy, distribution, factor, self._n, error, bias, self._n * (total / 0.1) ** 2, blur)
-        )
+        self.found.append(_Found(strategy, distribution, factor, mean, noise, unbiased, blur))
