@@ -51,8 +51,8 @@ class StudyRow:
     Attributes:
         strategy, distribution, factor: what it is; factor multiplies the scale.
         num_samples: rows of one estimate.
-        error: expected relative error of one estimate's Jacobian, root of sums of squares over all entries, from the
-            spread of the repetitions; 0.1 is good, above 1 the gradient is mostly noise.
+        error: expected relative error of one estimate's Jacobian, root of sums of squares over all entries with
+            parameters in natural units, from the spread of the repetitions; above 1 the gradient is mostly noise.
         bias: the relative distance of the repetitions' mean from that of an unbiased strategy where it stands out of
             the noise, else 0; nan for unbiased strategies and where none was measured.
         runs: that one estimate would need for a relative error of 10 %, by the 1/sqrt(N) law (points better than
