@@ -134,7 +134,7 @@ def make_strategy(
         failures=failures,  # type: ignore[arg-type]
         leaf_size=min(each, int(leaf_size) if leaf_size else default_leaf_size(int(num_samples))),
     )
-    if antithetic or points == "orthogonal":
+    if antithetic or points in ("orthogonal", "qmc-net", "rqmc-net"):
         # Infeasible combinations are refused here, before the first simulation, not at the first step.
         strategy.points.nodes(density, strategy.num_samples, 1, np.random.default_rng(0))
     return strategy

@@ -28,10 +28,12 @@ from bridge.dispatch import Dispatcher, TreeSum
 from bridge.errors import BridgeError, EvaluationError, InputError, OutputError
 from bridge.scale import Form, check_scale, perturb, pull_back_scale, pull_back_theta, push_scale, push_theta
 from bridge.simulator import BlockStructure, FunctionSimulator, ParameterSpace, Simulator, Structured, simulator_name
-from bridge.streaming import CHUNK, STREAMED_LEAF, Stream, Unit, accumulate, aligned, as_rows
+from bridge.streaming import CHUNK, STREAMED_LEAF, Stream, Unit, accumulate, aligned, as_rows, rows_at_once
 from bridge.weights import Weights, make_weights, second_weights, survivors
 
 Array = NDArray[np.float64]
+# A unit's outputs as they came: (rows, outputs), None for a chunk of which every row failed.
+Chunks = list[tuple[int, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,7 @@ class Evaluation:
         self._own = self.units[shares[dispatcher.rank].start : shares[dispatcher.rank].stop]
         self._derivatives = (need_theta, need_scale)
         self.num_columns = self._stream_columns(need_theta, need_scale)
-        # Each unit's outputs, chunk by chunk; None for a chunk of which every row failed.
-        chunks: dict[Unit, list[torch.Tensor | None]] = {}
+        chunks: dict[Unit, Chunks] = {}
         self._kept: list[list[tuple[Unit, torch.Tensor]]] = [[] for _ in self.problems]
         self._failed: dict[int, str] = {}
         self.output_shape: tuple[int, ...] = ()
@@ -169,7 +170,7 @@ class Evaluation:
         return bisect_right(self.starts, unit) - 1
 
     def _evaluate_own(
-        self, keep_bytes: int, spare: list[torch.Tensor], chunks: dict[Unit, list[torch.Tensor | None]]
+        self, keep_bytes: int, spare: list[torch.Tensor], chunks: dict[Unit, Chunks]
     ) -> tuple[torch.Tensor | None, int, Stream | None]:
         like, clipped, stream = None, 0, None
         shape = self._simulator.output_shape
@@ -177,15 +178,17 @@ class Evaluation:
         for unit in self._own:
             if unit.problem not in rows:
                 rows = {unit.problem: self._inputs(self.problems[unit.problem])}
-            kept: list[torch.Tensor | None] = []
-            chunks[unit] = kept
-            for start in range(unit.start, unit.stop, CHUNK):
-                stop = min(start + CHUNK, unit.stop)
+            kept = chunks[unit] = []
+            stop = unit.start
+            while stop < unit.stop:
+                # The first call tells how large an output is.
+                many = CHUNK if like is None else rows_at_once(like.shape[1])
+                start, stop = stop, min(stop + many, unit.stop)
                 inputs, changed = self._space.admit(rows[unit.problem][start:stop])
                 clipped += int(changed.sum())
                 F, shape = self._call(unit.problem, start, inputs, shape)
                 if F is None:
-                    kept.append(None)
+                    kept.append((stop - start, None))
                     continue
                 if like is None:
                     like, self.output_shape = F, shape or ()
@@ -195,7 +198,7 @@ class Evaluation:
                 if stream is None:
                     self.check_finite(F, unit.problem, inputs, start)
                     # The simulator may use the same memory for its next outputs, unless it was made for this call.
-                    kept.append(F if _makes_memory(self._simulator) else F.clone())
+                    kept.append((stop - start, F if _makes_memory(self._simulator) else F.clone()))
                 else:
                     stream.add(unit, start, F, inputs)
                 del F  # before the next outputs are made: memory is for one chunk
@@ -672,14 +675,10 @@ class Evaluation:
         return self.join_columns(columns)
 
 
-def _assemble(unit: Unit, parts: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+def _assemble(unit: Unit, parts: Chunks, like: torch.Tensor) -> torch.Tensor:
     """The outputs of a unit, zeros where all of a chunk failed."""
-    if len(parts) == 1 and parts[0] is not None:
-        return parts[0]
-    starts = range(unit.start, unit.stop, CHUNK)
-    rows = [min(CHUNK, unit.stop - start) for start in starts]
-    filled = [like.new_zeros((k, like.shape[1])) if F is None else F for k, F in zip(rows, parts, strict=True)]
-    return torch.cat(filled)
+    filled = [like.new_zeros((k, like.shape[1])) if F is None else F for k, F in parts]
+    return filled[0] if len(filled) == 1 else torch.cat(filled)
 
 
 def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

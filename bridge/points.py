@@ -150,6 +150,42 @@ class Sobol(PointSet):
 
 
 @final
+@dataclass(frozen=True)
+class Net(PointSet):
+    """Scrambled digital net of n = 2^k points: the first coordinate is i/n, the others are Sobol's of one dimension
+    less, which makes the net finer in all of them (its t-value falls) than the same number of Sobol' points.
+
+    Args:
+        jitter: uniform in each of the n cells of a coordinate, with independent linear scrambles and digital shifts
+            ("rqmc-net", unbiased), else the cell's centre ("qmc-net": bounds scores that grow without limit in the
+            outermost cells).
+
+    Reference: Niederreiter, Random Number Generation and Quasi-Monte Carlo Methods, SIAM 1992, lemma 4.22.
+    """
+
+    jitter: bool
+    name: ClassVar[str] = "net"
+
+    def uniform(self, n: int, d: int, rng: np.random.Generator) -> Array:
+        if n & (n - 1):
+            below = 1 << (n.bit_length() - 1)
+            raise InputError(
+                f"Expected a power of two for the number of rows of a net, got {n}. Use {below} or {2 * below}, or "
+                "sobol points."
+            )
+        bits = n.bit_length() - 1
+        # i/n in binary digits, the first one first, times a random lower triangular matrix, plus a random shift.
+        digits = np.arange(n)[:, None] >> np.arange(bits)[::-1] & 1
+        mixing = np.tril(rng.integers(0, 2, (bits, bits)), -1) + np.eye(bits, dtype=np.int64)
+        cell = (digits @ mixing.T + rng.integers(0, 2, bits)) % 2 @ (1 << np.arange(bits)[::-1])
+        u = np.empty((n, d))
+        u[:, 0] = (cell + _open(rng.random(n))) / n
+        if d > 1:
+            u[:, 1:] = Sobol().uniform(n, d - 1, rng)
+        return u if self.jitter else (np.floor(u * n) + 0.5) / n
+
+
+@final
 class Halton(PointSet):
     """Scrambled Halton points: for any n, where Sobol' points want a power of two.
 
@@ -201,12 +237,16 @@ class Auto(PointSet):
     name = "auto"
 
     def choose(self, distribution: Distribution, n: int, d: int) -> tuple[PointSet, str]:
+        power_of_two = n & (n - 1) == 0
         if np.isinf(fisher_information(distribution)):
-            return Latin(jitter=False), "the score has infinite variance: midpoints bound it"
+            midpoints = Net(jitter=False) if power_of_two and d <= qmc.Sobol.MAXDIM else Latin(jitter=False)
+            return midpoints, "the score has infinite variance: midpoints bound it"
         if d > qmc.Sobol.MAXDIM:
             return MonteCarlo(), f"more parameters than Sobol' points have dimensions ({qmc.Sobol.MAXDIM})"
         if isinstance(distribution, Gaussian) and n % 2 == 0 and 2 * d <= n < 4 * (d + 1):
             return Antithetic(Orthogonal()), f"few rows ({n}) for {d} parameters: orthogonal pairs"
+        if power_of_two:
+            return Net(jitter=True), "a scrambled digital net is the best all-round set for a power of two"
         return Sobol(), "scrambled Sobol' points are the best all-round set"
 
     def uniform(self, n: int, d: int, rng: np.random.Generator) -> Array:
@@ -261,6 +301,8 @@ _KNOWN: dict[str, PointSet] = {
     "qmc-cartesian": Cartesian(jitter=False),
     "rqmc-cartesian": Cartesian(jitter=True),
     "sobol": Sobol(),
+    "qmc-net": Net(jitter=False),
+    "rqmc-net": Net(jitter=True),
     "halton": Halton(),
     "orthogonal": Orthogonal(),
     "auto": Auto(),

@@ -556,8 +556,8 @@ def smooth(
         distribution: gaussian, logistic, gumbel, cauchy, laplace, triangular, or a `Distribution`.
         scale: L: a number (in the parameters' natural units), (d,) (its diagonal), (d, d) (L itself) or
             `LowerTriangular`, or `LogScale`; tensors that require grad are learned.
-        points: auto, mc, qmc-latin, rqmc-latin, qmc-cartesian, rqmc-cartesian, sobol, halton, orthogonal, or a
-            `PointSet`. "auto" chooses by N, d and the distribution; `Estimate.points_reason` says why.
+        points: auto, mc, qmc-latin, rqmc-latin, qmc-cartesian, rqmc-cartesian, sobol, qmc-net, rqmc-net, halton,
+            orthogonal, or a `PointSet`. "auto" chooses by N, d and the distribution; `Estimate.points_reason` says why.
         antithetic: pairs eps, -eps; symmetric densities and even N.
         covariate: auto, none, f(x), loo, mean, block, regression, bq: see `bridge.weights`; what "auto" took, and
             why, is in `Estimate.covariate_reason`.

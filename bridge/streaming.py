@@ -22,6 +22,8 @@ Array = NDArray[np.float64]
 
 # Rows handed to the simulator, and to the kernel, at once: more would cost memory and gain no speed.
 CHUNK = 8
+# But of small outputs, so many rows that the work outweighs a call: this many numbers.
+CHUNK_NUMBERS = 1 << 17
 # Rows of a streamed leaf: below, the additions of the tree cost more than those of the leaves.
 STREAMED_LEAF = 32
 
@@ -34,6 +36,11 @@ class Unit:
     index: int
     start: int
     stop: int
+
+
+def rows_at_once(num_outputs: int) -> int:
+    """Rows for one call of the simulator, a multiple of the kernel's, so that sums are the same for any."""
+    return max(CHUNK, CHUNK_NUMBERS // max(1, num_outputs) // CHUNK * CHUNK)
 
 
 def as_rows(outputs: Any, k: int, shape: tuple[int, ...] | None, name: str) -> tuple[torch.Tensor, tuple[int, ...]]:
