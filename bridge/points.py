@@ -245,6 +245,10 @@ class Auto(PointSet):
             return MonteCarlo(), f"more parameters than Sobol' points have dimensions ({qmc.Sobol.MAXDIM})"
         if isinstance(distribution, Gaussian) and n % 2 == 0 and 2 * d <= n < 4 * (d + 1):
             return Antithetic(Orthogonal()), f"few rows ({n}) for {d} parameters: orthogonal pairs"
+        if isinstance(distribution, Gaussian) and 1 < n < 2 * d:
+            return Orthogonal(), f"fewer rows ({n}) than pairs for {d} parameters: orthogonal directions"
+        if n <= d:
+            return Latin(jitter=True), f"no more rows ({n}) than parameters ({d}): only single coordinates can be even"
         if power_of_two:
             return Net(jitter=True), "a scrambled digital net is the best all-round set for a power of two"
         return Sobol(), "scrambled Sobol' points are the best all-round set"

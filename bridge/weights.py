@@ -23,7 +23,8 @@ Two estimators of the gradient in x are not of that form; they use more of the d
     bq          Bayesian quadrature: the gradient of a Gaussian-process fit of F on eps, see `bayesian_quadrature`;
                 length and noise by maximum likelihood on projections of F.
 
-`auto` takes the regression where the rows suffice for it, else, and where replicates are asked for, `block`.
+`auto` takes the regression where the rows suffice for it and the density is symmetric, else, and where replicates are
+asked for, `block`.
 
 Reference: arXiv 2410.08125, section on covariates; Berahas, Cao, Choromanski, Scheinberg, FoCM 22 (2022) 507, for
 regression; O'Hagan, J. Stat. Plan. Inference 29 (1991) 245, for Bayesian quadrature.
@@ -84,6 +85,8 @@ def resolve_covariate(strategy: Strategy, nodes: Nodes) -> tuple[str, str]:
         # Each regression is biased alike, by O(1/N), which the spread of the replicates does not show: 95 % intervals
         # then cover 81 to 93 % (16 and 64 rows of a smooth function).
         return "block", "replicates give standard errors, which hold for unbiased weights"
+    if not strategy.distribution.symmetric and nodes.block in (1, n):
+        return "block", "the score of a skew density is far from linear: least squares on it gain nothing"
     # Pairs of Gaussian rows are central differences: they suffice as soon as they span the space well.
     pairs = nodes.paired and isinstance(strategy.distribution, Gaussian)
     if (pairs or n >= _ROWS_PER_COLUMN * (d + 1)) and _regression_is_safe(strategy, nodes)[0]:

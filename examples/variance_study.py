@@ -271,10 +271,10 @@ def sizes_for(curve: Sequence[tuple[int, float]], error: float) -> float:
 
 
 def curves(rows: Iterable[Row]) -> dict[str, list[tuple[int, float]]]:
-    """(rows, RMS error) of each strategy of one problem and density."""
+    """(rows, relative RMS error) of each strategy of one problem and density."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        found.setdefault(row.strategy, []).append((row.size, row.rms))
+        found.setdefault(row.strategy, []).append((row.size, row.relative))
     return {name: sorted(set(points)) for name, points in found.items()}
 
 
@@ -321,13 +321,13 @@ def table(rows: Sequence[Row], name: str) -> list[str]:
 def draw(rows: Sequence[Row], name: str, path: Path) -> None:
     """Error against rows, a panel for each density."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True)
     figure.suptitle(f"{name}: error of the smoothed Jacobian (root mean square, relative)")
     for ax, distribution in zip(axes.flat, DISTRIBUTIONS, strict=True):
         here = [r for r in rows if (r.problem, r.distribution) == (name, distribution)]
-        norm = next(r.rms / r.relative for r in here)
         everything = curves(here)
         known = {r.strategy for r in here if r.published}
         for strategy, points in everything.items():
@@ -340,11 +340,13 @@ def draw(rows: Sequence[Row], name: str, path: Path) -> None:
                 ax.plot(*zip(*everything[strategy], strict=True), color=colour, label=strategy, zorder=3, **style)
         ax.set(xscale="log", yscale="log", title=distribution)
         low, high = ax.get_ylim()
-        ax.set_ylim(max(low, 1e-3 * norm), min(high, 20 * norm))
-        ax.yaxis.set_major_formatter(lambda y, _, norm=norm: f"{y / norm:.2g}")
-        ax.yaxis.set_minor_formatter(lambda *_: "")
+        ax.set_ylim(max(low, 1e-3), min(high, 20))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_minor_locator(NullLocator())
         ax.set_xticks(SIZES, [str(n) for n in SIZES])
-        ax.grid(alpha=0.3, which="both")
+        ax.grid(alpha=0.3)
     for ax in axes[1]:
         ax.set_xlabel("simulations")
     axes[0, 0].legend(fontsize=8, title="grey: all published", title_fontsize=8)

@@ -271,12 +271,24 @@ def test_bayesian_quadrature_is_near_the_truth_from_few_rows(name):
 
 def test_auto_says_what_and_why():
     e = bridge.smooth(lambda x: x, seed=0, num_samples=64).estimate(X2)
-    assert e.points == "Sobol()"
+    assert e.points == "Net(jitter=True)"
+    assert "power of two" in e.points_reason
     assert e.covariate == "regression"
     assert "64 rows" in e.covariate_reason
+    assert bridge.smooth(lambda x: x, seed=0, num_samples=60).estimate(X2).points == "Sobol()"
     few = bridge.smooth(lambda x: x, seed=0, num_samples=16).estimate(torch.zeros(6).double())
     assert "Orthogonal" in few.points
     assert "16" in few.points_reason
+    fewer = bridge.smooth(lambda x: x, seed=0, num_samples=8).estimate(torch.zeros(6).double())
+    assert fewer.points == "Orthogonal()"
+    heavy = bridge.smooth(lambda x: x, seed=0, num_samples=8, distribution="triangular").estimate(X2)
+    assert heavy.points == "Net(jitter=False)"
+    skew = bridge.smooth(lambda x: x, seed=0, num_samples=64, distribution="gumbel").estimate(X2)
+    assert skew.covariate == "block"
+    assert "skew" in skew.covariate_reason
+    for n, points in ((6, "Latin(jitter=True)"), (8, "Net(jitter=True)")):
+        smoothed = bridge.smooth(lambda x: x, seed=0, num_samples=n, distribution="logistic")
+        assert smoothed.estimate(torch.zeros(6).double()).points == points
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
