@@ -97,6 +97,7 @@ UNBIASED = [
     ("rqmc-cartesian", False, "none"),
     ("sobol", False, "none"),
     ("sobol", True, "none"),
+    ("rqmc-net", False, "none"),
     ("halton", False, "none"),
 ]
 REPETITIONS = 600
@@ -150,6 +151,8 @@ RATES = [
     ("qmc-latin", False, "none", 0.75),
     ("sobol", False, "block", 0.6),
     ("sobol", False, "regression", 0.6),
+    ("rqmc-net", False, "block", 0.6),
+    ("halton", False, "block", 0.6),
     ("auto", False, "auto", 0.6),
 ]
 
@@ -164,6 +167,31 @@ def test_errors_fall_with_the_number_of_rows(name, points, antithetic, covariate
         errors.append(float((estimate.jacobian() - jacobian).square().sum(dim=(1, 2, 3)).mean().sqrt()))
     assert errors[1] < least * errors[0]
     assert errors[1] < 0.35 * float(jacobian.norm())
+
+
+@pytest.mark.parametrize("points", ["qmc-latin", "qmc-net", "auto"])
+@pytest.mark.parametrize("problem", ["sort3", "sort5", "sines"])
+def test_midpoints_tame_the_triangular_score(problem, points):
+    """Its variance is infinite; in the middle of the cells it is bounded, for a bias that falls with the rows."""
+    errors, biases = [], []
+    for n in (64, 1024):
+        estimate, _, jacobian = estimates(problem, "triangular", n, 24, points, False, "mean")
+        J = estimate.jacobian()
+        errors.append(float((J - jacobian).square().sum(dim=tuple(range(1, J.ndim))).mean().sqrt()))
+        biases.append(float((J.mean(dim=0) - jacobian).norm()))
+    assert errors[1] < 0.45 * errors[0]
+    assert errors[1] < 0.2 * float(jacobian.norm())
+    assert biases[1] < 0.6 * biases[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bayesian_quadrature_is_the_best_of_few_rows_of_a_smooth_function(name):
+    error = {}
+    for covariate in ("block", "bq"):
+        estimate, _, jacobian = estimates("sines", name, 48, 12, "halton", False, covariate)
+        error[covariate] = float((estimate.jacobian() - jacobian).square().sum(dim=(1, 2)).mean().sqrt())
+    assert error["bq"] < 0.5 * error["block"]
+    assert error["bq"] < 0.2 * float(jacobian.norm())
 
 
 def test_the_error_of_loo_is_what_theory_says():
