@@ -9,6 +9,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import bridge
 from bridge import registry
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fit.add_argument("file", help="job file (TOML)")
     fit.add_argument("-o", "--output", help="directory for the results, in place of the file's")
     fit.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    run = commands.add_parser("run", help="run a Python script, so that a failure on one rank ends the job on all")
+    run.add_argument("script")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the script")
     study = commands.add_parser("study", help="which estimator suits the simulator of a job file")
     study.add_argument("file", help="job file (TOML): its simulator and start")
     study.add_argument("--budget", type=int, default=4096, help="simulator runs to spend (default: 4096)")
@@ -46,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _doctor()
         if options.command == "study":
             return _study(options)
+        if options.command == "run":
+            return _run(options.script, options.arguments)
         return _fit(options.file, options.output, options.quiet)
     except BridgeError as error:
         print(f"bridge: {error}", file=sys.stderr)
@@ -71,6 +77,46 @@ def _fit(file: str, output: str | None, quiet: bool) -> int:
         print(summary(result))
         print("written: " + ", ".join(str(p) for p in written))
     return 75 if result.stop_reason == "interrupted" else 0
+
+
+def _run(script: str, arguments: Sequence[str]) -> int:
+    """The script as `__main__`, under the rules that a job of several ranks needs from its first line on.
+
+    An exception ends all ranks, with the traceback, also before the script has called bridge; so does `sys.exit` of one
+    rank alone. A rank that is at its end while others still make collective calls raises a `CollectiveError` on all.
+    """
+    import runpy
+    from pathlib import Path
+
+    from bridge.dispatch import get_dispatcher
+    from bridge.errors import InputError
+
+    path = Path(script)
+    if not path.is_file():
+        raise InputError(f"Expected a Python script, got {script!r}, which is no file.")
+    dispatcher = get_dispatcher()
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(path.resolve().parent)
+    code: Any = 0
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as error:
+        code = error.code
+    except BaseException as error:
+        if dispatcher.size == 1:
+            raise
+        # A `BridgeError` too: it is shown with its traceback, as under plain Python.
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    status = 0 if code is None else code if isinstance(code, int) else 1
+    if dispatcher.size > 1:
+        try:
+            dispatcher.begin("end of the script", f"exit status {status}")
+        except BridgeError as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+    return status
 
 
 def _study(options: argparse.Namespace) -> int:
