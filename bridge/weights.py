@@ -85,7 +85,7 @@ def resolve_covariate(strategy: Strategy, nodes: Nodes) -> tuple[str, str]:
         # Each regression is biased alike, by O(1/N), which the spread of the replicates does not show: 95 % intervals
         # then cover 81 to 93 % (16 and 64 rows of a smooth function).
         return "block", "replicates give standard errors, which hold for unbiased weights"
-    if not strategy.distribution.symmetric and nodes.block in (1, n):
+    if _is_skew(strategy.distribution):
         return "block", "the score of a skew density is far from linear: least squares on it gain nothing"
     # Pairs of Gaussian rows are central differences: they suffice as soon as they span the space well.
     pairs = nodes.paired and isinstance(strategy.distribution, Gaussian)
@@ -96,6 +96,11 @@ def resolve_covariate(strategy: Strategy, nodes: Nodes) -> tuple[str, str]:
     if nodes.block < n:
         return "block", f"blocks of {nodes.block} rows are independent: whole blocks are left out, unbiased"
     return "block", "rows depend on each other: the mean, without N/(N-1), is nearly unbiased"
+
+
+def _is_skew(distribution: Distribution) -> bool:
+    low, middle, high = distribution.icdf(np.array([0.1, 0.5, 0.9]))
+    return bool(abs(low + high - 2 * middle) > 1e-3 * (high - low))
 
 
 def _regression_is_safe(strategy: Strategy, nodes: Nodes) -> tuple[bool, str]:

@@ -47,9 +47,14 @@ def test_agrees_within_four_standard_errors_of_at_most_two_per_cent(case):
     assert ((samples.mean(0) - 1.1).abs() > 4 * error).all()
 
 
-def test_regression_is_nearer_than_a_per_cent_with_one_set_of_64_runs(case):
+def test_regression_is_nearer_with_one_set_of_64_runs(case):
+    """Root mean square errors of single sets: 2 % for defocus, which hardly changes this image, else below 0.1 %."""
     box, _, directions = case
-    assert ((replicates(box, directions, 0.02)[0] - 1).abs() < 0.01).all()
+    plain, regression = (
+        (replicates(box, directions, 0.02, covariate=c) - 1).square().mean(0).sqrt() for c in ("block", "auto")
+    )
+    assert (regression < torch.tensor([0.04, 0.001, 0.001, 0.001])).all(), regression
+    assert (regression < 0.5 * plain).all(), (regression, plain)
 
 
 def test_the_bias_falls_by_four_when_the_scale_is_halved(case):
