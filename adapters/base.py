@@ -23,25 +23,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adapters._process import Outcome, run_process
+from bridge.environment import child_environment
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
 from bridge.simulator import ParameterSpace
 
 STDOUT, STDERR = "stdout.txt", "stderr.txt"
 _TAIL_LINES = 20
-
-# A child that starts MPI of its own must not believe that it is a rank of ours: it would hang, or take our job down.
-_LAUNCHER = ("OMPI_", "PMIX_", "PMI_", "PMI2_", "PRTE_", "HYDRA_", "HYDI_", "MPIR_", "MPI_LOCAL", "I_MPI_HYDRA")
-# The user's policy for a launcher that the child may start itself ...
-_POLICY = ("OMPI_ALLOW_", "OMPI_MCA_", "PRTE_MCA_")
-# ... except what Open MPI 4's launcher writes under the same prefix (from its sources; not tested here).
-_LAUNCHER_MCA = tuple(f"OMPI_MCA_{name}" for name in ("ess", "orte_", "pmix", "initial_wdir", "shmem_RUNTIME_QUERY"))
-_THREADS = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "BLIS_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-)
 
 
 @final
@@ -140,15 +127,7 @@ class Profile:
 
     def environment(self) -> dict[str, str]:
         """The program's environment: this process's without the launcher's variables, threads, `env`."""
-        launcher = _LAUNCHER if self.keep_slurm else (*_LAUNCHER, "SLURM_")
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(launcher) or (name.startswith(_POLICY) and not name.startswith(_LAUNCHER_MCA))
-        }
-        if self.threads is not None:
-            environment |= dict.fromkeys(_THREADS, str(self.threads))
-        return environment | dict(self.env)
+        return child_environment(self.threads, self.keep_slurm) | dict(self.env)
 
     def executable(self) -> str:
         """Full path of the program.

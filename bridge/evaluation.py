@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from bridge.design import Design, Strategy, make_design
 from bridge.dispatch import Dispatcher, TreeSum
 from bridge.errors import BridgeError, EvaluationError, InputError, OutputError
+from bridge.isolation import IsolatedSimulator
 from bridge.scale import Form, check_scale, perturb, pull_back_scale, pull_back_theta, push_scale, push_theta
 from bridge.simulator import BlockStructure, FunctionSimulator, ParameterSpace, Simulator, Structured, simulator_name
 from bridge.streaming import CHUNK, STREAMED_LEAF, Stream, Unit, accumulate, aligned, as_rows, rows_at_once
@@ -214,15 +215,20 @@ class Evaluation:
         """Outputs of some rows; None where all of them failed and failures are dropped."""
         k = len(inputs)
         seeds = self.problems[p].design.seeds[start : start + k]
+        drop = self.strategy.failures == "drop"
+        # In a process of its own a simulator gets rows one by one anyhow, and to repeat one may mean to wait for it.
+        singly = drop and k > 1 and isinstance(self._simulator, IsolatedSimulator)
         try:
             # Copies: a simulator that writes into its arguments must not change the design.
-            outputs = self._simulator(np.array(inputs, order="C"), seeds.copy())
+            outputs = None if singly else self._simulator(np.array(inputs, order="C"), seeds.copy())
         except Exception as error:
-            if self.strategy.failures == "raise" or isinstance(error, InputError | OutputError):
+            if not drop or isinstance(error, InputError | OutputError):
                 raise
             if k == 1:
                 self._failed[p * self.strategy.num_rows + start] = f"{type(error).__name__}: {error}"
                 return None, shape
+            singly = True
+        if singly:
             # Each by itself, so that one failure does not take its neighbours along.
             parts = []
             for i in range(k):

@@ -377,8 +377,9 @@ def as_simulator(
 
 
 def simulator_name(simulator: Simulator) -> str:
-    """A name for messages: the wrapped function's, else the class's."""
-    return simulator.name if isinstance(simulator, FunctionSimulator) else type(simulator).__name__
+    """A name for messages: that of the wrapped function or simulator, else the class's."""
+    name = getattr(simulator, "name", None)
+    return name if isinstance(name, str) else type(simulator).__name__
 
 
 @runtime_checkable

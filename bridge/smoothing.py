@@ -30,6 +30,7 @@ from bridge.distributions import Distribution
 from bridge.errors import InputError
 from bridge.estimate import Estimate
 from bridge.evaluation import Evaluation
+from bridge.isolation import IsolatedSimulator
 from bridge.points import PointSet
 from bridge.scale import Form, ScaleLike, parse_scale, pull_back_theta, push_theta
 from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name
@@ -539,6 +540,8 @@ def smooth(
     forward: str = "smoothed",
     simulator_seeds: str = "common",
     failures: str = "raise",
+    isolate: str | None = None,
+    timeout_s: float | None = None,
     leaf_size: int | None = None,
     keep_megabytes: float = 24.0,
     comm: Intracomm | None = None,
@@ -569,6 +572,10 @@ def smooth(
         failures: "raise", or "drop": rows that raise or are not finite are left out (pairs as a whole) and the weights
             recomputed. The estimate is then that of the runs that succeed: biased, unless failing is independent of
             the perturbation. Needs memory for all outputs.
+        isolate: "process" runs the simulator in a child process of each rank: one that crashes (a segmentation fault,
+            `exit`) or hangs is then a failed evaluation like any other. Costs about 0.1 ms a run, and the outputs'
+            way through a pipe.
+        timeout_s: seconds that one run may take, with isolate="process"; a run that takes longer is killed.
         leaf_size: rows of one unit that goes to a rank as a whole; default from N alone. Part of the result's last
             bits.
         keep_megabytes: outputs up to this size, over all ranks, are kept for backward; larger ones are streamed into
@@ -598,6 +605,12 @@ def smooth(
         leaf_size=leaf_size,
     )
     wrapped = as_simulator(simulator)
+    if isolate not in (None, "process"):
+        raise InputError(f"Unknown isolate={isolate!r}. Known: process, or None.")
+    if isolate is not None:
+        wrapped = IsolatedSimulator(wrapped, timeout_s)
+    elif timeout_s is not None:
+        raise InputError("Expected isolate='process' with timeout_s: a run inside this process cannot be ended.")
     if wrapped.space is not None:
         _validate_scale(scale, wrapped.space, strategy)
     if not keep_megabytes >= 0:

@@ -1,0 +1,37 @@
+"""The environment of a process that a rank starts: without the launcher's variables, and with threads limited."""
+
+from __future__ import annotations
+
+import os
+
+# A child that starts MPI of its own must not believe that it is a rank of ours: it would hang, or take our job down.
+_LAUNCHER = ("OMPI_", "PMIX_", "PMI_", "PMI2_", "PRTE_", "HYDRA_", "HYDI_", "MPIR_", "MPI_LOCAL", "I_MPI_HYDRA")
+# The user's policy for a launcher that the child may start itself ...
+_POLICY = ("OMPI_ALLOW_", "OMPI_MCA_", "PRTE_MCA_")
+# ... except what Open MPI 4's launcher writes under the same prefix (from its sources; not tested here).
+_LAUNCHER_MCA = tuple(f"OMPI_MCA_{name}" for name in ("ess", "orte_", "pmix", "initial_wdir", "shmem_RUNTIME_QUERY"))
+_THREADS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+
+
+def child_environment(threads: int | None, keep_slurm: bool = False) -> dict[str, str]:
+    """This process's environment without the launcher's variables.
+
+    Args:
+        threads: of OpenMP and the BLAS libraries; None leaves what is set.
+        keep_slurm: keep SLURM_*, which a child that is started with srun needs.
+    """
+    launcher = _LAUNCHER if keep_slurm else (*_LAUNCHER, "SLURM_")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(launcher) or (name.startswith(_POLICY) and not name.startswith(_LAUNCHER_MCA))
+    }
+    if threads is not None:
+        environment |= dict.fromkeys(_THREADS, str(threads))
+    return environment

@@ -1,0 +1,197 @@
+"""A simulator in a process of its own, so that one which crashes or hangs costs an evaluation, not the rank.
+
+The child is started once and serves one row after another over a pipe. When it dies, or a row takes too long and it is
+killed, that row has failed, and the next one gets a new child. It sees none of the launcher's variables, so it may use
+an MPI of its own; it ends when this process does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import weakref
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge import errors
+from bridge.environment import child_environment
+from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, SetupError
+from bridge.simulator import BlockStructure, ParameterSpace, Simulator, Structured, simulator_name
+
+_PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
+_START_SECONDS = 120.0
+_LOOK_SECONDS = 1.0
+
+
+@final
+class IsolatedSimulator:
+    """Another simulator, run in a child process; made by `bridge.smooth(..., isolate="process")`.
+
+    Args:
+        inner: the simulator; it travels by value (cloudpickle), so functions of a script are fine.
+        timeout_s: seconds that one row may take; None for no limit. Starting the child does not count.
+
+    Raises:
+        InputError: the simulator cannot be sent to another process, or the limit is not positive.
+    """
+
+    def __init__(self, inner: Simulator, timeout_s: float | None = None) -> None:
+        import cloudpickle
+
+        if timeout_s is not None and not timeout_s > 0:
+            raise InputError(f"Expected a positive timeout_s, got {timeout_s!r}.")
+        self.inner, self.timeout_s, self.name = inner, timeout_s, simulator_name(inner)
+        try:
+            self._pickled = cloudpickle.dumps(inner)
+        except Exception as error:
+            raise InputError(
+                f"Expected a simulator that can be sent to another process, got {self.name!r}: {error}. Open files, "
+                "sockets and libraries inside the simulator's call, not before."
+            ) from error
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+
+    @property
+    def space(self) -> ParameterSpace | None:
+        return self.inner.space
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        return self.inner.output_shape
+
+    @property
+    def structure(self) -> BlockStructure | None:
+        return self.inner.structure if isinstance(self.inner, Structured) else None
+
+    def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+        return np.concatenate([self._row(inputs[i : i + 1], seeds[i : i + 1]) for i in range(len(inputs))])
+
+    def _row(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        where = f"at parameters {inputs[0].tolist()}, seed {int(seeds[0])}"
+        status, result = self._ask((inputs, seeds), self.timeout_s, where)
+        if status == "ok":
+            return np.asarray(result)
+        kind, message, trace = result
+        # What the simulator raised on purpose stays what it was.
+        known = getattr(errors, kind, None)
+        if known is not None:
+            raise known(message)
+        raise EvaluationError(f"Simulator {self.name!r} raised {kind}: {message} {where}.\n{trace}")
+
+    def _ask(self, question: Any, timeout_s: float | None, where: str) -> Any:
+        """Sends, and waits for the answer; whatever goes wrong, the child is ended."""
+        assert self._pipe is not None
+        assert self._process is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has died: reading says so
+                self._pipe.send(question)
+            deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+            while (left := deadline - time.monotonic()) > 0:
+                if self._pipe.poll(min(left, _LOOK_SECONDS)):
+                    return self._pipe.recv()
+                # Something that it has started may hold its end of the pipe open.
+                if self._process.poll() is not None and not self._pipe.poll(0):
+                    raise EOFError
+        except (EOFError, ConnectionResetError):
+            status = self._process.wait()
+            self.close()
+            raise EvaluationError(
+                f"Simulator {self.name!r} ended its process with {_describe(status)} {where}. What it said is on "
+                "standard error."
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+        self.close()
+        raise EvaluationTimeoutError(
+            f"Expected simulator {self.name!r} to end within {timeout_s:g} s, got no answer {where}; its process was "
+            "killed."
+        )
+
+    def _start(self) -> None:
+        self.close()
+        ours, theirs = Pipe()
+        environment = child_environment(int(os.environ.get("BRIDGE_THREADS", "1")))
+        program = "import sys; from bridge.isolation import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
+        # Where this process finds its modules, the child must: a script's folder, above all.
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", program, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+        self._pipe = ours
+        self._finalizer = weakref.finalize(self, _end, self._process, ours)
+        status, result = self._ask(self._pickled, _START_SECONDS, "while it was started")
+        if status != "ok":
+            self.close()
+            raise SetupError(
+                f"Expected simulator {self.name!r} to load in another process, got {result[0]}: {result[1]}."
+            )
+
+    def close(self) -> None:
+        """Ends the child, and all that it has started in its session; a later call starts another one."""
+        if self._process is not None:
+            self._finalizer()
+        self._process = self._pipe = None
+
+
+def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:
+    # Before it is reaped: until then its number, which is the group's, cannot be anybody else's.
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    pipe.close()
+
+
+def _describe(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    with contextlib.suppress(ValueError):
+        return f"signal {-status} ({signal.Signals(-status).name})"
+    return f"signal {-status}"
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """The child: loads a simulator, then answers rows until the pipe closes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PARENT_DIED, signal.SIGKILL)
+        if os.getppid() != parent:
+            return  # it died before we could ask to be told
+    faulthandler.enable()
+    os.set_inheritable(descriptor, False)
+    with Connection(descriptor) as pipe:
+        simulator: Any = None
+        with contextlib.suppress(EOFError):
+            while True:
+                question = pipe.recv()
+                try:
+                    if simulator is None:
+                        simulator, answer = pickle.loads(question), None
+                    else:
+                        answer = simulator(*question)
+                        if hasattr(answer, "detach"):
+                            answer = answer.detach().cpu().numpy()
+                    reply = ("ok", answer)
+                except Exception as error:
+                    trace = "".join(traceback.format_exception(error)[-6:])
+                    reply = ("error", (type(error).__name__, str(error), trace))
+                pipe.send(reply)
