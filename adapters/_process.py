@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from bridge.environment import describe_status
+
 
 @final
 @dataclass(frozen=True)
@@ -24,12 +26,7 @@ class Outcome:
     timed_out: bool
 
     def describe(self) -> str:
-        if self.status >= 0:
-            return f"exit status {self.status}"
-        try:
-            return f"killed by signal {-self.status} ({signal.Signals(-self.status).name})"
-        except ValueError:
-            return f"killed by signal {-self.status}"
+        return describe_status(self.status)
 
 
 def run_process(

@@ -13,7 +13,7 @@ from typing import Any
 
 import bridge
 from bridge import registry
-from bridge.errors import BridgeError, EvaluationError
+from bridge.errors import BridgeError, EvaluationError, InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +89,6 @@ def _run(script: str, arguments: Sequence[str]) -> int:
     from pathlib import Path
 
     from bridge.dispatch import get_dispatcher
-    from bridge.errors import InputError
 
     path = Path(script)
     if not path.is_file():

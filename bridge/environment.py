@@ -1,8 +1,12 @@
-"""The environment of a process that a rank starts: without the launcher's variables, and with threads limited."""
+"""Processes that a rank starts: their environment, without the launcher's variables and with threads limited; how they
+ended; and the number of threads that a rank has itself."""
 
 from __future__ import annotations
 
 import os
+import signal
+
+from bridge.errors import InputError
 
 # A child that starts MPI of its own must not believe that it is a rank of ours: it would hang, or take our job down.
 _LAUNCHER = ("OMPI_", "PMIX_", "PMI_", "PMI2_", "PRTE_", "HYDRA_", "HYDI_", "MPIR_", "MPI_LOCAL", "I_MPI_HYDRA")
@@ -35,3 +39,25 @@ def child_environment(threads: int | None, keep_slurm: bool = False) -> dict[str
     if threads is not None:
         environment |= dict.fromkeys(_THREADS, str(threads))
     return environment
+
+
+def thread_count() -> int:
+    """BRIDGE_THREADS, 1 where it is not set.
+
+    Raises:
+        InputError: it is not a positive integer.
+    """
+    text = os.environ.get("BRIDGE_THREADS", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"Expected a positive integer in the environment variable BRIDGE_THREADS, got {text!r}.")
+    return int(text)
+
+
+def describe_status(status: int) -> str:
+    """How a process ended, in words; `status` as in `subprocess`, negative for a signal."""
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by signal {-status} ({signal.Signals(-status).name})"
+    except ValueError:
+        return f"killed by signal {-status}"

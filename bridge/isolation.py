@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge import errors
-from bridge.environment import child_environment
+from bridge.environment import child_environment, describe_status, thread_count
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, SetupError
 from bridge.simulator import BlockStructure, ParameterSpace, Simulator, Structured, simulator_name
 
@@ -110,7 +110,7 @@ class IsolatedSimulator:
             status = self._process.wait()
             self.close()
             raise EvaluationError(
-                f"Simulator {self.name!r} ended its process with {_describe(status)} {where}. What it said is on "
+                f"Simulator {self.name!r} ended its process, {describe_status(status)} {where}. What it said is on "
                 "standard error."
             ) from None
         except BaseException:
@@ -125,7 +125,7 @@ class IsolatedSimulator:
     def _start(self) -> None:
         self.close()
         ours, theirs = Pipe()
-        environment = child_environment(int(os.environ.get("BRIDGE_THREADS", "1")))
+        environment = child_environment(thread_count())
         program = "import sys; from bridge.isolation import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
         # Where this process finds its modules, the child must: a script's folder, above all.
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -160,14 +160,6 @@ def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     pipe.close()
-
-
-def _describe(status: int) -> str:
-    if status >= 0:
-        return f"exit status {status}"
-    with contextlib.suppress(ValueError):
-        return f"signal {-status} ({signal.Signals(-status).name})"
-    return f"signal {-status}"
 
 
 def serve(descriptor: int, parent: int) -> None:

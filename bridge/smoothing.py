@@ -573,7 +573,7 @@ def smooth(
             recomputed. The estimate is then that of the runs that succeed: biased, unless failing is independent of
             the perturbation. Needs memory for all outputs.
         isolate: "process" runs the simulator in a child process of each rank: one that crashes (a segmentation fault,
-            `exit`) or hangs is then a failed evaluation like any other. Costs about 0.1 ms a run, and the outputs'
+            `exit`) or hangs is then a failed evaluation like any other. Costs about 0.4 ms a run, and the outputs'
             way through a pipe.
         timeout_s: seconds that one run may take, with isolate="process"; a run that takes longer is killed.
         leaf_size: rows of one unit that goes to a rank as a whole; default from N alone. Part of the result's last

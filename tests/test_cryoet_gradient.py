@@ -28,9 +28,9 @@ def case():
     return box, exact, directions
 
 
-def replicates(box, directions, scale, num_samples=64, covariate="auto"):
+def replicates(box, directions, scale, num_samples=64, covariate="auto", points="auto"):
     """<direction_k, estimated dI/dtheta_k>, whose exact value is 1: (REPLICATES, 4), independent scrambles."""
-    smoothed = bridge.smooth(box, seed=9, num_samples=num_samples, scale=scale, covariate=covariate)
+    smoothed = bridge.smooth(box, seed=9, num_samples=num_samples, scale=scale, covariate=covariate, points=points)
     jacobian = smoothed.estimate(THETA.expand(REPLICATES, 4)).jacobian()
     return torch.einsum("khw,rhwk->rk", directions, jacobian)
 
@@ -45,6 +45,11 @@ def test_agrees_within_four_standard_errors_of_at_most_two_per_cent(case):
     assert (deviation < 4 * error + 1e-4).all(), (deviation, error)
     # The same comparison notices a gradient that is off by a tenth.
     assert ((samples.mean(0) - 1.1).abs() > 4 * error).all()
+
+
+def test_regression_is_nearer_than_a_per_cent_with_one_set_of_64_sobol_points(case):
+    box, _, directions = case
+    assert ((replicates(box, directions, 0.02, points="sobol")[0] - 1).abs() < 0.01).all()
 
 
 def test_regression_is_nearer_with_one_set_of_64_runs(case):

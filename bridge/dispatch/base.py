@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.dispatch.tree import TreeSum
-from bridge.errors import InputError
+from bridge.environment import thread_count
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -111,11 +111,9 @@ def limit_threads() -> None:
     Ranks then do not oversubscribe a node, and the user's own loss has the same last bits under `python` (where torch
     would take every core) and under `mpirun` (where it takes one).
     """
-    text = os.environ.get("BRIDGE_THREADS", "1")
-    if not text.isdigit() or int(text) < 1:
-        raise InputError(f"Expected a positive integer in the environment variable BRIDGE_THREADS, got {text!r}.")
-    torch.set_num_threads(int(text))
-    threadpoolctl.threadpool_limits(int(text))
+    threads = thread_count()
+    torch.set_num_threads(threads)
+    threadpoolctl.threadpool_limits(threads)
 
 
 _default: Dispatcher | None = None

@@ -24,10 +24,10 @@ import torch
 
 import bridge
 from bridge.errors import InputError
-from simulators.analytic import Disc, HardSort, Sines
+from simulators.analytic import Disc, Sines
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from variance_study import COVARIATES, POINTS, jacobians, sizes_for
+from variance_study import COVARIATES, PARTS, POINTS, jacobians, problem, sizes_for
 
 SIZES = (256, 512, 1024)
 AUTO_SIZES = (16, 32, 64, 128, 256, 512, 1024)
@@ -61,8 +61,8 @@ def sines() -> Sines:
 # (name, simulator, theta, scale, density, repetitions, most simulations allowed as a share of the best published)
 CASES = [
     *(
-        (f"sorting {n}, {density}", HardSort(n), theta, 1.0, density, 192, 0.65)
-        for n, theta in ((3, (-0.41, 0.08, 0.57)), (5, (-0.71, -0.29, 0.04, 0.36, 0.82)))
+        (f"{name}, {density}", problem(name).simulator, tuple(problem(name).theta), 1.0, density, 192, 0.65)
+        for name in PARTS["sorting"]
         for density in ("gaussian", "laplace", "logistic")
     ),
     ("disc 64 x 64, gaussian", Disc(64), (0.1, -0.2, 0.5), 0.05, "gaussian", 32, 0.6),
