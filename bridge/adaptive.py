@@ -117,7 +117,7 @@ def estimate_to(
         replace(strategy, replicates=per_round),
         smoothed.scale,
         smoothed.dispatcher,
-        smoothed.keep_bytes,
+        smoothed.execution,
     )
     theta = torch.as_tensor(theta)
     batch = tuple(theta.shape[:-1])

@@ -123,7 +123,7 @@ def _study(options: argparse.Namespace) -> int:
 
     from bridge.dispatch import is_root
     from bridge.job import load_job
-    from bridge.report import write_whole
+    from bridge.files import write_whole
     from bridge.studying import study
 
     job = load_job(options.file)

@@ -18,7 +18,7 @@ from bridge.points import Nodes, PointSet, get_points
 
 Array = NDArray[np.float64]
 Covariate = Literal["auto", "none", "f(x)", "loo", "mean", "block", "regression", "bq"]
-Failures = Literal["raise", "drop"]
+Failures = Literal["raise", "drop", "penalty"]
 Forward = Literal["smoothed", "unsmoothed"]
 SimulatorSeeds = Literal["common", "independent"]
 
@@ -46,6 +46,8 @@ class Strategy:
     simulator_seeds: SimulatorSeeds
     failures: Failures
     leaf_size: int
+    penalty: float | None = None
+    min_ok: float = 0.5
 
     @property
     def extra_row(self) -> bool:
@@ -60,7 +62,7 @@ class Strategy:
     @property
     def weights_need_outputs(self) -> bool:
         """Whether weights are known only once all rows are evaluated; outputs are then kept."""
-        return self.covariate == "bq" or self.failures == "drop"
+        return self.covariate == "bq" or self.failures != "raise"
 
 
 def default_leaf_size(num_samples: int) -> int:
@@ -85,6 +87,8 @@ def make_strategy(
     simulator_seeds: str,
     failures: str,
     leaf_size: int | None,
+    penalty: float | None = None,
+    min_ok: float = 0.5,
 ) -> Strategy:
     """Checks the settings of `bridge.smooth` at the door.
 
@@ -103,8 +107,15 @@ def make_strategy(
         raise InputError(f"Unknown forward={forward!r}. Known: smoothed, unsmoothed.")
     if simulator_seeds not in ("common", "independent"):
         raise InputError(f"Unknown simulator_seeds={simulator_seeds!r}. Known: common, independent.")
-    if failures not in ("raise", "drop"):
-        raise InputError(f"Unknown failures={failures!r}. Known: raise, drop.")
+    if failures not in ("raise", "drop", "penalty"):
+        raise InputError(f"Unknown failures={failures!r}. Known: raise, drop, penalty.")
+    if (penalty is None) == (failures == "penalty") or not np.isfinite(0.0 if penalty is None else penalty):
+        raise InputError(
+            f"Expected a finite penalty with failures='penalty', and only then, got failures={failures!r} and "
+            f"penalty={penalty!r}. It stands in the place of every number of a failed output."
+        )
+    if not 0 <= min_ok <= 1:
+        raise InputError(f"Expected min_ok, a share of the runs, between 0 and 1, got {min_ok!r}.")
     if int(replicates) != replicates or replicates < 1 or num_samples % replicates:
         raise InputError(
             f"Expected replicates to divide num_samples={num_samples}, got {replicates!r}. Four to eight suit."
@@ -132,6 +143,8 @@ def make_strategy(
         forward=forward,  # type: ignore[arg-type]
         simulator_seeds=simulator_seeds,  # type: ignore[arg-type]
         failures=failures,  # type: ignore[arg-type]
+        penalty=None if penalty is None else float(penalty),
+        min_ok=float(min_ok),
         leaf_size=min(each, int(leaf_size) if leaf_size else default_leaf_size(int(num_samples))),
     )
     if antithetic or points in ("orthogonal", "qmc-net", "rqmc-net"):

@@ -53,6 +53,30 @@ def thread_count() -> int:
     return int(text)
 
 
+def step_limit() -> float | None:
+    """BRIDGE_STEP_LIMIT_S [s], None where it is not set.
+
+    Raises:
+        InputError: it is not a positive number.
+    """
+    text = os.environ.get("BRIDGE_STEP_LIMIT_S")
+    try:
+        limit = None if text is None else float(text)
+    except ValueError:
+        limit = -1.0
+    if limit is not None and not limit > 0:
+        raise InputError(f"Expected a positive number of seconds in BRIDGE_STEP_LIMIT_S, got {text!r}.")
+    return limit
+
+
+def device_index(local_rank: int, available: int) -> int | None:
+    """The GPU (and EGL device) of a rank, among those that it sees: None where there is none.
+
+    A launcher that has given each rank its own shows it one; else the ranks of a node take turns.
+    """
+    return None if available == 0 else local_rank % available
+
+
 def describe_status(status: int) -> str:
     """How a process ended, in words; `status` as in `subprocess`, negative for a signal."""
     if status >= 0:

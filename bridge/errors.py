@@ -33,3 +33,20 @@ class EvaluationTimeoutError(EvaluationError, TimeoutError):
 
 class CollectiveError(BridgeError, RuntimeError):
     """Ranks called bridge in different orders or with different arguments."""
+
+
+class StoppedError(BridgeError):
+    """A signal has asked the run to stop: what is finished is saved, and the run can be resumed."""
+
+
+EXIT_CODES: tuple[tuple[type[BridgeError], int], ...] = (
+    (StoppedError, 75),
+    (EvaluationError, 3),
+    (CollectiveError, 70),
+)
+
+
+def exit_code(kind: type[BridgeError]) -> int:
+    """The exit code of a program that one of these errors ends: 2 where input or set-up is wrong, 3 failed evaluations,
+    70 a bug, 75 stopped by a signal or a time limit, to be started again."""
+    return next((code for base, code in EXIT_CODES if issubclass(kind, base)), 2)

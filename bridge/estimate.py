@@ -38,8 +38,9 @@ class Estimate:
     Attributes:
         value: (*batch, *output_shape), the smoothed value E[f(x + L eps)], or f(x) with forward="unsmoothed".
         num_evaluations: simulator runs paid for, the unperturbed row included.
-        num_failed: runs that failed and were dropped; the estimate is then that of the runs that succeed, which is
-            another quantity unless failing has nothing to do with the perturbation.
+        num_failed: runs that failed and were dropped, or have the penalty as output; the estimate is then that of the
+            runs that succeed, which is another quantity unless failing has nothing to do with the perturbation.
+        failures: how many of them failed how: "error", "timeout", "non-finite".
         clipped_fraction: share of the queries that lay outside the bounds and were moved onto them.
         points, points_reason: the point set that was used, and why.
         covariate, covariate_reason: the control variate that was used, and why.
@@ -53,7 +54,7 @@ class Estimate:
         shape = (*batch, *evaluation.output_shape)
         self.value = finish(torch.stack([evaluation.value(b) for b in self._all]).reshape(shape))
         self.num_evaluations = evaluation.num_evaluations
-        self.num_failed = evaluation.num_failed
+        self.num_failed, self.failures = evaluation.num_failed, evaluation.failures
         self.clipped_fraction = evaluation.clipped_fraction
         self.streamed = evaluation.streamed
         strategy, nodes = evaluation.strategy, evaluation.problems[0].design.nodes

@@ -7,43 +7,59 @@ The outputs stay on the rank that computed them. Two ways, chosen from N, d, m a
 
 A *unit* is a run of rows that one rank evaluates; a *leaf* of the summation tree is one unit where outputs are kept,
 and several where they are streamed, because the kernel that adds rows to (1 + d) m numbers is bound by memory. The
-rows of a leaf that two ranks share travel to the rank that has its first: at most one leaf's worth for each rank.
+rows of a leaf that several ranks share travel to the rank that has its first: at most one leaf's worth for each rank,
+and the rows that a rank has taken off another one.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import logging
 import socket
-from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bridge.design import Design, Strategy, make_design
+from bridge.design import Strategy, make_design
 from bridge.dispatch import Dispatcher, TreeSum
-from bridge.errors import BridgeError, EvaluationError, InputError, OutputError
-from bridge.isolation import IsolatedSimulator
-from bridge.scale import Form, check_scale, perturb, pull_back_scale, pull_back_theta, push_scale, push_theta
-from bridge.simulator import BlockStructure, FunctionSimulator, ParameterSpace, Simulator, Structured, simulator_name
-from bridge.streaming import CHUNK, STREAMED_LEAF, Stream, Unit, accumulate, aligned, as_rows, rows_at_once
+from bridge.errors import BridgeError, EvaluationError, InputError, OutputError, StoppedError
+from bridge.running import STATUSES, Execution, Outputs, Problem, Runner
+from bridge.scale import Form, check_scale, pull_back_scale, pull_back_theta, push_scale, push_theta
+from bridge.simulator import (
+    BlockStructure,
+    ParameterSpace,
+    Simulator,
+    Structured,
+    makes_memory,
+    simulator_name,
+)
+from bridge.streaming import STREAMED_LEAF, Stream, Unit, accumulate, aligned, spilled
 from bridge.weights import Weights, make_weights, second_weights, survivors
 
 Array = NDArray[np.float64]
 # A unit's outputs as they came: (rows, outputs), None for a chunk of which every row failed.
 Chunks = list[tuple[int, torch.Tensor | None]]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_log = logging.getLogger("bridge")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One replicate of one parameter vector: its scale and its draws."""
+def collective(method: Callable[Concatenate[Evaluation, P], T]) -> Callable[Concatenate[Evaluation, P], T]:
+    """A method that all ranks call together; where one of them leads (`bridge.driver`), the others follow it."""
 
-    theta: Array
-    scale: Array
-    design: Design
+    @functools.wraps(method)
+    def call(self: Evaluation, *args: P.args, **kwargs: P.kwargs) -> T:
+        watched = self.dispatcher.watched(self._execution.step_limit_s)
+        with watched, self.dispatcher.led(self, method.__name__, args, kwargs):
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 class Evaluation:
@@ -51,7 +67,8 @@ class Evaluation:
 
     Attributes:
         num_vectors: B, parameter vectors; each has `strategy.replicates` problems, R of them, one after another.
-        num_failed: rows dropped, over all problems.
+        num_failed: rows that failed, over all problems; `failures` counts them by how: error, timeout, non-finite.
+        owner: (units,) the rank that has each unit.
     """
 
     def __init__(
@@ -69,7 +86,7 @@ class Evaluation:
         first_replicate: int,
         need_theta: bool,
         need_scale: bool,
-        keep_bytes: int,
+        execution: Execution,
         spare: list[torch.Tensor],
         atom: tuple[int, float] | None = None,
     ) -> None:
@@ -78,7 +95,7 @@ class Evaluation:
         Args:
             thetas: (B, d). scales: (B, d) or (B, d, d).
             need_theta, need_scale: which derivatives may be asked for; with neither only the value is computed.
-            keep_bytes: outputs up to this size are kept, larger ones streamed where that is smaller.
+            execution: how the runs are carried out.
             spare: memory left by earlier evaluations; what this one leaves is added.
             atom: (coordinate, value) at which eps is held, for second derivatives of densities with kinks.
         """
@@ -103,21 +120,22 @@ class Evaluation:
 
         self.runs = _unit_runs(strategy)
         self.units = [Unit(p, i, *run) for p in range(len(self.problems)) for i, run in enumerate(self.runs)]
-        shares = [dispatcher.share_of(len(self.units), rank) for rank in range(dispatcher.size)]
-        self.starts = [share.start for share in shares]
-        self._own = self.units[shares[dispatcher.rank].start : shares[dispatcher.rank].stop]
+        self.runner = Runner(simulator, space, strategy, execution, dispatcher, self.problems, self.units)
+        self._execution = execution
         self._derivatives = (need_theta, need_scale)
         self.num_columns = self._stream_columns(need_theta, need_scale)
         chunks: dict[Unit, Chunks] = {}
         self._kept: list[list[tuple[Unit, torch.Tensor]]] = [[] for _ in self.problems]
-        self._failed: dict[int, str] = {}
+        self.num_failed, self.failures = 0, {}
         self.output_shape: tuple[int, ...] = ()
         self._large = False
 
         stream: Stream | None = None
-        error, like, clipped = None, None, 0
+        error, like = None, None
         try:
-            like, clipped, stream = self._evaluate_own(keep_bytes, spare, chunks)
+            like, stream = self._evaluate_own(spare, chunks)
+            if dispatcher.stopping:
+                error = StoppedError("A signal has asked the run to stop before all of its evaluations were done.")
         except BridgeError as failure:
             error = failure
         except Exception as failure:
@@ -125,14 +143,17 @@ class Evaluation:
                 f"Simulator {self._name!r} raised {type(failure).__name__}: {failure} on {socket.gethostname()}."
             )
             error.__cause__ = failure
+        if error is not None:
+            dispatcher.give_up()
         dispatcher.agree(error)
+        self.owner = dispatcher.owners(len(self.units), self.runner.own)
         # A rank without rows learns from the first that has some what an output looks like.
         mine = None
         if like is not None:
             mine = (like.shape[1], str(like.dtype), self.output_shape, stream is not None, self._large)
         layout = dispatcher.first(mine)
         if layout is None:
-            why = dispatcher.first(next(iter(self._failed.values()), None))
+            why = dispatcher.first(next((f.why for f in self.runner.failures.values()), None))
             raise EvaluationError(f"Expected an output from simulator {self._name!r}, got failures only ({why}).")
         if mine is not None and mine != layout:
             error = OutputError(
@@ -146,14 +167,13 @@ class Evaluation:
         self._like = like[:0]
         rows = len(self.problems) * strategy.num_rows
         self.num_evaluations = rows
-        self.clipped_fraction = float(dispatcher.scatter_add(np.array([float(clipped)]))[0]) / rows
+        self.clipped_fraction = float(dispatcher.scatter_add(np.array([float(self.runner.clipped)]))[0]) / rows
         if self.streamed:
-            self.num_failed = 0
             self.weights: list[Weights] = []
             self._sums = (stream or Stream(self, like, spare)).finish()
         else:
             for unit, parts in chunks.items():
-                self._kept[unit.problem].append((unit, _assemble(unit, parts, self._like)))
+                self._kept[unit.problem].append((unit, self._assemble(parts)))
             self._valid = self._agree_on_failures()
             self.weights = [self._make_weights(p, self._valid[p]) for p in range(len(self.problems))]
             self._sums = self._tree_sums([(p, w.value[None]) for p, w in enumerate(self.weights)], spare=spare)
@@ -166,79 +186,41 @@ class Evaluation:
             columns += self.dimension if self.form == "diagonal" else self.dimension**2
         return columns
 
-    def owner(self, unit: int) -> int:
-        """The rank that has unit number `unit` of all."""
-        return bisect_right(self.starts, unit) - 1
-
     def _evaluate_own(
-        self, keep_bytes: int, spare: list[torch.Tensor], chunks: dict[Unit, Chunks]
-    ) -> tuple[torch.Tensor | None, int, Stream | None]:
-        like, clipped, stream = None, 0, None
-        shape = self._simulator.output_shape
-        rows: dict[int, Array] = {}
-        for unit in self._own:
-            if unit.problem not in rows:
-                rows = {unit.problem: self._inputs(self.problems[unit.problem])}
-            kept = chunks[unit] = []
-            stop = unit.start
-            while stop < unit.stop:
-                # The first call tells how large an output is.
-                many = CHUNK if like is None else rows_at_once(like.shape[1])
-                start, stop = stop, min(stop + many, unit.stop)
-                inputs, changed = self._space.admit(rows[unit.problem][start:stop])
-                clipped += int(changed.sum())
-                F, shape = self._call(unit.problem, start, inputs, shape)
-                if F is None:
-                    kept.append((stop - start, None))
-                    continue
-                if like is None:
-                    like, self.output_shape = F, shape or ()
-                    self._large, streams = self._layout(F, keep_bytes)
-                    if streams:
-                        stream = Stream(self, F, spare)
-                if stream is None:
-                    self.check_finite(F, unit.problem, inputs, start)
-                    # The simulator may use the same memory for its next outputs, unless it was made for this call.
-                    kept.append((stop - start, F if _makes_memory(self._simulator) else F.clone()))
-                else:
-                    stream.add(unit, start, F, inputs)
-                del F  # before the next outputs are made: memory is for one chunk
-        return None if like is None else like[:0].clone(), clipped, stream
+        self, spare: list[torch.Tensor], chunks: dict[Unit, Chunks]
+    ) -> tuple[torch.Tensor | None, Stream | None]:
+        like, stream, held = None, None, 0
+        memory = makes_memory(self._simulator)
+        for out in self.runner.run():
+            F = out.F
+            kept = chunks.setdefault(out.unit, [])
+            if F is None:
+                kept.append((len(out.inputs), None))
+                continue
+            if like is None:
+                like, self.output_shape = F, self.runner.output_shape
+                self._large, streams = self._layout(F, self._execution.keep_bytes)
+                if streams:
+                    stream = Stream(self, F, spare)
+            if stream is not None:
+                stream.add(out)
+            else:
+                self.runner.check_finite(out)
+                held += F.numel() * F.element_size()
+                if held > self._execution.memory_bytes and F.device.type == "cpu":
+                    F = spilled(F)
+                # The simulator may use the same memory for its next outputs, unless it was made for this call.
+                elif not memory:
+                    F = F.clone()
+                kept.append((len(F), F))
+            del F, out  # before the next outputs are made: memory is for one chunk
+        return None if like is None else like[:0].clone(), stream
 
-    def _inputs(self, problem: Problem) -> Array:
-        inputs = perturb(problem.theta, problem.scale, problem.design.nodes.eps)
-        return np.vstack([inputs, problem.theta]) if self.strategy.extra_row else inputs
-
-    def _call(
-        self, p: int, start: int, inputs: Array, shape: tuple[int, ...] | None
-    ) -> tuple[torch.Tensor | None, tuple[int, ...] | None]:
-        """Outputs of some rows; None where all of them failed and failures are dropped."""
-        k = len(inputs)
-        seeds = self.problems[p].design.seeds[start : start + k]
-        drop = self.strategy.failures == "drop"
-        # In a process of its own a simulator gets rows one by one anyhow, and to repeat one may mean to wait for it.
-        singly = drop and k > 1 and isinstance(self._simulator, IsolatedSimulator)
-        try:
-            # Copies: a simulator that writes into its arguments must not change the design.
-            outputs = None if singly else self._simulator(np.array(inputs, order="C"), seeds.copy())
-        except Exception as error:
-            if not drop or isinstance(error, InputError | OutputError):
-                raise
-            if k == 1:
-                self._failed[p * self.strategy.num_rows + start] = f"{type(error).__name__}: {error}"
-                return None, shape
-            singly = True
-        if singly:
-            # Each by itself, so that one failure does not take its neighbours along.
-            parts = []
-            for i in range(k):
-                part, shape = self._call(p, start + i, inputs[i : i + 1], shape)
-                parts.append(part if part is None else part.clone())
-            good = [part for part in parts if part is not None]
-            if not good:
-                return None, shape
-            return torch.cat([torch.full_like(good[0], torch.nan) if x is None else x for x in parts]), shape
-        return as_rows(outputs, k, shape, self._name)
+    def _assemble(self, parts: Chunks) -> torch.Tensor:
+        """The outputs of a unit, filled in where all of a chunk failed."""
+        filling = self.runner.filling
+        filled = [self._like.new_full((k, self.num_outputs), filling) if F is None else F for k, F in parts]
+        return filled[0] if len(filled) == 1 else torch.cat(filled)
 
     def _layout(self, F: torch.Tensor, keep_bytes: int) -> tuple[bool, bool]:
         """Decides, once the size of an output is known: (whether leaves have several units, whether to stream).
@@ -290,50 +272,34 @@ class Evaluation:
         vectors = [aligned(torch.as_tensor(row)) for row in 2.0 * signs - 1.0]
         return np.stack(self._products([(p, v) for v in vectors]), axis=1)[: self.strategy.num_samples]
 
-    def check_finite_sum(self, total: torch.Tensor, F: torch.Tensor, p: int, inputs: Array, start: int) -> None:
-        """Refuses outputs that are not finite; a weighted sum of them shows every NaN, a weight of zero included."""
-        if not math.isfinite(total.sum().item()):
-            self._refuse(~torch.isfinite(F).all(dim=1), F, p, inputs, start)
-
-    def check_finite(self, F: torch.Tensor, p: int, inputs: Array, start: int) -> None:
-        # One sum finds every NaN and infinity at a fraction of the cost of looking at each number.
-        if math.isfinite(F.sum().item()):
-            return
-        self._refuse(~torch.isfinite(F).all(dim=1), F, p, inputs, start)
-
-    def _refuse(self, bad: torch.Tensor, F: torch.Tensor, p: int, inputs: Array, start: int) -> None:
-        if not bool(bad.any()):
-            return  # finite numbers whose sum overflows
-        row = int(torch.nonzero(bad)[0])
-        if self.strategy.failures == "drop":
-            for i in torch.nonzero(bad).flatten().tolist():
-                self._failed.setdefault(p * self.strategy.num_rows + start + i, "outputs NaN or infinite")
-            # A weight of zero does not undo a NaN.
-            F[bad] = 0
-            return
-        values = ", ".join(f"{n} = {v:.6g}" for n, v in self._space.mapping(inputs[row]).items())
-        raise EvaluationError(
-            f"Expected finite outputs from simulator {self._name!r}, got "
-            f"{int((~torch.isfinite(F[row])).sum())} of {F.shape[1]} numbers NaN or infinite in row {start + row} "
-            f"({values}) on {socket.gethostname()}. Bound the parameters to where the simulator works, or, if failing "
-            'has nothing to do with the parameters, drop such rows with failures="drop".'
-        )
-
     def _agree_on_failures(self) -> NDArray[np.bool_]:
         """Which rows of which problem count: (P, num_rows). Collective."""
-        valid = np.ones((len(self.problems), self.strategy.num_rows), dtype=bool)
-        if self.strategy.failures == "raise":
-            self.num_failed = 0
+        strategy = self.strategy
+        valid = np.ones((len(self.problems), strategy.num_rows), dtype=bool)
+        if strategy.failures == "raise":
             return valid
-        flags = np.zeros(valid.size)
-        flags[list(self._failed)] = 1.0
-        failed = self.dispatcher.scatter_add(flags).reshape(valid.shape) > 0
-        self.num_failed = int(failed.sum())
+        codes = np.zeros(valid.size)
+        for row, failure in self.runner.failures.items():
+            codes[row] = STATUSES.index(failure.status)
+        codes = self.dispatcher.scatter_add(codes).reshape(valid.shape)
+        self.failures = dict(Counter(STATUSES[int(code)] for code in codes[codes > 0]))
+        self.num_failed = sum(self.failures.values())
         if self.num_failed == 0:
             return valid
-        why = self.dispatcher.first(next(iter(self._failed.values()), None))
+        why = self.dispatcher.first(next((f.why for f in self.runner.failures.values()), None))
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(self.failures.items()))
+        least = 1 - self.num_failed / valid.size
+        if least < strategy.min_ok:
+            raise EvaluationError(
+                f"Expected at least {strategy.min_ok:.0%} of the runs to succeed (min_ok), got {least:.0%}: "
+                f"{self.num_failed} of {valid.size} runs of {self._name!r} failed ({counts}). One of them: {why}"
+            )
+        if self.dispatcher.rank == 0:
+            _log.warning("%d of %d evaluations failed: %s; one: %s", self.num_failed, valid.size, counts, why)
+        if strategy.failures == "penalty":
+            return valid  # the penalty is their output
         for p, problem in enumerate(self.problems):
-            valid[p] = survivors(self.strategy, problem.design.nodes, ~failed[p], str(why))
+            valid[p] = survivors(strategy, problem.design.nodes, codes[p] == 0, str(why))
         return valid
 
     # -- what is linear in the outputs ------------------------------------------------------------------------------
@@ -347,12 +313,14 @@ class Evaluation:
         """Whether derivatives in L were asked for."""
         return self._derivatives[1]
 
+    @collective
     def unperturbed(self, p: int) -> torch.Tensor:
         """f(x), where it was evaluated as one more row of a kept problem: (m,). Collective."""
         last = np.zeros((1, self.strategy.num_rows))
         last[0, -1] = 1.0
         return self._tree_sums([(p, last)])[0][0]
 
+    @collective
     def mean_of_rows(self, p: int) -> torch.Tensor:
         """The mean of the surviving perturbed rows of a kept problem: (m,). Collective."""
         good = np.zeros((1, self.strategy.num_rows))
@@ -412,6 +380,7 @@ class Evaluation:
         """(N,) which perturbed rows of problem p count."""
         return np.asarray(self._valid[p][: self.strategy.num_samples])
 
+    @collective
     def row_products(self, b: int, v: torch.Tensor) -> list[Array]:
         """<v, F_i> of the perturbed rows of each replicate of vector b: R arrays (N,). Collective."""
         self.require_rows("products with each row")
@@ -419,6 +388,7 @@ class Evaluation:
         v = self._broadcast_vector(v)
         return [c[: self.strategy.num_samples] for c in self._products([(p, v) for p in self.replicates(b)])]
 
+    @collective
     def vjp(self, pairs: Sequence[tuple[int, torch.Tensor]]) -> list[tuple[Array, Array | None]]:
         """For each (vector, v in R^m): gradients of <v, value> in theta, (R, d), and in L, (R, d) or (R, d, d), one for
         each replicate; the estimate is their mean. Collective.
@@ -476,6 +446,7 @@ class Evaluation:
             return x, None
         return x, pull_back_scale(problem.scale, g[d:].reshape(problem.scale.shape))
 
+    @collective
     def hvp(self, triples: Sequence[tuple[int, torch.Tensor, Array]]) -> list[Array]:
         """For each (vector, v in R^m, u in R^d): d^2<v, value>/dx^2 u, (d,), from the second score. Collective.
 
@@ -498,6 +469,7 @@ class Evaluation:
         R = self.strategy.replicates
         return [np.mean(results[i : i + R], axis=0) for i in range(0, len(results), R)]
 
+    @collective
     def jvp(self, triples: Sequence[tuple[int, Array, Array | None]]) -> list[torch.Tensor]:
         """For each (vector, tangent in theta, tangent in L or None): J t, (m,). Collective."""
         self.require_derivatives()
@@ -588,31 +560,18 @@ class Evaluation:
                 sums[q].add(unit.index, total)
         if self.dispatcher.size == 1:
             return [tree.result() for tree in sums]
-        all_owners = self.owners(1)
-        owners = [[ranges[p] for p, _ in weights] for ranges in all_owners]
+        owners = [self.leaf_owner(p, 1) for p, _ in weights]
         like = [
             self._like.new_empty((len(w), self.num_outputs if columns is None or c is None else len(c)))
             for (_, w), c in zip(weights, columns or [None] * len(weights), strict=True)
         ]
         return self.dispatcher.finish(sums, like, owners)
 
-    def owners(self, units_in_leaf: int) -> list[list[range]]:
-        """For each rank and problem, the run of leaves whose first unit the rank has."""
-        owners = []
-        per_problem = len(self.runs)
-        bounds = [*self.starts, len(self.units)]
-        for rank in range(self.dispatcher.size):
-            ranges = []
-            for p in range(len(self.problems)):
-                lo, hi = (min(max(x - p * per_problem, 0), per_problem) for x in bounds[rank : rank + 2])
-                first = [self.leaf_of(i, units_in_leaf) for i in (lo, hi)]
-                # A leaf counts where it begins.
-                starts = [
-                    leaf + (i != self.leaf_start(leaf, units_in_leaf)) for leaf, i in zip(first, (lo, hi), strict=True)
-                ]
-                ranges.append(range(starts[0], max(starts)))
-            owners.append(ranges)
-        return owners
+    def leaf_owner(self, p: int, units_in_leaf: int) -> NDArray[np.int64]:
+        """(leaves,) the rank that adds each leaf of a problem: the one that has its first unit."""
+        first = p * len(self.runs)
+        leaves = self.leaf_of(len(self.runs), units_in_leaf)
+        return self.owner[[first + self.leaf_start(leaf, units_in_leaf) for leaf in range(leaves)]]
 
     def leaf_of(self, index: int, units_in_leaf: int) -> int:
         """The leaf of a problem's unit; the unperturbed row is a leaf of its own. `index` may be one past the end."""
@@ -627,6 +586,7 @@ class Evaluation:
         leaves = -(-regular // units_in_leaf)
         return leaf * units_in_leaf if leaf < leaves else regular + (leaf - leaves)
 
+    @collective
     def replicate_jacobians(self, b: int) -> list[torch.Tensor]:
         """J = F^T W L^-1 of each replicate of vector b: R tensors (m, d). Collective."""
         if not self._derivatives[0]:
@@ -642,6 +602,7 @@ class Evaluation:
         inverse = np.diag(1 / scale) if scale.ndim == 1 else np.linalg.inv(scale)
         return [self._masked(columns).T @ aligned(torch.as_tensor(inverse).to(columns)) for columns in all_columns]
 
+    @collective
     def second_moments(self, b: int, weights: Sequence[Array], centres: torch.Tensor) -> list[torch.Tensor]:
         """W (F - centre)^2 for each W (c, N), from kept rows of a single replicate: (c, m) each. Collective."""
         self.dispatcher.begin("second moments", f"vector {b}")
@@ -650,6 +611,7 @@ class Evaluation:
         padded = [(p, np.pad(w, ((0, 0), (0, extra)))) for w in weights]
         return self._tree_sums(padded, transform=lambda F: (F - centres.to(F)).square())
 
+    @collective
     def row_scalars(self, p: int, function: Callable[[torch.Tensor], torch.Tensor]) -> Array:
         """function(F) of the perturbed rows of a kept problem, computed where the rows are: (N,). Collective.
 
@@ -661,39 +623,39 @@ class Evaluation:
             scalars[unit.start : unit.stop] = function(F.to("cpu", torch.float64)).numpy()
         return self.dispatcher.scatter_add(scalars)[: self.strategy.num_samples]
 
+    @collective
     def output_columns(self, p: int) -> tuple[torch.Tensor, range]:
         """All perturbed rows of the run of outputs that this rank takes: (N, width), float64, and the run. Collective.
 
         The transpose of the row blocks: each rank gives every other one a part of its rows, nobody holds all.
         """
         own = self.dispatcher.share(self.num_outputs)
-        mine = [F for unit, F in self._kept[p] if unit.start < self.strategy.num_samples]
-        block = torch.cat(mine) if mine else self._like
-        return self.dispatcher.transpose(block.to("cpu", torch.float64)), own
+        mine = sorted(
+            ((unit.start, F) for unit, F in self._kept[p] if unit.start < self.strategy.num_samples),
+            key=lambda pair: pair[0],
+        )
+        block = torch.cat([F for _, F in mine]) if mine else self._like
+        columns = self.dispatcher.transpose(block.to("cpu", torch.float64))
+        # They come in the order of ranks: back into that of rows.
+        regular = len(self.runs) - self.strategy.extra_row
+        owner = self.owner[p * len(self.runs) :][:regular]
+        order = np.concatenate([np.arange(*self.runs[i]) for i in np.argsort(owner, kind="stable")])
+        return columns[np.argsort(order)], own
 
+    @collective
     def join_columns(self, columns: torch.Tensor) -> torch.Tensor:
         """(n, own width) results for each rank's run of outputs to (n, m) on every rank. Collective."""
         return self.dispatcher.concatenate(columns)
 
+    @collective
     def gather_rows(self, p: int) -> torch.Tensor:
         """All perturbed rows on every rank, (N, m) float64. Collective; for looking and for small outputs."""
         columns, _ = self.output_columns(p)
         return self.join_columns(columns)
 
 
-def _assemble(unit: Unit, parts: Chunks, like: torch.Tensor) -> torch.Tensor:
-    """The outputs of a unit, zeros where all of a chunk failed."""
-    filled = [like.new_zeros((k, like.shape[1])) if F is None else F for k, F in parts]
-    return filled[0] if len(filled) == 1 else torch.cat(filled)
-
-
 def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).mean(dim=0)
-
-
-def _makes_memory(simulator: Simulator) -> bool:
-    """Whether each call's outputs are in memory of their own."""
-    return isinstance(simulator, FunctionSimulator) and not simulator.vectorized
 
 
 def _unit_runs(strategy: Strategy) -> list[tuple[int, int]]:

@@ -312,6 +312,6 @@ def _plain_outputs(smoothed: SmoothedSimulator, thetas: Array) -> NDArray[Any]:
         covariate="none",
         forward="unsmoothed",
     )
-    once.dispatcher = smoothed.dispatcher
+    once.dispatcher, once.execution = smoothed.dispatcher, smoothed.execution
     with torch.no_grad():
         return np.asarray(once(torch.as_tensor(thetas)).numpy())

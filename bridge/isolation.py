@@ -13,14 +13,17 @@ import faulthandler
 import math
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
 import time
 import traceback
 import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +31,16 @@ from numpy.typing import NDArray
 from bridge import errors
 from bridge.environment import child_environment, describe_status, thread_count
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, SetupError
-from bridge.simulator import BlockStructure, ParameterSpace, Simulator, Structured, simulator_name
+from bridge.simulator import (
+    BlockStructure,
+    ParameterSpace,
+    Simulator,
+    Structured,
+    computes_row_by_row,
+    simulator_name,
+)
+
+T = TypeVar("T")
 
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
 _START_SECONDS = 120.0
@@ -75,14 +87,23 @@ class IsolatedSimulator:
     def structure(self) -> BlockStructure | None:
         return self.inner.structure if isinstance(self.inner, Structured) else None
 
-    def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
-        return np.concatenate([self._row(inputs[i : i + 1], seeds[i : i + 1]) for i in range(len(inputs))])
+    @property
+    def row_by_row(self) -> bool:
+        return computes_row_by_row(self.inner)
 
-    def _row(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+    def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+        if not self.row_by_row:
+            return self._rows(inputs, seeds)
+        return np.concatenate([self._rows(inputs[i : i + 1], seeds[i : i + 1]) for i in range(len(inputs))])
+
+    def _rows(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         if self._process is None or self._process.poll() is not None:
             self._start()
         where = f"at parameters {inputs[0].tolist()}, seed {int(seeds[0])}"
-        status, result = self._ask((inputs, seeds), self.timeout_s, where)
+        if len(inputs) > 1:
+            where += f" and {len(inputs) - 1} more rows of the same call"
+        limit = None if self.timeout_s is None else self.timeout_s * len(inputs)
+        status, result = self._ask((inputs, seeds), limit, where)
         if status == "ok":
             return np.asarray(result)
         kind, message, trace = result
@@ -151,6 +172,60 @@ class IsolatedSimulator:
         if self._process is not None:
             self._finalizer()
         self._process = self._pipe = None
+
+
+@final
+class SimulatorPool:
+    """Several child processes that evaluate at the same time; made by `bridge.smooth(..., workers=...)`.
+
+    Args:
+        inner, timeout_s: as in `IsolatedSimulator`.
+        workers: how many.
+    """
+
+    def __init__(self, inner: Simulator, workers: int, timeout_s: float | None = None) -> None:
+        if int(workers) != workers or workers < 1:
+            raise InputError(f"Expected a positive integer of workers, got {workers!r}.")
+        self.inner, self.workers, self.name = inner, int(workers), simulator_name(inner)
+        self._children = [IsolatedSimulator(inner, timeout_s) for _ in range(self.workers)]
+        self._free: queue.SimpleQueue[IsolatedSimulator] = queue.SimpleQueue()
+        for child in self._children:
+            self._free.put(child)
+        # The same threads for ever: a child is told to end when the thread that has started it does.
+        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="bridge-worker")
+
+    @property
+    def space(self) -> ParameterSpace | None:
+        return self.inner.space
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        return self.inner.output_shape
+
+    @property
+    def structure(self) -> BlockStructure | None:
+        return self._children[0].structure
+
+    @property
+    def row_by_row(self) -> bool:
+        return computes_row_by_row(self.inner)
+
+    def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+        """Evaluates in whichever child is free; waits for one."""
+        child = self._free.get()
+        try:
+            return child(inputs, seeds)
+        finally:
+            self._free.put(child)
+
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Calls `work`, which may call this simulator, in one of as many threads as there are children."""
+        return self._threads.submit(work, *arguments)
+
+    def close(self) -> None:
+        """Ends the children; a later call starts others."""
+        for child in self._children:
+            child.close()
 
 
 def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:

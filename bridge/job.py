@@ -28,7 +28,8 @@ from bridge import registry
 from bridge.dispatch import is_root
 from bridge.errors import InputError
 from bridge.fitting import FitResult, fit
-from bridge.report import Progress, draw_fit, write_json, write_whole
+from bridge.files import write_json, write_whole
+from bridge.report import Progress, draw_fit
 from bridge.simulator import FileFormat, Simulator
 
 _SECTIONS = ("simulator", "target", "start", "fit", "output")

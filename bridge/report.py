@@ -5,11 +5,8 @@ Every file is written beside its place and moved there whole, so that nothing ha
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.errors import SetupError
+from bridge.files import write_whole
 from bridge.fitting import FitResult, FitStep
 from bridge.simulator import ParameterSpace
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Writes through a temporary neighbour and moves it into place; on failure nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
-
-
-def write_json(path: Path, data: Any) -> Path:
-    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-    return write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def _smooth_for_eyes(image: NDArray[Any], sigma: float) -> NDArray[np.float64]:

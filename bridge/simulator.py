@@ -260,6 +260,31 @@ class Structured(Protocol):
     def structure(self) -> BlockStructure | None: ...
 
 
+@runtime_checkable
+class RowByRow(Protocol):
+    """A simulator that says whether it computes its rows one by one: then any grouping of rows gives the same bits."""
+
+    @property
+    def row_by_row(self) -> bool: ...
+
+
+def computes_row_by_row(simulator: Simulator) -> bool:
+    """Whether rows may be grouped at will; a simulator that does not say so might compute with all rows of a call."""
+    return isinstance(simulator, RowByRow) and simulator.row_by_row
+
+
+def makes_memory(simulator: Simulator) -> bool:
+    """Whether each call's outputs are in memory of their own."""
+    return isinstance(simulator, FunctionSimulator) and not simulator.vectorized
+
+
+@runtime_checkable
+class Parallel(Protocol):
+    """A simulator that is itself parallel: `bound(comm)` is the same one, run by the ranks of a communicator."""
+
+    def bound(self, comm: Any) -> Simulator: ...
+
+
 def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Empty memory that starts on a multiple of 64 bytes, as torch wants it (an aligned copy is saved later)."""
     if dtype.hasobject:
@@ -268,6 +293,17 @@ def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]
     memory = np.empty(size + 64, dtype=np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+class _With:
+    """A function with a last argument filled in, under its own name."""
+
+    def __init__(self, function: Callable[..., Any], last: Any) -> None:
+        self.function, self.last = function, last
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments, self.last)
 
 
 @dataclass(frozen=True)
@@ -280,12 +316,27 @@ class FunctionSimulator:
     vectorized: bool = False
     seeded: bool = False
     structure: BlockStructure | None = None
+    parallel: bool = False
+
+    def bound(self, comm: Any) -> FunctionSimulator:
+        if not self.parallel:
+            raise InputError(
+                f"Expected a simulator that takes a communicator, got {self.name!r}. Declare it with "
+                "as_simulator(f, parallel=True); it is then called as f(theta, comm)."
+            )
+        return replace(self, function=_With(self.function, comm), parallel=False)
+
+    @property
+    def row_by_row(self) -> bool:
+        return not self.vectorized
 
     @property
     def name(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> Any:
+        if self.parallel:
+            raise InputError(f"Expected smooth(..., ranks_per_evaluation=...) for {self.name!r}, which is parallel.")
         if self.vectorized:
             return self.function(inputs, seeds) if self.seeded else self.function(inputs)
         # Each output is copied as it comes: the function may hand out the same memory every time.
@@ -324,6 +375,7 @@ def as_simulator(
     vectorized: bool = False,
     seeded: bool = False,
     structure: BlockStructure | None = None,
+    parallel: bool = False,
 ) -> Simulator:
     """Wraps a function as a simulator.
 
@@ -338,6 +390,8 @@ def as_simulator(
         output_shape: shape of one output; learned from the first call when left out.
         outside: "clip", "raise" or "ignore", see `ParameterSpace`.
         structure: which outputs each parameter touches, where that is known.
+        parallel: the function is an MPI program itself: its last argument is the communicator (mpi4py) of the ranks
+            that call it together, see `ranks_per_evaluation` of `bridge.smooth`; the first rank's result counts.
 
     Returns:
         a `Simulator`.
@@ -348,7 +402,7 @@ def as_simulator(
     described = {"names": names, "units": units, "bounds": bounds, "natural_scale": natural_scale}
     given = {key: value for key, value in described.items() if value is not None}
     if isinstance(function, Simulator):
-        if given or output_shape is not None or vectorized or seeded or structure is not None:
+        if given or output_shape is not None or vectorized or seeded or structure is not None or parallel:
             raise InputError(
                 f"{type(function).__name__} is a Simulator already and describes itself; call as_simulator on a "
                 "plain function, or drop the other arguments."
@@ -373,7 +427,7 @@ def as_simulator(
             if natural_scale is not None:
                 parameters[i] = replace(parameters[i], natural_scale=float(natural_scale[i]))
         space = ParameterSpace(tuple(parameters), outside=outside)
-    return FunctionSimulator(function, space, output_shape, vectorized, seeded, structure)
+    return FunctionSimulator(function, space, output_shape, vectorized, seeded, structure, parallel)
 
 
 def simulator_name(simulator: Simulator) -> str:

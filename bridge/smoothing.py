@@ -27,13 +27,23 @@ from bridge.adaptive import AdaptiveEstimate, Quantity, estimate_to
 from bridge.design import Strategy, make_strategy
 from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.distributions import Distribution
+from bridge.environment import step_limit
 from bridge.errors import InputError
 from bridge.estimate import Estimate
 from bridge.evaluation import Evaluation
-from bridge.isolation import IsolatedSimulator
+from bridge.isolation import IsolatedSimulator, SimulatorPool
 from bridge.points import PointSet
+from bridge.running import Execution
 from bridge.scale import Form, ScaleLike, parse_scale, pull_back_theta, push_theta
-from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name
+from bridge.simulator import (
+    Parallel,
+    ParameterSpace,
+    Simulator,
+    as_simulator,
+    computes_row_by_row,
+    simulator_name,
+)
+from bridge.store import Store
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -73,23 +83,27 @@ class _Call:
     def _evaluation(
         self, thetas: NDArray[np.float64], scales: NDArray[np.float64], atom: tuple[int, float] | None
     ) -> Evaluation:
-        return Evaluation(
-            self.smoothed.simulator,
-            self.space,
-            self.smoothed.strategy,
-            self.smoothed.dispatcher,
-            thetas,
-            scales,
-            self.form,
-            step=self.step,
-            first_problem=self.problem,
-            first_replicate=self.replicate,
-            need_theta=self.need_theta and atom is None,
-            need_scale=self.need_scale and atom is None,
-            keep_bytes=self.smoothed.keep_bytes,
-            spare=self.smoothed.spare,
-            atom=atom,
-        )
+        smoothed = self.smoothed
+        with smoothed.dispatcher.watched(smoothed.execution.step_limit_s):
+            return smoothed.dispatcher.make(
+                Evaluation,
+                smoothed.simulator,
+                self.space,
+                smoothed.strategy,
+                smoothed.dispatcher,
+                thetas,
+                scales,
+                self.form,
+                step=self.step,
+                first_problem=self.problem,
+                first_replicate=self.replicate,
+                need_theta=self.need_theta and atom is None,
+                need_scale=self.need_scale and atom is None,
+                execution=smoothed.execution,
+                spare=smoothed.spare,
+                atom=atom,
+                once=(smoothed.simulator, smoothed.execution, smoothed.spare),
+            )
 
     def hvp(self, number: int, triples: list[tuple[int, torch.Tensor, NDArray[np.float64]]]) -> list[NDArray[Any]]:
         """d^2<v, value>/dx^2 u for each (vector, v, u). Collective.
@@ -351,10 +365,10 @@ class SmoothedSimulator:
         strategy: Strategy,
         scale: ScaleLike,
         dispatcher: Dispatcher,
-        keep_bytes: int,
+        execution: Execution,
     ) -> None:
         self.simulator, self.strategy, self.scale = simulator, strategy, scale
-        self.dispatcher, self.keep_bytes = dispatcher, keep_bytes
+        self.dispatcher, self.execution = dispatcher, execution
         self.spare: list[torch.Tensor] = []
         self._last: tuple[int, int, bytes] | None = None
         self._warned = False
@@ -453,7 +467,7 @@ class SmoothedSimulator:
         centred = self
         if self.strategy.covariate == "auto":
             strategy = replace(self.strategy, covariate="loo")
-            centred = SmoothedSimulator(self.simulator, strategy, self.scale, self.dispatcher, self.keep_bytes)
+            centred = SmoothedSimulator(self.simulator, strategy, self.scale, self.dispatcher, self.execution)
         given, tensor, _, _ = centred._prepare(theta, step, scale, problem)
         estimate = centred.estimate(
             given.detach(), step, scale=scale, problem=problem, scale_gradient=tensor.requires_grad
@@ -540,10 +554,19 @@ def smooth(
     forward: str = "smoothed",
     simulator_seeds: str = "common",
     failures: str = "raise",
+    penalty: float | None = None,
+    min_ok: float = 0.5,
+    retries: int = 0,
     isolate: str | None = None,
     timeout_s: float | None = None,
+    workers: int | None = None,
+    ranks_per_evaluation: int = 1,
+    schedule: str = "auto",
+    store: Store | None = None,
     leaf_size: int | None = None,
     keep_megabytes: float = 24.0,
+    memory_megabytes: float | None = None,
+    step_limit_s: float | None = None,
     comm: Intracomm | None = None,
 ) -> SmoothedSimulator:
     """Makes a black box differentiable by smoothing the algorithm: f_L(x) = E[f(x + L eps)].
@@ -569,17 +592,30 @@ def smooth(
         forward: "smoothed" returns the mean; "unsmoothed" returns f(x) (one run more), with the smoothed gradient.
         simulator_seeds: "common" hands all perturbations of a step the same seed (common random numbers), "independent"
             each row its own. Replicates always have seeds of their own.
-        failures: "raise", or "drop": rows that raise or are not finite are left out (pairs as a whole) and the weights
-            recomputed. The estimate is then that of the runs that succeed: biased, unless failing is independent of
-            the perturbation. Needs memory for all outputs.
+        failures: what becomes of runs that raise, take too long, or are not finite. "raise": the same error on every
+            rank. "drop": they are left out (pairs as a whole) and the weights recomputed; the estimate is then that of
+            the runs that succeed: biased, unless failing is independent of the perturbation. "penalty": `penalty`
+            stands in the place of each number of their outputs. The latter two need memory for all outputs.
+        penalty: for failures="penalty".
+        min_ok: with drop or penalty: an error on every rank where a smaller share of an evaluation's runs succeeds.
+        retries: further attempts at a run that raises or takes too long, with the same inputs and seed.
         isolate: "process" runs the simulator in a child process of each rank: one that crashes (a segmentation fault,
             `exit`) or hangs is then a failed evaluation like any other. Costs about 0.4 ms a run, and the outputs'
             way through a pipe.
-        timeout_s: seconds that one run may take, with isolate="process"; a run that takes longer is killed.
+        timeout_s: seconds that one run may take, with isolate="process" or workers; a run that takes longer is killed.
+        workers: child processes of each rank, which evaluate at the same time: a pool that needs no MPI.
+        ranks_per_evaluation: ranks that evaluate one row together, for a simulator that is itself an MPI program (see
+            `as_simulator(..., parallel=True)`); it divides the number of ranks.
+        schedule: "static" gives each rank an even share of the rows, "dynamic" lets idle ranks take rows off busy ones,
+            "auto" does so where a run takes more than 2 ms. No result depends on it.
+        store: a `Store`: finished evaluations are kept on disk and found again. No result depends on it.
         leaf_size: rows of one unit that goes to a rank as a whole; default from N alone. Part of the result's last
             bits.
         keep_megabytes: outputs up to this size, over all ranks, are kept for backward; larger ones are streamed into
             the Jacobian where that is smaller.
+        memory_megabytes: outputs that a rank keeps beyond this are written to its local disk (TMPDIR).
+        step_limit_s: when an evaluation, forward or backward, takes longer, every rank prints its stack and the job
+            ends; by default BRIDGE_STEP_LIMIT_S, or no limit.
         comm: an mpi4py communicator; by default all ranks that the launcher started.
 
     Returns:
@@ -602,20 +638,52 @@ def smooth(
         forward=forward,
         simulator_seeds=simulator_seeds,
         failures=failures,
+        penalty=penalty,
+        min_ok=min_ok,
         leaf_size=leaf_size,
     )
     wrapped = as_simulator(simulator)
+    if schedule not in ("auto", "static", "dynamic"):
+        raise InputError(f"Unknown schedule={schedule!r}. Known: auto, static, dynamic.")
+    for name, number, least in (("retries", retries, 0), ("ranks_per_evaluation", ranks_per_evaluation, 1)):
+        if int(number) != number or number < least:
+            raise InputError(f"Expected an integer {name} of at least {least}, got {number!r}.")
+    for name, limit in (("memory_megabytes", memory_megabytes), ("step_limit_s", step_limit_s)):
+        if limit is not None and not limit > 0:
+            raise InputError(f"Expected a positive {name}, got {limit!r}.")
+    dispatcher = get_dispatcher(comm, ranks_per_evaluation)
+    if ranks_per_evaluation > 1:
+        if isolate is not None or workers is not None:
+            raise InputError("Expected ranks_per_evaluation without isolate and workers: the ranks run the simulator.")
+        if not isinstance(wrapped, Parallel):
+            raise InputError(
+                f"Expected a simulator that takes a communicator, with ranks_per_evaluation, got "
+                f"{simulator_name(wrapped)!r}. Use as_simulator(f, parallel=True), or give it a method bound(comm)."
+            )
+        wrapped = wrapped.bound(dispatcher.group)
     if isolate not in (None, "process"):
         raise InputError(f"Unknown isolate={isolate!r}. Known: process, or None.")
-    if isolate is not None:
+    if workers is not None:
+        wrapped = SimulatorPool(wrapped, workers, timeout_s)
+    elif isolate is not None:
         wrapped = IsolatedSimulator(wrapped, timeout_s)
     elif timeout_s is not None:
-        raise InputError("Expected isolate='process' with timeout_s: a run inside this process cannot be ended.")
+        raise InputError(
+            "Expected isolate='process' or workers with timeout_s: a run inside this process cannot be ended."
+        )
     if wrapped.space is not None:
         _validate_scale(scale, wrapped.space, strategy)
     if not keep_megabytes >= 0:
         raise InputError(f"Expected keep_megabytes >= 0, got {keep_megabytes!r}.")
-    return SmoothedSimulator(wrapped, strategy, scale, get_dispatcher(comm), int(keep_megabytes * 1e6))
+    execution = Execution(
+        keep_bytes=int(keep_megabytes * 1e6),
+        memory_bytes=math.inf if memory_megabytes is None else memory_megabytes * 1e6,
+        schedule=schedule,  # type: ignore[arg-type]
+        retries=int(retries),
+        store=store,
+        step_limit_s=step_limit() if step_limit_s is None else float(step_limit_s),
+    )
+    return SmoothedSimulator(wrapped, strategy, scale, dispatcher, execution)
 
 
 def _validate_scale(scale: ScaleLike, space: ParameterSpace, strategy: Strategy) -> None:
@@ -639,6 +707,15 @@ class LossSimulator:
     @property
     def output_shape(self) -> tuple[int, ...]:
         return ()
+
+    @property
+    def row_by_row(self) -> bool:
+        return computes_row_by_row(self.inner)
+
+    def bound(self, comm: Any) -> LossSimulator:
+        if not isinstance(self.inner, Parallel):
+            raise InputError(f"Expected a simulator that takes a communicator, got {simulator_name(self.inner)!r}.")
+        return replace(self, inner=self.inner.bound(comm))
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> torch.Tensor:
         outputs = self.inner(inputs, seeds)

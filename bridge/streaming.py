@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.dispatch import TreeSum
-from bridge.errors import OutputError
+from bridge.errors import EvaluationError, OutputError
 
 if TYPE_CHECKING:
     from bridge.evaluation import Evaluation
+    from bridge.running import Outputs
 
 Array = NDArray[np.float64]
 
@@ -114,9 +117,10 @@ class Stream:
         per_problem = e.leaf_of(len(e.runs), self._units_in_leaf)
         self._sums = [TreeSum(per_problem, spare) for _ in e.problems]
         self._matrix: tuple[int, torch.Tensor] | None = None
-        self._total: torch.Tensor | None = None
-        self._at: tuple[int, int] | None = None
-        self._travelling: dict[tuple[int, int], list[torch.Tensor]] = {}
+        # Leaves of which rows are still to come: one, and one at the end of a run of which others took the rest.
+        self._open: dict[tuple[int, int], torch.Tensor] = {}
+        self._begun: tuple[int, int] | None = None
+        self._waiting: dict[tuple[int, int], list[torch.Tensor]] = {}
         self._rank = e.dispatcher.rank
 
     def _place(self, unit: Unit) -> tuple[int, int]:
@@ -124,60 +128,94 @@ class Stream:
         leaf = self._e.leaf_of(unit.index, self._units_in_leaf)
         return leaf, unit.problem * len(self._e.runs) + self._e.leaf_start(leaf, self._units_in_leaf)
 
-    def add(self, unit: Unit, start: int, F: torch.Tensor, inputs: Array) -> None:
+    def add(self, out: Outputs) -> None:
+        unit, F = out.unit, out.F
+        assert F is not None
         leaf, first = self._place(unit)
-        if self._e.owner(first) != self._rank:
-            self._e.check_finite(F, unit.problem, inputs, start)
-            self._travelling.setdefault((unit.problem, unit.index), []).append(F.clone())
+        # A leaf is added by the rank that has its first unit, unit by unit. What a rank takes off others comes from the
+        # end of their runs backwards, and the first unit of its own run may belong to a leaf begun by another: these
+        # wait until it is known who has what.
+        here = first + unit.index - self._e.leaf_start(leaf, self._units_in_leaf)
+        if out.stolen or (first != here and (unit.problem, leaf) != self._begun):
+            self._e.runner.check_finite(out)
+            self._waiting.setdefault((unit.problem, unit.index), []).append(F.clone())
             return
-        self._add(unit.problem, leaf, start, F)
-        assert self._total is not None
-        self._e.check_finite_sum(self._total[0], F, unit.problem, inputs, start)
+        self._begun = (unit.problem, leaf)
+        self._add(unit.problem, leaf, out.start, F, out)
 
-    def _add(self, p: int, leaf: int, start: int, F: torch.Tensor) -> None:
-        if self._at != (p, leaf):
-            self._close()
+    def _add(self, p: int, leaf: int, start: int, F: torch.Tensor, out: Outputs | None = None) -> None:
         if self._matrix is None or self._matrix[0] != p:
             self._matrix = (p, self._e.stream_weights(p, F))
         part = self._matrix[1][:, start : start + len(F)]
-        first = self._total is None
-        if self._total is None:
-            self._at, self._total = (p, leaf), self._sums[p].buffer(F, len(part))
-        accumulate(self._total, part, F, first)
-
-    def _close(self) -> None:
-        if self._at is not None and self._total is not None:
-            self._sums[self._at[0]].add(self._at[1], self._total)
-        self._at = self._total = None
+        total = self._open.get((p, leaf))
+        if total is None:
+            total = self._open[p, leaf] = self._sums[p].buffer(F, len(part))
+            accumulate(total, part, F, first=True)
+        else:
+            accumulate(total, part, F, first=False)
+        if out is not None:
+            self._e.runner.check_finite_sum(total[0], out)
+        if start + len(F) == self._e.runs[self._e.leaf_start(leaf + 1, self._units_in_leaf) - 1][1]:
+            self._sums[p].add(leaf, self._open.pop((p, leaf)))
 
     def finish(self) -> list[torch.Tensor]:
         """Completes shared leaves and trees: one (columns, m) a problem, on every rank. Collective."""
         e = self._e
-        if e.dispatcher.size > 1:
-            self._exchange()
-        self._close()
         if e.dispatcher.size == 1:
             return [tree.result() for tree in self._sums]
+        self._exchange()
         like = self._like.new_empty((e.num_columns, e.num_outputs))
-        return e.dispatcher.finish(self._sums, [like] * len(self._sums), e.owners(self._units_in_leaf))
+        owners = [e.leaf_owner(p, self._units_in_leaf) for p in range(len(self._sums))]
+        return e.dispatcher.finish(self._sums, [like] * len(self._sums), owners)
 
     def _exchange(self) -> None:
-        """Rows of shared leaves go to the rank that has the leaf's first unit; all ranks walk in the same order."""
+        """Rows of shared leaves go to the rank that has the leaf's first unit; all ranks walk in the same order.
+
+        A unit waits, on the rank that has it, unless that rank has had the leaf's first unit before it from its own run.
+        """
         e = self._e
-        for start, stop in zip(e.starts, [*e.starts[1:], len(e.units)], strict=True):
-            for number in range(start, stop):
-                leaf, first = self._place(e.units[number])
-                if first >= start:
-                    break
-                self._move(e.units[number], leaf, e.owner(start), e.owner(first))
+        mine = np.zeros(len(e.units))
+        mine[[p * len(e.runs) + i for p, i in self._waiting]] = 1.0
+        for number in np.flatnonzero(e.dispatcher.scatter_add(mine)):
+            unit = e.units[number]
+            leaf, first = self._place(unit)
+            self._move(unit, leaf, int(e.owner[number]), int(e.owner[first]))
 
     def _move(self, unit: Unit, leaf: int, source: int, home: int) -> None:
         e = self._e
         rows = unit.stop - unit.start
+        F = self._like.new_empty((0, e.num_outputs))
         if self._rank == source:
-            F = torch.cat(self._travelling.pop((unit.problem, unit.index)))
-            e.dispatcher.transfer(F, source, home)
+            F = torch.cat(self._waiting.pop((unit.problem, unit.index)))
         elif self._rank == home:
-            F = e.dispatcher.transfer(self._like.new_empty((rows, e.num_outputs)), source, home)
+            F = self._like.new_empty((rows, e.num_outputs))
+        if source != home and self._rank in (source, home):
+            F = e.dispatcher.transfer(F, source, home)
+        if self._rank == home:
             for start in range(0, rows, CHUNK):
                 self._add(unit.problem, leaf, unit.start + start, F[start : start + CHUNK])
+
+
+def spilled(F: torch.Tensor) -> torch.Tensor:
+    """A copy in a file on the node's local disk (TMPDIR), which the system reads and writes back as it needs memory.
+
+    The file has no name any more when this returns, and ends with the tensor.
+
+    Raises:
+        EvaluationError: the disk is full.
+    """
+    size = max(1, F.numel() * F.element_size())
+    descriptor, name = tempfile.mkstemp(prefix="bridge-", suffix=".spill")
+    try:
+        # Reserved, not sparse: writing to memory that the disk has no room for would kill the process.
+        os.posix_fallocate(descriptor, 0, size)
+        copy = torch.from_file(name, shared=True, size=F.numel(), dtype=F.dtype).reshape(F.shape)
+    except OSError as error:
+        raise EvaluationError(
+            f"Expected room for {size / 1e6:.1f} MB of outputs beyond memory_megabytes in {tempfile.gettempdir()}, got: "
+            f"{error}. Set TMPDIR to a larger local disk, or raise memory_megabytes."
+        ) from error
+    finally:
+        os.close(descriptor)
+        os.unlink(name)
+    return copy.copy_(F)

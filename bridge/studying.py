@@ -19,7 +19,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from bridge.errors import InputError, SetupError
-from bridge.report import write_whole
+from bridge.files import write_whole
 from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name
 from bridge.smoothing import smooth
 

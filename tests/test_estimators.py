@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import bridge
 from bridge.design import default_leaf_size, make_design, make_strategy
-from bridge.dispatch import TreeSum, owned_nodes
+from bridge.dispatch import TreeSum, transfers
 from bridge.distributions import get_distribution
 from bridge.points import get_points
 from bridge.testing import Quadrature, assert_mean, mean_differs
@@ -167,16 +167,14 @@ def test_the_tree_has_one_shape_for_any_owners(leaves, data):
     whole = TreeSum(leaves)
     for i, v in enumerate(values):
         whole.add(i, torch.tensor([v]))
-    cuts = sorted(data.draw(st.lists(st.integers(0, leaves), max_size=6)))
-    root = TreeSum(leaves)
-    for start, stop in zip([0, *cuts], [*cuts, leaves], strict=True):
-        part = TreeSum(leaves)
-        for i in range(start, stop):
-            part.add(i, torch.tensor([values[i]]))
-        assert list(part.partials) == list(owned_nodes(start, stop, leaves))
-        for node, value in part.partials.items():
-            root.add_node(node, value.clone())
-    assert root.result().item() == whole.result().item()
+    # Any owners, and leaves added in any order; then what `transfers` says has to travel, and nothing else.
+    owners = np.array(data.draw(st.lists(st.integers(0, 4), min_size=leaves, max_size=leaves)))
+    parts = [TreeSum(leaves) for _ in range(5)]
+    for i in data.draw(st.permutations(range(leaves))):
+        parts[owners[i]].add(i, torch.tensor([values[i]]))
+    for node, source, dest in transfers(owners):
+        parts[dest].add_node(node, parts[source].pop(node))
+    assert parts[owners[0]].result().item() == whole.result().item()
     assert whole.result().item() == pytest.approx(values.sum(), rel=1e-9)
 
 

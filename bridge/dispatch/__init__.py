@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from bridge.dispatch.base import Dispatcher, get_dispatcher, is_root
 from bridge.dispatch.serial import SerialDispatcher
-from bridge.dispatch.tree import Node, TreeSum, owned_nodes
+from bridge.dispatch.tree import Node, TreeSum, transfers
 
-__all__ = ["Dispatcher", "Node", "SerialDispatcher", "TreeSum", "get_dispatcher", "is_root", "owned_nodes"]
+__all__ = ["Dispatcher", "Node", "SerialDispatcher", "TreeSum", "get_dispatcher", "is_root", "transfers"]

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import socket
+import sys
+import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import threadpoolctl
 import torch
 from numpy.typing import NDArray
 
-from bridge.dispatch.tree import TreeSum
-from bridge.environment import thread_count
+from bridge.dispatch.tree import TreeSum, owner_map, run_of
+from bridge.environment import device_index, thread_count
+from bridge.errors import InputError
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
+
+    from bridge.dispatch.driver import Driver
+
+T = TypeVar("T")
+
+# Between the stacks of a rank and its end: time for the other ranks to show theirs.
+_LAST_WORDS_S = 3.0
 
 
 class Dispatcher(ABC):
@@ -37,15 +51,113 @@ class Dispatcher(ABC):
     def begin(self, kind: str, signature: str) -> None:
         """Opens a collective operation: all ranks must be at the same one, else `CollectiveError` on all of them."""
 
-    def share(self, count: int) -> range:
-        """The run of `count` items that this rank owns."""
-        return self.share_of(count, self.rank)
+    @property
+    def leads(self) -> bool:
+        """Whether the outputs of what this rank evaluates count: not where it helps another one (see `group`)."""
+        return True
 
-    def share_of(self, count: int, rank: int) -> range:
-        """The run that `rank` owns: even runs, the first ranks taking the remainder, so rank 0 has row 0."""
-        small, more = divmod(count, self.size)
-        start = rank * small + min(rank, more)
-        return range(start, start + small + (rank < more))
+    @property
+    def group(self) -> Any:
+        """The communicator of the ranks that evaluate one row together; None where each evaluates its own."""
+        return None
+
+    driver: Driver | None = None
+    """On rank 0 of a job in which the others only follow, see `bridge.driver`."""
+
+    @property
+    def local_rank(self) -> int:
+        """This rank's number among those on the same host."""
+        return 0
+
+    @property
+    def local_size(self) -> int:
+        """How many ranks are on this host."""
+        return 1
+
+    def make(self, kind: Callable[..., T], *arguments: Any, once: Sequence[Any] = (), **settings: Any) -> T:
+        """`kind(*arguments, **settings)`, on every rank: an object with collective methods.
+
+        Args:
+            once: those of the arguments that are the same objects in many calls.
+        """
+        if self.driver is None:
+            return kind(*arguments, **settings)
+        return self.driver.make(kind, arguments, settings, once)
+
+    def led(self, target: Any, name: str, arguments: Sequence[Any], settings: Any) -> AbstractContextManager[None]:
+        """The context of a collective method of an object that was made by `make`."""
+        return nullcontext() if self.driver is None else self.driver.led(target, name, arguments, settings)
+
+    @contextmanager
+    def watched(self, limit_s: float | None) -> Iterator[None]:
+        """Ends the job if the block takes longer: each rank shows what it is doing, and one aborts.
+
+        Nested blocks belong to the outermost.
+        """
+        if limit_s is None or self._watched:
+            yield
+            return
+        self._watched = True
+        timer = threading.Timer(limit_s, self._show_stacks, (limit_s,))
+        timer.daemon = True
+        # Native code that keeps other threads from running keeps the timer, too; this one does not need them.
+        faulthandler.dump_traceback_later(limit_s + 1.0, exit=True)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            faulthandler.cancel_dump_traceback_later()
+            self._watched = False
+
+    _watched: bool = False
+
+    def _show_stacks(self, limit_s: float) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        sys.stderr.write(
+            f"bridge: rank {self.rank} of {self.size} on {socket.gethostname()}: no end after {limit_s:g} s "
+            "(step_limit_s); what it is doing:\n"
+        )
+        sys.stderr.flush()
+        faulthandler.dump_traceback(all_threads=True)
+        time.sleep(_LAST_WORDS_S)
+        self.abort(70)
+
+    def abort(self, code: int) -> None:
+        """Ends every rank, at once."""
+        os._exit(code)
+
+    stopping: bool = False
+    """Set (by a signal handler, say) to end evaluations early: see `claims`."""
+
+    @abstractmethod
+    def claims(self, count: int, steal: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
+        """The items of `count` that this rank is to work on, one by one: (item, whether it is another rank's).
+
+        Each item goes to one rank. A rank takes its own run from the front; when that is done, and if `steal()`, it
+        takes from the end of the run of the rank that has most left. Ends early once a rank is `stopping` or has
+        called `give_up`. Any schedule gives the same results, since everything is indexed.
+        """
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """Tells all ranks to claim no more items of the evaluation in progress; not collective."""
+
+    def owners(self, count: int, own: list[int]) -> NDArray[np.int64]:
+        """(count,) the rank that has each item. Collective.
+
+        Args:
+            own: this rank's items.
+        """
+        return self.scatter_add(owner_map(count, own, self.rank)).astype(np.int64) - 1
+
+    def agree_in_group(self, error: Exception | None) -> Exception | None:
+        """The error that a rank of the group has, if any has one; collective over `group` only."""
+        return error
+
+    def share(self, count: int) -> range:
+        """The run of `count` columns that this rank takes."""
+        return run_of(count, self.rank, self.size)
 
     @abstractmethod
     def agree(self, error: Exception | None) -> None:
@@ -65,14 +177,14 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def finish(
-        self, sums: Sequence[TreeSum], like: Sequence[torch.Tensor], owners: Sequence[Sequence[range]]
+        self, sums: Sequence[TreeSum], like: Sequence[torch.Tensor], owners: Sequence[NDArray[np.int64]]
     ) -> list[torch.Tensor]:
         """Completes trees of which each rank holds a part; the results come to every rank.
 
         Args:
             sums: this rank's part of each tree.
             like: for each, a tensor of the shape, dtype and device of the sum.
-            owners: for each rank, the run of leaves of each tree that it added.
+            owners: for each, (leaves,) the rank that added each leaf.
         """
 
     @abstractmethod
@@ -116,34 +228,54 @@ def limit_threads() -> None:
     threadpoolctl.threadpool_limits(threads)
 
 
-_default: Dispatcher | None = None
+_worlds: dict[int, Dispatcher] = {}
 
 
-def get_dispatcher(comm: Intracomm | None = None) -> Dispatcher:
+def get_dispatcher(comm: Intracomm | None = None, ranks_per_evaluation: int = 1) -> Dispatcher:
     """The dispatcher of a communicator; without one, MPI if a launcher has started us, else one process.
+
+    Args:
+        ranks_per_evaluation: how many ranks evaluate one row together.
 
     Raises:
         SetupError: launched as several ranks, but MPI cannot be loaded or sees only one.
+        InputError: the number of ranks is no multiple of `ranks_per_evaluation`.
     """
-    global _default
-    if _default is None:
+    if not _worlds:
         limit_threads()
+    led = any(world.driver is not None for world in _worlds.values())
+    if led and (comm is not None or ranks_per_evaluation > 1):
+        raise InputError("Expected neither comm nor ranks_per_evaluation where one rank drives the others.")
     if comm is not None:
         from bridge.dispatch.mpi import MPIDispatcher
 
-        return MPIDispatcher(comm)
-    if _default is None:
+        return MPIDispatcher(comm, ranks_per_evaluation)
+    if ranks_per_evaluation not in _worlds:
         if launched_size() > 1:
             from bridge.dispatch.mpi import world
 
-            _default = world(launched_size())
-        else:
+            _worlds[ranks_per_evaluation] = world(launched_size(), ranks_per_evaluation)
+        elif ranks_per_evaluation == 1:
             from bridge.dispatch.serial import SerialDispatcher
 
-            _default = SerialDispatcher()
-    return _default
+            _worlds[1] = SerialDispatcher()
+        else:
+            raise InputError(
+                f"Expected several ranks for ranks_per_evaluation={ranks_per_evaluation}, got one process. Start the "
+                f"script as `mpirun -n {ranks_per_evaluation} python script.py`, or with a multiple of that."
+            )
+    return _worlds[ranks_per_evaluation]
 
 
 def is_root() -> bool:
     """True on rank 0, and without MPI: the rank that prints and writes files."""
     return get_dispatcher().rank == 0
+
+
+def local_device() -> torch.device:
+    """The device of this rank: one GPU for each rank of a host, in turn, or the CPU where there is none.
+
+    A launcher that shows each rank one GPU only is respected: that one is then number 0.
+    """
+    index = device_index(get_dispatcher().local_rank, torch.cuda.device_count())
+    return torch.device("cpu") if index is None else torch.device("cuda", index)

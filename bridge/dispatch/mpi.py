@@ -1,16 +1,22 @@
 """Ranks of an MPI job; the only file that imports mpi4py.
 
-Every rank runs the same script (SPMD), evaluates its own leaves and keeps their outputs; only sums travel. Buffers go
-by upper-case calls, uncompressed; nothing but error messages is pickled.
+Every rank runs the same script (SPMD), evaluates its own rows and keeps their outputs; only sums travel. Buffers go
+by upper-case calls, uncompressed; nothing but small Python objects is pickled.
+
+Who evaluates what is settled by one-sided messages, without a master: each rank's own run of items is a pair of numbers
+in a window, (next item, end), in one 64-bit word. The rank itself takes from the front, idle ones from the end, both by
+compare-and-swap. What a rank owns is then its own run but for the last few items, and sums stay cheap.
 """
 
 from __future__ import annotations
 
+import atexit
 import sys
+import threading
 import time
 import traceback
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, final
 
@@ -19,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 
 from bridge import errors
-from bridge.dispatch.base import Dispatcher
-from bridge.dispatch.tree import Node, TreeSum, owned_nodes
+from bridge.dispatch.base import Dispatcher, get_dispatcher
+from bridge.dispatch.tree import TreeSum, run_of, transfers
 
 try:
     from mpi4py import MPI
@@ -34,15 +40,83 @@ except ImportError as error:
 _ABORT = 70
 # Messages below 2^31 bytes, which every MPI can count.
 _PIECE = 1 << 28
+_LOW = (1 << 32) - 1
+# Words of the window that say: claim no more; not begun.
+_STOP, _NOT_YET = -1, -2
+
+
+def _left(word: int) -> int:
+    """How many items a word of the window has left."""
+    return max(0, (word & _LOW) - (word >> 32)) if word >= 0 else 0
+
+
+def _error(kind: str, message: str) -> errors.BridgeError:
+    known: type[errors.BridgeError] = getattr(errors, kind, errors.EvaluationError)
+    return known(message)
+
+
+class _Runs:
+    """A window with one word a rank: what is left of its run, (next item) 2^32 + end.
+
+    Made at first use, which is collective; freed when the program ends, because freeing is collective, too.
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self._window = MPI.Win.Allocate(8, 8, comm=comm)
+        self._window.Lock_all()
+        self.put(self.rank, _NOT_YET)
+        comm.Barrier()
+        # Before MPI_Finalize, which is as collective: some libraries complain of windows that are left.
+        atexit.register(self._free)
+
+    def get(self, rank: int) -> int:
+        result = np.zeros(1, dtype=np.int64)
+        self._window.Fetch_and_op(np.zeros(1, dtype=np.int64), result, rank, op=MPI.NO_OP)
+        self._window.Flush(rank)
+        return int(result[0])
+
+    def put(self, rank: int, word: int) -> None:
+        # Not `Put`, which need not be atomic with the others.
+        self._window.Accumulate(np.array([word], dtype=np.int64), rank, op=MPI.REPLACE)
+        self._window.Flush(rank)
+
+    def _free(self) -> None:
+        self._window.Unlock_all()
+        self._window.Free()
+
+    def set(self, rank: int, run: range) -> None:
+        self.put(rank, run.start << 32 | run.stop)
+
+    def swap(self, rank: int, old: int, new: int) -> bool:
+        """Writes `new` if the word still is `old`; whether it was."""
+        found = np.zeros(1, dtype=np.int64)
+        both = np.array([new], dtype=np.int64), np.array([old], dtype=np.int64)
+        self._window.Compare_and_swap(*both, found, rank)
+        self._window.Flush(rank)
+        return int(found[0]) == old
 
 
 @final
 class MPIDispatcher(Dispatcher):
     """Dispatch over a communicator (a duplicate, so that the user's own messages never meet ours)."""
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, ranks_per_evaluation: int = 1) -> None:
         self._comm = comm.Dup()
         self._sequence = 0
+        self._each = ranks_per_evaluation
+        if self.size % ranks_per_evaluation:
+            raise errors.InputError(
+                f"Expected ranks_per_evaluation to divide the number of ranks, {self.size}, got {ranks_per_evaluation}."
+            )
+        self._group = self._leaders = None
+        if ranks_per_evaluation > 1:
+            self._group = self._comm.Split(self.rank // self._each)
+            self._leaders = self._comm.Split(self.rank % self._each)
+        self._runs: _Runs | None = None
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self._here = (int(node.Get_rank()), int(node.Get_size()))
+        node.Free()
         _abort_on_uncaught_exceptions()
 
     @property
@@ -53,7 +127,51 @@ class MPIDispatcher(Dispatcher):
     def size(self) -> int:
         return int(self._comm.Get_size())
 
+    @property
+    def local_rank(self) -> int:
+        return self._here[0]
+
+    @property
+    def local_size(self) -> int:
+        return self._here[1]
+
+    def abort(self, code: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(code)
+
+    def __reduce__(self) -> Any:
+        # Where a dispatcher travels (`bridge.driver`), what is meant is the one over there.
+        return get_dispatcher, ()
+
+    def message(self, data: bytes | None) -> bytes:
+        """Rank 0's bytes on every rank; the others wait for it without burning their cores. Collective."""
+        length = np.array([0 if data is None else len(data)], dtype=np.int64)
+        request, pause = self._comm.Ibcast(length, root=0), 1e-5
+        while not request.Test():
+            if self.rank != 0:
+                time.sleep(pause)
+                pause = min(2 * pause, 0.01)
+        array = np.frombuffer(data, dtype=np.uint8).copy() if data is not None else np.empty(length[0], dtype=np.uint8)
+        self._in_pieces(array, lambda piece: self._comm.Bcast(piece, root=0))
+        return array.tobytes()
+
+    @property
+    def leads(self) -> bool:
+        return self.rank % self._each == 0
+
+    @property
+    def group(self) -> MPI.Intracomm | None:
+        return self._group
+
     def begin(self, kind: str, signature: str) -> None:
+        if threading.current_thread() is not threading.main_thread() and MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+            raise errors.SetupError(
+                "Expected an MPI that other threads may call, as the backward pass of CUDA tensors does, got one for "
+                "the main thread only. Leave mpi4py.rc.thread_level as it is, or compute the loss on the CPU."
+            )
+        if self._runs is not None:
+            self._runs.put(self._runs.rank, _NOT_YET)
         self._sequence += 1
         mine = np.array([self._sequence, zlib.crc32(kind.encode()), zlib.crc32(signature.encode())], dtype=np.int64)
         all_ranks = np.empty((self.size, 3), dtype=np.int64)
@@ -81,10 +199,9 @@ class MPIDispatcher(Dispatcher):
         if error is not None and first == self.rank and self.size == 1:
             raise error
         kind, message = reports[first]
-        known = getattr(errors, kind, errors.EvaluationError)
         others = sum(report is not None for report in reports) - 1
         more = f" ({others} more ranks failed too)" if others else ""
-        raise known(f"{message} [rank {first}{more}]") from error
+        raise _error(kind, f"{message} [rank {first}{more}]") from error
 
     def broadcast(self, array: NDArray[Any]) -> NDArray[Any]:
         array = np.array(array, order="C")  # a copy: the caller's memory may belong to the user
@@ -97,29 +214,80 @@ class MPIDispatcher(Dispatcher):
     def first(self, value: Any) -> Any:
         return next((x for x in self._comm.allgather(value) if x is not None), None)
 
+    # -- who does what ----------------------------------------------------------------------------------------------
+
+    def claims(self, count: int, steal: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
+        if self._group is not None:
+            # The group's first rank claims, and tells the others.
+            claimed = self._claims(count, steal) if self.leads else iter(())
+            while (item := self._group.bcast(next(claimed, None))) is not None:
+                yield item
+        elif self.size > 1:
+            yield from self._claims(count, steal)
+        else:
+            for item in range(count):
+                if self.stopping:
+                    return
+                yield item, False
+
+    def _claims(self, count: int, steal: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
+        if self._runs is None:
+            self._runs = _Runs(self._comm if self._group is None else self._leaders)
+        runs = self._runs
+        runs.set(runs.rank, run_of(count, runs.rank, runs.size))
+        while True:
+            if self.stopping:
+                self.give_up()
+            word = runs.get(runs.rank)
+            if word == _STOP:
+                return
+            if not _left(word):
+                break
+            if runs.swap(runs.rank, word, word + (1 << 32)):
+                yield word >> 32, False
+        others = [rank for rank in range(runs.size) if rank != runs.rank]
+        while others and steal():
+            if self.stopping:
+                self.give_up()
+            if runs.get(runs.rank) == _STOP:
+                return
+            words = {rank: runs.get(rank) for rank in others}
+            # A run that is used up stays so: all begin the next evaluation together.
+            others = [rank for rank, word in words.items() if word == _NOT_YET or _left(word)]
+            richest = max(others, key=lambda r: _left(words[r]), default=runs.rank)
+            if not others or not _left(words[richest]):
+                time.sleep(1e-4)
+            elif runs.swap(richest, words[richest], words[richest] - 1):
+                yield (words[richest] & _LOW) - 1, True
+
+    def give_up(self) -> None:
+        if self._runs is not None:
+            for rank in range(self._runs.size):
+                self._runs.put(rank, _STOP)
+
+    def agree_in_group(self, error: Exception | None) -> Exception | None:
+        if self._group is None:
+            return error
+        reports = self._group.allgather(None if error is None else (type(error).__name__, str(error)))
+        return error or next((_error(*report) for report in reports if report is not None), None)
+
+    # -- sums -------------------------------------------------------------------------------------------------------
+
     def finish(
-        self, sums: Sequence[TreeSum], like: Sequence[torch.Tensor], owners: Sequence[Sequence[range]]
+        self, sums: Sequence[TreeSum], like: Sequence[torch.Tensor], owners: Sequence[NDArray[np.int64]]
     ) -> list[torch.Tensor]:
-        # Rank 0 takes one partial after another, in leaf order, straight into the tree: it never holds more than
-        # O(log leaves) of them.
-        for problem, tree in enumerate(sums):
-            for rank in range(1, self.size):
-                own = owners[rank][problem]
-                nodes: list[Node] = list(owned_nodes(own.start, own.stop, tree.num_leaves))
-                if self.rank == rank:
-                    partials = tree.partials
-                    for node in nodes:
-                        self.transfer(partials[node], rank, 0)
-                elif self.rank == 0:
-                    for node in nodes:
-                        tree.add_node(node, self.transfer(torch.empty_like(like[problem]), rank, 0))
+        for tree, shape, leaves in zip(sums, like, owners, strict=True):
+            for node, source, dest in transfers(leaves):
+                if self.rank == source:
+                    self.transfer(tree.pop(node), source, dest)
+                elif self.rank == dest:
+                    tree.add_node(node, self.transfer(torch.empty_like(shape), source, dest))
         results = []
-        for problem, tree in enumerate(sums):
-            device = like[problem].device
-            root = tree.result() if self.rank == 0 else torch.empty_like(like[problem])
-            total = root.to("cpu").contiguous()
-            self._in_pieces(total.numpy(), lambda piece: self._comm.Bcast(piece, root=0))
-            results.append(total.to(device))
+        for tree, shape, leaves in zip(sums, like, owners, strict=True):
+            root = int(leaves[0])
+            total = (tree.result() if self.rank == root else torch.empty_like(shape)).to("cpu").contiguous()
+            self._in_pieces(total.numpy(), lambda piece, at=root: self._comm.Bcast(piece, root=at))
+            results.append(total.to(shape.device))
         return results
 
     def transfer(self, tensor: torch.Tensor, source: int, dest: int) -> torch.Tensor:
@@ -132,7 +300,7 @@ class MPIDispatcher(Dispatcher):
 
     def transpose(self, rows: torch.Tensor) -> torch.Tensor:
         counts = self._comm.allgather(len(rows))
-        shares = [self.share_of(rows.shape[1], rank) for rank in range(self.size)]
+        shares = [run_of(rows.shape[1], rank, self.size) for rank in range(self.size)]
         own = shares[self.rank]
         parts = [torch.empty((count, len(own)), dtype=torch.float64) for count in counts]
         # In rounds, so that everybody sends and receives at once.
@@ -173,7 +341,7 @@ class MPIDispatcher(Dispatcher):
             transfer(flat[start : start + _PIECE])
 
 
-def world(launched: int) -> Dispatcher:
+def world(launched: int, ranks_per_evaluation: int = 1) -> Dispatcher:
     """The dispatcher of all ranks, after a check that the launcher and the MPI library know each other.
 
     Raises:
@@ -185,7 +353,7 @@ def world(launched: int) -> Dispatcher:
             f"launcher and the MPI library that mpi4py loaded do not belong together. Loaded: "
             f"{MPI.Get_library_version().splitlines()[0].strip()}. Use the mpirun of that library, by its full path."
         )
-    return MPIDispatcher(MPI.COMM_WORLD)
+    return MPIDispatcher(MPI.COMM_WORLD, ranks_per_evaluation)
 
 
 _installed = False
@@ -203,6 +371,9 @@ def _abort_on_uncaught_exceptions() -> None:
         if issubclass(kind, errors.BridgeError) and rank != 0:
             # Most of these are raised alike on every rank: rank 0 shows it and ends the job before we do.
             time.sleep(1.0)
+        code = _ABORT
+        if issubclass(kind, errors.BridgeError):
+            code = errors.exit_code(kind)
         # One write, so that the tracebacks of several ranks do not interleave.
         where = f"rank {rank} of {MPI.COMM_WORLD.Get_size()} on {MPI.Get_processor_name()}:\n"
         sys.stderr.write(where + "".join(traceback.format_exception(kind, value, trace)))
@@ -210,6 +381,6 @@ def _abort_on_uncaught_exceptions() -> None:
         sys.stderr.flush()
         # The launcher forwards what the ranks print, and some launchers drop the rest once a rank aborts.
         time.sleep(0.5)
-        MPI.COMM_WORLD.Abort(_ABORT)
+        MPI.COMM_WORLD.Abort(code)
 
     sys.excepthook = hook

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -28,6 +28,15 @@ class SerialDispatcher(Dispatcher):
     def begin(self, kind: str, signature: str) -> None:
         pass
 
+    def claims(self, count: int, steal: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
+        for item in range(count):
+            if self.stopping:
+                return
+            yield item, False
+
+    def give_up(self) -> None:
+        pass
+
     def agree(self, error: Exception | None) -> None:
         if error is not None:
             raise error
@@ -42,7 +51,7 @@ class SerialDispatcher(Dispatcher):
         return value
 
     def finish(
-        self, sums: Sequence[TreeSum], like: Sequence[torch.Tensor], owners: Sequence[Sequence[range]]
+        self, sums: Sequence[TreeSum], like: Sequence[torch.Tensor], owners: Sequence[NDArray[np.int64]]
     ) -> list[torch.Tensor]:
         return [tree.result() for tree in sums]
 

@@ -1,9 +1,10 @@
 """Sums of one fixed shape: a binary tree over the leaves, whoever computes them.
 
-Floating-point addition is not associative, so a sum is bitwise the same for any number of ranks only if its bracketing
-is. Node (level, place) covers leaves [place 2^level, (place + 1) 2^level), cut off at the number of leaves; it is the
-sum of its two children, or its only child. A rank that owns a run of leaves keeps one partial sum for each maximal
-subtree in it, O(log leaves), and the root finishes the tree.
+Floating-point addition is not associative, so a sum is bitwise the same for any number of ranks and any schedule only
+if its bracketing is. Node (level, place) covers leaves [place 2^level, (place + 1) 2^level), cut off at the number of
+leaves; it is the sum of its two children, or its only child. A rank keeps one partial sum for each maximal subtree that
+it has, O(log leaves) where its leaves are a run, and what is left is added along the tree: the right child goes to the
+rank that has the left one, so that no rank takes more than O(log leaves) messages for each run that it owns.
 
 Binned summation (Ahrens, Demmel, Nguyen, ACM TOMS 46 (2020) 22) is the other way; it costs more for each sample.
 """
@@ -11,9 +12,11 @@ Binned summation (Ahrens, Demmel, Nguyen, ACM TOMS 46 (2020) 22) is the other wa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 class Node(NamedTuple):
@@ -24,7 +27,7 @@ class Node(NamedTuple):
 
 
 class TreeSum:
-    """Adds leaves that come in ascending order; tensors passed in are owned (and changed) by the sum."""
+    """Adds leaves in any order; tensors passed in are owned (and changed) by the sum."""
 
     def __init__(self, num_leaves: int, spare: list[torch.Tensor] | None = None) -> None:
         """`spare` collects the memory of finished sums, for this tree and for later ones that are given the list:
@@ -45,23 +48,22 @@ class TreeSum:
         self.add_node(Node(0, leaf), value)
 
     def add_node(self, node: Node, value: torch.Tensor) -> None:
-        while True:
+        while 1 << node.level < self.num_leaves:
             level, place = node
-            if place % 2:
-                left = self._partials.pop(Node(level, place - 1), None)
-                if left is None:
-                    break
-                self._spare.append(value)
-                value = left.add_(value)
-            elif (place + 1) << level < self.num_leaves or (place == 0 and 1 << level >= self.num_leaves):
-                break  # the right sibling is still to come, or this is the root
+            sibling = Node(level, place ^ 1)
+            if sibling.place << level < self.num_leaves:
+                other = self._partials.pop(sibling, None)
+                if other is None:
+                    break  # still to come
+                # Two numbers have the same sum in either order.
+                self._spare.append(other)
+                value.add_(other)
             node = Node(level + 1, place // 2)
         self._partials[node] = value
 
-    @property
-    def partials(self) -> dict[Node, torch.Tensor]:
-        """The finished subtrees, in leaf order."""
-        return dict(sorted(self._partials.items(), key=lambda item: item[0].place << item[0].level))
+    def pop(self, node: Node) -> torch.Tensor:
+        """Takes a finished subtree out of the sum."""
+        return self._partials.pop(node)
 
     def result(self) -> torch.Tensor:
         """The whole sum, once every leaf has come."""
@@ -69,12 +71,32 @@ class TreeSum:
         return total
 
 
-def owned_nodes(start: int, stop: int, num_leaves: int) -> Iterator[Node]:
-    """The maximal subtrees of leaves [start, stop), in order: the keys of `TreeSum.partials` after adding them."""
-    while start < stop:
-        level = 0
-        # Grow while the node stays aligned and its leaves (those that exist) stay inside.
-        while start % (2 << level) == 0 and min(start + (2 << level), num_leaves) <= stop and 1 << level < num_leaves:
-            level += 1
-        yield Node(level, start >> level)
-        start += 1 << level
+def transfers(owners: NDArray[np.int64]) -> Iterator[tuple[Node, int, int]]:
+    """What has to travel to finish a tree: (right child, rank that has it, rank that has its left sibling).
+
+    The rank of a node is that of its first leaf; level by level, so that what is sent is complete.
+
+    Args:
+        owners: (leaves,) the rank that added each leaf.
+    """
+    level = 0
+    while 1 << level < len(owners):
+        rights = np.arange(1, -(-len(owners) >> level), 2)
+        source, dest = owners[rights << level], owners[(rights - 1) << level]
+        for i in np.flatnonzero(source != dest):
+            yield Node(level, int(rights[i])), int(source[i]), int(dest[i])
+        level += 1
+
+
+def run_of(count: int, rank: int, size: int) -> range:
+    """The run of `count` items that `rank` of `size` gets: even runs, the first ranks taking the remainder."""
+    small, more = divmod(count, size)
+    start = rank * small + min(rank, more)
+    return range(start, start + small + (rank < more))
+
+
+def owner_map(count: int, own: list[int], rank: int) -> NDArray[Any]:
+    """(count,) `rank` + 1 at this rank's items and 0 elsewhere: summed over ranks, 1 + the owner of each."""
+    marks = np.zeros(count)
+    marks[own] = rank + 1
+    return marks

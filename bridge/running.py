@@ -1,0 +1,340 @@
+"""Runs a simulator on the rows of a rank: in which calls, in which order, what failed, and what is known already.
+
+A *unit* is a run of rows that one rank evaluates. A simulator that computes its rows one by one may get any number of
+them in a call; any other one gets calls that depend on N alone, because a batched product differs in its last bits
+from the same rows in other batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bridge.design import Design, Strategy
+from bridge.dispatch import Dispatcher
+from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError
+from bridge.isolation import IsolatedSimulator, SimulatorPool
+from bridge.scale import perturb
+from bridge.simulator import ParameterSpace, Simulator, computes_row_by_row, simulator_name
+from bridge.store import Store
+from bridge.streaming import CHUNK, Unit, as_rows, rows_at_once
+
+Array = NDArray[np.float64]
+Schedule = Literal["auto", "static", "dynamic"]
+
+_log = logging.getLogger("bridge")
+# Below, moving the output of a run costs as much as the run.
+_WORTH_MOVING_S = 0.002
+# Calls that a pool may be ahead of the one whose outputs are added next.
+_AHEAD = 8
+
+STATUSES = ("ok", "error", "timeout", "non-finite")
+
+
+class Failure(NamedTuple):
+    """How a run failed: one of `STATUSES`, and why."""
+
+    status: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How runs are carried out, of which no result depends in any bit; see `bridge.smooth`.
+
+    Attributes:
+        keep_bytes: outputs up to this size are kept, larger ones streamed where that is smaller.
+        memory_bytes: kept outputs of a rank beyond this go to a file on its local disk.
+        schedule: who evaluates what, see `Dispatcher.claims`.
+        retries: further attempts at a run that raises.
+        store: finished evaluations on disk.
+        step_limit_s: after so long all ranks show where they are, and the job ends.
+    """
+
+    keep_bytes: int = 24_000_000
+    memory_bytes: float = math.inf
+    schedule: Schedule = "auto"
+    retries: int = 0
+    store: Store | None = None
+    step_limit_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One replicate of one parameter vector: its scale and its draws."""
+
+    theta: Array
+    scale: Array
+    design: Design
+
+
+class Outputs(NamedTuple):
+    """What came of some rows of a unit: F (k, m), or None where all of them failed."""
+
+    unit: Unit
+    stolen: bool
+    start: int
+    inputs: Array
+    F: torch.Tensor | None
+
+
+@dataclass
+class _Call:
+    unit: Unit
+    stolen: bool
+    start: int
+    inputs: Array
+    seeds: NDArray[np.uint64]
+    shape: tuple[int, ...] = ()
+    failures: dict[int, Failure] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Runner:
+    """The rows of one evaluation that fall to this rank.
+
+    Attributes:
+        own: numbers of the units that this rank has evaluated.
+        failures: row (over all problems) -> how it failed.
+        clipped: rows that lay outside the bounds.
+        output_shape: of one output, once one is there.
+    """
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        space: ParameterSpace,
+        strategy: Strategy,
+        execution: Execution,
+        dispatcher: Dispatcher,
+        problems: Sequence[Problem],
+        units: Sequence[Unit],
+    ) -> None:
+        self._simulator, self._space, self._strategy = simulator, space, strategy
+        self._execution, self._dispatcher, self._problems, self._units = execution, dispatcher, problems, units
+        self.name = simulator_name(simulator)
+        self._row_by_row = computes_row_by_row(simulator)
+        self.own: list[int] = []
+        self.failures: dict[int, Failure] = {}
+        self.clipped = 0
+        self.output_shape: tuple[int, ...] = ()
+        self._shape = simulator.output_shape
+        self._calls = 0
+        self._seconds = 0.0
+        self._tolerant = strategy.failures != "raise"
+
+    def run(self) -> Iterator[Outputs]:
+        """Evaluates unit after unit; outputs come in the order of the claims.
+
+        Raises:
+            EvaluationError: a run failed and failures="raise".
+        """
+        done = self._in_turn() if not isinstance(self._simulator, SimulatorPool) else self._at_once(self._simulator)
+        for call, F in done:
+            self._calls, self._seconds = self._calls + 1, self._seconds + call.seconds
+            if not self._dispatcher.leads:
+                continue
+            first = call.unit.problem * self._strategy.num_rows + call.start
+            self.failures |= {first + i: failure for i, failure in call.failures.items()}
+            if F is not None:
+                self.output_shape = self._shape = call.shape
+            yield Outputs(call.unit, call.stolen, call.start, call.inputs, F)
+
+    def _in_turn(self) -> Iterator[tuple[_Call, torch.Tensor | None]]:
+        for call in self._planned():
+            yield call, self._carry_out(call)
+
+    def _at_once(self, pool: SimulatorPool) -> Iterator[tuple[_Call, torch.Tensor | None]]:
+        planned = self._planned()
+        waiting: deque[tuple[_Call, Future[torch.Tensor | None]]] = deque()
+        more = True
+        try:
+            while True:
+                running = [future for _, future in waiting if not future.done()]
+                while more and len(running) < pool.workers and len(waiting) < _AHEAD * pool.workers:
+                    call = next(planned, None)
+                    if call is None:
+                        more = False
+                        break
+                    running.append(pool.submit(self._carry_out, call))
+                    waiting.append((call, running[-1]))
+                if not waiting:
+                    return
+                if waiting[0][1].done():
+                    call, future = waiting.popleft()
+                    yield call, future.result()
+                else:
+                    wait(running, return_when=FIRST_COMPLETED)
+        finally:
+            wait([future for _, future in waiting])
+
+    def _steal(self) -> bool:
+        schedule = self._execution.schedule
+        if schedule == "auto":
+            return self._calls == 0 or self._seconds >= _WORTH_MOVING_S * self._calls
+        return schedule == "dynamic"
+
+    def _planned(self) -> Iterator[_Call]:
+        rows: dict[int, Array] = {}
+        for number, stolen in self._dispatcher.claims(len(self._units), self._steal):
+            unit = self._units[number]
+            if self._dispatcher.leads:
+                self.own.append(number)
+            if unit.problem not in rows:
+                rows = {unit.problem: self._inputs(self._problems[unit.problem])}
+            stop = unit.start
+            while stop < unit.stop:
+                start, stop = stop, min(stop + self._rows_of_call(), unit.stop)
+                inputs, changed = self._space.admit(rows[unit.problem][start:stop])
+                if self._dispatcher.leads:
+                    self.clipped += int(changed.sum())
+                seeds = self._problems[unit.problem].design.seeds[start:stop]
+                yield _Call(unit, stolen, start, inputs, seeds)
+
+    def _inputs(self, problem: Problem) -> Array:
+        inputs = perturb(problem.theta, problem.scale, problem.design.nodes.eps)
+        return np.vstack([inputs, problem.theta]) if self._strategy.extra_row else inputs
+
+    def _rows_of_call(self) -> int:
+        # What the simulator says of its outputs is the same on every rank; what has been seen is not.
+        shape = self._shape if self._row_by_row else self._simulator.output_shape
+        return CHUNK if shape is None else rows_at_once(math.prod(shape))
+
+    def _carry_out(self, call: _Call) -> torch.Tensor | None:
+        """The outputs of a call; None where every row failed. May run in a thread of a pool."""
+        begin = time.perf_counter()
+        k = len(call.inputs)
+        # To repeat a call for the sake of one row that failed may mean to wait for it again.
+        isolated = isinstance(self._simulator, IsolatedSimulator | SimulatorPool)
+        singly = self._row_by_row and k > 1 and (self._execution.store is not None or (self._tolerant and isolated))
+        F: torch.Tensor | None = None
+        try:
+            if not singly:
+                F = self._obtain(call, slice(0, k))
+        except _RunFailed as failure:
+            if k == 1:
+                call.failures[0] = failure.failure
+            singly = k > 1
+        if singly:
+            parts: list[torch.Tensor | None] = []
+            for i in range(k):
+                try:
+                    # The simulator may hand out the same memory every time.
+                    parts.append(self._obtain(call, slice(i, i + 1)).clone())
+                except _RunFailed as failure:
+                    call.failures[i] = failure.failure
+                    parts.append(None)
+            good = [part for part in parts if part is not None]
+            if good:
+                F = torch.cat([torch.full_like(good[0], torch.nan) if x is None else x for x in parts])
+        call.seconds = time.perf_counter() - begin
+        return F
+
+    def _obtain(self, call: _Call, rows: slice) -> torch.Tensor:
+        """Some rows of a call, from the store or the simulator: (k, m)."""
+        inputs, seeds = call.inputs[rows], call.seeds[rows]
+        store = self._execution.store
+        k, key = len(inputs), b""
+        if store is not None:
+            key = store.key(self.name, inputs, seeds)
+            known = store.get(key) if self._dispatcher.leads else None
+            if self._dispatcher.group is not None:
+                # What the group's first rank has, none needs to evaluate; which file it is in is its own affair.
+                if self._dispatcher.group.bcast(known is not None):
+                    known = known if known is not None else torch.full((k, 1), torch.nan)
+                else:
+                    known = None
+            if known is not None:
+                F, call.shape = as_rows(known, k, None, self.name)
+                return F
+        begin = time.perf_counter()
+        outputs = self._attempt(inputs, seeds)
+        F, call.shape = as_rows(outputs, k, self._shape, self.name)
+        if store is not None and self._dispatcher.leads:
+            store.put(key, F.reshape(k, *call.shape), time.perf_counter() - begin)
+        return F
+
+    def _attempt(self, inputs: Array, seeds: NDArray[np.uint64]) -> object:
+        for left in range(self._execution.retries, -1, -1):
+            outputs: object = None
+            error: Exception | None = None
+            try:
+                # Copies: a simulator that writes into its arguments must not change the design.
+                outputs = self._simulator(np.array(inputs, order="C"), seeds.copy())
+            except Exception as failure:
+                error = failure
+            error = self._dispatcher.agree_in_group(error)
+            if error is None:
+                return outputs
+            if isinstance(error, InputError):
+                raise error
+            if left == 0:
+                if not self._tolerant:
+                    raise error
+                raise _RunFailed(error) from error
+            _log.info("simulator %r failed and is tried again: %s", self.name, error)
+        raise AssertionError("unreachable")
+
+    # -- numbers that are none --------------------------------------------------------------------------------------
+
+    def check_finite_sum(self, total: torch.Tensor, out: Outputs) -> None:
+        """Refuses outputs that are not finite; a weighted sum of them shows every NaN, a weight of zero included."""
+        if not math.isfinite(total.sum().item()):
+            self._refuse(out)
+
+    def check_finite(self, out: Outputs) -> None:
+        """Refuses outputs that are not finite, or marks their rows as failed and fills them in."""
+        # One sum finds every NaN and infinity at a fraction of the cost of looking at each number.
+        assert out.F is not None
+        if not math.isfinite(out.F.sum().item()):
+            self._refuse(out)
+
+    def _refuse(self, out: Outputs) -> None:
+        F = out.F
+        assert F is not None
+        bad = ~torch.isfinite(F).all(dim=1)
+        if not bool(bad.any()):
+            return  # finite numbers whose sum overflows
+        row = int(torch.nonzero(bad)[0])
+        if self._tolerant:
+            first = out.unit.problem * self._strategy.num_rows + out.start
+            for i in torch.nonzero(bad).flatten().tolist():
+                self.failures.setdefault(first + i, Failure("non-finite", f"{self._name_row(out, i)}: NaN or infinite"))
+            # A weight of zero does not undo a NaN.
+            F[bad] = self.filling
+            return
+        raise EvaluationError(
+            f"Expected finite outputs from simulator {self.name!r}, got "
+            f"{int((~torch.isfinite(F[row])).sum())} of {F.shape[1]} numbers NaN or infinite in row {out.start + row} "
+            f"({self._name_row(out, row)}) on {socket.gethostname()}. Bound the parameters to where the simulator "
+            'works, or, if failing has nothing to do with the parameters, drop such rows with failures="drop".'
+        )
+
+    def _name_row(self, out: Outputs, row: int) -> str:
+        return ", ".join(f"{n} = {v:.6g}" for n, v in self._space.mapping(out.inputs[row]).items())
+
+    @property
+    def filling(self) -> float:
+        """What stands in the place of a failed output: the penalty, or a zero that has no weight."""
+        return 0.0 if self._strategy.penalty is None else self._strategy.penalty
+
+
+class _RunFailed(Exception):
+    """A run that counts as data."""
+
+    def __init__(self, error: Exception) -> None:
+        status = "timeout" if isinstance(error, EvaluationTimeoutError) else "error"
+        said = str(error) if isinstance(error, BridgeError) else f"{type(error).__name__}: {error}"
+        super().__init__(said)
+        self.failure = Failure(status, said)
