@@ -29,7 +29,7 @@ setup: ## install what is missing, into $(VENV) (every other target does this fi
 	@bash tools/setup.sh
 
 demo: setup ## run the demonstration, examples/demo.toml
-	$(BIN)/python -m bridge fit examples/demo.toml
+	$(BIN)/python -m bridge fit --fresh examples/demo.toml
 
 test: setup ## run the tests (under ten minutes on two cores)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

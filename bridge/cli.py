@@ -1,19 +1,31 @@
 """The command line: `bridge` or, where a system program has that name, `python -m bridge`.
 
-Exit codes: 0 done, 1 uncaught error, 2 usage or input, 3 failed evaluations, 75 interrupted (results were written).
+Exit codes: 0 done, 1 uncaught error, 2 usage, input or set-up, 3 failed evaluations, 70 a bug (ranks in different
+places), 75 stopped by a signal, Ctrl-C or the end of the allocation (what is finished was written: `--resume`).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import shutil
+import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import bridge
 from bridge import registry
-from bridge.errors import BridgeError, EvaluationError, InputError
+from bridge.errors import BridgeError, InputError, exit_code
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+_PACKAGES = ("numpy", "scipy", "torch", "gemmi", "mrcfile", "pyrender", "trimesh", "matplotlib", "mpi4py")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fit.add_argument("file", help="job file (TOML)")
     fit.add_argument("-o", "--output", help="directory for the results, in place of the file's")
     fit.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    again = fit.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with the run in the directory, if there is one")
+    again.add_argument("--fresh", action="store_true", help="begin anew, even where an unfinished run is lost")
     run = commands.add_parser("run", help="run a Python script, so that a failure on one rank ends the job on all")
+    run.add_argument("--driver", action="store_true", help="rank 0 runs the script, a serial one; the others help it")
     run.add_argument("script")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the script")
     study = commands.add_parser("study", help="which estimator suits the simulator of a job file")
@@ -51,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "study":
             return _study(options)
         if options.command == "run":
-            return _run(options.script, options.arguments)
-        return _fit(options.file, options.output, options.quiet)
+            return _run(options.script, options.arguments, options.driver)
+        return _fit(options)
     except BridgeError as error:
         print(f"bridge: {error}", file=sys.stderr)
-        return 3 if isinstance(error, EvaluationError) else 2
+        return exit_code(type(error))
 
 
 def _info(name: str) -> int:
@@ -67,28 +83,30 @@ def _info(name: str) -> int:
     return 0
 
 
-def _fit(file: str, output: str | None, quiet: bool) -> int:
+def _fit(options: argparse.Namespace) -> int:
     from bridge.dispatch import is_root
     from bridge.job import load_job, run_job
     from bridge.report import summary
 
-    result, written = run_job(load_job(file, output), quiet)
+    result, written = run_job(
+        load_job(options.file, options.output), options.quiet, resume=options.resume, overwrite=options.fresh
+    )
     if is_root():
         print(summary(result))
         print("written: " + ", ".join(str(p) for p in written))
     return 75 if result.stop_reason == "interrupted" else 0
 
 
-def _run(script: str, arguments: Sequence[str]) -> int:
+def _run(script: str, arguments: Sequence[str], drive: bool) -> int:
     """The script as `__main__`, under the rules that a job of several ranks needs from its first line on.
 
     An exception ends all ranks, with the traceback, also before the script has called bridge; so does `sys.exit` of one
     rank alone. A rank that is at its end while others still make collective calls raises a `CollectiveError` on all.
     """
-    import runpy
     from pathlib import Path
 
     from bridge.dispatch import get_dispatcher
+    from bridge.dispatch.driver import driver
 
     path = Path(script)
     if not path.is_file():
@@ -96,26 +114,33 @@ def _run(script: str, arguments: Sequence[str]) -> int:
     dispatcher = get_dispatcher()
     sys.argv = [script, *arguments]
     sys.path[0] = str(path.resolve().parent)
-    code: Any = 0
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as error:
-        code = error.code
-    except BaseException as error:
-        if dispatcher.size == 1:
-            raise
-        # A `BridgeError` too: it is shown with its traceback, as under plain Python.
-        sys.excepthook(type(error), error, error.__traceback__)
-        return 1
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
-    status = 0 if code is None else code if isinstance(code, int) else 1
+    if drive:
+        with driver() as main:
+            return _as_main(path) if main else 0
+    status = _as_main(path)
     if dispatcher.size > 1:
         try:
             dispatcher.begin("end of the script", f"exit status {status}")
         except BridgeError as error:
             sys.excepthook(type(error), error, error.__traceback__)
     return status
+
+
+def _as_main(path: Path) -> int:
+    """Runs a script; its exit status."""
+    import runpy
+
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        return 0 if error.code is None else error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        # A `BridgeError` too is shown with its traceback, as under plain Python; under MPI this ends all ranks.
+        sys.excepthook(type(error), error, error.__traceback__)
+        return exit_code(type(error)) if isinstance(error, BridgeError) else 1
+    return 0
 
 
 def _study(options: argparse.Namespace) -> int:
@@ -139,35 +164,73 @@ def _study(options: argparse.Namespace) -> int:
 
 
 def _doctor() -> int:
+    """Collective under MPI: what each rank has; rank 0 prints."""
     from importlib import metadata
 
     import torch
 
     from bridge.dispatch import get_dispatcher
-    from bridge.dispatch.base import launched_size
+    from bridge.dispatch.base import launched_size, local_device
 
+    dispatcher = get_dispatcher()
+    threads, scratch = torch.get_num_threads(), tempfile.gettempdir()
+    lines = dispatcher.each(
+        f"{socket.gethostname()}, cores {_ranges(sorted(os.sched_getaffinity(0)))}, {threads} thread(s), device "
+        f"{local_device()}, scratch {scratch} ({shutil.disk_usage(scratch).free / 1e9:.1f} GB free)"
+    )
+    if dispatcher.rank != 0:
+        return 0
     print(f"python     {platform.python_version()} on {platform.platform()}")
-    for package in (
-        "numpy",
-        "scipy",
-        "torch",
-        "gemmi",
-        "mrcfile",
-        "pyrender",
-        "trimesh",
-        "matplotlib",
-        "mpi4py",
-    ):
+    for package in _PACKAGES:
         try:
             print(f"{package:<11}{metadata.version(package)}")
         except metadata.PackageNotFoundError:
             print(f"{package:<11}not installed")
-    dispatcher = get_dispatcher()
     print(f"cuda       {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
-    print(f"launcher   {launched_size()} rank(s); this is rank {dispatcher.rank} of {dispatcher.size}")
-    print(f"threads    {torch.get_num_threads()} (BRIDGE_THREADS)")
+    print(f"OpenGL     {_opengl()}")
+    print(f"MPI        {dispatcher.library}")
+    print(f"launcher   {launched_size()} rank(s), as many as are seen: it belongs to that MPI")
     print(f"simulators {', '.join(registry.list_simulators())}")
+    external = os.environ.get("TEM_SIMULATOR") or shutil.which("TEM-simulator")
+    print(f"programs   TEM-simulator: {external or 'not found (TEM_SIMULATOR names it)'}")
+    for rank, line in enumerate(lines):
+        print(f"rank {rank:<6}{line}")
+    if threads * dispatcher.local_size > (os.cpu_count() or 1):
+        print(
+            f"           {dispatcher.local_size} ranks of {threads} thread(s) on {os.cpu_count()} cores are too many: "
+            "start fewer, or set BRIDGE_THREADS."
+        )
     return 0
+
+
+def _opengl() -> str:
+    """What OpenGL there is, tried in a process of its own: a broken driver may take it along."""
+    from bridge.environment import child_environment
+
+    program = (
+        "import os; os.environ.setdefault('PYOPENGL_PLATFORM', 'egl'); from adapters.pyrender import PyrenderSimulator; "
+        "import pyrender; r = pyrender.OffscreenRenderer(8, 8); from OpenGL.GL import glGetString, GL_RENDERER; "
+        "r._platform.make_current(); print(glGetString(GL_RENDERER).decode())"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=child_environment(1)
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"none ({type(error).__name__})"
+    said = (done.stdout.strip() or done.stderr.strip() or "?").splitlines()[-1]
+    return said if done.returncode == 0 else f"none ({said})"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as 0-2,5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 if __name__ == "__main__":

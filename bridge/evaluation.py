@@ -59,7 +59,7 @@ def collective(method: Callable[Concatenate[Evaluation, P], T]) -> Callable[Conc
         with watched, self.dispatcher.led(self, method.__name__, args, kwargs):
             return method(self, *args, **kwargs)
 
-    return call
+    return call  # type: ignore[return-value]
 
 
 class Evaluation:
@@ -126,12 +126,14 @@ class Evaluation:
         self.num_columns = self._stream_columns(need_theta, need_scale)
         chunks: dict[Unit, Chunks] = {}
         self._kept: list[list[tuple[Unit, torch.Tensor]]] = [[] for _ in self.problems]
-        self.num_failed, self.failures = 0, {}
+        self.num_failed = 0
+        self.failures: dict[str, int] = {}
         self.output_shape: tuple[int, ...] = ()
         self._large = False
 
         stream: Stream | None = None
-        error, like = None, None
+        like: torch.Tensor | None = None
+        error: Exception | None = None
         try:
             like, stream = self._evaluate_own(spare, chunks)
             if dispatcher.stopping:

@@ -8,8 +8,11 @@ solution and the last ones the simulator itself (coarse to fine).
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +21,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
+from bridge.runs import Run
 from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name
 from bridge.smoothing import SmoothedSimulator, smooth
 
@@ -116,6 +120,10 @@ def fit(
     loss: Loss | None = None,
     tolerance: float = 0.01,
     on_step: Callable[[FitStep], None] | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    every_s: float = 10.0,
     comm: Intracomm | None = None,
     **smoothing: Any,
 ) -> FitResult:
@@ -139,6 +147,8 @@ def fit(
         tolerance: converged when, at the last scale, the parameters move by less than this (natural units) over a
             tenth of the steps.
         on_step: called with each `FitStep`, on every rank.
+        directory: where the run is kept, so that it can go on after any interruption, on any number of ranks, to
+            bitwise the same result; see `bridge.Run`, also for `resume`, `overwrite` and `every_s`.
         comm, **smoothing: as in `bridge.smooth`.
 
     Returns:
@@ -147,6 +157,7 @@ def fit(
     Raises:
         InputError: target of another shape or not finite, start outside the bounds, unknown method.
         EvaluationError: a simulation failed.
+        SystemExit: with code 75, with a directory: stopped by a signal; start it again.
     """
     sim = as_simulator(simulator)
     begin = time.monotonic()
@@ -167,58 +178,112 @@ def fit(
         steps = 150 if method == "adam" else 24
     if steps < 1:
         raise InputError(f"Expected at least one step, got {steps!r}.")
-    smoothed = smooth(sim, seed=seed, num_samples=num_samples, scale=first, comm=comm, **smoothing)
     goal = _target(target, sim)
     misfit = _Misfit(goal, _variance(variance, goal), loss)
+    run: Run | None = None
+    if directory is not None:
+        settings = {
+            "simulator": simulator_name(sim), "seed": seed, "method": method, "steps": steps,
+            "num_samples": num_samples, "scale": [first, last], "learning_rate": learning_rate,
+            "tolerance": tolerance, "start": theta.tolist(), "target": _digest(goal),
+            "variance": _digest(misfit.variance), "smoothing": {k: repr(v) for k, v in sorted(smoothing.items())},
+        }  # fmt: skip
+        run = Run(directory, settings=settings, every_s=every_s, resume=resume, overwrite=overwrite, comm=comm)
+        smoothing = {"store": run.store, **smoothing}
+    smoothed = smooth(sim, seed=seed, num_samples=num_samples, scale=first, comm=comm, **smoothing)
     natural = space.natural_scale
-
-    state = theta / natural
     lower, upper = space.lower / natural, space.upper / natural
-    adam = _Adam(len(state))
-    history: list[FitStep] = []
-    evaluations, stop_reason = 0, "max_steps"
     window = max(2, steps // 10)
-    try:
-        for step in range(steps):
-            # The last fifth of the run stays at the last scale.
-            width = _geometric(first, last, step / max(1.0, 0.8 * (steps - 1)))
-            estimate = smoothed.estimate(torch.as_tensor(state * natural), step, scale=width)
-            evaluations += estimate.num_evaluations
-            value, gradient = misfit.value_and_gradient(estimate.value)
-            record = FitStep(step, value, width, tuple((state * natural).tolist()), evaluations)
-            history.append(record)
-            if on_step is not None:
+    with nullcontext() if run is None else run:
+        now = _State.restored(run.state) if run is not None and run.state is not None else _State(theta / natural)
+        if on_step is not None:
+            for record in now.history:
                 on_step(record)
-            if method == "adam":
-                g = estimate.vjp(gradient).numpy() * natural
-                decay = 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * step / steps))
-                state = state - learning_rate * width * decay * adam.direction(g)
-            else:
-                state = state - misfit.gauss_newton(estimate.jacobian(), estimate.value, natural, limit=2 * width)
-            state = np.clip(state, lower, upper)
-            past = [np.array(h.parameters) / natural for h in history[-window:]]
-            if step >= 0.8 * (steps - 1) + window and np.max(np.abs(np.array(past) - state)) < tolerance:
-                stop_reason = "converged"
-                break
-    except KeyboardInterrupt:
-        stop_reason = "interrupted"
-    theta = state * natural
-    final = smoothed.estimate(torch.as_tensor(theta), steps, scale=last)
-    evaluations += final.num_evaluations
-    outputs = _plain_outputs(smoothed, np.stack([theta, space.vector(start)]))
+        stop_reason = now.stop_reason
+        try:
+            while now.step < steps and now.stop_reason is None:
+                step = now.step
+                # The last fifth of the run stays at the last scale.
+                width = _geometric(first, last, step / max(1.0, 0.8 * (steps - 1)))
+                estimate = smoothed.estimate(torch.as_tensor(now.x * natural), step, scale=width)
+                value, gradient = misfit.value_and_gradient(estimate.value)
+                if method == "adam":
+                    g = estimate.vjp(gradient).numpy() * natural
+                    decay = 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * step / steps))
+                    x = now.x - learning_rate * width * decay * now.adam.direction(g)
+                else:
+                    x = now.x - misfit.gauss_newton(estimate.jacobian(), estimate.value, natural, limit=2 * width)
+                runs = now.num_evaluations + estimate.num_evaluations
+                record = FitStep(step, value, width, tuple((now.x * natural).tolist()), runs)
+                now.advance(record, np.clip(x, lower, upper))
+                if on_step is not None:
+                    on_step(record)
+                past = [np.array(h.parameters) / natural for h in now.history[-window:]]
+                if step >= 0.8 * (steps - 1) + window and np.max(np.abs(np.array(past) - now.x)) < tolerance:
+                    now.stop_reason = "converged"
+                if run is not None:
+                    run.checkpoint(now.step, now.to_dict())
+            stop_reason = now.stop_reason or "max_steps"
+        except KeyboardInterrupt:
+            stop_reason = "interrupted"
+            if run is not None:
+                run.set_aside()
+        theta_end = now.x * natural
+        final = smoothed.estimate(torch.as_tensor(theta_end), steps, scale=last)
+        outputs = _plain_outputs(smoothed, np.stack([theta_end, space.vector(start)]))
+        error = misfit.standard_error(final.jacobian()) if loss is None else None
     return FitResult(
         space=space,
-        parameters=theta,
+        parameters=theta_end,
         start=space.vector(start),
-        standard_error=misfit.standard_error(final.jacobian()) if loss is None else None,
+        standard_error=error,
         loss=misfit.value_and_gradient(final.value)[0],
         stop_reason=stop_reason,
-        history=tuple(history),
-        num_evaluations=evaluations + 2,
+        history=tuple(now.history),
+        num_evaluations=now.num_evaluations + final.num_evaluations + 2,
         wall_s=time.monotonic() - begin,
         output=outputs[0],
         start_output=outputs[1],
     )
+
+
+class _State:
+    """What a fit carries from step to step, and nothing else."""
+
+    def __init__(self, x: Array) -> None:
+        self.x, self.adam = x, _Adam(len(x))
+        self.history: list[FitStep] = []
+        self.stop_reason: str | None = None
+
+    @property
+    def step(self) -> int:
+        return len(self.history)
+
+    @property
+    def num_evaluations(self) -> int:
+        return self.history[-1].num_evaluations if self.history else 0
+
+    def advance(self, record: FitStep, x: Array) -> None:
+        self.history.append(record)
+        self.x = x
+
+    def to_dict(self) -> dict[str, Any]:
+        steps = [(h.loss, h.scale, list(h.parameters), h.num_evaluations) for h in self.history]
+        adam = {"m": self.adam.m, "v": self.adam.v, "t": self.adam.t}
+        return {"x": self.x, "adam": adam, "history": steps, "stop_reason": self.stop_reason}
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> _State:
+        state = cls(saved["x"])
+        state.adam.m, state.adam.v, state.adam.t = (saved["adam"][key] for key in "mvt")
+        state.history = [FitStep(i, a, b, tuple(c), n) for i, (a, b, c, n) in enumerate(saved["history"])]
+        state.stop_reason = saved["stop_reason"]
+        return state
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    array = tensor.contiguous().numpy()
+    return hashlib.blake2b(f"{array.shape}".encode() + array.tobytes(), digest_size=16).hexdigest()
 
 
 def _target(target: ArrayLike | torch.Tensor, sim: Simulator) -> torch.Tensor:

@@ -33,7 +33,10 @@ from bridge.report import Progress, draw_fit
 from bridge.simulator import FileFormat, Simulator
 
 _SECTIONS = ("simulator", "target", "start", "fit", "output")
-_NOT_IN_A_FILE = ("simulator", "target", "start", "loss", "on_step", "comm", "smoothing")
+_NOT_IN_A_FILE = (
+    *("simulator", "target", "start", "loss", "on_step", "comm", "smoothing", "store"),
+    *("directory", "resume", "overwrite"),
+)
 
 
 @dataclass(frozen=True)
@@ -150,14 +153,25 @@ def write_output(simulator: Simulator, stem: Path, output: NDArray[Any]) -> Path
     return write_whole(stem.with_suffix(".npy"), lambda p: np.save(p, output, allow_pickle=False))
 
 
-def run_job(job: Job, quiet: bool = False) -> tuple[FitResult, list[Path]]:
-    """Fits and writes parameters.json, history.json, the fitted output and fit.png. Collective under MPI; rank 0
-    prints and writes."""
+def run_job(
+    job: Job, quiet: bool = False, resume: bool = False, overwrite: bool = False
+) -> tuple[FitResult, list[Path]]:
+    """Fits and writes parameters.json, history.json, the fitted output and fit.png, and, so that it can be resumed, the
+    run (`bridge.Run`) in run/. Collective under MPI; rank 0 prints and writes."""
     space = job.simulator.space
     assert space is not None  # load_job made sure
     steps = job.settings.get("steps") or (150 if job.settings.get("method", "adam") == "adam" else 24)
     with Progress(space, steps, shown=is_root() and not quiet) as progress:
-        result = fit(job.simulator, job.target, job.start, on_step=progress, **job.settings)
+        result = fit(
+            job.simulator,
+            job.target,
+            job.start,
+            on_step=progress,
+            directory=job.directory / "run",
+            resume=resume,
+            overwrite=overwrite,
+            **job.settings,
+        )
     return result, write_results(job, result) if is_root() else []
 
 

@@ -69,7 +69,7 @@ class Run:
         signals: names of those that ask to stop. USR1 is what batch systems can be told to send in time; TERM may
             leave 0.2 s.
         resume: True goes on with what is there, if anything is. False begins anew, and refuses where a run that is not
-            done would be lost.
+            done would be lost, unless `overwrite`.
         journal_above_s: evaluations that took less [s] are not journalled.
         comm: as in `bridge.smooth`.
 
@@ -91,6 +91,7 @@ class Run:
         every_s: float = 10.0,
         signals: Sequence[str] = ("USR1", "TERM"),
         resume: bool = True,
+        overwrite: bool = False,
         journal_above_s: float = 0.01,
         comm: Intracomm | None = None,
     ) -> None:
@@ -103,6 +104,7 @@ class Run:
             raise InputError(f"Unknown signals {unknown}. Expected names such as USR1, USR2, TERM.")
         self._signals = [signal.Signals[f"SIG{name.removeprefix('SIG')}"] for name in signals]
         self._settings = json.loads(json.dumps(dict(settings or {}), sort_keys=True, default=str))
+        self._unfinished = False
         self._lock: IO[str] | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._written_at = time.monotonic()
@@ -111,14 +113,15 @@ class Run:
         found: tuple[int, Any] | None = None
         if self._all.rank == 0:
             try:
-                found = self._open(resume)
+                found = self._open(resume, overwrite)
             except BridgeError as refused:
                 error = refused
             except OSError as failure:
                 error = SetupError(f"Expected a directory for the run that can be written, got: {failure}.")
         self._all.agree(error)
         found = self._all.broadcast_object(found)
-        self.step, packed = (0, None) if found is None else found
+        packed = None if found is None else found[1]
+        self.step = 0 if found is None else int(found[0])
         self.state: Any = None if packed is None else _unpacked(*packed)
         self._snapshot: tuple[int, Any] | None = None if packed is None else (self.step, packed)
         self._written: int | None = None if packed is None else self.step
@@ -128,7 +131,7 @@ class Run:
 
     # -- beginning --------------------------------------------------------------------------------------------------
 
-    def _open(self, resume: bool) -> tuple[int, Any] | None:
+    def _open(self, resume: bool, overwrite: bool) -> tuple[int, Any] | None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = (self.directory / ".lock").open("w")
         try:
@@ -141,10 +144,10 @@ class Run:
         status = self.status()
         checkpoints = sorted(self.directory.glob("checkpoint-*.npz"), reverse=True)
         if not resume:
-            if status.get("state") not in (None, "done") and (checkpoints or any(self.directory.glob("evaluations/*"))):
+            if not overwrite and status.get("state") not in (None, "done") and (checkpoints or any(self.directory.glob("evaluations/*"))):
                 raise InputError(
                     f"Expected a directory without an unfinished run, got {self.directory} with one at step "
-                    f"{status.get('step')}. Resume it, or remove the directory."
+                    f"{status.get('step')}. Resume it (--resume), or begin anew and lose it (--fresh)."
                 )
             for path in checkpoints:
                 path.unlink()
@@ -175,12 +178,12 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
                 self._before[number] = signal.signal(number, self._ask_to_stop)
-        self._dispatcher.stopping = False
+        Dispatcher.stopping = False
         self._tell("running", None)
         return self
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        self._dispatcher.stopping = True
+        Dispatcher.stopping = True
 
     # -- going on ---------------------------------------------------------------------------------------------------
 
@@ -201,7 +204,7 @@ class Run:
         self._longest, self._last_step_at = max(self._longest, now - self._last_step_at), now
         ends = _seconds_left()
         flags = np.zeros(3)
-        flags[0] = self._dispatcher.stopping
+        flags[0] = Dispatcher.stopping
         flags[1] = self._all.rank == 0 and ends is not None and ends < 1.5 * self._longest + 5.0
         flags[2] = self._all.rank == 0 and (
             now - self._written_at >= self.every_s or self.store.written * self._all.size > _MUCH
@@ -210,9 +213,13 @@ class Run:
         if flags[2] or flags[:2].any():
             self._write()
         if flags[:2].any():
-            self._dispatcher.stopping = False
+            Dispatcher.stopping = False
             why = "a signal" if flags[0] else "the end of the allocation, which leaves no time for another step"
             raise StoppedError(f"Stopped at step {step} by {why}; the run in {self.directory} can be resumed.")
+
+    def set_aside(self) -> None:
+        """Says that the end of the block is not that of the run, which can be resumed."""
+        self._unfinished = True
 
     def _write(self) -> None:
         """Writes the snapshot, and forgets the evaluations before it. Collective."""
@@ -252,7 +259,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None or issubclass(kind, StoppedError | KeyboardInterrupt):
+            if kind is None or issubclass(kind, StoppedError):
                 # The other ranks are here as well.
                 self._write()
             elif self._all.rank == 0 and self._snapshot is not None and self._written != self._snapshot[0]:
@@ -263,7 +270,7 @@ class Run:
                 signal.signal(number, before)
             self._before.clear()
         if kind is None:
-            self._tell("done", 0)
+            self._tell("stopped" if self._unfinished else "done", 0)
         elif issubclass(kind, StoppedError):
             self._tell("stopped", 75, error)
         else:

@@ -102,7 +102,7 @@ class _Call:
                 execution=smoothed.execution,
                 spare=smoothed.spare,
                 atom=atom,
-                once=(smoothed.simulator, smoothed.execution, smoothed.spare),
+                once=(smoothed.simulator, smoothed.execution.store, smoothed.execution, smoothed.spare),
             )
 
     def hvp(self, number: int, triples: list[tuple[int, torch.Tensor, NDArray[np.float64]]]) -> list[NDArray[Any]]:

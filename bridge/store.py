@@ -84,6 +84,10 @@ class Store:
         digest.update(np.ascontiguousarray(seeds).tobytes())
         return digest.digest()
 
+    def __reduce__(self) -> tuple[type[Store], tuple[str, float]]:
+        # On another rank: that rank's own, in the same directory.
+        return Store, (str(self.directory), self.above_s)
+
     def __len__(self) -> int:
         return len(self._index)
 
@@ -95,10 +99,10 @@ class Store:
             try:
                 with place.path.open("rb") as file:
                     file.seek(place.offset)
-                    whole = file.readinto(memoryview(data)) == place.size
+                    whole = file.readinto(data.data) == place.size
             except OSError:
                 whole = False
-            if whole and zlib.crc32(data) == place.checksum:
+            if whole and zlib.crc32(data.data) == place.checksum:
                 self.hits += 1
                 tensor = torch.as_tensor(data.view(place.dtype).reshape(place.shape))
                 return tensor if place.device == "cpu" else tensor.to(place.device)
@@ -112,7 +116,7 @@ class Store:
         if seconds < self.above_s or self._full:
             return
         array = outputs.detach().to("cpu").contiguous()
-        data = memoryview(array.numpy().reshape(-1).view(np.uint8))
+        data = array.numpy().reshape(-1).view(np.uint8).data
         shape = struct.pack(f"<{array.ndim}Q", *array.shape)
         device = outputs.device.type.encode().ljust(8, b"\0")
         rest = (len(data), zlib.crc32(data), key, _DTYPES[array.dtype], device, array.ndim)

@@ -74,6 +74,15 @@ class Dispatcher(ABC):
         """How many ranks are on this host."""
         return 1
 
+    @property
+    def library(self) -> str:
+        """The MPI library and its version."""
+        return "not in use: one process"
+
+    def each(self, value: str) -> list[str]:
+        """Every rank's text, on every rank. Collective."""
+        return [value]
+
     def make(self, kind: Callable[..., T], *arguments: Any, once: Sequence[Any] = (), **settings: Any) -> T:
         """`kind(*arguments, **settings)`, on every rank: an object with collective methods.
 
@@ -128,7 +137,7 @@ class Dispatcher(ABC):
         os._exit(code)
 
     stopping: bool = False
-    """Set (by a signal handler, say) to end evaluations early: see `claims`."""
+    """Set, on the class, by a signal handler to end the evaluations of this process early: see `claims`."""
 
     @abstractmethod
     def claims(self, count: int, steal: Callable[[], bool]) -> Iterator[tuple[int, bool]]:

@@ -64,7 +64,7 @@ class Driver:
 
     def make(self, kind: Callable[..., T], arguments: Sequence[Any], settings: dict[str, Any], once: Sequence[Any]) -> T:
         for item in once:
-            if id(item) not in self._sent:
+            if item is not None and id(item) not in self._sent:
                 number = next(self._numbers)
                 self._tell("keep", number, item)
                 self._sent[id(item)] = (number, item)
@@ -78,10 +78,10 @@ class Driver:
 
     @contextlib.contextmanager
     def led(self, target: Any, name: str, arguments: Sequence[Any], settings: Any) -> Iterator[None]:
-        if self._inside:
+        number = self._sent[id(target)][0] if id(target) in self._sent else self._made.get(target)
+        if self._inside or number is None:  # what the others have never seen is ours alone
             yield
             return
-        number = self._sent[id(target)][0] if id(target) in self._sent else self._made[target]
         self._tell("call", number, name, tuple(arguments), dict(settings))
         with self._alone():
             yield

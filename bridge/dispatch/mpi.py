@@ -29,6 +29,7 @@ from bridge.dispatch.base import Dispatcher, get_dispatcher
 from bridge.dispatch.tree import TreeSum, run_of, transfers
 
 try:
+    import mpi4py
     from mpi4py import MPI
 except ImportError as error:
     raise errors.SetupError(
@@ -109,7 +110,8 @@ class MPIDispatcher(Dispatcher):
             raise errors.InputError(
                 f"Expected ranks_per_evaluation to divide the number of ranks, {self.size}, got {ranks_per_evaluation}."
             )
-        self._group = self._leaders = None
+        self._group: MPI.Intracomm | None = None
+        self._leaders = self._comm
         if ranks_per_evaluation > 1:
             self._group = self._comm.Split(self.rank // self._each)
             self._leaders = self._comm.Split(self.rank % self._each)
@@ -134,6 +136,14 @@ class MPIDispatcher(Dispatcher):
     @property
     def local_size(self) -> int:
         return self._here[1]
+
+    @property
+    def library(self) -> str:
+        version = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+        return f"{version}; mpi4py {mpi4py.__version__}"
+
+    def each(self, value: str) -> list[str]:
+        return self._comm.allgather(value)
 
     def abort(self, code: int) -> None:
         sys.stdout.flush()
@@ -232,7 +242,7 @@ class MPIDispatcher(Dispatcher):
 
     def _claims(self, count: int, steal: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
         if self._runs is None:
-            self._runs = _Runs(self._comm if self._group is None else self._leaders)
+            self._runs = _Runs(self._leaders)
         runs = self._runs
         runs.set(runs.rank, run_of(count, runs.rank, runs.size))
         while True:
