@@ -374,18 +374,22 @@ class Estimate:
         self._require_rows_for("the k-sample median")
         good = self._evaluation.surviving(p)
         problem = self._evaluation.problems[p]
-        columns, _ = self._evaluation.output_columns(p)
         g = np.stack([pull_back_theta(problem.scale, s) for s in problem.design.nodes.score[good]])
-        F = columns[torch.as_tensor(good)].numpy()
-        value, jacobian = median_statistic(F, g, k)
-        half = len(F) // 2
-        if k <= half:
-            # A constant changes the gradient's noise alone, but the median of the same rows is not one: it would take
-            # k/N of the gradient away. So each half is centred on the other's median, which is independent of it.
-            halves = [(F[:half], g[:half], F[half:]), (F[half:], g[half:], F[:half])]
-            jacobian = np.mean([median_statistic(x - np.median(y, axis=0), s, k)[1] for x, s, y in halves], axis=0)
-        both = self._evaluation.join_columns(torch.as_tensor(np.vstack([value[None], jacobian.T])))
+        both = self._evaluation.by_columns(p, partial(_median_columns, good, g, k))
         return both[0], both[1:].T
+
+
+def _median_columns(good: NDArray[np.bool_], g: Array, k: int, columns: torch.Tensor) -> torch.Tensor:
+    """The median and its gradient, one below the other, of some outputs (N, width): (1 + d, width)."""
+    F = columns[torch.as_tensor(good)].numpy()
+    value, jacobian = median_statistic(F, g, k)
+    half = len(F) // 2
+    if k <= half:
+        # A constant changes the gradient's noise alone, but the median of the same rows is not one: it would take
+        # k/N of the gradient away. So each half is centred on the other's median, which is independent of it.
+        halves = [(F[:half], g[:half], F[half:]), (F[half:], g[half:], F[:half])]
+        jacobian = np.mean([median_statistic(x - np.median(y, axis=0), s, k)[1] for x, s, y in halves], axis=0)
+    return torch.as_tensor(np.vstack([value[None], jacobian.T]))
 
 
 def _diagonal_form(v: torch.Tensor, F: torch.Tensor) -> torch.Tensor:

@@ -626,12 +626,12 @@ class Evaluation:
         return self.dispatcher.scatter_add(scalars)[: self.strategy.num_samples]
 
     @collective
-    def output_columns(self, p: int) -> tuple[torch.Tensor, range]:
-        """All perturbed rows of the run of outputs that this rank takes: (N, width), float64, and the run. Collective.
+    def by_columns(self, p: int, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """function(F) of all perturbed rows of a kept problem, each rank taking a part of the outputs: (n, m) float64.
 
-        The transpose of the row blocks: each rank gives every other one a part of its rows, nobody holds all.
+        `function` maps (N, width) float64 to (n, width) and treats each output by itself. The row blocks are
+        transposed: each rank gives every other one a part of its rows, nobody holds all. Collective.
         """
-        own = self.dispatcher.share(self.num_outputs)
         mine = sorted(
             ((unit.start, F) for unit, F in self._kept[p] if unit.start < self.strategy.num_samples),
             key=lambda pair: pair[0],
@@ -642,18 +642,11 @@ class Evaluation:
         regular = len(self.runs) - self.strategy.extra_row
         owner = self.owner[p * len(self.runs) :][:regular]
         order = np.concatenate([np.arange(*self.runs[i]) for i in np.argsort(owner, kind="stable")])
-        return columns[np.argsort(order)], own
+        return self.dispatcher.concatenate(function(columns[np.argsort(order)]))
 
-    @collective
-    def join_columns(self, columns: torch.Tensor) -> torch.Tensor:
-        """(n, own width) results for each rank's run of outputs to (n, m) on every rank. Collective."""
-        return self.dispatcher.concatenate(columns)
-
-    @collective
     def gather_rows(self, p: int) -> torch.Tensor:
         """All perturbed rows on every rank, (N, m) float64. Collective; for looking and for small outputs."""
-        columns, _ = self.output_columns(p)
-        return self.join_columns(columns)
+        return self.by_columns(p, lambda columns: columns)
 
 
 def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

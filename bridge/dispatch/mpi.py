@@ -110,8 +110,8 @@ class MPIDispatcher(Dispatcher):
             raise errors.InputError(
                 f"Expected ranks_per_evaluation to divide the number of ranks, {self.size}, got {ranks_per_evaluation}."
             )
-        self._group: MPI.Intracomm | None = None
-        self._leaders = self._comm
+        self._group: Any = None
+        self._leaders: Any = self._comm
         if ranks_per_evaluation > 1:
             self._group = self._comm.Split(self.rank // self._each)
             self._leaders = self._comm.Split(self.rank % self._each)
