@@ -230,7 +230,7 @@ def fit(
                 run.set_aside()
         theta_end = now.x * natural
         final = smoothed.estimate(torch.as_tensor(theta_end), steps, scale=last)
-        outputs = _plain_outputs(smoothed, np.stack([theta_end, space.vector(start)]))
+        outputs, runs = _plain_outputs(smoothed, np.stack([theta_end, space.vector(start)]))
         error = misfit.standard_error(final.jacobian()) if loss is None else None
     return FitResult(
         space=space,
@@ -240,7 +240,7 @@ def fit(
         loss=misfit.value_and_gradient(final.value)[0],
         stop_reason=stop_reason,
         history=tuple(now.history),
-        num_evaluations=now.num_evaluations + final.num_evaluations + 2,
+        num_evaluations=now.num_evaluations + final.num_evaluations + runs,
         wall_s=time.monotonic() - begin,
         output=outputs[0],
         start_output=outputs[1],
@@ -367,8 +367,8 @@ class _Adam:
         return np.asarray(m / (np.sqrt(v) + 1e-300))
 
 
-def _plain_outputs(smoothed: SmoothedSimulator, thetas: Array) -> NDArray[Any]:
-    """The simulator itself at some parameters, through the same dispatch: one row each, weight 1."""
+def _plain_outputs(smoothed: SmoothedSimulator, thetas: Array) -> tuple[NDArray[Any], int]:
+    """The simulator itself at some parameters, through the same dispatch, and how many runs that cost."""
     once = smooth(
         smoothed.simulator,
         seed=smoothed.strategy.seed,
@@ -378,5 +378,5 @@ def _plain_outputs(smoothed: SmoothedSimulator, thetas: Array) -> NDArray[Any]:
         forward="unsmoothed",
     )
     once.dispatcher, once.execution = smoothed.dispatcher, smoothed.execution
-    with torch.no_grad():
-        return np.asarray(once(torch.as_tensor(thetas)).numpy())
+    estimate = once.estimate(torch.as_tensor(thetas))
+    return np.asarray(estimate.value.numpy()), estimate.num_evaluations

@@ -118,6 +118,8 @@ class Run:
                 error = refused
             except OSError as failure:
                 error = SetupError(f"Expected a directory for the run that can be written, got: {failure}.")
+        if error is not None and self._lock is not None:
+            self._lock.close()
         self._all.agree(error)
         found = self._all.broadcast_object(found)
         packed = None if found is None else found[1]
@@ -165,7 +167,7 @@ class Run:
         for path in checkpoints:
             try:
                 return _read(path)
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 _log.warning("checkpoint %s is damaged (%s): the one before is taken", path, error)
         if checkpoints:
             raise SetupError(
@@ -221,8 +223,8 @@ class Run:
         """Says that the end of the block is not that of the run, which can be resumed."""
         self._unfinished = True
 
-    def _write(self) -> None:
-        """Writes the snapshot, and forgets the evaluations before it. Collective."""
+    def _write(self, between_steps: bool = True) -> None:
+        """Writes the snapshot and, between steps, forgets the evaluations, which came before it. Collective."""
         if self._snapshot is None or self._written == self._snapshot[0]:
             return
         step, packed = self._snapshot
@@ -238,8 +240,11 @@ class Run:
         if self._all.scatter_add(failed)[0]:
             return
         self._written = step
-        with self._dispatcher.led(self.store, "clear", (), {}):
-            self.store.clear()
+        if between_steps:
+            with self._dispatcher.led(self.store, "clear", (), {}):
+                self.store.clear()
+        else:
+            self.store.sync()
         self._tell("running", None)
 
     def _save(self, step: int, packed: tuple[str, list[NDArray[Any]]]) -> None:
@@ -260,8 +265,8 @@ class Run:
     ) -> None:
         try:
             if kind is None or issubclass(kind, StoppedError):
-                # The other ranks are here as well.
-                self._write()
+                # The other ranks are here as well. What was evaluated since the last step may be asked for again.
+                self._write(between_steps=False)
             elif self._all.rank == 0 and self._snapshot is not None and self._written != self._snapshot[0]:
                 with contextlib.suppress(OSError):
                     self._save(*self._snapshot)
@@ -376,7 +381,7 @@ def _digest(content: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 def _read(path: Path) -> tuple[int, tuple[str, list[NDArray[Any]]]]:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         content = {name: file[name] for name in file.files}
     if content.pop("digest").tobytes() != _digest(content):
         raise ValueError("its checksum is wrong")

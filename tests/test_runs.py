@@ -1,0 +1,309 @@
+"""Runs that are interrupted in every way go on, on any number of ranks, to bitwise the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bridge
+from bridge.errors import InputError, SetupError, StoppedError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- state --------------------------------------------------------------------------------------------------------
+
+leaves = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=5)
+arrays = st.sampled_from(
+    [torch.randn(3), torch.arange(4), np.float64(0.1), np.ones((2, 0)), torch.tensor(True), np.uint64([2**63])]
+)
+states = st.recursive(
+    leaves | arrays,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@given(states)
+def test_any_state_comes_back_as_it_was(tmp_path_factory, state):
+    directory = tmp_path_factory.mktemp("state")
+    with bridge.Run(directory) as run:
+        assert (run.step, run.state) == (0, None)
+        run.checkpoint(3, state)
+    with bridge.Run(directory) as again:
+        assert again.step == 3
+        assert same(state, again.state)
+
+
+def test_nothing_in_a_run_directory_is_a_pickle(tmp_path):
+    theta = torch.nn.Parameter(torch.ones(3))
+    optimiser = torch.optim.Adam([theta])
+    theta.sum().backward()
+    optimiser.step()
+    with bridge.Run(tmp_path, every_s=0) as run:
+        smoothed = bridge.smooth(np.sin, seed=0, num_samples=4, store=run.store)
+        run.store.above_s = 0.0
+        smoothed(theta)
+        run.checkpoint(1, {"theta": theta, "optimiser": optimiser.state_dict()})
+        smoothed(theta, step=1)
+        files = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
+        assert {p.suffix for p in files} == {".json", ".npz", ".journal"}
+        for path in files:
+            assert b"\x80\x04" not in path.read_bytes()[:64]
+    with np.load(next(tmp_path.glob("checkpoint-*.npz")), allow_pickle=False) as content:
+        assert all(content[name].dtype != object for name in content.files)
+    with bridge.Run(tmp_path) as again:
+        optimiser.load_state_dict(again.state["optimiser"])
+        assert torch.equal(again.state["theta"], theta.detach())
+    with bridge.Run(tmp_path) as refuses, pytest.raises(InputError, match="numbers, strings, arrays"):
+        refuses.checkpoint(9, {"theta": object()})
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    with bridge.Run(tmp_path, every_s=0) as run:
+        for step in (1, 2, 3):
+            run.checkpoint(step, {"x": torch.full((100,), float(step))})
+    kept = sorted(tmp_path.glob("checkpoint-*.npz"))
+    assert len(kept) == 2
+    for damage in (lambda b: b[: len(b) // 2], lambda b: b[:400] + bytes([b[400] ^ 1]) + b[401:], lambda b: b""):
+        whole = kept[1].read_bytes()
+        kept[1].write_bytes(damage(whole))
+        with bridge.Run(tmp_path) as run:
+            assert run.step == 2
+            assert float(run.state["x"][0]) == 2.0
+        kept[1].write_bytes(whole)
+    for path in kept:
+        path.write_bytes(b"PK")
+    with pytest.raises(SetupError, match="damaged ones only"):
+        bridge.Run(tmp_path)
+
+
+def test_a_run_is_resumed_under_its_own_settings_and_never_lost_by_accident(tmp_path):
+    with pytest.raises(RuntimeError), bridge.Run(tmp_path, settings={"seed": 0, "lr": 0.1}, every_s=0) as run:
+        run.checkpoint(1, 1.0)
+        raise RuntimeError("power cut")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 1, 1)
+    assert "power cut" in status["message"]
+    with pytest.raises(InputError, match=r"lr was 0.1, is 0.2"):
+        bridge.Run(tmp_path, settings={"seed": 0, "lr": 0.2})
+    with pytest.raises(InputError, match="unfinished run"):
+        bridge.Run(tmp_path, settings={"seed": 0, "lr": 0.1}, resume=False)
+    with bridge.Run(tmp_path, settings={"lr": 0.1, "seed": 0}) as run:
+        assert run.step == 1
+        with pytest.raises(InputError, match="running in it"):
+            bridge.Run(tmp_path, settings={"lr": 0.1, "seed": 0})
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+    with bridge.Run(tmp_path, resume=False) as run:
+        assert run.step == 0
+    with pytest.raises(InputError, match="Unknown signals"):
+        bridge.Run(tmp_path / "b", signals=("HELLO",))
+
+
+def test_a_signal_writes_the_state_and_ends_with_75(tmp_path):
+    with pytest.raises(SystemExit) as caught, bridge.Run(tmp_path, every_s=1e9, signals=("USR2",)) as run:
+        run.checkpoint(1, "one")
+        os.kill(os.getpid(), signal.SIGUSR2)
+        run.checkpoint(2, "two")
+        pytest.fail("went on")
+    assert caught.value.code == 75
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, 2)
+    with bridge.Run(tmp_path) as run:
+        assert (run.step, run.state) == (2, "two")
+    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
+
+
+def test_a_signal_ends_an_evaluation_after_the_run_in_progress(tmp_path):
+    calls = []
+
+    def f(x):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return x
+
+    with pytest.raises(SystemExit), bridge.Run(tmp_path, journal_above_s=0) as run:
+        run.checkpoint(4, None)
+        smoothed = bridge.smooth(f, seed=0, num_samples=8, store=run.store)
+        with pytest.raises(StoppedError):
+            smoothed(torch.zeros(1))
+        assert len(calls) == 3
+        raise StoppedError("as it came")
+    with bridge.Run(tmp_path, journal_above_s=0) as run:
+        assert run.step == 4
+        bridge.smooth(f, seed=0, num_samples=8, store=run.store)(torch.zeros(1))
+    assert len(calls) == 8
+
+
+def test_the_end_of_the_allocation_is_seen_coming(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 4))
+    with pytest.raises(SystemExit) as caught, bridge.Run(tmp_path) as run:
+        run.checkpoint(1, None)
+    assert caught.value.code == 75
+    assert "end of the allocation" in json.loads((tmp_path / "status.json").read_text())["message"]
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 4000))
+    with bridge.Run(tmp_path) as run:
+        run.checkpoint(2, None)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    with bridge.Run(tmp_path, every_s=0) as run:
+        run.checkpoint(1, "whole")
+        real = np.savez
+
+        def full(path, **arrays):
+            real(path, **arrays)
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(np, "savez", full)
+        run.checkpoint(2, "lost")
+        monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.glob("*")) != []
+    assert not list(tmp_path.glob(".checkpoint*"))
+    with bridge.Run(tmp_path) as again:
+        assert again.state == "lost"  # written at the end, when there was room again
+
+
+# --- fits ---------------------------------------------------------------------------------------------------------
+
+FIT = """
+import hashlib, json, os, sys, time
+import numpy as np
+import bridge
+
+grid = np.linspace(-1, 1, 24)
+
+def f(x):
+    with open(os.environ["PAID"], "a") as paid:
+        paid.write("x")  # one for each simulation begun
+    time.sleep(0.012)
+    return np.floor(50 * np.exp(-((grid[:, None] - x[0]) ** 2 + (grid - x[1]) ** 2) / 0.1))
+
+simulator = bridge.as_simulator(f, bounds=[(-1, 1), (-1, 1)], natural_scale=[0.1, 0.1])
+target = np.floor(50 * np.exp(-((grid[:, None] - 0.3) ** 2 + (grid + 0.2) ** 2) / 0.1))
+result = bridge.fit(
+    simulator, target, [0.0, 0.1], seed=0, method=sys.argv[1], steps=8, num_samples=16, directory="DIRECTORY",
+    every_s=0.2,
+)
+digest = hashlib.sha256(json.dumps([h.parameters for h in result.history]).encode())
+digest.update(result.parameters.tobytes() + result.standard_error.tobytes() + result.output.tobytes())
+if bridge.is_root():
+    print("digest", digest.hexdigest())
+"""
+RUNS = 8 * 16 + 16 + 4
+
+
+def alone(directory, method, monkeypatch):
+    path = directory / "script.py"
+    path.write_text(FIT.replace("DIRECTORY", str(directory / "run")), encoding="utf-8")
+    done = subprocess.run([sys.executable, path, method], capture_output=True, text=True, timeout=120, cwd=directory)
+    return done
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("method", ["adam", "gauss-newton"])
+def test_a_fit_that_is_killed_goes_on_with_other_ranks_to_the_same_bits(tmp_path, monkeypatch, run_ranks, method):
+    kills(tmp_path, monkeypatch, run_ranks, method, 3)
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_a_fit_that_is_killed_twenty_times(tmp_path, monkeypatch, run_ranks):
+    kills(tmp_path, monkeypatch, run_ranks, "adam", 20)
+
+
+def kills(tmp_path, monkeypatch, run_ranks, method, number):
+    paid = tmp_path / "paid"
+    monkeypatch.setenv("PAID", str(paid))
+    (tmp_path / "one").mkdir()
+    whole = alone(tmp_path / "one", method, monkeypatch)
+    assert whole.returncode == 0, whole.stderr
+    assert len(paid.read_text()) == RUNS
+    paid.unlink()
+    (tmp_path / "many").mkdir()
+    script = tmp_path / "many" / "script.py"
+    run = tmp_path / "many" / "run"
+    # Each launch is killed once it has paid for some more runs, at a random moment from then on.
+    script.write_text(
+        "import os, signal, sys, threading, time\n"
+        "def kill():\n"
+        "    before = os.path.getsize(os.environ['PAID']) if os.path.exists(os.environ['PAID']) else 0\n"
+        "    while not os.path.exists(os.environ['PAID']) or os.path.getsize(os.environ['PAID']) < before + 3:\n"
+        "        time.sleep(0.002)\n"
+        "    time.sleep(float(os.environ['KILL_AFTER']))\n"
+        "    os.kill(os.getppid() if os.environ.get('KILL_ALL') else os.getpid(), signal.SIGKILL)\n"
+        "if float(os.environ.get('KILL_AFTER', 0)):\n"
+        "    threading.Thread(target=kill, daemon=True).start()\n" + FIT.replace("DIRECTORY", str(run)),
+        encoding="utf-8",
+    )
+    draw = random.Random(number)
+    ranks = []
+    for i in range(number):
+        ranks.append(1 + (i + 1) % 3)
+        after = draw.uniform(0.001, 0.6)
+        killed = run_ranks(ranks[-1], script, method, timeout=120, env={"KILL_AFTER": str(after)})
+        if killed.returncode == 0:
+            break  # it was done before
+    end = run_ranks(2, script, method, timeout=120)
+    assert end.returncode == 0, end.stderr
+    assert end.stdout == whole.stdout
+    # Paid twice is at most what was being evaluated when the job was killed, and what a checkpoint had not yet seen of
+    # the runs that end a fit; nothing else.
+    assert len(paid.read_text()) <= RUNS + sum(ranks)
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_signal_to_the_ranks_ends_all_with_75(tmp_path, monkeypatch, run_ranks, name):
+    paid = tmp_path / "paid"
+    monkeypatch.setenv("PAID", str(paid))
+    script = tmp_path / "script.py"
+    # One rank alone is told; all stop.
+    script.write_text(
+        "import os, signal, threading, time\n"
+        "def tell():\n"
+        "    while not os.path.exists(os.environ['PAID']) or os.path.getsize(os.environ['PAID']) < 30:\n"
+        "        time.sleep(0.005)\n"
+        f"    os.kill(os.getpid(), signal.SIG{name})\n"
+        "from mpi4py import MPI\n"
+        "if MPI.COMM_WORLD.Get_rank() == 1 and 'TELL' in os.environ:\n"
+        "    threading.Thread(target=tell, daemon=True).start()\n" + FIT.replace("DIRECTORY", str(tmp_path / "run")),
+        encoding="utf-8",
+    )
+    stopped = run_ranks(2, script, "adam", timeout=60, env={"TELL": "1"})
+    assert stopped.returncode == 75, (stopped.returncode, stopped.stderr)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    done = run_ranks(3, script, "adam", timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(paid.read_text()) <= RUNS + 2
