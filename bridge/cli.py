@@ -147,8 +147,8 @@ def _study(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from bridge.dispatch import is_root
-    from bridge.job import load_job
     from bridge.files import write_whole
+    from bridge.job import load_job
     from bridge.studying import study
 
     job = load_job(options.file)
@@ -208,8 +208,9 @@ def _opengl() -> str:
     from bridge.environment import child_environment
 
     program = (
-        "import os; os.environ.setdefault('PYOPENGL_PLATFORM', 'egl'); from adapters.pyrender import PyrenderSimulator; "
-        "import pyrender; r = pyrender.OffscreenRenderer(8, 8); from OpenGL.GL import glGetString, GL_RENDERER; "
+        "import os; os.environ.setdefault('PYOPENGL_PLATFORM', 'egl'); "
+        "from adapters.pyrender import PyrenderSimulator; import pyrender; r = pyrender.OffscreenRenderer(8, 8); "
+        "from OpenGL.GL import glGetString, GL_RENDERER; "
         "r._platform.make_current(); print(glGetString(GL_RENDERER).decode())"
     )
     try:

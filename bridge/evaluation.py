@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from bridge.design import Strategy, make_design
 from bridge.dispatch import Dispatcher, TreeSum
 from bridge.errors import BridgeError, EvaluationError, InputError, OutputError, StoppedError
-from bridge.running import STATUSES, Execution, Outputs, Problem, Runner
+from bridge.running import STATUSES, Execution, Problem, Runner
 from bridge.scale import Form, check_scale, pull_back_scale, pull_back_theta, push_scale, push_theta
 from bridge.simulator import (
     BlockStructure,

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -180,6 +180,8 @@ def fit(
         raise InputError(f"Expected at least one step, got {steps!r}.")
     goal = _target(target, sim)
     misfit = _Misfit(goal, _variance(variance, goal), loss)
+    # First, since it checks its settings: a fit that is refused leaves nothing behind.
+    smoothed = smooth(sim, seed=seed, num_samples=num_samples, scale=first, comm=comm, **smoothing)
     run: Run | None = None
     if directory is not None:
         settings = {
@@ -189,8 +191,8 @@ def fit(
             "variance": _digest(misfit.variance), "smoothing": {k: repr(v) for k, v in sorted(smoothing.items())},
         }  # fmt: skip
         run = Run(directory, settings=settings, every_s=every_s, resume=resume, overwrite=overwrite, comm=comm)
-        smoothing = {"store": run.store, **smoothing}
-    smoothed = smooth(sim, seed=seed, num_samples=num_samples, scale=first, comm=comm, **smoothing)
+        if smoothed.execution.store is None:
+            smoothed.execution = replace(smoothed.execution, store=run.store)
     natural = space.natural_scale
     lower, upper = space.lower / natural, space.upper / natural
     window = max(2, steps // 10)

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from bridge import registry
 from bridge.dispatch import is_root
 from bridge.errors import InputError
-from bridge.fitting import FitResult, fit
 from bridge.files import write_json, write_whole
+from bridge.fitting import FitResult, fit
 from bridge.report import Progress, draw_fit
 from bridge.simulator import FileFormat, Simulator
 

@@ -5,7 +5,6 @@ Every file is written beside its place and moved there whole, so that nothing ha
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any

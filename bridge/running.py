@@ -222,7 +222,7 @@ class Runner:
         try:
             if not singly:
                 F = self._obtain(call, slice(0, k))
-        except _RunFailed as failure:
+        except _RunFailedError as failure:
             if k == 1:
                 call.failures[0] = failure.failure
             singly = k > 1
@@ -232,7 +232,7 @@ class Runner:
                 try:
                     # The simulator may hand out the same memory every time.
                     parts.append(self._obtain(call, slice(i, i + 1)).clone())
-                except _RunFailed as failure:
+                except _RunFailedError as failure:
                     call.failures[i] = failure.failure
                     parts.append(None)
             good = [part for part in parts if part is not None]
@@ -282,7 +282,7 @@ class Runner:
             if left == 0:
                 if not self._tolerant:
                     raise error
-                raise _RunFailed(error) from error
+                raise _RunFailedError(error) from error
             _log.info("simulator %r failed and is tried again: %s", self.name, error)
         raise AssertionError("unreachable")
 
@@ -330,7 +330,7 @@ class Runner:
         return 0.0 if self._strategy.penalty is None else self._strategy.penalty
 
 
-class _RunFailed(Exception):
+class _RunFailedError(Exception):
     """A run that counts as data."""
 
     def __init__(self, error: Exception) -> None:

@@ -146,7 +146,11 @@ class Run:
         status = self.status()
         checkpoints = sorted(self.directory.glob("checkpoint-*.npz"), reverse=True)
         if not resume:
-            if not overwrite and status.get("state") not in (None, "done") and (checkpoints or any(self.directory.glob("evaluations/*"))):
+            if (
+                not overwrite
+                and status.get("state") not in (None, "done")
+                and (checkpoints or any(self.directory.glob("evaluations/*")))
+            ):
                 raise InputError(
                     f"Expected a directory without an unfinished run, got {self.directory} with one at step "
                     f"{status.get('step')}. Resume it (--resume), or begin anew and lose it (--fresh)."

@@ -92,7 +92,7 @@ class Store:
         return len(self._index)
 
     def get(self, key: bytes) -> torch.Tensor | None:
-        """The outputs (k, *output_shape) of a call, in memory of their own; None where they are not there, or damaged."""
+        """The outputs (k, *output_shape) of a call, in memory of their own; None where they are missing or damaged."""
         place = self._index.get(key)
         if place is not None:
             data = np.empty(place.size, dtype=np.uint8)
@@ -112,7 +112,7 @@ class Store:
         return None
 
     def put(self, key: bytes, outputs: torch.Tensor, seconds: float) -> None:
-        """Appends the outputs of a call that took so many seconds. A disk that is full costs the record, not the run."""
+        """Appends the outputs of a call that took so many seconds. A full disk costs the record, not the run."""
         if seconds < self.above_s or self._full:
             return
         array = outputs.detach().to("cpu").contiguous()

@@ -171,7 +171,7 @@ class Stream:
     def _exchange(self) -> None:
         """Rows of shared leaves go to the rank that has the leaf's first unit; all ranks walk in the same order.
 
-        A unit waits, on the rank that has it, unless that rank has had the leaf's first unit before it from its own run.
+        A unit waits, on the rank that has it, unless that rank has had the leaf's first unit before, from its own run.
         """
         e = self._e
         mine = np.zeros(len(e.units))
@@ -212,8 +212,8 @@ def spilled(F: torch.Tensor) -> torch.Tensor:
         copy = torch.from_file(name, shared=True, size=F.numel(), dtype=F.dtype).reshape(F.shape)
     except OSError as error:
         raise EvaluationError(
-            f"Expected room for {size / 1e6:.1f} MB of outputs beyond memory_megabytes in {tempfile.gettempdir()}, got: "
-            f"{error}. Set TMPDIR to a larger local disk, or raise memory_megabytes."
+            f"Expected room for {size / 1e6:.1f} MB of outputs beyond memory_megabytes in {tempfile.gettempdir()}, "
+            f"got: {error}. Set TMPDIR to a larger local disk, or raise memory_megabytes."
         ) from error
     finally:
         os.close(descriptor)

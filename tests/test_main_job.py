@@ -78,7 +78,7 @@ def test_the_command_recovers_and_writes_everything(job_file, tmp_path, capsys):
     assert mrcfile.validate(out / "fit.mrc")
     assert (out / "fit.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((out / "history.json").read_text())) == report["steps"]
-    assert sorted(p.name for p in out.iterdir()) == ["fit.mrc", "fit.png", "history.json", "parameters.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["fit.mrc", "fit.png", "history.json", "parameters.json", "run"]
 
 
 @pytest.mark.parametrize(

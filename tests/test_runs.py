@@ -107,9 +107,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
 
 
 def test_a_run_is_resumed_under_its_own_settings_and_never_lost_by_accident(tmp_path):
-    with pytest.raises(RuntimeError), bridge.Run(tmp_path, settings={"seed": 0, "lr": 0.1}, every_s=0) as run:
-        run.checkpoint(1, 1.0)
-        raise RuntimeError("power cut")
+    def fails():
+        with bridge.Run(tmp_path, settings={"seed": 0, "lr": 0.1}, every_s=0) as run:
+            run.checkpoint(1, 1.0)
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        fails()
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("failed", 1, 1)
     assert "power cut" in status["message"]
@@ -129,11 +133,15 @@ def test_a_run_is_resumed_under_its_own_settings_and_never_lost_by_accident(tmp_
 
 
 def test_a_signal_writes_the_state_and_ends_with_75(tmp_path):
-    with pytest.raises(SystemExit) as caught, bridge.Run(tmp_path, every_s=1e9, signals=("USR2",)) as run:
-        run.checkpoint(1, "one")
-        os.kill(os.getpid(), signal.SIGUSR2)
-        run.checkpoint(2, "two")
-        pytest.fail("went on")
+    def told():
+        with bridge.Run(tmp_path, every_s=1e9, signals=("USR2",)) as run:
+            run.checkpoint(1, "one")
+            os.kill(os.getpid(), signal.SIGUSR2)
+            run.checkpoint(2, "two")
+            pytest.fail("went on")
+
+    with pytest.raises(SystemExit) as caught:
+        told()
     assert caught.value.code == 75
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, 2)
@@ -151,13 +159,15 @@ def test_a_signal_ends_an_evaluation_after_the_run_in_progress(tmp_path):
             os.kill(os.getpid(), signal.SIGUSR1)
         return x
 
-    with pytest.raises(SystemExit), bridge.Run(tmp_path, journal_above_s=0) as run:
-        run.checkpoint(4, None)
-        smoothed = bridge.smooth(f, seed=0, num_samples=8, store=run.store)
-        with pytest.raises(StoppedError):
-            smoothed(torch.zeros(1))
-        assert len(calls) == 3
-        raise StoppedError("as it came")
+    def stopped():
+        with bridge.Run(tmp_path, journal_above_s=0) as run:
+            run.checkpoint(4, None)
+            bridge.smooth(f, seed=0, num_samples=8, store=run.store)(torch.zeros(1))
+
+    with pytest.raises(SystemExit) as caught:
+        stopped()
+    assert isinstance(caught.value.__cause__, StoppedError)
+    assert len(calls) == 3
     with bridge.Run(tmp_path, journal_above_s=0) as run:
         assert run.step == 4
         bridge.smooth(f, seed=0, num_samples=8, store=run.store)(torch.zeros(1))

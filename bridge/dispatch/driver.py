@@ -62,7 +62,9 @@ class Driver:
         self._gone = []
         self._dispatcher.message(file.getvalue())
 
-    def make(self, kind: Callable[..., T], arguments: Sequence[Any], settings: dict[str, Any], once: Sequence[Any]) -> T:
+    def make(
+        self, kind: Callable[..., T], arguments: Sequence[Any], settings: dict[str, Any], once: Sequence[Any]
+    ) -> T:
         for item in once:
             if item is not None and id(item) not in self._sent:
                 number = next(self._numbers)
