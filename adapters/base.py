@@ -66,6 +66,10 @@ class Template(ABC):
         """Name of a file in the directory that the program reads as its standard input; None for none."""
         return None
 
+    def log_files(self) -> tuple[str, ...]:
+        """Names of files in the directory whose last lines belong into the message of a failure."""
+        return ()
+
     def check(self, space: ParameterSpace) -> None:
         """Raises `InputError` where the template does not fit the parameters; called once, before any run."""
         return None
@@ -267,7 +271,7 @@ class ExternalSimulator:
             if np.iscomplexobj(output):
                 raise TypeError("complex numbers; return real and imaginary parts as real numbers")
             output = np.array(output, dtype=np.float64, order="C")  # `ascontiguousarray` makes a vector of a scalar
-        except OutputError:
+        except EvaluationError:  # of which OutputError is one
             raise
         except FileNotFoundError as error:
             there = ", ".join(sorted(p.name for p in directory.iterdir())) or "nothing"
@@ -299,7 +303,7 @@ class ExternalSimulator:
             f"  status: {outcome.describe() if outcome else 'not started'}, on {platform.node()}",
             f"  directory: {directory}{'' if keep else ' (removed: Profile.keep)'}",
         ]
-        for name in (STDOUT, STDERR):
+        for name in (STDOUT, STDERR, *self.template.log_files()):
             tail = _tail(directory / name)
             if tail:
                 lines += [f"  last lines of {name}:", *(f"    {line}" for line in tail)]
