@@ -152,7 +152,8 @@ def fit(
         comm, **smoothing: as in `bridge.smooth`.
 
     Returns:
-        a `FitResult`, the same on every rank. Collective under MPI. An interrupt (Ctrl-C) ends the fit in good order.
+        a `FitResult`, the same on every rank. Collective under MPI. In one process an interrupt (Ctrl-C)
+        ends the fit in good order.
 
     Raises:
         InputError: target of another shape or not finite, start outside the bounds, unknown method.
@@ -227,6 +228,8 @@ def fit(
                     run.checkpoint(now.step, now.to_dict())
             stop_reason = now.stop_reason or "max_steps"
         except KeyboardInterrupt:
+            if smoothed.dispatcher.size > 1:
+                raise  # ranks are told at different places: this ends them all
             stop_reason = "interrupted"
             if run is not None:
                 run.set_aside()

@@ -272,6 +272,9 @@ class Runner:
             try:
                 # Copies: a simulator that writes into its arguments must not change the design.
                 outputs = self._simulator(np.array(inputs, order="C"), seeds.copy())
+            except SystemExit as leaving:
+                # Meant for a program of its own; here it would take a rank away from the others.
+                error = EvaluationError(f"Simulator {self.name!r} called sys.exit({leaving.code!r}).")
             except Exception as failure:
                 error = failure
             error = self._dispatcher.agree_in_group(error)

@@ -128,9 +128,13 @@ class Dispatcher(ABC):
             "(step_limit_s); what it is doing:\n"
         )
         sys.stderr.flush()
-        faulthandler.dump_traceback(all_threads=True)
+        self.show_stacks()
         time.sleep(_LAST_WORDS_S)
         self.abort(70)
+
+    def show_stacks(self) -> None:
+        """Prints what this process is doing, and what others are where it can be seen."""
+        faulthandler.dump_traceback(all_threads=True)
 
     def abort(self, code: int) -> None:
         """Ends every rank, at once."""

@@ -11,6 +11,7 @@ compare-and-swap. What a rank owns is then its own run but for the last few item
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from bridge import errors
 from bridge.dispatch.base import Dispatcher, get_dispatcher
+from bridge.dispatch.neighbours import Neighbours, Process, this_process
 from bridge.dispatch.tree import TreeSum, run_of, transfers
 
 try:
@@ -44,6 +46,25 @@ _PIECE = 1 << 28
 _LOW = (1 << 32) - 1
 # Words of the window that say: claim no more; not begun.
 _STOP, _NOT_YET = -1, -2
+
+
+# A wait sleeps for a fiftieth of what it has waited already, so it comes no later than that.
+_SLEEP_SHARE, _BUSY_S, _LONGEST_SLEEP_S = 0.02, 2e-4, 0.01
+
+
+def _wait(*requests: MPI.Request) -> None:
+    """Completes messages and collectives; in the libraries' own waits a rank takes a core that a simulation needs."""
+    begin = time.perf_counter()
+    for request in requests:
+        while not request.Test():
+            waited = time.perf_counter() - begin
+            if waited > _BUSY_S:
+                time.sleep(min(_SLEEP_SHARE * waited, _LONGEST_SLEEP_S))
+
+
+def _pieces(array: NDArray[Any]) -> list[NDArray[Any]]:
+    flat = array.reshape(-1).view(np.uint8)
+    return [flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE)]
 
 
 def _left(word: int) -> int:
@@ -68,8 +89,7 @@ class _Runs:
         self._window.Lock_all()
         self.put(self.rank, _NOT_YET)
         comm.Barrier()
-        # Before MPI_Finalize, which is as collective: some libraries complain of windows that are left.
-        atexit.register(self._free)
+        _windows.append(self)
 
     def get(self, rank: int) -> int:
         result = np.zeros(1, dtype=np.int64)
@@ -82,7 +102,7 @@ class _Runs:
         self._window.Accumulate(np.array([word], dtype=np.int64), rank, op=MPI.REPLACE)
         self._window.Flush(rank)
 
-    def _free(self) -> None:
+    def free(self) -> None:
         self._window.Unlock_all()
         self._window.Free()
 
@@ -150,20 +170,24 @@ class MPIDispatcher(Dispatcher):
         sys.stderr.flush()
         MPI.COMM_WORLD.Abort(code)
 
+    def show_stacks(self) -> None:
+        if _neighbours is None:
+            super().show_stacks()
+            return
+        for process, stacks in _neighbours.stacks():
+            sys.stderr.write(f"bridge: {_describe(process)} is here:\n{stacks}\n")
+        sys.stderr.flush()
+
     def __reduce__(self) -> Any:
         # Where a dispatcher travels (`bridge.driver`), what is meant is the one over there.
         return get_dispatcher, ()
 
     def message(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes on every rank; the others wait for it without burning their cores. Collective."""
+        """Rank 0's bytes on every rank. Collective."""
         length = np.array([0 if data is None else len(data)], dtype=np.int64)
-        request, pause = self._comm.Ibcast(length, root=0), 1e-5
-        while not request.Test():
-            if self.rank != 0:
-                time.sleep(pause)
-                pause = min(2 * pause, 0.01)
+        _wait(self._comm.Ibcast(length, root=0))
         array = np.frombuffer(data, dtype=np.uint8).copy() if data is not None else np.empty(length[0], dtype=np.uint8)
-        self._in_pieces(array, lambda piece: self._comm.Bcast(piece, root=0))
+        self._broadcast_from(0, array)
         return array.tobytes()
 
     @property
@@ -185,7 +209,7 @@ class MPIDispatcher(Dispatcher):
         self._sequence += 1
         mine = np.array([self._sequence, zlib.crc32(kind.encode()), zlib.crc32(signature.encode())], dtype=np.int64)
         all_ranks = np.empty((self.size, 3), dtype=np.int64)
-        self._comm.Allgather(mine, all_ranks)
+        _wait(self._comm.Iallgather(mine, all_ranks))
         if (all_ranks == all_ranks[0]).all():
             return
         calls = self._comm.allgather(f"{kind} (call {self._sequence}; {signature})")
@@ -200,7 +224,7 @@ class MPIDispatcher(Dispatcher):
     def agree(self, error: Exception | None) -> None:
         failed = np.array([error is not None], dtype=np.int64)
         total = np.empty_like(failed)
-        self._comm.Allreduce(failed, total)
+        _wait(self._comm.Iallreduce(failed, total))
         if total[0] == 0:
             return
         mine = None if error is None else (type(error).__name__, str(error))
@@ -215,7 +239,7 @@ class MPIDispatcher(Dispatcher):
 
     def broadcast(self, array: NDArray[Any]) -> NDArray[Any]:
         array = np.array(array, order="C")  # a copy: the caller's memory may belong to the user
-        self._in_pieces(array, lambda piece: self._comm.Bcast(piece, root=0))
+        self._broadcast_from(0, array)
         return array
 
     def broadcast_object(self, value: Any) -> Any:
@@ -296,16 +320,16 @@ class MPIDispatcher(Dispatcher):
         for tree, shape, leaves in zip(sums, like, owners, strict=True):
             root = int(leaves[0])
             total = (tree.result() if self.rank == root else torch.empty_like(shape)).to("cpu").contiguous()
-            self._in_pieces(total.numpy(), lambda piece, at=root: self._comm.Bcast(piece, root=at))
+            self._broadcast_from(root, total.numpy())
             results.append(total.to(shape.device))
         return results
 
     def transfer(self, tensor: torch.Tensor, source: int, dest: int) -> torch.Tensor:
         array = tensor.to("cpu").contiguous().numpy()
         if self.rank == source:
-            self._in_pieces(array, lambda piece: self._comm.Send(piece, dest=dest))
+            _wait(*self._send(array, dest))
         elif self.rank == dest:
-            self._in_pieces(array, lambda piece: self._comm.Recv(piece, source=source))
+            _wait(*self._receive(array, source))
         return torch.as_tensor(array).to(tensor.device)
 
     def transpose(self, rows: torch.Tensor) -> torch.Tensor:
@@ -320,12 +344,7 @@ class MPIDispatcher(Dispatcher):
             if shift == 0:
                 parts[self.rank] = outgoing
                 continue
-            requests: list[MPI.Request] = []
-            self._in_pieces(
-                outgoing.numpy(), lambda piece, to=dest, sent=requests: sent.append(self._comm.Isend(piece, dest=to))
-            )
-            self._in_pieces(parts[source].numpy(), lambda piece, at=source: self._comm.Recv(piece, source=at))
-            MPI.Request.Waitall(requests)
+            _wait(*self._send(outgoing.numpy(), dest), *self._receive(parts[source].numpy(), source))
         return torch.cat(parts)
 
     def concatenate(self, columns: torch.Tensor) -> torch.Tensor:
@@ -335,20 +354,23 @@ class MPIDispatcher(Dispatcher):
             part = (
                 columns.contiguous() if rank == self.rank else torch.empty((len(columns), width), dtype=torch.float64)
             )
-            self._in_pieces(part.numpy(), lambda piece, root=rank: self._comm.Bcast(piece, root=root))
+            self._broadcast_from(rank, part.numpy())
             parts.append(part)
         return torch.cat(parts, dim=1)
 
     def scatter_add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         total = np.empty_like(values)
-        self._comm.Allreduce(np.ascontiguousarray(values), total)
+        _wait(self._comm.Iallreduce(np.ascontiguousarray(values), total))
         return total
 
-    @staticmethod
-    def _in_pieces(array: NDArray[Any], transfer: Any) -> None:
-        flat = array.reshape(-1).view(np.uint8)
-        for start in range(0, flat.size, _PIECE):
-            transfer(flat[start : start + _PIECE])
+    def _broadcast_from(self, root: int, array: NDArray[Any]) -> None:
+        _wait(*(self._comm.Ibcast(piece, root=root) for piece in _pieces(array)))
+
+    def _send(self, array: NDArray[Any], dest: int) -> list[MPI.Request]:
+        return [self._comm.Isend(piece, dest=dest) for piece in _pieces(array)]
+
+    def _receive(self, array: NDArray[Any], source: int) -> list[MPI.Request]:
+        return [self._comm.Irecv(piece, source=source) for piece in _pieces(array)]
 
 
 def world(launched: int, ranks_per_evaluation: int = 1) -> Dispatcher:
@@ -363,7 +385,62 @@ def world(launched: int, ranks_per_evaluation: int = 1) -> Dispatcher:
             f"launcher and the MPI library that mpi4py loaded do not belong together. Loaded: "
             f"{MPI.Get_library_version().splitlines()[0].strip()}. Use the mpirun of that library, by its full path."
         )
-    return MPIDispatcher(MPI.COMM_WORLD, ranks_per_evaluation)
+    dispatcher = MPIDispatcher(MPI.COMM_WORLD, ranks_per_evaluation)
+    if dispatcher.size > 1 and _neighbours is None:
+        _end_together(dispatcher)
+    return dispatcher
+
+
+_neighbours: Neighbours | None = None
+
+
+def _describe(process: Process) -> str:
+    size, host = MPI.COMM_WORLD.Get_size(), MPI.Get_processor_name()
+    return f"rank {process.rank} of {size} (process {process.pid} on {host})"
+
+
+def _end_together(world: MPIDispatcher) -> None:
+    """A rank that dies ends the job, also where the launcher does not; one at its end waits for the others. Collective.
+
+    Without the second, a rank that calls `sys.exit` would leave the others in a collective for ever.
+    """
+    global _neighbours
+    own = this_process(world.rank)
+    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    others = node.allgather(own)
+    node.Free()
+
+    def died(process: Process) -> None:
+        sys.stderr.write(
+            f"bridge: {_describe(process)} has ended without a word: killed by a signal (as happens when memory "
+            f"runs out), or by os._exit. Rank {world.rank} ends the job.\n"
+        )
+        world.abort(_ABORT)
+
+    _neighbours = Neighbours(own, others, died)
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a crash in native code shows where in the script it was
+    _world.append(world)
+
+
+_world: list[MPIDispatcher] = []
+_windows: list[_Runs] = []
+
+
+@atexit.register
+def _leave() -> None:
+    """What ranks do together before MPI is finalised."""
+    if MPI.Is_finalized():
+        return
+    if _neighbours is not None:
+        _neighbours.leave()
+    for world in _world:
+        try:
+            world.begin("end of the script", "")
+        except errors.BridgeError as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+    for window in reversed(_windows):  # some libraries complain of windows that are left
+        window.free()
 
 
 _installed = False

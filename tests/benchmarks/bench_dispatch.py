@@ -1,0 +1,264 @@
+"""What dispatch costs and how well it shares: efficiency on two ranks, uneven runs, overhead, price of exact sums.
+
+    python tests/benchmarks/bench_dispatch.py [overhead | exact | even | uneven]
+
+Starts ranks by the launcher beside this Python. Each comparison is made in one process, turn by turn; medians.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+M = 160_000
+
+
+def ranks(n: int, what: str, *arguments: object) -> dict[str, float]:
+    """What one part prints, run on n ranks."""
+    launcher = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or "mpiexec"
+    command = [launcher, "-n", str(n)] if n > 1 else []
+    done = subprocess.run(
+        [*command, sys.executable, __file__, "_" + what, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def report(result: dict[str, float]) -> None:
+    import bridge
+
+    if bridge.is_root():
+        print(json.dumps(result), flush=True)
+
+
+def spin(seconds: float) -> None:
+    """Keeps a core busy for so much CPU time, however much of it others take."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+# --- parts, each run on every rank --------------------------------------------------------------------------------
+
+
+def overhead(vectorized: bool, n: int = 1 << 14) -> None:
+    """CPU time a row that is not the simulator's, forward and backward, 8 parameters and 16 outputs."""
+    import numpy as np
+    import torch
+
+    import bridge
+
+    A = np.ones((8, 16))
+    inside = 0.0
+
+    def f(x):
+        nonlocal inside
+        begin = time.process_time()
+        y = x @ A
+        inside += time.process_time() - begin
+        return y
+
+    simulator = bridge.as_simulator(f, vectorized=vectorized, output_shape=(16,))
+    smoothed = bridge.smooth(simulator, seed=0, num_samples=n, points="mc")
+    theta = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    took = []
+    for step in range(8):
+        inside, begin = 0.0, time.process_time()
+        smoothed(theta, step=step).sum().backward()
+        took.append(1e6 * (time.process_time() - begin - inside) * smoothed.dispatcher.size / n)
+    report({"us": median(took[1:])})
+
+
+def exact(gradients: bool, seconds: float = 1e-3, n: int = 64) -> None:
+    """A forward pass against the same runs summed as they come and reduced by one Allreduce."""
+    import numpy as np
+    import torch
+
+    import bridge
+
+    prepared = np.random.default_rng(0).normal(size=(4, M)).astype(np.float32)
+
+    def f(x):
+        spin(seconds)
+        return prepared[int(1e6 * x[0]) % 4]
+
+    smoothed = bridge.smooth(f, seed=0, num_samples=n, scale=0.1, schedule="static")
+    dispatcher = smoothed.dispatcher
+    theta = torch.zeros(8, dtype=torch.float64, requires_grad=gradients)
+
+    def plain(step):
+        eps = np.random.default_rng(step).normal(size=(n, 8))
+        total = np.zeros(M, dtype=np.float32)
+        for row in eps[dispatcher.rank :: dispatcher.size]:
+            total += f(0.1 * row)
+        if dispatcher.size > 1:
+            from mpi4py import MPI
+
+            MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, total)
+        return total / n
+
+    took: dict[str, list[float]] = {"plain": [], "exact": []}
+    for step in range(12):
+        for name, work in (("plain", plain), ("exact", lambda step: smoothed(theta, step=step))):
+            dispatcher.agree(None)  # all begin together
+            begin = time.perf_counter()
+            work(step)
+            dispatcher.agree(None)
+            took[name].append(1e3 * (time.perf_counter() - begin))
+    ratios = [e / p for e, p in zip(took["exact"][2:], took["plain"][2:], strict=True)]
+    report({"plain_ms": median(took["plain"][2:]), "exact_ms": median(took["exact"][2:]), "ratio": median(ratios)})
+
+
+def even(seconds: float = 0.05, n: int = 64) -> None:
+    """64 runs of 50 ms of CPU time: efficiency = n x time of a run / (ranks x time of the forward pass).
+
+    The time of a run is measured in the same pass, on the wall clock, so that what else the machine does counts for
+    both; what is left is what ranks wait for each other and for bridge.
+    """
+    import numpy as np
+    import torch
+
+    import bridge
+
+    inside = 0.0
+
+    def f(x):
+        nonlocal inside
+        begin = time.perf_counter()
+        spin(seconds)
+        inside += time.perf_counter() - begin
+        return np.full(1000, x.sum())
+
+    smoothed = bridge.smooth(f, seed=0, num_samples=n)
+    dispatcher = smoothed.dispatcher
+    theta = torch.zeros(8, dtype=torch.float64)
+    efficiency, wall = [], []
+    for step in range(6):
+        inside = 0.0
+        dispatcher.agree(None)
+        begin = time.perf_counter()
+        smoothed(theta, step=step)
+        dispatcher.agree(None)
+        wall.append(time.perf_counter() - begin)
+        busy = dispatcher.scatter_add(np.eye(dispatcher.size)[dispatcher.rank] * inside).sum()
+        efficiency.append(float(busy) / (dispatcher.size * wall[-1]))
+    report({"efficiency": median(efficiency[1:]), "wall_s": median(wall[1:])})
+
+
+def sleeps(n: int = 64) -> list[float]:
+    """n lognormal lengths, mean 40 ms and longest 0.25 s."""
+    import numpy as np
+
+    rng = np.random.default_rng(7)
+    lengths = np.exp(0.75 * rng.normal(size=n))
+    lengths *= 0.04 / lengths.mean()
+    lengths *= np.minimum(1.0, 0.25 / lengths.max())
+    lengths[lengths.argmax()] = 0.25
+    return list(lengths * (0.04 * n - 0.25) / (lengths.sum() - 0.25) * (lengths < 0.25) + 0.25 * (lengths == 0.25))
+
+
+def uneven(schedule: str, n: int = 64) -> None:
+    """64 sleeps; efficiency = sum of sleeps / (ranks x time of the forward pass)."""
+    import numpy as np
+    import torch
+
+    import bridge
+
+    lengths = sleeps(n)
+    smoothed = bridge.smooth(
+        bridge.as_simulator(lambda x: time.sleep(lengths[int(x[0])]) or np.zeros(10)),
+        seed=0,
+        num_samples=1,
+        points="mc",
+        covariate="none",
+        scale=1e-9,
+        schedule=schedule,
+    )
+    theta = torch.arange(n, dtype=torch.float64)[:, None] + 0.5
+    took = []
+    for step in range(4):
+        smoothed.dispatcher.agree(None)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            smoothed(theta, step=step)
+        took.append(time.perf_counter() - begin)
+    report({"efficiency": sum(lengths) / (smoothed.dispatcher.size * median(took[1:])), "wall_s": median(took[1:])})
+
+
+def futures(n: int = 64) -> None:
+    """The same sleeps by mpi4py.futures, whose rank 0 only hands out work."""
+    from mpi4py import MPI
+    from mpi4py.futures import MPICommExecutor
+
+    lengths = sleeps(n)
+    with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+        if executor is None:
+            return
+        took = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            list(executor.map(time.sleep, lengths))
+            took.append(time.perf_counter() - begin)
+        size = MPI.COMM_WORLD.Get_size()
+        print(json.dumps({"efficiency": sum(lengths) / (size * median(took[1:])), "wall_s": median(took[1:])}))
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def main(wanted: list[str]) -> None:
+    def on(part: str) -> bool:
+        return not wanted or part in wanted
+
+    if on("overhead"):
+        print("CPU time an evaluation beyond the simulator's, forward and backward, 16,384 rows, d=8, m=16 [us]")
+        for n in (1, 2):
+            in_chunks, singly = (ranks(n, "overhead", v)["us"] for v in (1, 0))
+            print(f"  {n} rank(s): called in chunks {in_chunks:6.1f}    row by row {singly:6.1f}", flush=True)
+    if on("exact"):
+        print(f"forward pass of 64 runs of 1 ms, m={M}, float32: against a plain sum and Allreduce [ms]")
+        for n in (1, 2):
+            for gradients in (0, 1):
+                r = ranks(n, "exact", gradients)
+                label = "value and Jacobian, d=8" if gradients else "value"
+                print(
+                    f"  {n} rank(s), {label:<24} plain {r['plain_ms']:6.1f}  exact {r['exact_ms']:6.1f}  ratio "
+                    f"{r['ratio']:.3f}",
+                    flush=True,
+                )
+    if on("even"):
+        print("64 runs of 50 ms of CPU time")
+        for n in (1, 2):
+            r = ranks(n, "even")
+            print(f"  {n} rank(s): efficiency {r['efficiency']:.3f}  ({r['wall_s']:.2f} s)", flush=True)
+    if on("uneven"):
+        lengths = sleeps()
+        print(f"64 lognormal sleeps, mean {sum(lengths) / 64 * 1e3:.0f} ms, longest {max(lengths):.2f} s, 4 ranks")
+        for label, part, arguments in (
+            ("bridge, dynamic", "uneven", ["dynamic"]),
+            ("bridge, auto", "uneven", ["auto"]),
+            ("bridge, static", "uneven", ["static"]),
+            ("mpi4py.futures", "futures", []),
+        ):
+            r = ranks(4, part, *arguments)
+            print(f"  {label:<16} efficiency {r['efficiency']:.3f}  ({r['wall_s']:.3f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    parts = {"_overhead": overhead, "_exact": exact, "_even": even, "_uneven": uneven, "_futures": futures}
+    if len(sys.argv) > 1 and sys.argv[1] in parts:
+        part, arguments = parts[sys.argv[1]], sys.argv[2:]
+        part(*(bool(int(a)) if a.isdigit() else a for a in arguments))
+    else:
+        main(sys.argv[1:])
