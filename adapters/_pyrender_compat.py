@@ -16,6 +16,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
@@ -37,6 +38,7 @@ _PACKAGES = (
     "Alpine: `apk add mesa-egl mesa-gl mesa-dri-gallium`; on a cluster: load its Mesa module, or use a container."
 )
 _SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
+_GPU_FILES = ("nvidia[0-9]*", "dri/renderD*", "kfd")
 _LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 _lock = threading.RLock()
@@ -341,6 +343,27 @@ def open_context(platform: str, device: int | None) -> Context:
 def is_software(renderer: str) -> bool:
     """Whether a GL_RENDERER string names a software renderer."""
     return any(word in renderer.lower() for word in _SOFTWARE)
+
+
+def visible_gpus() -> list[str]:
+    """Device files of GPUs that this process can see, whether or not OpenGL can use them."""
+    return sorted(str(path) for pattern in _GPU_FILES for path in Path("/dev").glob(pattern))
+
+
+def warn_of_software(renderer: str) -> None:
+    """Warns once a place if a software renderer answers where there is a GPU, unless the user asked for software."""
+    chosen = ("EGL_DEVICE_ID", "LIBGL_ALWAYS_SOFTWARE", "PYOPENGL_PLATFORM")
+    if not is_software(renderer) or any(os.environ.get(name) for name in chosen):
+        return
+    gpus = visible_gpus()
+    if gpus:
+        warnings.warn(
+            f"Expected a GPU to render ({', '.join(gpus)} can be seen), got the software renderer {renderer!r}. In a "
+            "container, set NVIDIA_DRIVER_CAPABILITIES=graphics,utility,compute; else check that the driver brings its "
+            "EGL library. LIBGL_ALWAYS_SOFTWARE=1 renders in software on purpose.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _viewer_stub() -> types.ModuleType:

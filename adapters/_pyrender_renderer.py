@@ -10,6 +10,7 @@ import os
 import threading
 import warnings
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -30,24 +31,26 @@ _PLAIN = {
     "mesh_depth.vert": str(_SHADERS / "plain.vert"),
 }
 _LAMBERT = {"mesh.vert": str(_SHADERS / "lambert.vert"), "mesh.frag": str(_SHADERS / "lambert.frag")}
+_NORMALS = {"mesh.vert": str(_SHADERS / "lambert.vert"), "mesh.frag": str(_SHADERS / "normals.frag")}
 
 SEGMENTATION = int(RenderFlags.SEG)
 DEPTH = int(RenderFlags.DEPTH_ONLY)
 COLOUR = int(RenderFlags.NONE)
+NORMALS = -1  # not one of pyrender's
 
 
 class _Shaders(ShaderProgramCache):
     """pyrender's shaders, some replaced by ours (an absolute file name wins over the shader directory)."""
 
-    def __init__(self, replaced: dict[str, str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._replaced = replaced
+        self.replaced: dict[str, str] = {}
 
     def get_program(
         self, vertex_shader: str, fragment_shader: str, geometry_shader: str | None = None, defines: Any = None
     ) -> Any:
-        vertex_shader = self._replaced.get(vertex_shader, vertex_shader)
-        fragment_shader = self._replaced.get(fragment_shader, fragment_shader)
+        vertex_shader = self.replaced.get(vertex_shader, vertex_shader)
+        fragment_shader = self.replaced.get(fragment_shader, fragment_shader)
         return super().get_program(vertex_shader, fragment_shader, geometry_shader, defines)
 
 
@@ -62,33 +65,59 @@ class FastRenderer(Renderer):
 
     def __init__(self, width: int, height: int, *, lambert: bool, two_sided: bool) -> None:
         super().__init__(width, height)
-        self._program_cache = _Shaders(_PLAIN | _LAMBERT if lambert else _PLAIN)
+        self._program_cache = _Shaders()
+        self._lambert = lambert
         self._two_sided = two_sided
-        self._samples = 0
-        self._framebuffers: dict[int, tuple[int, NDArray[np.uint32]]] = {}
+        self._kind, self._samples = COLOUR, 0
+        self._camera = (np.eye(4), np.eye(4))
+        self._light: NDArray[np.float64] | None = None
+        self._framebuffers: dict[tuple[int, bool], tuple[int, NDArray[np.uint32]]] = {}
         GL.glPixelStorei(GL.GL_PACK_ALIGNMENT, 1)
 
     def __del__(self) -> None:
         """Nothing: pyrender's deletes GL objects in whichever context is current then. The session does it."""
 
-    def draw(self, scene: Any, kind: int, samples: int, nodes: dict[Any, int]) -> None:
-        """Draws one image of `kind` (SEGMENTATION, DEPTH, COLOUR); `samples` a pixel, 0 for plain."""
-        self._samples = samples
-        flags = kind | RenderFlags.OFFSCREEN | (RenderFlags.SKIP_CULL_FACES if self._two_sided else 0)
+    def look(
+        self, view: NDArray[np.float64], projection: NDArray[np.float64], light: NDArray[np.float64] | None
+    ) -> None:
+        """What the next drawings see.
+
+        Args:
+            view: (4, 4) world to camera.
+            projection: (4, 4) camera to clip coordinates.
+            light: (4,) of the Lambert shader: direction in camera axes, 0 for the camera's centre; intensity. None
+                leaves its own, the camera's centre at intensity 1.
+        """
+        self._camera = (view, projection)
+        self._light = light
+
+    def draw(self, scene: Any, kind: int, samples: int, nodes: dict[Any, Any]) -> None:
+        """Draws one image.
+
+        Args:
+            kind: SEGMENTATION, DEPTH, COLOUR or NORMALS.
+            samples: a pixel, 0 for plain.
+            nodes: the mesh nodes to draw, in this order, and their colours in a segmentation (0 to 255).
+        """
+        self._kind, self._samples = kind, samples
+        self._nodes = list(nodes)
+        lambert = _LAMBERT if self._lambert else {}
+        self._program_cache.replaced = _PLAIN | (_NORMALS if kind == NORMALS else lambert)
+        flags = max(kind, 0) | RenderFlags.OFFSCREEN | (RenderFlags.SKIP_CULL_FACES if self._two_sided else 0)
         self.render(scene, flags, nodes)
 
     def read(self, what: int, number: Any, into: NDArray[Any]) -> None:
         """Reads the last image into an array, bottom row first; several samples a pixel are averaged first.
 
         Args:
-            what: GL_RED, GL_RGB or GL_DEPTH_COMPONENT.
+            what: GL_RED, GL_RGB, GL_RGBA or GL_DEPTH_COMPONENT.
             number: the array's type to GL.
             into: C-contiguous.
         """
         width, height = self.viewport_width, self.viewport_height
-        source, _ = self._framebuffers[self._samples]
+        source, _ = self._framebuffers[self._samples, self._kind == NORMALS]
         if self._samples:
-            target = self._framebuffer(0)
+            target = self._framebuffer(0, False)
             GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, source)
             GL.glBindFramebuffer(GL.GL_DRAW_FRAMEBUFFER, target)
             box = (0, 0, width, height)
@@ -97,11 +126,13 @@ class FastRenderer(Renderer):
         GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, source)
         glReadPixels(0, 0, width, height, what, number, ctypes.c_void_p(into.ctypes.data))
 
-    def _framebuffer(self, samples: int) -> int:
-        if samples not in self._framebuffers:
+    def _framebuffer(self, samples: int, floats: bool) -> int:
+        key = (samples, floats)
+        if key not in self._framebuffers:
             buffers = GL.glGenRenderbuffers(2)
             size = (self.viewport_width, self.viewport_height)
-            for buffer, form in zip(buffers, (GL.GL_RGBA8, GL.GL_DEPTH_COMPONENT24), strict=True):
+            forms = (GL.GL_RGBA32F if floats else GL.GL_RGBA8, GL.GL_DEPTH_COMPONENT24)
+            for buffer, form in zip(buffers, forms, strict=True):
                 GL.glBindRenderbuffer(GL.GL_RENDERBUFFER, buffer)
                 if samples:
                     GL.glRenderbufferStorageMultisample(GL.GL_RENDERBUFFER, samples, form, *size)
@@ -112,13 +143,13 @@ class FastRenderer(Renderer):
             points = (GL.GL_COLOR_ATTACHMENT0, GL.GL_DEPTH_ATTACHMENT)
             for buffer, point in zip(buffers, points, strict=True):
                 GL.glFramebufferRenderbuffer(GL.GL_DRAW_FRAMEBUFFER, point, GL.GL_RENDERBUFFER, buffer)
-            self._framebuffers[samples] = (int(framebuffer), buffers)
-        return self._framebuffers[samples][0]
+            self._framebuffers[key] = (int(framebuffer), buffers)
+        return self._framebuffers[key][0]
 
     # What follows replaces private methods of pyrender 0.1.45 (the extra `render` pins that version).
 
     def _configure_main_framebuffer(self) -> None:
-        self._main_fb_ms = self._framebuffer(self._samples)
+        self._main_fb_ms = self._framebuffer(self._samples, self._kind == NORMALS)
 
     def _read_main_framebuffer(self, scene: Any, flags: int) -> None:
         return None
@@ -132,8 +163,17 @@ class FastRenderer(Renderer):
     def _compute_max_n_lights(self, flags: int) -> list[int]:
         return [1, 1, 1]  # pyrender asks GL at each draw; our scenes have one light
 
+    def _get_camera_matrices(self, scene: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return self._camera
+
+    def _sorted_mesh_nodes(self, scene: Any) -> list[Any]:
+        # pyrender's order comes from a set, and of surfaces at one depth the first is seen.
+        return sorted(self._nodes, key=lambda node: node.mesh.is_transparent)
+
     def _bind_and_draw_primitive(self, primitive: Any, pose: NDArray[Any], program: Any, flags: int) -> None:
-        if not flags & (RenderFlags.SEG | RenderFlags.DEPTH_ONLY):
+        if self._kind == COLOUR:
+            if self._lambert and self._light is not None:
+                program.set_uniform("light", self._light)
             super()._bind_and_draw_primitive(primitive, pose, program, flags)
             return
         program.set_uniform("M", pose)
@@ -184,12 +224,21 @@ def _close(pid: int, context: Context, renderer: FastRenderer, scene: Any) -> No
             outer.make_current()
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What pyrender holds of one object: its nodes, and materials with the RGBA factors that the mesh brought."""
+
+    nodes: tuple[Any, ...]
+    materials: tuple[tuple[Any, NDArray[np.float64]], ...]
+
+
 @final
 class Session:
     """A renderer with its scene and context; for one process and one thread at a time.
 
     Args:
-        build: makes the scene and its camera node (a pyrender mesh belongs to one context).
+        build: makes the scene, its camera node, and for each object its mesh nodes and materials with their own
+            colours (a pyrender mesh belongs to one context).
     """
 
     def __init__(
@@ -200,8 +249,14 @@ class Session:
         with self:
             self.gl_renderer = GL.glGetString(GL.GL_RENDERER).decode()
             self.renderer = FastRenderer(size[1], size[0], lambert=lambert, two_sided=two_sided)
-        self.scene: pyrender.Scene = build()
-        self.nodes = {node: 255 for node in self.scene.mesh_nodes}
+        self.scene: pyrender.Scene
+        self.scene, self.objects = build()
+        # Red says that something is there, green and blue which object.
+        self.nodes = {
+            node: np.array([255, number & 255, number >> 8])
+            for number, drawn in enumerate(self.objects, start=1)
+            for node in drawn.nodes
+        }
         # At exit as well, while the modules that it needs still live.
         weakref.finalize(self, _close, self.pid, self.context, self.renderer, self.scene)
         if device is not None and is_software(self.gl_renderer):

@@ -1,111 +1,64 @@
-"""pyrender as a simulator: a mesh seen by a turntable camera, as silhouette, depth and colour images.
+"""pyrender as a simulator: silhouettes, masks, depths, normals and colours of meshes.
 
 Headless: EGL first, OSMesa second. Importing this module needs neither pyrender nor OpenGL; a simulator loads them
-when it renders, in the process and thread that render.
+when it renders, in the process and thread that render. `adapters.raster` makes the same images without OpenGL.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from adapters import _pyrender_compat as compat
-from adapters._teapot import teapot_mesh
-from bridge.errors import InputError, SetupError
-from bridge.simulator import Parameter, ParameterSpace
+from adapters import _scene
+from adapters._scene import CHANNELS, OutputName, teapot
+from adapters.cameras import ViewModel, Views, inverse_pose
 
-OutputName = Literal["silhouette", "depth", "rgb"]
-CHANNELS = {"silhouette": 1, "depth": 1, "rgb": 3}
-
-
-def teapot(segments: int = 10) -> Any:
-    """The Newell teapot as a `trimesh.Trimesh`: y up, spout towards +x, Newell's units; see `adapters._teapot`."""
-    if segments < 1:
-        raise InputError(f"Expected at least one segment a patch, got {segments}.")
-    vertices, faces = teapot_mesh(segments)
-    return _trimesh().Trimesh(vertices, faces, process=False)
-
-
-def turntable_space(camera: str, radius: float) -> ParameterSpace:
-    """The parameters of a camera on a turntable around an object of the given radius; see `PyrenderSimulator`.
-
-    Raises:
-        InputError: unknown camera.
-    """
-    elevation = Parameter("elevation_deg", "deg", natural_scale=10.0, description="camera above the horizon")
-    azimuth = Parameter("azimuth_deg", "deg", natural_scale=10.0, description="camera turned about the vertical")
-    if camera == "turntable":
-        distance = Parameter("distance", "", 0.05 * radius, 200 * radius, 0.6 * radius, description="of the camera")
-        half_angle = Parameter("half_angle_deg", "deg", 0.5, 85.0, 2.5, description="half the vertical angle of view")
-        return ParameterSpace((azimuth, elevation, distance, half_angle))
-    if camera == "turntable-log":
-        size = np.log(radius)
-        height = Parameter(
-            "log_half_height", "", size - 5, size + 5, 0.15, description="log of half the height seen at the object"
-        )
-        log_distance = Parameter("log_distance", "", size - 3, size + 5.3, 0.15, description="log of the distance")
-        return ParameterSpace((height, elevation, azimuth, log_distance))
-    raise InputError(f"Unknown camera {camera!r}. Known: turntable, turntable-log.")
-
-
-def _turntable_pose(azimuth_deg: float, elevation_deg: float, distance: float) -> NDArray[np.float64]:
-    """Camera to world, (4, 4): R_y(azimuth) R_x(-elevation) after a step of `distance` back along +z.
-
-    Written out, so that no elevation is singular: beyond 90 deg the camera goes over the top and hangs upside down.
-    """
-    ca, sa = np.cos(np.deg2rad(azimuth_deg)), np.sin(np.deg2rad(azimuth_deg))
-    ce, se = np.cos(np.deg2rad(elevation_deg)), np.sin(np.deg2rad(elevation_deg))
-    right, up, back = (ca, 0.0, -sa), (-sa * se, ce, -ca * se), (sa * ce, se, ca * ce)
-    pose = np.eye(4)
-    pose[:3, :3] = np.array([right, up, back]).T
-    pose[:3, 3] = distance * pose[:3, 2]
-    return pose
+__all__ = ["PyrenderSimulator", "teapot"]
 
 
 @final
 class PyrenderSimulator:
-    """Images of a mesh as a function of the camera; a `bridge.Simulator`.
+    """Images of meshes as a function of camera, objects, light and colours; a `bridge.Simulator`.
 
-    Camera "turntable", parameters (azimuth_deg, elevation_deg, distance, half_angle_deg): the camera looks at the
-    centre of the object from `distance` (sin a cos e, sin e, cos a cos e), y up: at azimuth 0 it stands on +z with +x
-    to its right; a growing azimuth moves it towards +x, so that what is in front moves to the left of the image; a
-    growing elevation raises it. `half_angle_deg` is half the vertical angle of view. Camera "turntable-log", parameters
-    (log_half_height, elevation_deg, azimuth_deg, log_distance) with log_half_height = log(distance tan(half angle)),
-    separates apparent size from perspective; searches for a pose succeed more often in it.
+    The parameters and what they mean are `adapters.cameras.ViewModel`'s. Outputs are stacked along the channels in the
+    order asked for, and never squeezed: (k, channels, height, width) float32, top row first.
 
-    Outputs are stacked along the channels in the order asked for, and never squeezed: (k, channels, height, width)
-    float32, top row first.
-
-    * "silhouette", 1 channel: 1 where the object covers the pixel's centre, else 0; with `antialias=4` the covered
+    * "silhouette", 1 channel: 1 where an object covers the pixel's centre, else 0; with `antialias=4` the covered
       fraction of four points. Any pixel is a step function of the parameters without antialiasing.
-    * "depth", 1 channel: distance from the camera's plane along its axis, in the object's (normalised) units;
+    * "mask", 1 channel: the number of the object that is seen, 1, 2, ..., and 0 for none; never antialiased.
+    * "depth", 1 channel: distance from the camera's plane along its axis, in the scene's (normalised) units;
       `background_depth` where there is nothing. Never antialiased.
+    * "normals", 3 channels: unit normals in camera axes, turned to the camera; 0 where there is nothing. Never
+      antialiased. Interpolated between vertices; a mesh coloured by face has flat ones.
     * "rgb", 3 channels in [0, 1].
+    * "rgba", 4 channels: the same on black (premultiplied), and the covered fraction.
 
     Row i depends on `inputs[i]` alone, whatever the batch, thread or process; the seed is not used.
 
     Each thread of each process gets an OpenGL context of its own when it first renders, and holds it as current only
-    during a call. Instances can be pickled, forked and spawned; the mesh travels along, the context does not.
+    during a call. Instances can be pickled, forked and spawned; the meshes travel along, the context does not.
 
     Where EGL lists hardware devices, each process takes one by its local rank (OMPI_COMM_WORLD_LOCAL_RANK,
-    MPI_LOCALRANKID or SLURM_LOCALID; EGL_DEVICE_ID overrides). This part is untested on hardware: it has been written
-    from documentation, and run with software renderers only.
+    MPI_LOCALRANKID or SLURM_LOCALID; EGL_DEVICE_ID overrides), and warns where a software renderer answers all the
+    same. This part is untested on hardware: it has been written from documentation, and run with software renderers
+    only.
 
     Args:
-        mesh: "teapot", a path to a mesh file (GLB, OBJ, PLY, STL and what else trimesh reads), or a trimesh.Trimesh or
-            trimesh.Scene; copied.
+        mesh: "teapot", a path to a mesh file (GLB, OBJ, PLY, STL and what else trimesh reads), a trimesh.Trimesh or
+            trimesh.Scene, or a list of these; copied. Each entry of a list is one object; in a single file or scene
+            each geometry is.
         size: (height, width) [pixel].
-        outputs: "silhouette", "depth", "rgb": one name or several.
-        camera: "turntable" or "turntable-log".
-        shading: of rgb: "lambert" (light at the camera, both sides of a face alike; colours are not gamma-corrected) or
-            "pbr" (pyrender's own, with a directional light from the camera; slower).
-        antialias: 0, or 4 samples a pixel for silhouette and rgb.
+        outputs: "silhouette", "mask", "depth", "normals", "rgb", "rgba": one name or several.
+        camera, lens, vary, fixed, base_pose, inside: see `adapters.cameras.ViewModel`.
+        shading: of rgb: "lambert", colour (0.2 + 0.8 intensity max(0, n.l)) with the normal n turned to the camera and
+            the direction l to the light, not gamma-corrected; or "pbr" (pyrender's own; slower).
+        antialias: 0, or 4 samples a pixel for silhouette, rgb and rgba.
         colour: RGB in [0, 1] of meshes that bring none.
         background: RGB in [0, 1].
         background_depth: depth of pixels without object.
@@ -120,13 +73,20 @@ class PyrenderSimulator:
         SetupError: trimesh is missing; at the first call: pyrender or a usable OpenGL is missing.
     """
 
+    row_by_row = True
+
     def __init__(
         self,
         mesh: Any = "teapot",
         *,
         size: Sequence[int] = (64, 64),
         outputs: OutputName | Sequence[OutputName] = ("silhouette",),
-        camera: Literal["turntable", "turntable-log"] = "turntable",
+        camera: Literal["turntable", "turntable-log", "se3"] = "turntable",
+        lens: Any = None,
+        vary: Sequence[str] | str = ("camera",),
+        fixed: Mapping[str, float] | None = None,
+        base_pose: ArrayLike | None = None,
+        inside: Literal["render", "raise"] = "render",
         shading: Literal["lambert", "pbr"] = "lambert",
         antialias: Literal[0, 4] = 0,
         colour: Sequence[float] = (0.8, 0.8, 0.8),
@@ -138,29 +98,31 @@ class PyrenderSimulator:
         platform: Literal["auto", "egl", "osmesa"] = "auto",
         device: int | None = None,
     ) -> None:
-        self.outputs: tuple[str, ...] = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-        if not self.outputs or len(set(self.outputs)) != len(self.outputs) or not set(self.outputs) <= set(CHANNELS):
-            raise InputError(f"Expected distinct outputs among {', '.join(CHANNELS)}, got {outputs!r}.")
-        _among("shading", shading, ("lambert", "pbr"))
-        _among("antialias", antialias, (0, 4))
-        _among("up", up, ("y", "z"))
-        _among("platform", platform, ("auto", "egl", "osmesa"))
-        if len(size) != 2 or not all(isinstance(n, int | np.integer) and n > 0 for n in size):
-            raise InputError(f"Expected size=(height, width) as two positive integers, got {size!r}.")
-        self._size = (int(size[0]), int(size[1]))
+        self._size, self.outputs = _scene.shared_options(size, outputs, antialias, up)
+        _scene.among("shading", shading, ("lambert", "pbr"))
+        _scene.among("platform", platform, ("auto", "egl", "osmesa"))
         self._shading = shading
         self._antialias = antialias
-        self._colour = _rgb("colour", colour)
-        self._background = _rgb("background", background)
+        self._colour = _scene.rgb_triple("colour", colour)
+        self._background = _scene.rgb_triple("background", background)
         self._background_depth = float(background_depth)
         self._platform = platform
         self._device = device
-        self._meshes = _load_meshes(mesh)
-        self._radius = _place(self._meshes, normalise=normalise, up=up)
-        closed = all(m.is_watertight and m.is_winding_consistent and m.volume > 0 for m in self._meshes)
-        self._two_sided = not closed if two_sided is None else bool(two_sided)
+        self._scene = _scene.load_scene(mesh, normalise=normalise, up=up)
+        self._two_sided = not self._scene.closed if two_sided is None else bool(two_sided)
         self._camera = camera
-        self.space = turntable_space(camera, self._radius)
+        self._model = ViewModel(
+            self._scene,
+            self._size,
+            camera=camera,
+            lens=lens,
+            vary=vary,
+            fixed=fixed,
+            base_pose=base_pose,
+            inside=inside,
+            colour=self._colour,
+        )
+        self.space = self._model.space
         self.output_shape = (sum(CHANNELS[name] for name in self.outputs), *self._size)
         self._local = threading.local()
 
@@ -172,57 +134,45 @@ class PyrenderSimulator:
         self._local = threading.local()
 
     def __repr__(self) -> str:
-        faces = sum(len(m.faces) for m in self._meshes)
-        return f"PyrenderSimulator({faces} faces, outputs={self.outputs}, size={self._size}, camera={self._camera!r})"
+        faces, camera = self._scene.num_faces, self._camera
+        return f"PyrenderSimulator({faces} faces, outputs={self.outputs}, size={self._size}, camera={camera!r})"
 
     @property
     def radius(self) -> float:
         """Largest distance of a vertex from the point that the camera looks at; 1 for a normalised mesh."""
-        return self._radius
+        return self._scene.radius
+
+    def object_to_camera(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(k, objects, 4, 4): from each object's placed coordinates to OpenGL camera axes, for pose metrics."""
+        return self._model.object_to_camera(self._model.views(inputs))
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[np.float32]:
         """Renders k views.
 
         Args:
-            inputs: (k, 4) camera parameters, in the order of `space`.
+            inputs: (k, d) parameters, in the order of `space`.
             seeds: (k,), not used: rendering is deterministic.
 
         Returns:
             (k, channels, height, width) float32.
+
+        Raises:
+            InputError: parameters for which there is no image.
+            SetupError: pyrender or a usable OpenGL is missing.
         """
-        inputs = np.asarray(inputs, dtype=np.float64)
-        if inputs.ndim != 2 or inputs.shape[1] != self.space.dimension:
-            raise InputError(
-                f"Expected inputs of shape (k, {self.space.dimension}) ({', '.join(self.space.names)}), "
-                f"got {inputs.shape}."
-            )
-        views = [self._view(row) for row in inputs]
+        views = self._model.views(inputs)
         images = np.empty((len(views), *self.output_shape), dtype=np.float32)
-        if views:
+        if len(views):
+            cameras, projections = inverse_pose(views.camera), _projections(views, self._size)
             with self._session() as session:
-                for image, view in zip(images, views, strict=True):
-                    self._render(session, image, *view)
+                for row, image in enumerate(images):
+                    self._render(session, image, views, row, cameras[row], projections[row])
         return images
 
     def opengl(self) -> str:
         """Platform and renderer that answer in this process, such as "egl: llvmpipe (LLVM 15.0.6, 256 bits)"."""
         session = self._session()
         return f"{compat.choose_platform(self._platform)}: {session.gl_renderer}"
-
-    def _view(self, row: NDArray[np.float64]) -> tuple[NDArray[np.float64], float, float]:
-        """(pose, distance, tangent of the half angle) of one row of parameters."""
-        if self._camera == "turntable":
-            azimuth, elevation, distance, half_angle = row
-            tangent = float(np.tan(np.deg2rad(half_angle))) if 0 < half_angle < 90 else np.nan
-        else:
-            log_height, elevation, azimuth, log_distance = row
-            distance, tangent = np.exp(log_distance), float(np.exp(log_height - log_distance))
-        if not (np.isfinite(row).all() and distance > 0 and np.isfinite(tangent) and tangent > 0):
-            raise InputError(
-                f"Expected finite parameters, a positive distance and a half angle between 0 and 90 deg, got "
-                f"{self.space.mapping(row)}. Bound the search (outside='clip' does) or use camera='turntable-log'."
-            )
-        return _turntable_pose(azimuth, elevation, distance), float(distance), tangent
 
     def _session(self) -> Any:
         """This thread's session; a new one in a new thread, and in a forked child."""
@@ -234,7 +184,7 @@ class PyrenderSimulator:
 
         if session is not None:
             abandon(session)
-        self._local.session = Session(
+        session = Session(
             compat.choose_platform(self._platform),
             self._device,
             self._size,
@@ -242,160 +192,160 @@ class PyrenderSimulator:
             lambert=self._shading == "lambert",
             two_sided=self._two_sided,
         )
-        return self._local.session
+        if self._device is None and self._platform != "osmesa":
+            compat.warn_of_software(session.gl_renderer)
+        self._local.session = session
+        return session
 
     def _build_scene(self) -> Any:
-        """A pyrender scene: the meshes, one camera, and a light that moves with the camera."""
+        """A pyrender scene (meshes, a camera, a light that moves with the camera), and what it holds of each object."""
         import pyrender
 
-        # The ambient term is the same 0.2 in both shadings; 3 is pyrender's customary intensity.
-        scene = pyrender.Scene(bg_color=[*self._background, 1.0], ambient_light=[0.2, 0.2, 0.2])
-        plain = pyrender.MetallicRoughnessMaterial(
-            baseColorFactor=[*self._colour, 1.0], metallicFactor=0.0, roughnessFactor=0.8
-        )
-        for mesh in self._meshes:
-            own = mesh.visual.defined
-            smooth = not (own and mesh.visual.kind == "face")  # a colour a face needs vertices of its own
-            drawn = pyrender.Mesh.from_trimesh(mesh, material=None if own else plain, smooth=smooth)
-            for primitive in drawn.primitives:
-                primitive.material.doubleSided = False  # decided for all outputs alike, in the renderer
-            scene.add(drawn)
-        camera = pyrender.PerspectiveCamera(yfov=1.0, znear=0.1, zfar=10.0)
-        scene.main_camera_node = scene.add(camera)
+        from adapters._pyrender_renderer import Drawn
+
+        # 3 is pyrender's customary intensity.
+        scene = pyrender.Scene(bg_color=[*self._background, 0.0], ambient_light=[_scene.AMBIENT] * 3)
+        objects = []
+        for meshes in self._scene.objects:
+            nodes, materials = [], []
+            # Varied colours are factors on what a mesh brings; one that brings none is white under them.
+            base = (1.0, 1.0, 1.0) if self._model.paints else self._colour
+            plain = pyrender.MetallicRoughnessMaterial(
+                baseColorFactor=[*base, 1.0], metallicFactor=0.0, roughnessFactor=0.8
+            )
+            for mesh in meshes:
+                own = mesh.visual.defined
+                smooth = not (own and mesh.visual.kind == "face")  # a colour a face needs vertices of its own
+                drawn = pyrender.Mesh.from_trimesh(mesh, material=None if own else plain, smooth=smooth)
+                for primitive in drawn.primitives:
+                    primitive.material.doubleSided = False  # decided for all outputs alike, in the renderer
+                    factor = np.array(primitive.material.baseColorFactor, dtype=np.float64)
+                    materials.append((primitive.material, factor))
+                nodes.append(scene.add(drawn))
+            objects.append(Drawn(tuple(nodes), tuple(materials)))
+        scene.main_camera_node = scene.add(pyrender.PerspectiveCamera(yfov=1.0))
         if self._shading == "pbr":
             scene.add(pyrender.DirectionalLight(intensity=3.0), parent_node=scene.main_camera_node)
-        return scene
+        return scene, objects
+
+    def _arrange(
+        self, session: Any, views: Views, row: int, camera: NDArray[np.float64], projection: NDArray[np.float64]
+    ) -> None:
+        """Puts camera, objects, light and colours where one row wants them."""
+        scene = session.scene
+        scene.set_pose(scene.main_camera_node, views.camera[row])
+        if views.objects is not None:
+            for drawn, pose in zip(session.objects, views.objects[row], strict=True):
+                for node in drawn.nodes:
+                    scene.set_pose(node, pose)
+        if views.colours is not None:
+            for drawn, colour in zip(session.objects, views.colours[row], strict=True):
+                for material, factor in drawn.materials:
+                    material.baseColorFactor = factor * [*colour, 1.0]
+        light = None
+        if views.light is not None:
+            light = np.append(views.light[row], views.intensity[row])
+            for node in scene.light_nodes:
+                scene.set_pose(node, _towards(views.light[row]))
+                node.light.intensity = 3.0 * views.intensity[row]
+        session.renderer.look(camera, projection, light)
 
     def _render(
-        self, session: Any, image: NDArray[np.float32], pose: NDArray[np.float64], distance: float, tangent: float
+        self,
+        session: Any,
+        image: NDArray[np.float32],
+        views: Views,
+        row: int,
+        camera: NDArray[np.float64],
+        projection: NDArray[np.float64],
     ) -> None:
         from OpenGL import GL
 
-        from adapters._pyrender_renderer import COLOUR, DEPTH, SEGMENTATION
+        from adapters._pyrender_renderer import COLOUR, DEPTH, NORMALS, SEGMENTATION
 
         scene, renderer = session.scene, session.renderer
-        camera = scene.main_camera_node.camera
-        # Planes that just enclose the object: the depth buffer's 24 bits are spent on it alone.
-        margin = 1.001 * self._radius
-        near = max(distance - margin, 1e-3 * self._radius)
-        far = max(distance + margin, 2 * near)
-        camera.znear, camera.zfar, camera.yfov = near, far, 2 * np.arctan(tangent)
-        scene.set_pose(scene.main_camera_node, pose)
+        self._arrange(session, views, row, camera, projection)
+        channel = _scene.split_channels(self.outputs, image)
 
         def draw(kind: int, samples: int) -> None:
             renderer.draw(scene, kind, samples, session.nodes)
 
-        def read_depth() -> NDArray[np.float32]:
-            buffer = np.empty(self._size, dtype=np.float32)
-            renderer.read(GL.GL_DEPTH_COMPONENT, GL.GL_FLOAT, buffer)
+        def read(what: int, number: Any, dtype: Any, *channels: int) -> NDArray[Any]:
+            buffer = np.empty((*self._size, *channels), dtype=dtype)
+            renderer.read(what, number, buffer)
             return buffer[::-1]
 
-        buffer: NDArray[np.float32] | None = None
-        channel = {}
-        first = 0
-        for name in self.outputs:
-            channel[name] = image[first : first + CHANNELS[name]]
-            first += CHANNELS[name]
-        if "rgb" in channel:
+        def read_depth() -> NDArray[np.float32]:
+            return read(GL.GL_DEPTH_COMPONENT, GL.GL_FLOAT, np.float32)
+
+        depth: NDArray[np.float32] | None = None
+        colour: NDArray[np.uint8] | None = None
+        if "rgb" in channel or "rgba" in channel:
             draw(COLOUR, self._antialias)
-            pixels = np.empty((*self._size, 3), dtype=np.uint8)
-            renderer.read(GL.GL_RGB, GL.GL_UNSIGNED_BYTE, pixels)
-            np.divide(pixels[::-1].transpose(2, 0, 1), np.float32(255), out=channel["rgb"])
+            colour = read(GL.GL_RGB, GL.GL_UNSIGNED_BYTE, np.uint8, 3).transpose(2, 0, 1)
             # Without antialiasing one drawing serves all outputs.
-            if not self._antialias and len(channel) > 1:
-                buffer = read_depth()
+            if not self._antialias and {"depth", "silhouette", "rgba"} & set(channel):
+                depth = read_depth()
         if "depth" in channel:
-            if buffer is None:
+            if depth is None:
                 draw(DEPTH, 0)
-                buffer = read_depth()
-            # z = f n / (f - b (f - n)) for the buffer's b in [0, 1]; in float64, as the difference cancels.
-            z = far * near / (far - buffer.astype(np.float64) * (far - near))
-            channel["depth"][0] = np.where(buffer < 1, z, self._background_depth)
-        if "silhouette" in channel:
-            if buffer is None or self._antialias:
+                depth = read_depth()
+            near, far = views.near[row], views.far[row]
+            # In float64, as the difference cancels; b is the buffer's value in [0, 1].
+            b = depth.astype(np.float64)
+            z = far * near / (far - b * (far - near)) if views.perspective else near + b * (far - near)
+            channel["depth"][0] = np.where(depth < 1, z, self._background_depth)
+        if "mask" in channel:
+            draw(SEGMENTATION, 0)
+            ids = read(GL.GL_RGB, GL.GL_UNSIGNED_BYTE, np.uint8, 3)
+            np.add(ids[..., 1], ids[..., 2] * np.float32(256), out=channel["mask"][0])
+        if "normals" in channel:
+            draw(NORMALS, 0)
+            vectors = read(GL.GL_RGBA, GL.GL_FLOAT, np.float32, 4).transpose(2, 0, 1)
+            channel["normals"][:] = np.where(vectors[3] > 0, vectors[:3], 0)
+        covered: NDArray[Any] | None = None
+        if "silhouette" in channel or "rgba" in channel:
+            if depth is None or self._antialias:
                 draw(SEGMENTATION, self._antialias)
-                covered = np.empty(self._size, dtype=np.uint8)
-                renderer.read(GL.GL_RED, GL.GL_UNSIGNED_BYTE, covered)
-                np.divide(covered[::-1], np.float32(255), out=channel["silhouette"][0])
+                covered = read(GL.GL_RED, GL.GL_UNSIGNED_BYTE, np.uint8) / np.float32(255)
             else:
-                channel["silhouette"][0] = buffer < 1
+                covered = depth < 1
+        if "silhouette" in channel:
+            channel["silhouette"][0] = covered
+        if "rgb" in channel:
+            np.divide(colour, np.float32(255), out=channel["rgb"])
+        if "rgba" in channel:
+            assert colour is not None
+            assert covered is not None
+            alpha = covered.astype(np.float32)
+            behind = (1 - alpha) * np.float32(self._background).reshape(3, 1, 1)
+            channel["rgba"][:3] = np.where(alpha > 0, np.maximum(colour / np.float32(255) - behind, 0), 0)
+            channel["rgba"][3] = alpha
 
 
-def _trimesh() -> Any:
-    try:
-        import trimesh
-    except ImportError as error:
-        raise SetupError(
-            f"Expected trimesh, but it cannot be imported: {error}. Install it: "
-            '`pip install "simulation-bridge[render]"`.'
-        ) from error
-    return trimesh
-
-
-def _among(name: str, value: object, known: tuple[object, ...]) -> None:
-    if value not in known:
-        raise InputError(f"Unknown {name}={value!r}. Known: {', '.join(map(str, known))}.")
-
-
-def _rgb(name: str, value: Sequence[float]) -> tuple[float, float, float]:
-    array = np.asarray(value, dtype=np.float64)
-    if array.shape != (3,) or not ((array >= 0) & (array <= 1)).all():
-        raise InputError(f"Expected {name} as three numbers in [0, 1], got {value!r}.")
-    return (float(array[0]), float(array[1]), float(array[2]))
-
-
-def _load_meshes(mesh: Any) -> list[Any]:
-    """Copies of all triangle meshes behind `mesh`, in one frame."""
-    trimesh = _trimesh()
-    if isinstance(mesh, str) and mesh == "teapot":
-        meshes, what = [teapot()], "the teapot"
-    elif isinstance(mesh, str | os.PathLike):
-        path = Path(mesh)
-        if not path.is_file():
-            raise InputError(f'Expected a mesh file or "teapot", got {str(mesh)!r}, which is not a file.')
-        try:
-            meshes, what = trimesh.load_scene(path).dump(), f"the file {str(path)!r}"
-        except Exception as error:  # readers of a dozen formats raise whatever they like
-            raise InputError(
-                f"Expected a readable mesh file, got {str(path)!r}: {type(error).__name__}: {error}. Formats: GLB, "
-                "OBJ, PLY, STL, ...; try `trimesh.load_scene` on it."
-            ) from error
-    elif isinstance(mesh, trimesh.Scene):
-        meshes, what = mesh.dump(), "the scene"
-    elif isinstance(mesh, trimesh.Trimesh):
-        meshes, what = [mesh.copy()], "the mesh"
+def _projections(views: Views, size: tuple[int, int]) -> NDArray[np.float64]:
+    """(k, 4, 4): camera axes to OpenGL's clip coordinates, so that pixels are where `Views.lens` says."""
+    height, width = size
+    fx, fy, cx, cy = views.lens.T
+    near, far = views.near, views.far
+    matrix = np.zeros((len(views), 4, 4))
+    matrix[:, 0, 0], matrix[:, 1, 1] = 2 * fx / width, 2 * fy / height
+    if views.perspective:
+        matrix[:, 0, 2], matrix[:, 1, 2] = 1 - 2 * cx / width, 2 * cy / height - 1
+        matrix[:, 2, 2], matrix[:, 2, 3] = -(far + near) / (far - near), -2 * far * near / (far - near)
+        matrix[:, 3, 2] = -1
     else:
-        raise InputError(
-            f'Expected "teapot", a path, a trimesh.Trimesh or a trimesh.Scene as mesh, got {type(mesh).__name__}.'
-        )
-    meshes = [m for m in meshes if isinstance(m, trimesh.Trimesh) and len(m.faces)]
-    if not meshes:
-        raise InputError(f"Expected triangles, got none in {what}. Point clouds and curves cannot be rendered.")
-    if not all(np.isfinite(m.vertices).all() for m in meshes):
-        raise InputError(f"Expected finite vertices, got NaN or infinity in {what}. Repair the mesh.")
-    return meshes
-
-
-def _place(meshes: list[Any], *, normalise: bool, up: str) -> float:
-    """Turns the meshes y up, centres and scales them if asked; the radius about the origin."""
-    transform = np.eye(4)
-    if up == "z":
-        transform[:3, :3] = [[1, 0, 0], [0, 0, 1], [0, -1, 0]]
-    vertices = np.concatenate([m.vertices[np.unique(m.faces)] for m in meshes]) @ transform[:3, :3].T
-    if normalise:
-        centre = (vertices.min(axis=0) + vertices.max(axis=0)) / 2
-        vertices = vertices - centre
-        scale = float(np.linalg.norm(vertices, axis=1).max())
-        if not scale > 0:
-            raise InputError("Expected a mesh of positive size, got all vertices in one point. Check its units.")
-        transform = np.diag([1 / scale] * 3 + [1.0]) @ _shift(-centre) @ transform
-        vertices = vertices / scale
-    for mesh in meshes:
-        mesh.apply_transform(transform)
-    return float(np.linalg.norm(vertices, axis=1).max())
-
-
-def _shift(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    matrix = np.eye(4)
-    matrix[:3, 3] = vector
+        matrix[:, 0, 3], matrix[:, 1, 3] = 2 * cx / width - 1, 1 - 2 * cy / height
+        matrix[:, 2, 2], matrix[:, 2, 3] = -2 / (far - near), -(far + near) / (far - near)
+        matrix[:, 3, 3] = 1
     return matrix
+
+
+def _towards(direction: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A pose, (4, 4), whose +z is `direction`: pyrender's lights shine along their -z."""
+    helper = np.eye(3)[int(np.argmin(np.abs(direction)))]
+    right = np.cross(helper, direction)
+    right /= np.linalg.norm(right)
+    pose = np.eye(4)
+    pose[:3, :3] = np.stack([right, np.cross(direction, right), direction], axis=1)
+    return pose

@@ -311,7 +311,8 @@ def test_stock_shading_is_plain_pyrenders(in_subprocess: Callable[..., str]) -> 
         """
         import numpy as np, trimesh
         from adapters import _pyrender_compat as compat
-        from adapters.pyrender import PyrenderSimulator, _turntable_pose
+        from adapters.cameras import turntable_pose as _turntable_pose
+        from adapters.pyrender import PyrenderSimulator
         mesh = trimesh.creation.torus(1.0, 0.3)
         options = dict(size=(96, 128), normalise=False, antialias=4, shading="pbr", platform="egl")
         ours = PyrenderSimulator(mesh, outputs=("rgb", "depth"), **options)(
@@ -437,13 +438,13 @@ def test_it_is_a_simulator_made_from_plain_data() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"outputs": ()}, "silhouette, depth, rgb"),
-        ({"outputs": "normals"}, "silhouette, depth, rgb"),
+        ({"outputs": ()}, "silhouette, mask, depth, normals, rgb, rgba"),
+        ({"outputs": "albedo"}, "silhouette, mask, depth, normals, rgb, rgba"),
         ({"outputs": ("rgb", "rgb")}, "distinct"),
         ({"size": (64,)}, "height, width"),
         ({"size": (0, 64)}, "positive"),
         ({"size": (64.0, 64)}, "integers"),
-        ({"camera": "se3"}, "turntable, turntable-log"),
+        ({"camera": "orbit"}, "turntable, turntable-log, se3"),
         ({"shading": "flat"}, "lambert, pbr"),
         ({"antialias": 8}, "0, 4"),
         ({"up": "x"}, "y, z"),

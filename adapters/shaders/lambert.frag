@@ -1,5 +1,6 @@
 #version 330 core
-// colour = base colour * (ambient + (1 - ambient) |n . c|), c the direction to the camera, which carries the light.
+// colour = base colour * (ambient + (1 - ambient) intensity max(0, n . l)), n the normal turned to the camera, l the
+// direction to the light.
 struct Material {
     vec4 base_color_factor;
 #ifdef HAS_BASE_COLOR_TEX
@@ -9,6 +10,7 @@ struct Material {
 
 uniform Material material;
 uniform vec3 ambient_light;
+uniform vec4 light = vec4(0.0, 0.0, 0.0, 1.0);  // direction, 0 where the camera carries the light; intensity
 
 in vec3 to_camera;
 in vec3 view_normal;
@@ -30,6 +32,9 @@ void main()
 #ifdef COLOR_0_LOC
     base *= vertex_color;
 #endif
-    float cosine = abs(dot(normalize(view_normal), normalize(to_camera)));
-    frag_color = vec4(base.rgb * (ambient_light + (1.0 - ambient_light) * cosine), base.a);
+    vec3 n = normalize(view_normal);
+    vec3 c = normalize(to_camera);
+    float facing = dot(n, c);
+    float cosine = light.xyz == vec3(0.0) ? abs(facing) : max(0.0, (facing < 0.0 ? -1.0 : 1.0) * dot(n, light.xyz));
+    frag_color = vec4(base.rgb * (ambient_light + (1.0 - ambient_light) * light.w * cosine), base.a);
 }

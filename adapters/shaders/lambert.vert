@@ -24,7 +24,7 @@ void main()
 {
     vec4 view_position = V * (M * vec4(position, 1.0));
     gl_Position = P * view_position;
-    to_camera = -view_position.xyz;
+    to_camera = P[3][3] == 0.0 ? -view_position.xyz : vec3(0.0, 0.0, 1.0);  // perspective or parallel
 #ifdef NORMAL_LOC
     view_normal = mat3(V) * (mat3(M) * normal);
 #endif
