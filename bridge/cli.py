@@ -54,6 +54,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study.add_argument("--scale", type=float, default=1.0, help="of the noise, in natural units (default: 1)")
     study.add_argument("--seed", type=int, default=0)
     study.add_argument("-o", "--output", default="study", help="directory for study.md, study.csv and study.png")
+    plan = commands.add_parser("plan", help="how many ranks suit a simulator: step time and efficiency, predicted")
+    plan.add_argument("--cost", required=True, help="of one evaluation, with its unit: 50ms, 2s, 3min, 1h")
+    plan.add_argument("--samples", type=int, default=64, help="N, evaluations of a step (default: 64)")
+    plan.add_argument("--outputs", type=int, default=1, help="m, numbers of an output (default: 1)")
+    plan.add_argument("--parameters", type=int, default=8, help="d (default: 8)")
+    plan.add_argument("--ranks", default="1,2,4,...,4096", help="which (default: 1,2,4,...,4096)")
+    plan.add_argument("--cv", type=float, default=0.0, help="standard deviation / mean of the cost (default: 0)")
+    plan.add_argument("--batch", type=int, default=1, help="parameter vectors of one call (default: 1)")
+    plan.add_argument("--leaf-size", type=int, help="as in bridge.smooth")
+    plan.add_argument("--schedule", default="auto", choices=("auto", "static", "dynamic"))
+    plan.add_argument("--float64", action="store_true", help="outputs of 8 bytes a number, not 4")
+    plan.add_argument("--failing", type=float, default=0.0, help="probability that an evaluation fails (default: 0)")
+    plan.add_argument("--mtbf", help="mean time between failures of a node: 5y (default: none)")
+    plan.add_argument("--latency", default="2us", help="of a message (default: 2us)")
+    plan.add_argument("--bandwidth", type=float, default=10.0, help="between two ranks, GB/s (default: 10)")
+    plan.add_argument("--ranks-per-node", type=int, default=64)
     commands.add_parser("doctor", help="what this machine has: versions, MPI, threads")
     options = parser.parse_args(arguments)
     try:
@@ -66,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _doctor()
         if options.command == "study":
             return _study(options)
+        if options.command == "plan":
+            return _plan(options)
         if options.command == "run":
             return _run(options.script, options.arguments, options.driver)
         return _fit(options)
@@ -160,6 +178,35 @@ def _study(options: argparse.Namespace) -> int:
         result.draw(folder / "study.png")
         print(result.table())
         print(f"{result.num_evaluations} simulations; written: {folder}/study.md, study.csv, study.png")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from bridge import advising
+    from bridge.planning import Machine, Workload
+
+    workload = Workload(
+        cost_s=advising.parse_seconds(options.cost),
+        num_samples=options.samples,
+        num_outputs=options.outputs,
+        dimension=options.parameters,
+        cv=options.cv,
+        batch=options.batch,
+        leaf_size=options.leaf_size,
+        schedule=options.schedule,
+        bytes_per_number=8 if options.float64 else 4,
+        failure_probability=options.failing,
+        node_mtbf_s=None if options.mtbf is None else advising.parse_seconds(options.mtbf),
+    )
+    machine = Machine(
+        latency_s=advising.parse_seconds(options.latency),
+        bandwidth=1e9 * options.bandwidth,
+        ranks_per_node=options.ranks_per_node,
+    )
+    ranks = advising.parse_ranks(options.ranks)
+    print(advising.describe(workload) + "\n")
+    print(advising.table(workload, machine, ranks) + "\n")
+    print(advising.advise(workload, machine))
     return 0
 
 
