@@ -22,7 +22,7 @@ from typing import final
 
 from adapters import _tem_mrc
 from adapters._tem_deck import Component
-from bridge.errors import EvaluationError, InputError, SetupError
+from bridge.errors import BridgeError, EvaluationError, InputError, SetupError
 
 REAL, IMAGINARY = "re.mrc", "im.mrc"
 _VERSION = 1
@@ -156,6 +156,8 @@ def cached(root: Path, key: str, imaginary: bool, build: Callable[[Path], None])
                 _put(new, folder)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
+    except BridgeError:  # a time limit of ours is an OSError, too
+        raise
     except OSError as error:
         raise SetupError(
             f"Expected a writable cache for the maps in {str(root)!r}, got {error}. Choose another by cache=."
