@@ -23,7 +23,7 @@ CHANNELS = {"silhouette": 1, "mask": 1, "depth": 1, "normals": 3, "rgb": 3, "rgb
 AMBIENT = 0.2  # share of the light that comes from everywhere
 _LARGEST_SIDE = 16384  # of an image, as OpenGL implementations have it
 # Renderers compute squares of coordinates in single precision.
-_LARGEST_COORDINATE = 1e15
+LARGEST_COORDINATE = 1e15
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def _place(meshes: list[Any], *, normalise: bool, up: str) -> float:
         transform[:3, :3] = [[1, 0, 0], [0, 0, 1], [0, -1, 0]]
     vertices = np.concatenate([m.vertices[np.unique(m.faces)] for m in meshes]) @ transform[:3, :3].T
     largest = float(np.abs(vertices).max())
-    if largest > _LARGEST_COORDINATE:
+    if largest > LARGEST_COORDINATE:
         raise InputError(
-            f"Expected vertices with coordinates below {_LARGEST_COORDINATE:g}, got {largest:g}. Choose a larger unit."
+            f"Expected vertices with coordinates below {LARGEST_COORDINATE:g}, got {largest:g}. Choose a larger unit."
         )
     if normalise:
         centre = (vertices.min(axis=0) + vertices.max(axis=0)) / 2
@@ -185,8 +185,10 @@ def shared_options(
         raise InputError(f"Expected distinct outputs among {', '.join(CHANNELS)}, got {outputs!r}.")
     among("antialias", antialias, (0, 4))
     among("up", up, ("y", "z"))
-    if len(size) != 2 or not all(
-        isinstance(n, int | np.integer) and not isinstance(n, bool) and 0 < n <= _LARGEST_SIDE for n in size
+    if (
+        not isinstance(size, Sequence | np.ndarray)
+        or len(size) != 2
+        or not all(isinstance(n, int | np.integer) and not isinstance(n, bool) and 0 < n <= _LARGEST_SIDE for n in size)
     ):
         raise InputError(f"Expected size=(height, width) as two positive integers up to {_LARGEST_SIDE}, got {size!r}.")
     return (int(size[0]), int(size[1])), names

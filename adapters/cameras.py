@@ -13,7 +13,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adapters._scene import Scene, among
+from adapters._scene import LARGEST_COORDINATE, Scene, among
 from bridge.errors import InputError
 from bridge.simulator import Parameter, ParameterSpace
 
@@ -292,7 +292,7 @@ class ViewModel:
         colour: value, where neither varied nor fixed, of the colours of objects that bring none.
 
     Raises:
-        InputError: unknown names, values outside bounds, a pose that is no rigid motion.
+        InputError: unknown names, fixed values that leave no image, a pose that is no rigid motion.
     """
 
     def __init__(
@@ -327,9 +327,8 @@ class ViewModel:
         for name, value in fixed.items():
             if name not in self._index:
                 raise InputError(f"Unknown parameter {name!r} in fixed. Known: {', '.join(self._index)}.")
-            p = parameters[self._index[name]].parameter
-            if not p.lower <= value <= p.upper:
-                raise InputError(f"Expected fixed {name} in [{p.lower:g}, {p.upper:g}], got {value!r}.")
+            if not np.isfinite(value):
+                raise InputError(f"Expected a finite value for {name} in fixed, got {value!r}.")
             self._defaults[self._index[name]] = value
         free = [
             i
@@ -345,6 +344,11 @@ class ViewModel:
         self.moves_objects, self.moves_light, self.paints = (g in used for g in ("objects", "light", "colours"))
         start = turntable_pose(0.0, 0.0, DISTANCE * scene.radius) if base_pose is None else _rigid(base_pose)
         self._base = inverse_pose(start)
+        with np.errstate(all="ignore"):
+            columns = dict(zip(self._index, self._defaults[:, None].copy(), strict=True))
+            _, valid = self._lenses(columns, self._poses(columns)[1])
+        if not valid.all():
+            raise InputError(f"Expected a positive distance and a half angle between 0 and 90 deg, got fixed={fixed}.")
 
     def views(self, inputs: NDArray[np.float64]) -> Views:
         """The views of (k, d) parameters; row i depends on `inputs[i]` alone.
@@ -362,19 +366,22 @@ class ViewModel:
         k = len(inputs)
         full = np.tile(self._defaults, (k, 1))
         full[:, self._free] = inputs
-        # Contiguous columns: numpy may take another, differently rounded loop for strided ones.
-        columns = {name: np.ascontiguousarray(full[:, i]) for name, i in self._index.items()}
+        # Columns side by side in memory: numpy may take another, differently rounded loop where they are not.
+        columns = dict(zip(self._index, full.T.copy(), strict=True))
         with np.errstate(all="ignore"):  # what overflows is told below, with its parameters
             camera, distance = self._poses(columns)
             lens, valid = self._lenses(columns, distance)
-        valid &= np.isfinite(inputs).all(axis=1) & np.isfinite(camera).all(axis=(1, 2))
+            objects = self._motions(columns) if self.moves_objects else None
+        valid &= np.isfinite(inputs).all(axis=1) & (np.abs(camera) < LARGEST_COORDINATE).all(axis=(1, 2))
+        if objects is not None:
+            valid &= (np.abs(objects) < LARGEST_COORDINATE).all(axis=(1, 2, 3))
         if not valid.all():
             row = inputs[int(np.flatnonzero(~valid)[0])]
             raise InputError(
-                f"Expected finite parameters, a positive distance and a half angle between 0 and 90 deg, got "
-                f"{self.space.mapping(row)}. Bound the search (outside='clip' does) or use camera='turntable-log'."
+                f"Expected finite parameters, positions below {LARGEST_COORDINATE:g}, a positive distance and a half "
+                f"angle between 0 and 90 deg, got {self.space.mapping(row)}. Bound the search (outside='clip' does) or "
+                "use camera='turntable-log'."
             )
-        objects = self._motions(columns) if self.moves_objects else None
         near, far = self._planes(inputs, camera, objects)
         light = None
         if self.moves_light:
@@ -382,7 +389,7 @@ class ViewModel:
         colours = None
         if self.paints:
             names = [f"object{i}_{c}" for i in range(len(self._scene.objects)) for c in ("red", "green", "blue")]
-            colours = np.stack([columns[name] for name in names], axis=1).reshape(k, -1, 3)
+            colours = np.stack([columns[name] for name in names], axis=1).reshape(k, len(names) // 3, 3)
         intensity = columns["light_intensity"]
         return Views(camera, objects, lens, self.perspective, near, far, light, intensity, colours)
 
