@@ -7,18 +7,20 @@
 #                 make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   PYTEST_ARGS   more arguments for pytest, for example PYTEST_ARGS="-x -k cryoet"
 #   BENCH         the benchmark scripts to run
+#   MPI           the wheel that `make mpi` installs
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+MPI ?= impi-rt
 BENCH ?= $(sort $(wildcard tests/benchmarks/bench_*.py))
 
 BIN := $(VENV)/bin
 export PYTHON VENV TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench lint format wheel constraints clean
+.PHONY: help setup demo test test-slow bench lint format mpi wheel constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -50,6 +52,9 @@ lint: setup ## check style, format, types and import order
 format: setup ## put the sources into the format that `make lint` asks for
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
+
+mpi: setup ## install one more MPI for the tests to be repeated with (MPI=impi-rt)
+	$(BIN)/python -m pip install --no-deps --prefix "$(VENV)/mpi/$(MPI)" $(MPI)
 
 wheel: setup ## build the wheel into dist/
 	rm -rf build  # setuptools would pack what an earlier build left there

@@ -261,7 +261,8 @@ class Runner:
         begin = time.perf_counter()
         outputs = self._attempt(inputs, seeds)
         F, call.shape = as_rows(outputs, k, self._shape, self.name)
-        if store is not None and self._dispatcher.leads:
+        # A run that failed is not finished: what made it fail, a full disk or a bad node, may be gone the next time.
+        if store is not None and self._dispatcher.leads and bool(torch.isfinite(F).all()):
             store.put(key, F.reshape(k, *call.shape), time.perf_counter() - begin)
         return F
 

@@ -104,7 +104,7 @@ class Run:
             raise InputError(f"Unknown signals {unknown}. Expected names such as USR1, USR2, TERM.")
         self._signals = [signal.Signals[f"SIG{name.removeprefix('SIG')}"] for name in signals]
         self._settings = json.loads(json.dumps(dict(settings or {}), sort_keys=True, default=str))
-        self._unfinished = False
+        self._unfinished, self._died = False, ""
         self._lock: IO[str] | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._written_at = time.monotonic()
@@ -128,7 +128,13 @@ class Run:
         self._snapshot: tuple[int, Any] | None = None if packed is None else (self.step, packed)
         self._written: int | None = None if packed is None else self.step
         self.store = Store(self.directory / "evaluations", above_s=journal_above_s)
-        if self.store.damaged:
+        if self._died and self._all.rank == 0:
+            _log.warning(
+                "the last job in %s %s ended without a word: killed, or its machine failed; this one goes on from "
+                "step %d with %d evaluations finished since",
+                *(self.directory, self._died, self.step, len(self.store)),
+            )
+        if self.store.damaged and self._all.rank == 0:
             _log.warning("%d bytes of torn records in %s are ignored", self.store.damaged, self.store.directory)
 
     # -- beginning --------------------------------------------------------------------------------------------------
@@ -168,6 +174,8 @@ class Run:
                 f"Expected the settings of the run in {self.directory}, got others: {listing}. Use them again, or "
                 "another directory."
             )
+        if status.get("state") == "running":
+            self._died = "(process {pid} on {host}, {ranks} ranks)".format_map(status)
         for path in checkpoints:
             try:
                 return _read(path)

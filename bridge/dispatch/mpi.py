@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import os
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import numpy as np
 import torch
@@ -413,13 +414,25 @@ def _end_together(world: MPIDispatcher) -> None:
     def died(process: Process) -> None:
         sys.stderr.write(
             f"bridge: {_describe(process)} has ended without a word: killed by a signal (as happens when memory "
-            f"runs out), or by os._exit. Rank {world.rank} ends the job.\n"
+            f"runs out), or by _exit in native code. Rank {world.rank} ends the job.\n"
         )
         world.abort(_ABORT)
 
     _neighbours = Neighbours(own, others, died)
     if not faulthandler.is_enabled():
         faulthandler.enable()  # a crash in native code shows where in the script it was
+    ends_at_once = os._exit
+
+    def tell_and_end(status: int) -> NoReturn:
+        if os.getpid() == own.pid:  # not in what a rank has forked
+            where = "".join(traceback.format_stack(limit=8)[:-1])
+            sys.stderr.write(f"bridge: {_describe(own)} calls os._exit({status}), which ends all ranks:\n{where}")
+            world.abort(status or _ABORT)
+        ends_at_once(status)
+
+    # Hydra, the launcher of MPICH, ends a job of which a rank does so without a word, and with that rank's status: 0,
+    # a success, for 0.
+    os._exit = tell_and_end
     _world.append(world)
 
 
