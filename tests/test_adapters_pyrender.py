@@ -750,6 +750,41 @@ def test_a_gpu_that_is_not_there_is_told() -> None:
         render(simulator, POSES)
 
 
+def test_a_software_renderer_beside_a_gpu_is_told_unless_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EGL_DEVICE_ID", "LIBGL_ALWAYS_SOFTWARE", "PYOPENGL_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(compat, "visible_gpus", lambda: ["/dev/nvidia0"])
+    with pytest.warns(RuntimeWarning, match=r"/dev/nvidia0 can be seen\), got the software renderer 'llvmpipe"):
+        compat.warn_of_software("llvmpipe (LLVM 15.0.6, 256 bits)")
+    compat.warn_of_software("NVIDIA H100/PCIe/SSE2")  # warnings are errors: none may come
+    monkeypatch.setenv("LIBGL_ALWAYS_SOFTWARE", "1")
+    compat.warn_of_software("llvmpipe")
+    monkeypatch.delenv("LIBGL_ALWAYS_SOFTWARE")
+    monkeypatch.setattr(compat, "visible_gpus", list)
+    compat.warn_of_software("llvmpipe")
+
+
+@gl
+def test_the_renderer_is_asked_about_when_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(compat, "warn_of_software", asked.append)
+    simulator = PyrenderSimulator()
+    render(simulator, POSES[:2])
+    render(simulator, POSES[:2])
+    assert asked == [simulator.opengl().partition(": ")[2]]
+
+
+@gl
+def test_many_objects_have_exact_numbers() -> None:
+    # More than a byte's worth, in a row.
+    boxes = [trimesh.creation.box((0.8, 0.8, 0.8)).apply_translation((i - 149.5, 0, 0)) for i in range(300)]
+    simulator = PyrenderSimulator(
+        boxes, size=(4, 1200), outputs="mask", normalise=False, lens="orthographic", antialias=4
+    )
+    image = render(simulator, [0.0, 0.0, 0.5])[0, 0]  # four pixels a unit
+    assert np.array_equal(image[2, 2::4], np.arange(1, 301))
+
+
 def test_devices_are_spread_over_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*compat._LOCAL_RANK, "EGL_DEVICE_ID"):
         monkeypatch.delenv(name, raising=False)
