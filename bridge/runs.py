@@ -229,7 +229,7 @@ class Run:
         if flags[:2].any():
             Dispatcher.stopping = False
             why = "a signal" if flags[0] else "the end of the allocation, which leaves no time for another step"
-            raise StoppedError(f"Stopped at step {step} by {why}; the run in {self.directory} can be resumed.")
+            raise StoppedError(f"Stopped after step {step} by {why}.")
 
     def set_aside(self) -> None:
         """Says that the end of the block is not that of the run, which can be resumed."""
@@ -297,7 +297,7 @@ class Run:
             self._lock.close()
         if kind is not None and issubclass(kind, StoppedError):
             if self._all.rank == 0:
-                print(f"bridge: {error}", file=sys.stderr)
+                print(f"bridge: {error} Started again, the run in {self.directory} goes on.", file=sys.stderr)
             raise SystemExit(exit_code(StoppedError)) from error
 
     def status(self) -> dict[str, Any]:

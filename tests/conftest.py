@@ -202,14 +202,14 @@ def mpi(request: pytest.FixtureRequest) -> Mpi:
 
 @pytest.fixture(scope="session")
 def run_ranks(mpi: Mpi, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_ranks(n, script, *args, timeout=120, env=None, kill_when=None)`: runs a Python script on n ranks and returns
-    what came out.
+    """`run_ranks(n, script, *args, timeout=120, env=None, kill_when=None, kill_with=SIGKILL)`: runs a Python script on
+    n ranks and returns what came out.
 
     `script` is a Path, or a string ending in `.py` without line breaks, or else the program's text. It runs in a
     fresh directory; `env` is added to this process's environment. The ranks have a process group of their own, which
     is killed when the launcher ends or `timeout` seconds have passed; the latter fails the test, with the output so
     far. A non-zero exit status does not: look at `returncode`. Once `kill_when()` is true, everything is killed with
-    SIGKILL, the launcher first; the exit status is then -9.
+    SIGKILL, the launcher first (the exit status is then -9), or the launcher is sent another signal.
     """
 
     def run(
@@ -219,6 +219,7 @@ def run_ranks(mpi: Mpi, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         timeout: float = 120,
         env: Mapping[str, str] | None = None,
         kill_when: Callable[[], bool] | None = None,
+        kill_with: signal.Signals = signal.SIGKILL,
     ) -> subprocess.CompletedProcess[str]:
         directory = tmp_path_factory.mktemp(f"ranks{n}-")
         if isinstance(script, str) and ("\n" in script or not script.endswith(".py")):
@@ -246,7 +247,10 @@ def run_ranks(mpi: Mpi, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
                 deadline = time.monotonic() + timeout
                 while process.poll() is None and not expired:
                     if kill_when is not None and kill_when():
-                        break
+                        if kill_with == signal.SIGKILL:
+                            break
+                        process.send_signal(kill_with)
+                        kill_when = None
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(0.01)
                     expired = time.monotonic() > deadline

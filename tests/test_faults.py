@@ -7,9 +7,11 @@ at that moment.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ import ctypes, hashlib, json, os, re, resource, signal, sys, time
 import numpy as np
 import bridge
 
-fault, directory = sys.argv[1], sys.argv[2]
+fault, directory, method = sys.argv[1:]
 if fault:
     from mpi4py import MPI
 
@@ -45,6 +47,8 @@ FAULTS = {
     "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hang": hangs_in_python,
     "native hang": lambda: re.match("(a+)+$", 60 * "a" + "b"),  # for ever, with the interpreter's lock
+    "USR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+    "TERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "NaN": lambda: np.full((24, 24), np.nan),
     "shape": lambda: np.zeros(24),
 }
@@ -56,7 +60,9 @@ def f(x):
         paid.write("x")  # one for each simulation begun
     time.sleep(0.012)
     if fault in FAULTS and here and count == 22:
-        return FAULTS[fault]()
+        instead = FAULTS[fault]()
+        if instead is not None:
+            return instead
     return np.floor(50 * np.exp(-((grid[:, None] - x[0]) ** 2 + (grid - x[1]) ** 2) / 0.1))
 
 if fault == "file size":
@@ -64,7 +70,8 @@ if fault == "file size":
 simulator = bridge.as_simulator(f, bounds=[(-1, 1), (-1, 1)], natural_scale=[0.1, 0.1])
 target = np.floor(50 * np.exp(-((grid[:, None] - 0.3) ** 2 + (grid + 0.2) ** 2) / 0.1))
 result = bridge.fit(
-    simulator, target, [0.0, 0.1], seed=0, steps=6, num_samples=16, scale=(2.0, 0.5), directory=directory, every_s=0.2
+    simulator, target, [0.0, 0.1], seed=0, method=method, steps=6, num_samples=16, scale=(2.0, 0.5),
+    directory=directory, every_s=0.2,
 )
 digest = hashlib.sha256(json.dumps([h.parameters for h in result.history]).encode())
 digest.update(result.parameters.tobytes() + result.standard_error.tobytes() + result.output.tobytes())
@@ -77,7 +84,8 @@ RUNS = 6 * 16 + 16 + 4
 class Fit:
     """One fit in a directory, with what it has paid."""
 
-    def __init__(self, folder: Path, run_ranks) -> None:
+    def __init__(self, folder: Path, run_ranks, method: str = "adam") -> None:
+        self.method = method
         self.directory, self.paid_file, self._run_ranks = folder / "run", folder / "paid", run_ranks
         self.script = folder / "script.py"
         self.script.write_text(SCRIPT, encoding="utf-8")
@@ -93,21 +101,32 @@ class Fit:
     def start(self, ranks, fault="", env=None, **kwargs) -> subprocess.CompletedProcess[str]:
         environment = {"PAID": str(self.paid_file), **(env or {})}
         if ranks:
-            return self._run_ranks(ranks, self.script, fault, self.directory, env=environment, timeout=90, **kwargs)
-        command = [sys.executable, self.script, fault, self.directory]
+            arguments = (self.script, fault, self.directory, self.method)
+            return self._run_ranks(ranks, *arguments, env=environment, timeout=90, **kwargs)
+        command = [sys.executable, self.script, fault, self.directory, self.method]
         return subprocess.run(
             command, capture_output=True, text=True, timeout=90, env={**os.environ, **environment}, check=False
         )
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What a fit prints that nothing stops."""
-    fit = Fit(tmp_path_factory.mktemp("whole"), None)
-    done = fit.start(0)
-    assert done.returncode == 0, done.stderr
-    assert fit.paid == RUNS
-    return done.stdout
+def undisturbed(tmp_path_factory):
+    """What a fit by some method prints that nothing stops."""
+
+    @functools.cache
+    def prints(method):
+        fit = Fit(tmp_path_factory.mktemp("whole"), None, method)
+        done = fit.start(0)
+        assert done.returncode == 0, done.stderr
+        assert fit.paid == RUNS
+        return done.stdout
+
+    return prints
+
+
+@pytest.fixture
+def whole(undisturbed):
+    return undisturbed("adam")
 
 
 @pytest.fixture
@@ -132,6 +151,8 @@ def goes_on(fit, whole, ranks=0, twice=2):
         ("NaN", "Expected finite outputs", 3),
         ("shape", "Expected outputs of shape", 3),
         ("hang", "in hangs_in_python", 70),
+        ("USR1", "A signal has asked", 75),
+        ("TERM", "A signal has asked", 75),
     ],
 )
 def test_an_end_that_bridge_sees_is_told_by_every_means(fit, whole, fault, said, code):
@@ -143,8 +164,9 @@ def test_an_end_that_bridge_sees_is_told_by_every_means(fit, whole, fault, said,
         assert "bridge: rank 0 of 2" in stopped.stderr
         assert "bridge: rank 1 of 2" in stopped.stderr
     else:
-        assert "on rank 1" in stopped.stderr or "[rank 1" in stopped.stderr
-        assert (fit.status["state"], fit.status["exit_code"]) == ("failed", code)
+        assert code == 75 or "[rank 1" in stopped.stderr
+        state = "stopped" if code == 75 else "failed"
+        assert (fit.status["state"], fit.status["exit_code"]) == (state, code)
         assert said in fit.status["message"]
     assert 24 < fit.paid < RUNS
     goes_on(fit, whole)
@@ -222,21 +244,33 @@ def test_journals_that_are_torn_and_damaged_cost_their_records_only(fit, whole):
     assert "torn records" in done.stderr
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_the_whole_job_is_killed_at_random_moments(fit, whole, kills):
+def test_a_launcher_that_is_told_usr1_tells_the_ranks(fit, whole):
+    """The one signal that every launcher hands on: "write your state and end", before the batch system ends the job."""
+    stopped = fit.start(2, kill_when=lambda: fit.paid > 30, kill_with=signal.SIGUSR1)
+    assert stopped.returncode == 75, (stopped.returncode, stopped.stderr)
+    assert (fit.status["state"], fit.status["exit_code"]) == ("stopped", 75)
+    goes_on(fit, whole, ranks=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "kills"), [("adam", 3), ("gauss-newton", 3), pytest.param("adam", 20, marks=pytest.mark.slow)]
+)
+def test_the_whole_job_is_killed_at_random_moments(tmp_path, run_ranks, undisturbed, method, kills):
     """Launcher and ranks at once, as a power cut would, each time on another number of ranks."""
-    draw = random.Random(kills)
-    twice = 0
+    fit = Fit(tmp_path, run_ranks, method)
+    draw = random.Random(f"{method} {kills}")
+    twice = killed = 0
     for i in range(kills):
         ranks = 1 + (i + 1) % 3
-        at = fit.paid + draw.randrange(1, 2 * RUNS // kills)
+        at = fit.paid + draw.randrange(1, max(2, 2 * RUNS // kills))
         stopped = fit.start(ranks, kill_when=lambda at=at: fit.paid >= at)
-        if stopped.returncode == 0:
-            assert stopped.stdout == whole
+        if stopped.returncode == 0:  # it was faster
+            assert stopped.stdout == undisturbed(method)
             break
         assert stopped.returncode == -9, stopped.stderr
-        twice += ranks
-    goes_on(fit, whole, ranks=2, twice=twice)
+        killed, twice = killed + 1, twice + ranks
+    assert killed > kills // 2
+    goes_on(fit, undisturbed(method), ranks=2, twice=twice)
 
 
 ISOLATED = """

@@ -65,6 +65,7 @@ def test_ranks_run_a_script_and_its_neighbours(tmp_path, run_ranks):
 
 
 @pytest.mark.mpi
+@pytest.mark.every_mpi
 @pytest.mark.parametrize(
     ("text", "said"),
     [
