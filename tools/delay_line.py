@@ -9,6 +9,7 @@ hosts; a frame that comes from one goes to all others. Ends when its standard in
 from __future__ import annotations
 
 import collections
+import contextlib
 import fcntl
 import os
 import select
@@ -42,19 +43,16 @@ def main() -> None:
             for _ in range(64):
                 try:
                     frame = os.read(descriptor, _LARGEST_FRAME)
-                except BlockingIOError:
-                    break
                 except OSError:
-                    break  # an interface that is down
+                    break  # no more, or an interface that is down
                 under_way.append((time.monotonic() + delay, descriptor, frame))
         while under_way and under_way[0][0] <= time.monotonic():
             _, source, frame = under_way.popleft()
             for tap in taps:
                 if tap != source:
-                    try:
+                    # Its host is gone, or its queue is full: lost, as on any network.
+                    with contextlib.suppress(OSError):
                         os.write(tap, frame)
-                    except OSError:
-                        pass  # its host is gone, or its queue is full: lost, as on any network
 
 
 if __name__ == "__main__":
