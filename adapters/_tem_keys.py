@@ -111,6 +111,8 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "contrast_im": _real("V", *_ANY, "contrast_im_v", 0.1),
         "smoothness": _real("", 0, 10, "smoothness", 0.5),
         "make_positive": Key("bool"),
+        "randomize_particle": replace(_NO, dialect="phase-plate"),
+        "rand_seed_particle": replace(_count(-(2**31), 2**31 - 1), dialect="phase-plate"),
     },
     "particleset": {
         "particle_type": Key("text", required=True),

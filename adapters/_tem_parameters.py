@@ -136,9 +136,9 @@ class Plan:
                 tables[target.table][target.row, target.column] = value
         for name, table in tables.items():
             if name.startswith("coordinates"):
-                # R_x(t) = R_z(-90) R_y(t) R_z(90), so zxz (a, t, b) is zyz (a - 90, t, b + 90).
-                table[:, 3] -= 90 * self.turn
-                table[:, 5] += 90 * self.turn
+                # The image sees R_z(psi) R_x(theta) R_z(phi), and R_x(theta) is R_z(-90) R_y(theta) R_z(90).
+                table[:, 3] += 90 * self.turn
+                table[:, 5] -= 90 * self.turn
         return _with_files(deck, tables), tables
 
     def reference(self) -> NDArray[np.float64]:

@@ -11,7 +11,8 @@ The image of tilt t, at pixel centres (x, y) [nm], the sample's centre being (0,
     gain dose px^2 exp(-m) [1 - 0.1 (200 / V) (1 + 0.1 df) sum_p B(x - x_p, y - y_p)] [1 + 0.01 floor(10 f)],
 
 with m the mean of the imaginary maps (0 without), df the defocus [um], f the focal length [mm], and B = exp(-r^2 / 8)
-plus half of the same at 3 nm from it in the direction in which the particle's own z axis is seen. A map made from a PDB
+plus half of the same at 3 nm from it in the direction in which the particle's own z axis is seen: that of
+R_z(psi) R_x(theta) R_z(phi) (0, 0, 1), with R_y for R_x in the other dialect. A map made from a PDB
 file has 4^3 voxels of 0.01 n in the real and 0.2 n / V in the imaginary one, for n ATOM records.
 
 MODE is a way to fail: see `fail` below. FILE gets a line for each start: "maps" or "micrographs".
@@ -268,13 +269,13 @@ def micrographs(blocks: list[tuple[str, str, dict[str, object]]]) -> None:
         return
     middle = "y" if options.get("dialect") == "zyz" else "x"
     for t in range(n):
-        base = turned(IDENTITY, "z", -errors[t][0])
-        for axis_name, angle in zip("zxz", (-tilts[t][2], -tilts[t][1], -tilts[t][0]), strict=True):
+        base = turned(IDENTITY, "z", errors[t][0])
+        for axis_name, angle in zip("zxz", reversed(tilts[t]), strict=True):
             base = turned(base, axis_name, angle)
         places = []
         for p in particles:
             x, y, _ = (sum(base[i][k] * p[k] for k in range(3)) for i in range(3))
-            m = turned(turned(turned(base, "z", -p[5]), middle, -p[4]), "z", -p[3])
+            m = turned(turned(turned(base, "z", p[5]), middle, p[4]), "z", p[3])
             places.append((x + errors[t][3], y + errors[t][4], 3 * m[0][2], 3 * m[1][2]))
         for d, nx, ny, pixel in files:
             mean = float(str(d["gain"])) * doses[t][0] * pixel * pixel * math.exp(-mu)

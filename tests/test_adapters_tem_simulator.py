@@ -117,9 +117,9 @@ def expected(
     focal: float = 2.75, mu: float = 0.02, dose: float = 6000,
 ) -> np.ndarray[Any, Any]:  # fmt: skip
     """The stand-in's formula once more, for one untilted particle."""
-    # R_z(-psi) R_x(-theta) R_z(-phi) (0, 0, 1), of which psi turns the image of the axis.
+    # R_z(psi) R_x(theta) R_z(phi) (0, 0, 1)
     theta, psi = np.deg2rad(angles[1:])
-    u = 3 * np.array([np.sin(theta) * np.sin(psi), np.sin(theta) * np.cos(psi)])
+    u = 3 * np.array([np.sin(theta) * np.sin(psi), -np.sin(theta) * np.cos(psi)])
     columns, rows = (np.arange(NX) - (NX - 1) / 2) * PIXEL_NM, (np.arange(NY)[:, None] - (NY - 1) / 2) * PIXEL_NM
 
     def ball(a: float, b: float) -> np.ndarray[Any, Any]:
@@ -261,10 +261,10 @@ def test_both_dialects_give_the_same_image_for_the_same_pose(lab: Lab) -> None:
     # Without `angles` the numbers are the fork's own, and mean another pose.
     own = lab.make(names, binary=lab.binary("--dialect=zyz"), dialect="phase-plate")
     assert np.abs(at(own) - at(plain)).max() > 100
-    turned = at(own, phi_deg=10 - 90, psi_deg=20 + 90)
+    turned = at(own, phi_deg=10 + 90, psi_deg=20 - 90)
     np.testing.assert_allclose(turned, at(plain), rtol=2e-6)
     back = lab.make(names, angles="zyz")
-    np.testing.assert_allclose(at(back, phi_deg=10 - 90, psi_deg=20 + 90), at(plain), rtol=2e-6)
+    np.testing.assert_allclose(at(back, phi_deg=10 + 90, psi_deg=20 - 90), at(plain), rtol=2e-6)
 
 
 def test_the_phase_plate_belongs_to_its_dialect(lab: Lab) -> None:
@@ -882,6 +882,20 @@ def test_real_series_by_tables_and_by_keys(lab: Lab, real_simulator: Any) -> Non
     for name, image, value in (("shift_x_nm[1]", 1, 1.0), ("defocus_um[1]", 1, 2.0), ("tilt_deg[0]", 0, -40.0)):
         changed = np.abs(at(simulator, **{name: value}) - plain).max(axis=(1, 2)) > 1e-3
         assert changed.tolist() == [t == image for t in range(3)]
+
+
+@real
+def test_real_tilt_and_height(lab: Lab, real_simulator: Any) -> None:
+    """A tilt about x takes a particle at height z to y = -z sin(tilt); a positive one is to the right and below."""
+    deck = real_deck(lab, geometry=SERIES["geometry"] | {"tilt_axis": 0}, sample={"thickness_edge": 50})
+    simulator = real_simulator(("x_nm", "y_nm", "z_nm"), deck)
+    images = at(simulator, x_nm=2.0, y_nm=3.0, z_nm=15.0)
+    rows, columns = (np.arange(48)[:, None] - 23.5) * 0.5, (np.arange(64) - 31.5) * 0.5
+    for image, tilt in zip(images, np.deg2rad([-20, 0, 20]), strict=True):
+        weight = np.maximum(np.abs(image - np.median(image)) - 0.2 * np.ptp(image), 0)
+        x, y = (float((weight * place).sum() / weight.sum()) for place in (columns, rows))
+        assert x == pytest.approx(2.0, abs=0.5)
+        assert y == pytest.approx(3.0 * np.cos(tilt) - 15.0 * np.sin(tilt), abs=0.5)
 
 
 @real
