@@ -439,3 +439,53 @@ def test_a_job_with_a_broken_simulator_says_why_and_is_not_requeued(tmp_path):
     assert (code, site.requests()) == (3, []), said
     assert said.index("torch ") < said.index("no licence for the solver")
     assert "runs/fit: failed (exit code 3" in said
+
+
+# --- several hosts ---------------------------------------------------------------------------------------------------
+
+ON_HOSTS = """
+import socket
+from bridge.dispatch import get_dispatcher
+all_ranks = get_dispatcher()
+said = all_ranks.each(f"{socket.gethostname()} {all_ranks.local_rank} {all_ranks.local_size}")
+if all_ranks.rank == 0:
+    print("ranks", sorted(said))
+"""
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", ["", "0.0005"])
+def test_a_fit_on_two_hosts_has_the_bits_of_one_process(tmp_path, digest, delay_s):
+    """Hosts are network namespaces of this machine: other names, and TCP in place of shared memory."""
+    launcher = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec") or "mpiexec"
+    said = subprocess.run([launcher, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    if "HYDRA" not in said:
+        pytest.skip(f"tools/hosts.sh needs Hydra's mpiexec (MPICH), not {launcher}")
+    script, log = tmp_path / "fit.py", tmp_path / "log"
+    script.write_text(ON_HOSTS + FIT)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
+    environment |= {
+        "MPIEXEC": launcher,
+        "DELAY_S": delay_s,
+        "RUN": str(tmp_path / "run"),
+        "PAID": str(tmp_path / "paid"),
+    }
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            # By TERM, it takes its hosts away.
+            ["timeout", "-k", "5", "80", "bash", hosts, "2", "4", sys.executable, script],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        with ended(process):
+            process.wait(90)
+    said = log.read_text(errors="replace")
+    if process.returncode == 77:
+        pytest.skip(said.strip())
+    assert process.returncode == 0, said
+    assert "ranks ['host1 0 2', 'host1 1 2', 'host2 0 2', 'host2 1 2']" in said
+    assert f"digest {digest}\n" in said

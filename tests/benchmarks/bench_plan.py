@@ -249,7 +249,7 @@ def draw(rows: list[Any], machine: Any) -> None:
         )
     axes[0].set_title(f"This machine, N = {N}: model (lines), measured (points)", fontsize=10)
     n = 4096
-    for colour, cost in zip(colours, (0.01, 0.1, 1.0, 10.0, 100.0), strict=True):
+    for colour, cost in zip(colours[::2], (0.01, 0.1, 10.0), strict=True):
         for leaf, style in ((1, "-"), (None, ":")):
             workload = Workload(
                 cost_s=cost, num_samples=n, num_outputs=160_000, dimension=D, cv=0.2, leaf_size=leaf,
@@ -262,11 +262,11 @@ def draw(rows: list[Any], machine: Any) -> None:
         f"A cluster (model alone), N = {n:,}, cv 0.2: leaf_size=1, kept;\ndotted: the defaults, 32 units, streamed",
         fontsize=10,
     )
-    for axis in axes:
+    for axis, corner in zip(axes, ("upper right", "lower left"), strict=True):
         axis.set(xscale="log", xlabel="ranks", xlim=(0.9, 11_000), ylim=(0, 1.05))
         axis.axhline(0.8, color="0.7", lw=0.8, zorder=0)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, loc="lower left")
+        axis.legend(fontsize=8, loc=corner)
     axes[0].set_ylabel("efficiency: N cost / (ranks x step)")
     figure.savefig(FOLDER / "efficiency.png", dpi=130)
 
@@ -295,10 +295,11 @@ def main() -> None:
     draw(rows, machine)
     cores = len(os.sched_getaffinity(0))
     print(
-        f"Measured on {cores} cores ({platform.machine()}); N = {N}, d = {D}, float32, simulators that sleep. The machine: "
-        f"a message takes {1e6 * machine.latency_s:.0f} us and {machine.bandwidth / 1e9:.1f} GB/s; addition "
-        f"{1 / machine.add_s_per_byte / 1e9:.1f} GB/s; bridge's own time {1e3 * machine.step_overhead_s:.1f} ms a step, "
-        f"{1e6 * machine.evaluation_overhead_s:.0f} us an evaluation, {1e6 * machine.row_overhead_s:.2f} us a row.\n"
+        f"Measured on {cores} cores ({platform.machine()}); N = {N}, d = {D}, float32, simulators that sleep. The "
+        f"machine: a message takes {1e6 * machine.latency_s:.0f} us and {machine.bandwidth / 1e9:.1f} GB/s; addition "
+        f"{1 / machine.add_s_per_byte / 1e9:.1f} GB/s; bridge's own time {1e3 * machine.step_overhead_s:.1f} ms a "
+        f"step, {1e6 * machine.evaluation_overhead_s:.0f} us an evaluation, {1e6 * machine.row_overhead_s:.2f} us a "
+        "row.\n"
     )
     print(markdown(rows))
     for delay, there in links:
