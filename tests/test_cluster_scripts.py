@@ -465,12 +465,9 @@ def test_a_fit_on_two_hosts_has_the_bits_of_one_process(tmp_path, digest, delay_
     script, log = tmp_path / "fit.py", tmp_path / "log"
     script.write_text(ON_HOSTS + FIT)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
-    environment |= {
-        "MPIEXEC": launcher,
-        "DELAY_S": delay_s,
-        "RUN": str(tmp_path / "run"),
-        "PAID": str(tmp_path / "paid"),
-    }
+    environment |= {"MPIEXEC": launcher, "DELAY_S": delay_s}
+    environment |= {"RUN": str(tmp_path / "run"), "PAID": str(tmp_path / "paid")}
+    hosts = SCRIPTS.parents[1] / "tools" / "hosts.sh"
     with log.open("wb") as out:
         process = subprocess.Popen(
             # By TERM, it takes its hosts away.
