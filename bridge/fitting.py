@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from bridge.errors import InputError
+from bridge.errors import EvaluationError, InputError
 from bridge.runs import Run
 from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name
 from bridge.smoothing import SmoothedSimulator, smooth
@@ -64,7 +64,8 @@ class FitResult:
         history: one `FitStep` a step.
         num_evaluations: simulator runs, all ranks together.
         wall_s: duration [s].
-        output, start_output: the simulator's (unperturbed) output at `parameters` and at `start`.
+        output, start_output: the simulator's (unperturbed) output at `parameters` and at `start`; NaN where that run
+            failed and failures are not raised.
     """
 
     space: ParameterSpace
@@ -235,7 +236,7 @@ def fit(
                 run.set_aside()
         theta_end = now.x * natural
         final = smoothed.estimate(torch.as_tensor(theta_end), steps, scale=last)
-        outputs, runs = _plain_outputs(smoothed, np.stack([theta_end, space.vector(start)]))
+        outputs, runs = _plain_outputs(smoothed, np.stack([theta_end, space.vector(start)]), tuple(goal.shape))
         error = misfit.standard_error(final.jacobian()) if loss is None else None
     return FitResult(
         space=space,
@@ -372,8 +373,11 @@ class _Adam:
         return np.asarray(m / (np.sqrt(v) + 1e-300))
 
 
-def _plain_outputs(smoothed: SmoothedSimulator, thetas: Array) -> tuple[NDArray[Any], int]:
-    """The simulator itself at some parameters, through the same dispatch, and how many runs that cost."""
+def _plain_outputs(smoothed: SmoothedSimulator, thetas: Array, shape: tuple[int, ...]) -> tuple[NDArray[Any], int]:
+    """The simulator itself at some parameters, through the same dispatch, and how many runs that cost.
+
+    NaN where a run failed, unless failures="raise".
+    """
     once = smooth(
         smoothed.simulator,
         seed=smoothed.strategy.seed,
@@ -383,5 +387,14 @@ def _plain_outputs(smoothed: SmoothedSimulator, thetas: Array) -> tuple[NDArray[
         forward="unsmoothed",
     )
     once.dispatcher, once.execution = smoothed.dispatcher, smoothed.execution
-    estimate = once.estimate(torch.as_tensor(thetas))
+    try:
+        estimate = once.estimate(torch.as_tensor(thetas))
+    except EvaluationError:  # the same on every rank
+        if smoothed.strategy.failures == "raise":
+            raise
+        # A fit that has lived with failed runs must not end by one.
+        if len(thetas) > 1:
+            parts = [_plain_outputs(smoothed, thetas[i : i + 1], shape) for i in range(len(thetas))]
+            return np.concatenate([outputs for outputs, _ in parts]), len(thetas)
+        return np.full((1, *shape), np.nan), 1
     return np.asarray(estimate.value.numpy()), estimate.num_evaluations

@@ -178,3 +178,21 @@ def test_a_step_that_ends_in_time_is_not_disturbed(tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_a_fit_that_drops_failed_runs_does_not_end_by_one():
+    """The runs at the end, of the simulator itself, are no exception."""
+    target = np.array([0.25, 0.5])
+
+    def f(x):
+        if np.array_equal(x, [0.0, 0.0]):
+            raise ValueError("the start")
+        return x**2
+
+    settings = {"seed": 0, "steps": 20, "num_samples": 16, "scale": 0.3, "failures": "drop", "tolerance": 0.0}
+    result = bridge.fit(f, target, [0.0, 0.0], **settings)
+    assert np.isnan(result.start_output).all()
+    assert np.isfinite(result.output).all()
+    assert result.start_output.shape == target.shape
+    with pytest.raises(EvaluationError, match="the start"):
+        bridge.fit(f, target, [0.0, 0.0], **{**settings, "failures": "raise"})
