@@ -798,7 +798,7 @@ def test_outputs_live_in_mrc_files(lab: Lab) -> None:
         simulator.read_output("none")
 
 
-def test_it_is_found_by_name_and_fitted(lab: Lab) -> None:
+def test_the_bridge_fits_it(lab: Lab) -> None:
     """The whole way: a simulator of an external program under the bridge, with one shift recovered from an image."""
     import bridge
 

@@ -7,6 +7,7 @@ of themselves, so the cost does not grow with the number of different B factors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -27,8 +28,8 @@ _DISPLACED = {1: 5.15, 6: 16.44, 7: 2.49, 8: 9.13, 15: 5.73, 16: 19.86}
 
 # Kernel of the non-uniform Fourier transform: exp(beta (sqrt(1 - x^2) - 1)) over 8 samples, oversampling 2. Its error
 # is near 1e-7 of the largest value (Barnett, Magland & af Klinteberg 2019, SIAM J. Sci. Comput. 41, C479).
-_SUPPORT = 8
-_BETA = 2.3 * _SUPPORT
+SUPPORT = 8
+BETA = 2.3 * SUPPORT
 
 # Points that are interpolated at a time.
 _BLOCK = 1 << 16
@@ -68,29 +69,29 @@ def displaced_volume(atomic_number: int) -> float:
     return float(4 / 3 * np.pi * import_gemmi().Element(int(atomic_number)).vdw_r ** 3)
 
 
-def _curve(
+def curve(
     atomic_number: int, b_factor: float, hydrogens: float, q2: NDArray[np.float64], solvent: bool
 ) -> NDArray[np.float64]:
     """Fourier transform of one atom's potential, less that of the solvent it displaces [V angstrom^3].
 
     The displaced solvent is a Gaussian, V_ice V exp(-pi V^(2/3) q^2) (Fraser et al. 1978, equation 3).
     """
-    curve = np.zeros_like(q2)
+    values = np.zeros_like(q2)
     for z, number in ((atomic_number, 1.0), (1, hydrogens)):
         if number:
-            curve += number * POTENTIAL_CONSTANT * scattering_factor(z, q2)
+            values += number * POTENTIAL_CONSTANT * scattering_factor(z, q2)
             if solvent:
                 volume = displaced_volume(z)
-                curve -= number * ice_potential() * volume * np.exp(-np.pi * volume ** (2 / 3) * q2)
-    return curve * np.exp(-0.25 * b_factor * q2)
+                values -= number * ice_potential() * volume * np.exp(-np.pi * volume ** (2 / 3) * q2)
+    return values * np.exp(-0.25 * b_factor * q2)
 
 
-def _radial_basis(specimen: Specimen, highest: float, solvent: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def radial_basis(specimen: Specimen, highest: float, solvent: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """A few kinds of atom whose curves span those of all, and the atoms' coordinates in them (n, r)."""
     keys = np.stack((specimen.atomic_numbers, specimen.b_factors, specimen.hydrogens), axis=1)
     kinds, inverse = np.unique(keys, axis=0, return_inverse=True)
     q2 = np.linspace(0, highest, 96) ** 2
-    curves = np.stack([_curve(int(z), b, h, q2, solvent) for z, b, h in kinds])
+    curves = np.stack([curve(int(z), b, h, q2, solvent) for z, b, h in kinds])
     # Interpolative decomposition: pivoted QR chooses the kinds that stand for the others. Kinds are sorted by element
     # and B factor and their curves vary smoothly, so that a few hundred of them, with each element's ends, span all.
     ends = np.flatnonzero(np.diff(kinds[:, 0], prepend=-1) != 0)
@@ -104,12 +105,12 @@ def _radial_basis(specimen: Specimen, highest: float, solvent: bool) -> tuple[ND
     return kinds[chosen], coordinates[inverse.reshape(-1)] * specimen.weights[:, None]
 
 
-def _kernel_transform(size: int) -> NDArray[np.float64]:
+def kernel_transform(size: int) -> NDArray[np.float64]:
     """Fourier transform of the spreading kernel at the frequencies of a grid of `size` samples, by quadrature."""
     nodes, node_weights = np.polynomial.legendre.leggauss(48)
-    values = np.exp(_BETA * (np.sqrt(1 - nodes**2) - 1)) * node_weights * (_SUPPORT / 2)
+    values = np.exp(BETA * (np.sqrt(1 - nodes**2) - 1)) * node_weights * (SUPPORT / 2)
     frequency = np.fft.fftfreq(size)
-    return np.cos(2 * np.pi * frequency[:, None] * (nodes * _SUPPORT / 2)[None, :]) @ values
+    return np.cos(2 * np.pi * frequency[:, None] * (nodes * SUPPORT / 2)[None, :]) @ values
 
 
 def _spreading_matrix(positions: NDArray[np.float64], shape: tuple[int, int], step: float) -> scipy.sparse.csr_matrix:
@@ -117,14 +118,14 @@ def _spreading_matrix(positions: NDArray[np.float64], shape: tuple[int, int], st
     columns, weights = [], []
     for axis, size in ((1, shape[0]), (0, shape[1])):
         place = positions[:, axis] / step + size // 2
-        first = np.ceil(place - _SUPPORT / 2).astype(np.int64)
-        index = first[:, None] + np.arange(_SUPPORT)[None, :]
-        offset = (index - place[:, None]) / (_SUPPORT / 2)
-        weights.append(np.exp(_BETA * (np.sqrt(np.maximum(1 - offset**2, 0)) - 1)))
+        first = np.ceil(place - SUPPORT / 2).astype(np.int64)
+        index = first[:, None] + np.arange(SUPPORT)[None, :]
+        offset = (index - place[:, None]) / (SUPPORT / 2)
+        weights.append(np.exp(BETA * (np.sqrt(np.maximum(1 - offset**2, 0)) - 1)))
         columns.append(index % size)
     pixels = columns[0][:, :, None] * shape[1] + columns[1][:, None, :]
     values = weights[0][:, :, None] * weights[1][:, None, :]
-    n, taps = len(positions), _SUPPORT**2
+    n, taps = len(positions), SUPPORT**2
     pointers = np.arange(0, n * taps + 1, taps)
     return scipy.sparse.csr_matrix((values.ravel(), pixels.ravel(), pointers), shape=(n, shape[0] * shape[1])).T
 
@@ -157,7 +158,7 @@ def projected_spectrum(
     finer = 1 if highest is not None and highest <= 0.5 * nyquist else 2
     fine = (finer * shape[0], finer * shape[1])
     limit = nyquist * np.sqrt(2) if highest is None else highest
-    kinds, coordinates = _radial_basis(specimen, limit, solvent)
+    kinds, coordinates = radial_basis(specimen, limit, solvent)
     # Origin at sample n // 2 of the coarse grid, which is sample finer * (n // 2) of the fine one.
     offset = np.array([finer * (n // 2) - (finer * n) // 2 for n in (shape[1], shape[0])]) * step_angstrom / finer
     spread = _spreading_matrix(specimen.positions[:, :2] + offset, fine, step_angstrom / finer)
@@ -172,9 +173,9 @@ def projected_spectrum(
     total = np.zeros((shape[0], half), dtype=np.complex128)
     for (z, b, h), column in zip(kinds, coordinates.T, strict=True):
         spectrum = scipy.fft.rfft2((spread @ column).reshape(fine))[rows, :half]
-        total += spectrum * np.interp(q2, table, _curve(int(z), b, h, table, solvent))
-    kernel_y = _kernel_transform(fine[0])[rows]
-    kernel_x = _kernel_transform(fine[1])[np.arange(half)]
+        total += spectrum * np.interp(q2, table, curve(int(z), b, h, table, solvent))
+    kernel_y = kernel_transform(fine[0])[rows]
+    kernel_x = kernel_transform(fine[1])[np.arange(half)]
     # Continuous transform -> samples: a sum over atoms of V~ / (area of a sample).
     return band * total / (kernel_y[:, None] * kernel_x[None, :] * step_angstrom**2)
 
@@ -221,11 +222,30 @@ def displaced_thickness(
     Returns:
         (rows, columns) float64 [angstrom]; steps are as wide as a voxel, spread linearly over grid samples.
     """
+    total = np.zeros(shape)
+    for full, low in displaced_voxels(specimen, voxel_angstrom):
+        columns = full.sum(axis=2) * voxel_angstrom**3
+        x, y = np.nonzero(columns)
+        points = np.stack(((y + low[1]), (x + low[0])), axis=1) * (voxel_angstrom / step_angstrom)
+        points += np.array([shape[0] // 2, shape[1] // 2])
+        inside = (points >= 0).all(axis=1) & (points < np.array(shape) - 1).all(axis=1)
+        add_linear(total, points[inside], columns[x, y][inside] / step_angstrom**2)
+    return total
+
+
+def displaced_voxels(
+    specimen: Specimen, voxel_angstrom: float
+) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+    """For each copy the voxels (x, y, z) that hold no solvent, and the index of the first one; see above.
+
+    Args:
+        specimen: the atoms.
+        voxel_angstrom: edge of a voxel; voxel i of an axis is at i edges from the origin [angstrom].
+    """
     volume = np.array([displaced_volume(int(z)) for z in range(1, 1 + int(specimen.atomic_numbers.max()))])
     own = volume[specimen.atomic_numbers - 1]
     mean_square = (own ** (2 / 3) / (2 * np.pi) + specimen.b_factors / (8 * np.pi**2)) * specimen.weights
     blur = np.sqrt(mean_square.sum() / specimen.weights.sum() + 1.4**2) / voxel_angstrom
-    total = np.zeros(shape)
     for label in np.unique(specimen.labels):
         mine = specimen.labels == label
         xyz = specimen.positions[mine] / voxel_angstrom
@@ -234,21 +254,14 @@ def displaced_thickness(
         low = np.floor(xyz.min(axis=0)).astype(np.int64) - margin
         size = np.ceil(xyz.max(axis=0)).astype(np.int64) + margin - low + 1
         density = np.zeros(size)
-        _add_linear(density, xyz - low, filled / voxel_angstrom**3)
+        add_linear(density, xyz - low, filled / voxel_angstrom**3)
         density = scipy.ndimage.gaussian_filter(density, blur, mode="constant")
         # As many voxels as the atoms' volume fills: the threshold comes out near one half for a protein.
         count = min(max(round(filled.sum() / voxel_angstrom**3), 1), density.size)
-        full = density >= np.partition(density, density.size - count, axis=None)[density.size - count]
-        columns = full.sum(axis=2) * voxel_angstrom**3
-        x, y = np.nonzero(columns)
-        points = np.stack(((y + low[1]), (x + low[0])), axis=1) * (voxel_angstrom / step_angstrom)
-        points += np.array([shape[0] // 2, shape[1] // 2])
-        inside = (points >= 0).all(axis=1) & (points < np.array(shape) - 1).all(axis=1)
-        _add_linear(total, points[inside], columns[x, y][inside] / step_angstrom**2)
-    return total
+        yield density >= np.partition(density, density.size - count, axis=None)[density.size - count], low
 
 
-def _add_linear(grid: NDArray[np.float64], points: NDArray[np.float64], values: NDArray[np.float64]) -> None:
+def add_linear(grid: NDArray[np.float64], points: NDArray[np.float64], values: NDArray[np.float64]) -> None:
     """Adds values at fractional indices (n, dimensions) to the 2^dimensions samples around each."""
     low = np.floor(points).astype(np.int64)
     part = points - low

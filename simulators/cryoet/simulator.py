@@ -59,7 +59,7 @@ def _p(name: str, unit: str, lower: float, upper: float, scale: float, descripti
 
 
 # Bounds are those within which the model makes sense; those of x and y follow from the field.
-_KNOWN = {
+KNOWN = {
     p.name: p
     for p in (
         _p("voltage_kv", "kV", 60.0, 1000.0, 20.0, "accelerating voltage"),
@@ -82,7 +82,7 @@ _KNOWN = {
         _p("dose_e_per_angstrom2", "e/angstrom^2", 0.1, 1000.0, 2.0, "exposure"),
     )
 }
-PARAMETER_NAMES = tuple(_KNOWN)
+PARAMETER_NAMES = tuple(KNOWN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,12 +134,12 @@ class CryoET:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        shape = _checked_shape(self.shape)
+        shape = checked_shape(self.shape)
         put(self, "shape", shape)
         check_range("CryoET", "pixel_size_angstrom", self.pixel_size_angstrom, 0.1, 100.0)
-        put(self, "microscope", _made(Microscope, self.microscope, "microscope"))
-        put(self, "detector", _made(Detector, self.detector, "detector"))
-        put(self, "pose", _made(Pose, self.pose, "pose"))
+        put(self, "microscope", made(Microscope, self.microscope, "microscope"))
+        put(self, "detector", made(Detector, self.detector, "detector"))
+        put(self, "pose", made(Pose, self.pose, "pose"))
         for name, known in (("mode", ("hard", "smooth")), ("noise", ("none", "poisson", "full"))):
             if getattr(self, name) not in known:
                 raise InputError(f"Unknown {name}={getattr(self, name)!r}. Known: {', '.join(known)}.")
@@ -296,19 +296,13 @@ class CryoET:
         return self._values[name], self._values[name]  # type: ignore[attr-defined]
 
     def _padded_shape(self) -> tuple[int, int]:
-        margin = self.margin_pixels
-        if margin is None:
-            names = ("defocus_um", "astigmatism_um", "z_angstrom")
-            defocus, astigmatism, height = (max(map(abs, self._extremes(name))) for name in names)
-            # A frequency q is displaced by lambda df q: the gradient of chi over 2 pi.
-            wavelength = wavelength_angstrom(self._extremes("voltage_kv")[0])
-            displaced = wavelength * ((defocus + astigmatism) * 1e4 + height) * 0.5 / self.pixel_size_angstrom
-            reach = min(math.ceil(displaced / self.pixel_size_angstrom), max(self.shape) // 2)
-            # Beyond that come the ringing of the band limit, whose edge is a twentieth of a cycle a pixel wide, and
-            # the diffraction fringe of the shadow's own edge. 12 pixels leave less than 1 % of the contrast.
-            margin = reach + 12
-        rows, columns = (scipy.fft.next_fast_len(n + 2 * margin, real=True) for n in self.shape)
-        return rows, columns
+        names = ("defocus_um", "astigmatism_um", "z_angstrom")
+        defocus, astigmatism, height = (max(map(abs, self._extremes(name))) for name in names)
+        farthest = (defocus + astigmatism) * 1e4 + height
+        shape = cast(tuple[int, int], self.shape)
+        return padded_shape(
+            shape, self.pixel_size_angstrom, self.margin_pixels, self._extremes("voltage_kv")[0], farthest
+        )
 
     def _crop(self, image: torch.Tensor) -> torch.Tensor:
         # The origin is at n // 2 of the padded grid and of the image alike.
@@ -334,7 +328,7 @@ class CryoET:
         grid = frequencies(self._padded, float(self.pixel_size_angstrom), dtype)  # type: ignore[attr-defined]
         # The padded grid is periodic: an atom that leaves it must not end in an edge, which would diffract far.
         down, across = (
-            _fade(padded, size, dtype)
+            fade(padded, size, dtype)
             for padded, size in zip(self._padded, self.shape, strict=True)  # type: ignore[attr-defined]
         )
         phase = self._posed(values, dtype) * (interaction_constant(values["voltage_kv"]) * down)[:, None] * across
@@ -367,22 +361,45 @@ class CryoET:
         return detection.read_out(counts, camera) if self.mode == "hard" else counts
 
 
+def padded_shape(
+    shape: tuple[int, int], pixel_size_angstrom: float, margin: int | None, voltage_kv: float, defocus_angstrom: float
+) -> tuple[int, int]:
+    """An image's shape with a margin for what the lens displaces.
+
+    Args:
+        shape: (rows, columns) of the image.
+        pixel_size_angstrom: [angstrom].
+        margin: on each side [pixels]; None for what the defocus needs.
+        voltage_kv: lowest voltage [kV].
+        defocus_angstrom: largest defocus [angstrom].
+    """
+    if margin is None:
+        # A frequency q is displaced by lambda df q: the gradient of chi over 2 pi.
+        displaced = wavelength_angstrom(voltage_kv) * defocus_angstrom * 0.5 / pixel_size_angstrom
+        reach = min(math.ceil(displaced / pixel_size_angstrom), max(shape) // 2)
+        # Beyond that come the ringing of the band limit, whose edge is a twentieth of a cycle a pixel wide, and
+        # the diffraction fringe of the shadow's own edge. 12 pixels leave less than 1 % of the contrast.
+        margin = reach + 12
+    rows, columns = (scipy.fft.next_fast_len(n + 2 * margin, real=True) for n in shape)
+    return rows, columns
+
+
 @lru_cache(maxsize=32)
-def _fade(padded: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+def fade(padded: int, size: int, dtype: torch.dtype) -> torch.Tensor:
     """1, but a rise from 0 over the outermost pixels on both sides: eight, or all of the margin if that is less."""
     width = min(8, padded // 2 - size // 2, padded - size - (padded // 2 - size // 2))
     rise = torch.sin(0.5 * math.pi * (torch.arange(width, dtype=torch.float64) + 0.5) / max(width, 1)).square()
     return torch.cat((rise, torch.ones(padded - 2 * width, dtype=torch.float64), rise.flip(0))).to(dtype)
 
 
-def _checked_shape(shape: Sequence[int]) -> tuple[int, int]:
+def checked_shape(shape: Sequence[int]) -> tuple[int, int]:
     good = isinstance(shape, Sequence) and not isinstance(shape, str) and len(shape) == 2
     if not good or not all(isinstance(n, int | np.integer) and 8 <= n <= 16384 for n in shape):
         raise InputError(f"Expected shape (rows, columns), two integers in [8, 16384], got {shape!r}. Correct it.")
     return int(shape[0]), int(shape[1])
 
 
-def _made(kind: Any, options: Any, name: str) -> Any:
+def made(kind: Any, options: Any, name: str) -> Any:
     """An instance of a settings class from itself or from a mapping of its fields."""
     if isinstance(options, kind):
         return options
@@ -399,7 +416,7 @@ def _space(
     names: tuple[str, ...], bounds: Mapping[str, Sequence[float]] | None, shape: tuple[int, int], pixel: float
 ) -> ParameterSpace:
     for name in names:
-        if name not in _KNOWN:
+        if name not in KNOWN:
             raise InputError(f"Unknown parameter {name!r}. Known parameters: {', '.join(PARAMETER_NAMES)}.")
     limits = {"x_angstrom": 0.5 * shape[1] * pixel, "y_angstrom": 0.5 * shape[0] * pixel}
     for name, pair in (bounds or {}).items():
@@ -409,7 +426,7 @@ def _space(
             raise InputError(f"Expected bounds of {name} as (lower, upper), got {pair!r}.")
     parameters = []
     for name in names:
-        p = _KNOWN[name]
+        p = KNOWN[name]
         lower, upper = (-limits[name], limits[name]) if name in limits else (p.lower, p.upper)
         lower, upper = (bounds or {}).get(name, (lower, upper))
         parameters.append(Parameter(name, p.unit, float(lower), float(upper), p.natural_scale, p.kind, p.description))
