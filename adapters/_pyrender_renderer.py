@@ -19,9 +19,10 @@ import pyrender
 from numpy.typing import NDArray
 from OpenGL import GL, contextdata
 from OpenGL.raw.GL.VERSION.GL_1_0 import glReadPixels
+from OpenGL.raw.GL.VERSION.GL_2_0 import glUniform3fv, glUniform4fv, glUniformMatrix4fv
 from pyrender.constants import RenderFlags
 from pyrender.renderer import Renderer
-from pyrender.shader_program import ShaderProgramCache
+from pyrender.shader_program import ShaderProgram, ShaderProgramCache
 
 from adapters._pyrender_compat import Context, is_software, open_context
 
@@ -39,8 +40,35 @@ COLOUR = int(RenderFlags.NONE)
 NORMALS = -1  # not one of pyrender's
 
 
+class _Program(ShaderProgram):
+    """pyrender's shader program, which asks GL for the place of each uniform once instead of at each draw."""
+
+    def __init__(self, vertex: str, fragment: str, geometry: str | None, defines: dict[str, Any]) -> None:
+        super().__init__(vertex, fragment, geometry, defines)
+        self._places: dict[str, int] = {}
+
+    def set_uniform(self, name: str, value: Any, unsigned: bool = False) -> None:
+        place = self._places.get(name)
+        if place is None:
+            place = self._places[name] = GL.glGetUniformLocation(self._program_id, name)
+        if place < 0:
+            return  # shaders of ours do without some of pyrender's uniforms
+        if isinstance(value, np.ndarray) and not unsigned and value.shape in _SETTERS:
+            numbers = np.ascontiguousarray(value, dtype=np.float32)
+            _SETTERS[value.shape](place, numbers.ctypes.data_as(ctypes.POINTER(ctypes.c_float)))
+        else:
+            super().set_uniform(name, value, unsigned)
+
+
+_SETTERS = {
+    (3,): lambda place, numbers: glUniform3fv(place, 1, numbers),
+    (4,): lambda place, numbers: glUniform4fv(place, 1, numbers),
+    (4, 4): lambda place, numbers: glUniformMatrix4fv(place, 1, True, numbers),
+}
+
+
 class _Shaders(ShaderProgramCache):
-    """pyrender's shaders, some replaced by ours (an absolute file name wins over the shader directory)."""
+    """pyrender's shaders, some replaced by ours; of one context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,9 +77,14 @@ class _Shaders(ShaderProgramCache):
     def get_program(
         self, vertex_shader: str, fragment_shader: str, geometry_shader: str | None = None, defines: Any = None
     ) -> Any:
-        vertex_shader = self.replaced.get(vertex_shader, vertex_shader)
-        fragment_shader = self.replaced.get(fragment_shader, fragment_shader)
-        return super().get_program(vertex_shader, fragment_shader, geometry_shader, defines)
+        names = [vertex_shader, fragment_shader, geometry_shader]
+        files = tuple(None if name is None else self.replaced.get(name, name) for name in names)
+        key = (files, tuple((defines or {}).items()))
+        if key not in self._program_cache:
+            # An absolute file name, as ours are, wins over the shader directory.
+            paths = [None if file is None else str(Path(self.shader_dir) / file) for file in files]
+            self._program_cache[key] = _Program(*paths, defines or {})
+        return self._program_cache[key]
 
 
 @final

@@ -291,10 +291,16 @@ class PyrenderSimulator:
                 draw(DEPTH, 0)
                 depth = read_depth()
             near, far = views.near[row], views.far[row]
-            # In float64, as the difference cancels; b is the buffer's value in [0, 1].
-            b = depth.astype(np.float64)
-            z = far * near / (far - b * (far - near)) if views.perspective else near + b * (far - near)
-            channel["depth"][0] = np.where(depth < 1, z, self._background_depth)
+            z = depth.astype(np.float64)  # the buffer's value in [0, 1]; what follows cancels
+            if views.perspective:
+                z *= 1 / far - 1 / near
+                z += 1 / near
+                np.divide(1, z, out=z)
+            else:
+                z *= far - near
+                z += near
+            np.putmask(z, depth >= 1, self._background_depth)
+            channel["depth"][0] = z
         if "mask" in channel:
             draw(SEGMENTATION, 0)
             ids = read(GL.GL_RGB, GL.GL_UNSIGNED_BYTE, np.uint8, 3)
@@ -307,17 +313,17 @@ class PyrenderSimulator:
         if "silhouette" in channel or "rgba" in channel:
             if depth is None or self._antialias:
                 draw(SEGMENTATION, self._antialias)
-                covered = read(GL.GL_RED, GL.GL_UNSIGNED_BYTE, np.uint8) / np.float32(255)
+                covered = read(GL.GL_RED, GL.GL_UNSIGNED_BYTE, np.uint8)
             else:
-                covered = depth < 1
+                covered = (depth < 1).view(np.uint8) * np.uint8(255)
         if "silhouette" in channel:
-            channel["silhouette"][0] = covered
+            np.divide(covered, np.float32(255), out=channel["silhouette"][0])
         if "rgb" in channel:
             np.divide(colour, np.float32(255), out=channel["rgb"])
         if "rgba" in channel:
             assert colour is not None
             assert covered is not None
-            alpha = covered.astype(np.float32)
+            alpha = covered / np.float32(255)
             behind = (1 - alpha) * np.float32(self._background).reshape(3, 1, 1)
             channel["rgba"][:3] = np.where(alpha > 0, np.maximum(colour / np.float32(255) - behind, 0), 0)
             channel["rgba"][3] = alpha
