@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--float64", action="store_true", help="outputs of 8 bytes a number, not 4")
     plan.add_argument("--failing", type=float, default=0.0, help="probability that an evaluation fails (default: 0)")
     plan.add_argument("--mtbf", help="mean time between failures of a node: 5y (default: none)")
-    plan.add_argument("--latency", default="2us", help="of a message (default: 2us)")
+    plan.add_argument("--latency", default="10us", help="of a message (default: 10us)")
     plan.add_argument("--bandwidth", type=float, default=10.0, help="between two ranks, GB/s (default: 10)")
     plan.add_argument("--ranks-per-node", type=int, default=64)
     commands.add_parser("doctor", help="what this machine has: versions, MPI, threads")

@@ -55,7 +55,7 @@ class Machine:
     """What the machine is; the defaults are of a cluster with a good network. `bench_plan.py` measures them.
 
     Attributes:
-        latency_s: of a message between two ranks [s].
+        latency_s: of a message between two ranks, with what Python adds to it [s].
         bandwidth: of a message between two ranks [bytes/s].
         add_s_per_byte: of an addition bound by memory, for each byte read or written [s].
         evaluation_overhead_s: bridge's own time for each evaluation, beside what depends on the outputs' size [s].
@@ -65,11 +65,11 @@ class Machine:
         ranks_per_node: how many ranks fail together.
     """
 
-    latency_s: float = 2e-6
+    latency_s: float = 1e-5
     bandwidth: float = 1e10
     add_s_per_byte: float = 1e-10
-    evaluation_overhead_s: float = 3e-5
-    step_overhead_s: float = 3e-3
+    evaluation_overhead_s: float = 1e-4
+    step_overhead_s: float = 4e-3
     row_overhead_s: float = 1e-6
     object_s: float = 2e-6
     ranks_per_node: int = 64

@@ -4,7 +4,8 @@
     python tests/benchmarks/bench_plan.py --hosts     # besides on two virtual hosts with slow cables (tools/hosts.sh)
 
 Simulators sleep, so that ranks beyond the number of cores are no lie; what bridge itself does is computed, and there
-more ranks than cores show. Prints Markdown for docs/cluster/README.md, and writes efficiency.png and plan.csv there.
+more ranks than cores show. Writes docs/cluster/efficiency.png and plan.csv, and puts its tables into the
+README.md there.
 """
 
 from __future__ import annotations
@@ -52,24 +53,25 @@ def machine_numbers() -> dict[str, float]:
 
     dispatcher = get_dispatcher()
 
-    def median(action: Any, repeats: int) -> float:
+    def quick(action: Any, repeats: int) -> float:
+        """The lower quartile: what it takes when nothing comes between."""
         taken = []
         for _ in range(repeats):
             begin = time.perf_counter()
             action()
             taken.append(time.perf_counter() - begin)
-        return statistics.median(taken)
+        return statistics.quantiles(taken, n=4)[0]
 
     one, short, long = np.zeros(1), torch.zeros(250_000), torch.zeros(4_000_000)
-    latency = median(lambda: dispatcher.scatter_add(one), 300)
+    latency = quick(lambda: dispatcher.scatter_add(one), 300)
 
     def there_and_back(tensor: torch.Tensor) -> None:
         dispatcher.transfer(tensor, 0, 1)
         dispatcher.transfer(tensor, 1, 0)
 
-    small, large = median(lambda: there_and_back(short), 20) / 2, median(lambda: there_and_back(long), 10) / 2
+    small, large = quick(lambda: there_and_back(short), 20) / 2, quick(lambda: there_and_back(long), 10) / 2
     total, part = torch.zeros(20_000_000), torch.ones(20_000_000)
-    add = median(lambda: total.add_(part), 5) / (3 * 4 * total.numel())
+    add = quick(lambda: total.add_(part), 5) / (3 * 4 * total.numel())
 
     # A step in which the simulator does nothing, without other ranks.
     from mpi4py import MPI
@@ -82,15 +84,16 @@ def machine_numbers() -> dict[str, float]:
     def step_time(n: int, leaf: int) -> float:
         smoothed = bridge.smooth(simulator, seed=0, num_samples=n, leaf_size=leaf, comm=alone)
         smoothed(theta, 0).backward(v)
-        return median(lambda: smoothed(theta, 1).backward(v), 9)
+        return quick(lambda: smoothed(theta, 1).backward(v), 9)
 
     def preparation(n: int) -> float:
         strategy = bridge.smooth(simulator, seed=0, num_samples=n, comm=alone).strategy
-        return median(lambda: make_weights(strategy, make_design(strategy, 1, 0, D).nodes, None, None, None), 9)
+        return quick(lambda: make_weights(strategy, make_design(strategy, 1, 0, D).nodes, None, None, None), 9)
 
     row = max(0.0, (preparation(4096) - preparation(1024)) / 3072)
-    evaluation = max(0.0, (step_time(1024, 1) - step_time(256, 1)) / 768 - row)
-    step = max(0.0, step_time(N, 1) - N * (row + evaluation))
+    few, many = step_time(N, 1), step_time(1024, 1)
+    slope = max(row, (many - few) / (1024 - N))
+    evaluation, step = slope - row, max(0.0, few - N * slope)
     return {
         "latency_s": latency,
         "bandwidth": (long.numel() - short.numel()) * 4 / max(1e-9, large - small),
@@ -293,21 +296,30 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows + hosts)
     draw(rows, machine)
+    text = report(rows, hosts, machine, links)
+    print(text)
+    page = FOLDER / "README.md"
+    before, rest = page.read_text(encoding="utf-8").split("<!-- measured -->\n")
+    page.write_text(f"{before}<!-- measured -->\n{text}<!-- end -->{rest.split('<!-- end -->')[1]}", encoding="utf-8")
+
+
+def report(rows: list[Any], hosts: list[Any], machine: Any, links: list[Any]) -> str:
+    """What goes into docs/cluster/README.md."""
     cores = len(os.sched_getaffinity(0))
-    print(
-        f"Measured on {cores} cores ({platform.machine()}); N = {N}, d = {D}, float32, simulators that sleep. The "
-        f"machine: a message takes {1e6 * machine.latency_s:.0f} us and {machine.bandwidth / 1e9:.1f} GB/s; addition "
-        f"{1 / machine.add_s_per_byte / 1e9:.1f} GB/s; bridge's own time {1e3 * machine.step_overhead_s:.1f} ms a "
-        f"step, {1e6 * machine.evaluation_overhead_s:.0f} us an evaluation, {1e6 * machine.row_overhead_s:.2f} us a "
-        "row.\n"
+    text = (
+        f"Measured on {cores} cores ({platform.machine()}), load {os.getloadavg()[2]:.1f}; N = {N}, d = {D}, float32, "
+        f"simulators that sleep.\nThe machine: a message takes {1e6 * machine.latency_s:.0f} us and "
+        f"{machine.bandwidth / 1e9:.1f} GB/s; addition {1 / machine.add_s_per_byte / 1e9:.1f} GB/s;\nbridge's own time "
+        f"{1e3 * machine.step_overhead_s:.1f} ms a step, {1e6 * machine.evaluation_overhead_s:.0f} us an evaluation, "
+        f"{1e6 * machine.row_overhead_s:.2f} us a row.\n\n{markdown(rows)}\n"
     )
-    print(markdown(rows))
     for delay, there in links:
         mine = [r for r in hosts if r["where"] == f"2 hosts, delay {1e3 * delay:g} ms"]
-        print(
+        text += (
             f"\nTwo virtual hosts, a delay of {1e3 * delay:g} ms between them: a message takes "
-            f"{1e6 * there.latency_s:.0f} us and {there.bandwidth / 1e9:.2f} GB/s.\n\n{markdown(mine)}"
+            f"{1e6 * there.latency_s:.0f} us and {there.bandwidth / 1e9:.2f} GB/s.\n\n{markdown(mine)}\n"
         )
+    return text
 
 
 if __name__ == "__main__":
