@@ -1,4 +1,4 @@
-"""Micrographs on disk: MRC2014, written whole or not at all, read strictly."""
+"""Micrographs and stacks of them on disk: MRC2014, written whole or not at all, read strictly."""
 
 from __future__ import annotations
 
@@ -60,11 +60,37 @@ def write_micrograph(
         InputError: wrong shape, not finite, a pixel size that is not positive, a label that is too long, or no such
             folder.
     """
-    mrcfile = _mrcfile()
-    path = Path(path)
     array = np.asarray(image)
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"Expected an image of shape (rows, columns), got {array.shape}. Write one image at a time.")
+    _write(Path(path), array, pixel_size_angstrom, label)
+
+
+def write_stack(
+    path: str | Path, images: ArrayLike, pixel_size_angstrom: float, label: str = "simulators.cryoet"
+) -> None:
+    """Writes images as one MRC2014 stack: ISPG 0, as many sections as images; otherwise as `write_micrograph`.
+
+    The cell's third edge is that of a single voxel a section where sections have no thickness (MZ = 1), as the standard
+    has it for stacks; readers of tilt series go by the first two.
+
+    Args:
+        path: file to write; its folder must exist.
+        images: (images, rows, columns).
+        pixel_size_angstrom: [angstrom].
+        label: up to 80 ASCII characters.
+
+    Raises:
+        InputError: as for `write_micrograph`.
+    """
+    array = np.asarray(images)
+    if array.ndim != 3 or 0 in array.shape:
+        raise InputError(f"Expected images of shape (images, rows, columns), got {array.shape}.")
+    _write(Path(path), array, pixel_size_angstrom, label)
+
+
+def _write(path: Path, array: NDArray[Any], pixel_size_angstrom: float, label: str) -> None:
+    mrcfile = _mrcfile()
     if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
         raise InputError(f"Expected finite real numbers, got dtype {array.dtype} or NaN or infinity in the image.")
     array = array if array.dtype in _MODES else array.astype(np.float32)
@@ -79,6 +105,8 @@ def write_micrograph(
     try:
         with mrcfile.new(temporary, overwrite=True) as mrc:
             mrc.set_data(np.ascontiguousarray(array))
+            if array.ndim == 3:
+                mrc.set_image_stack()
             mrc.voxel_size = (pixel_size_angstrom, pixel_size_angstrom, pixel_size_angstrom)
             mrc.header.ispg = 0
             # One label of ours instead of the library's, which holds the time: equal images give equal files.
@@ -95,6 +123,21 @@ def write_micrograph(
         raise
 
 
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Images as read from a file.
+
+    Args:
+        images: (images, rows, columns), in the file's dtype.
+        pixel_size_angstrom: [angstrom].
+        label: the file's first label.
+    """
+
+    images: NDArray[Any]
+    pixel_size_angstrom: float
+    label: str
+
+
 def read_micrograph(path: str | Path) -> Micrograph:
     """Reads one image from an MRC file.
 
@@ -106,6 +149,26 @@ def read_micrograph(path: str | Path) -> Micrograph:
 
     Raises:
         InputError: no such file, not MRC, truncated, several images, or pixels that are not square.
+    """
+    stack = read_stack(path)
+    if len(stack.images) != 1:
+        raise InputError(
+            f"Expected one image in {str(path)!r}, got an array of shape {stack.images.shape}. Split the stack."
+        )
+    return Micrograph(stack.images[0], stack.pixel_size_angstrom, stack.label)
+
+
+def read_stack(path: str | Path) -> Stack:
+    """Reads all images of an MRC file.
+
+    Args:
+        path: the file; a single image is taken as a stack of one.
+
+    Returns:
+        the images and their pixel size.
+
+    Raises:
+        InputError: no such file, not MRC, truncated, not images, or pixels that are not square.
     """
     mrcfile = _mrcfile()
     path = Path(path)
@@ -123,9 +186,9 @@ def read_micrograph(path: str | Path) -> Micrograph:
         raise InputError(
             f"Expected an MRC2014 file, got {str(path)!r}: {error}. Was it written completely, and is it MRC?"
         ) from error
-    if data.ndim == 3 and len(data) == 1:
-        data = data[0]
-    if data.ndim != 2:
+    if data.ndim == 2:
+        data = data[None]
+    if data.ndim != 3:
         raise InputError(f"Expected one image in {str(path)!r}, got an array of shape {data.shape}. Split the stack.")
     if data.dtype.kind not in "iuf" or not np.isfinite(data).all():
         raise InputError(f"Expected finite real numbers in {str(path)!r}, got dtype {data.dtype} or NaN or infinity.")
@@ -133,4 +196,4 @@ def read_micrograph(path: str | Path) -> Micrograph:
         raise InputError(
             f"Expected square pixels of known size in {str(path)!r}, got {size} angstrom. Set the header's cell."
         )
-    return Micrograph(data, size[0], label)
+    return Stack(data, size[0], label)

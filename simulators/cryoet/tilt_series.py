@@ -1,0 +1,544 @@
+"""`TiltSeries`: parameters -> the images of a tilt series of several particles in ice.
+
+Frames: the specimen's (x, y, z) has its origin in the middle of the slab, z along its normal. Image t shows
+
+    r = R_t p + shift_t,    R_t = R_z(axis) R_y(tilt_t + pre-tilt) R_x(x-tilt),
+
+with the origin at pixel (H // 2, W // 2), +x to the right (larger column), +y to larger rows, and the beam along z;
+height adds to the underfocus. A particle's angles are RELION's: its orientation is the inverse of R_z(rot) R_y(tilt)
+R_z(psi).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from bridge.errors import InputError
+from bridge.simulator import BlockStructure, Parameter, ParameterSpace
+from simulators.cryoet import detector as detection
+from simulators.cryoet.detector import Detector
+from simulators.cryoet.files import read_stack, write_stack
+from simulators.cryoet.optics import Microscope, Value, check_range, frequencies, transfer_function
+from simulators.cryoet.physics import interaction_constant, wavelength_angstrom
+from simulators.cryoet.simulator import KNOWN, Mode, Noise, Pose, checked_shape, fade, made, padded_shape
+from simulators.cryoet.specimen import Specimen
+from simulators.cryoet.tilt_scheme import TiltScheme, damage, transmission
+from simulators.cryoet.volume import Volume, slice_frequencies
+
+
+@dataclass(frozen=True)
+class Particle:
+    """A particle and where it is.
+
+    Args:
+        specimen: what it is, see `Specimen.from_options`.
+        x_angstrom, y_angstrom, z_angstrom: its origin in the slab [angstrom].
+        rot_deg, tilt_deg, psi_deg: its Euler angles as RELION has them [degree].
+    """
+
+    specimen: Specimen | str | Path | Mapping[str, Any] = "helix"
+    x_angstrom: float = 0.0
+    y_angstrom: float = 0.0
+    z_angstrom: float = 0.0
+    rot_deg: float = 0.0
+    tilt_deg: float = 0.0
+    psi_deg: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "specimen", Specimen.from_options(self.specimen))
+        for item in fields(self):
+            if item.name != "specimen":
+                check_range("Particle", item.name, getattr(self, item.name), -1e6, 1e6)
+
+
+def _p(name: str, unit: str, lower: float, upper: float, scale: float, description: str) -> Parameter:
+    return Parameter(name, unit, lower, upper, scale, "continuous", description)
+
+
+_POSE = tuple(item.name for item in fields(Pose))
+_LENS = {name: p for name, p in KNOWN.items() if name not in (*_POSE, "dose_e_per_angstrom2")}
+_SERIES = {
+    p.name: p
+    for p in (
+        _p("tilt_axis_deg", "deg", -360.0, 360.0, 1.0, "direction of the tilt axis, counted from +y through -x"),
+        _p("x_tilt_deg", "deg", -30.0, 30.0, 0.5, "tilt of the specimen about x"),
+        _p("pre_tilt_deg", "deg", -45.0, 45.0, 0.5, "tilt of the slab on the stage, added to every image's"),
+        _p("thickness_angstrom", "angstrom", 0.0, 1e4, 100.0, "thickness of the ice"),
+        _p("mean_free_path_angstrom", "angstrom", 100.0, 1e5, 300.0, "inelastic mean free path"),
+    )
+}
+# Of each image, as `name[t]`; what is varied for all images at once has no number.
+_IMAGE = {
+    p.name: p
+    for p in (
+        _p("tilt_deg", "deg", -90.0, 90.0, 0.5, "tilt of image t"),
+        _p("shift_x_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift of image t to the right"),
+        _p("shift_y_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift of image t downwards"),
+        KNOWN["defocus_um"],
+        KNOWN["dose_e_per_angstrom2"],
+    )
+}
+_PARTICLE = {
+    p.name: p
+    for p in (
+        _p("x_angstrom", "angstrom", -1e5, 1e5, 5.0, "place of particle i"),
+        _p("y_angstrom", "angstrom", -1e5, 1e5, 5.0, "place of particle i"),
+        _p("z_angstrom", "angstrom", -1e5, 1e5, 20.0, "height of particle i"),
+        _p("particle_rot_deg", "deg", -360.0, 360.0, 2.0, "first Euler angle of particle i"),
+        _p("particle_tilt_deg", "deg", -360.0, 360.0, 2.0, "second Euler angle of particle i"),
+        _p("particle_psi_deg", "deg", -360.0, 360.0, 2.0, "third Euler angle of particle i"),
+    )
+}
+_COMMON = {**_LENS, **_SERIES, "dose_e_per_angstrom2": KNOWN["dose_e_per_angstrom2"]}
+SERIES_PARAMETER_NAMES = (*_COMMON, *(f"{name}[t]" for name in _IMAGE), *(f"{name}[i]" for name in _PARTICLE))
+
+
+@dataclass(frozen=True, eq=False)
+class TiltSeries:
+    r"""A tilt series: several particles in a slab of ice, image by image, in detector counts.
+
+    The electrons meet the particles from the highest to the lowest, each a phase object psi <- psi exp(i sigma v - mu)
+    with v its projection in this direction, and the wave travels on between them; then lens, aperture, and
+
+        lambda_t = |psi|^2 dose_t pixel^2 exp(-thickness / (Lambda cos theta_t)),
+
+    cos theta_t = (R_t)_zz. With `radiation_damage`, v~(q) is weighted by exp(-N_t / (2 N_e(q))) with N_t the exposure
+    in the middle of image t (Grant & Grigorieff 2015).
+
+    Args:
+        particles: `Particle`s or tables of their fields.
+        scheme: a `TiltScheme` or a table, {"dose_symmetric": [60, 3]}.
+        shape: (rows, columns) of an image.
+        pixel_size_angstrom: [angstrom].
+        microscope: a `Microscope` or a table of its settings.
+        detector: a `Detector` or a table; its dose is that of one image.
+        parameters: names of the inputs: of settings ("defocus_um", "tilt_axis_deg", ...), of one image's
+            ("shift_x_angstrom[0]", "defocus_um[0]", ...: `defocus_um` is then that of the others) and of one particle's
+            ("x_angstrom[0]", "particle_rot_deg[0]", ...). All: `SERIES_PARAMETER_NAMES`.
+        bounds: (lower, upper) of some of the parameters.
+        mode: "hard" or "smooth", see `CryoET`.
+        noise: "none", "poisson" or "full"; an image's noise depends on the seed and its own parameters only.
+        tilt_axis_deg, x_tilt_deg, pre_tilt_deg, thickness_angstrom, mean_free_path_angstrom: the geometry where it is
+            not varied.
+        shifts_angstrom: (images, 2) shifts x, y; None for none.
+        radiation_damage: weight the signal by the exposure.
+        margin_pixels: see `CryoET`.
+
+    Raises:
+        InputError: a setting that is unknown, out of range or of the wrong shape.
+
+    Reference:
+        Vulovic et al. (2013), J. Struct. Biol. 183, 19; Zivanov et al. (2022), eLife 11, e83724, for the angles.
+    """
+
+    particles: Sequence[Particle | Mapping[str, Any]] = (Particle(),)
+    scheme: TiltScheme | Mapping[str, Any] = field(default_factory=lambda: TiltScheme.dose_symmetric(60.0, 3.0))
+    shape: Sequence[int] = (128, 128)
+    pixel_size_angstrom: float = 8.0
+    microscope: Microscope | Mapping[str, Any] = field(default_factory=lambda: Microscope(defocus_um=3.0))
+    detector: Detector | Mapping[str, Any] = field(default_factory=lambda: Detector(dose_e_per_angstrom2=3.0))
+    parameters: Sequence[str] = ("defocus_um", "tilt_axis_deg")
+    bounds: Mapping[str, Sequence[float]] | None = None
+    mode: Mode = "hard"
+    noise: Noise = "none"
+    tilt_axis_deg: float = 0.0
+    x_tilt_deg: float = 0.0
+    pre_tilt_deg: float = 0.0
+    thickness_angstrom: float = 1000.0
+    mean_free_path_angstrom: float = 3150.0
+    shifts_angstrom: Sequence[Sequence[float]] | None = None
+    radiation_damage: bool = True
+    margin_pixels: int | None = None
+
+    output_suffix: ClassVar[str] = ".mrc"
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "shape", checked_shape(self.shape))
+        check_range("TiltSeries", "pixel_size_angstrom", self.pixel_size_angstrom, 0.1, 100.0)
+        if not self.particles or isinstance(self.particles, Mapping):
+            raise InputError(f"Expected particles as a list with at least one, got {self.particles!r}.")
+        put(self, "particles", tuple(made(Particle, p, "particles") for p in self.particles))
+        put(self, "scheme", TiltScheme.from_options(self.scheme))
+        put(self, "microscope", made(Microscope, self.microscope, "microscope"))
+        put(self, "detector", made(Detector, self.detector, "detector"))
+        for name, known in (("mode", ("hard", "smooth")), ("noise", ("none", "poisson", "full"))):
+            if getattr(self, name) not in known:
+                raise InputError(f"Unknown {name}={getattr(self, name)!r}. Known: {', '.join(known)}.")
+        for name, p in _SERIES.items():
+            check_range("TiltSeries", name, getattr(self, name), p.lower, p.upper)
+        if isinstance(self.parameters, str):
+            raise InputError(f"Expected a list of parameter names, got the text {self.parameters!r}. Use a list.")
+        put(self, "parameters", tuple(self.parameters))
+        if self.margin_pixels is not None:
+            check_range("TiltSeries", "margin_pixels", self.margin_pixels, 0, 4096)
+        put(self, "_values", self._settings())
+        put(self, "_space", self._make_space())
+        put(self, "_padded", self._padded_shape())
+        put(self, "_volumes", {})
+        self._check_tilt()
+
+    @property
+    def space(self) -> ParameterSpace:
+        """Names, units, bounds and natural scales of the inputs."""
+        return self._space  # type: ignore[attr-defined]
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """(images, rows, columns)."""
+        return (len(cast(TiltScheme, self.scheme)), *cast(tuple[int, int], self.shape))
+
+    @property
+    def reference(self) -> NDArray[np.float64]:
+        """The inputs that reproduce the settings given to the constructor (d,) float64."""
+        return np.array([self._values[n] for n in self.space.names])  # type: ignore[attr-defined]
+
+    @property
+    def structure(self) -> BlockStructure | None:
+        """Which images each parameter touches; None where every parameter touches all."""
+        blocks = []
+        for name in self.space.names:
+            stem, index = _split(name)
+            # An image's dose damages what is taken after it.
+            single = stem in _IMAGE and not (stem == "dose_e_per_angstrom2" and self.radiation_damage)
+            blocks.append(index if single and index is not None else -1)
+        if all(b == -1 for b in blocks):
+            return None
+        return BlockStructure(blocks, np.arange(self.output_shape[0]))
+
+    def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[np.float32]:
+        """Detector counts of k parameter vectors, with noise as `noise` says.
+
+        Args:
+            inputs: (k, d) float64.
+            seeds: (k,) of the noise.
+
+        Returns:
+            (k, images, rows, columns) float32. Row i depends on inputs[i] and seeds[i] alone, to the last bit.
+
+        Raises:
+            InputError: wrong shape, not finite, or outside the bounds.
+        """
+        inputs, seeds = np.asarray(inputs, dtype=np.float64), np.asarray(seeds)
+        d = self.space.dimension
+        if inputs.ndim != 2 or inputs.shape[1] != d or seeds.shape != (len(inputs),):
+            raise InputError(
+                f"Expected inputs of shape (k, {d}) ({', '.join(self.space.names)}) and seeds of shape (k,), got "
+                f"{inputs.shape} and {seeds.shape}."
+            )
+        outputs = np.empty((len(inputs), *self.output_shape), dtype=np.float32)
+        for row, seed, output in zip(inputs, seeds, outputs, strict=True):
+            # `not <=` also catches NaN.
+            if not ((row >= self.space.lower) & (row <= self.space.upper)).all():
+                what = self.space.describe_outside(row) or "not a number"
+                raise InputError(f"Expected parameters inside the bounds, got {what}. Clip them, or widen bounds.")
+            with torch.no_grad():
+                values = self._tensors(torch.from_numpy(row.astype(np.float32)))
+                for t in range(len(output)):
+                    noise_seed = None if self.noise == "none" else _image_seed(int(seed), t)
+                    output[t] = self._counts(values, t, noise_seed).numpy()
+        return outputs
+
+    def image(self, theta: torch.Tensor) -> torch.Tensor:
+        """Expected counts, without noise; in smooth mode differentiable in `theta` (autograd and `torch.func`).
+
+        Args:
+            theta: (..., d) float32 or float64, in the order of `space`; bounds are not checked.
+
+        Returns:
+            (..., images, rows, columns) in the dtype of `theta`.
+        """
+        return self._each(theta, lambda values, t: self._counts(values, t, None))
+
+    def electrons(self, theta: torch.Tensor) -> torch.Tensor:
+        """Expected electrons of each pixel before the MTF, as `image`: the rate of the Poisson process."""
+        return self._each(theta, lambda values, t: self._crop(self._rate(values, t, self._wave(values, t))))
+
+    def read_output(self, path: str) -> NDArray[Any]:
+        """A stack from an MRC file; its pixel size must be the simulator's within 1 %."""
+        stack = read_stack(path)
+        if abs(stack.pixel_size_angstrom / self.pixel_size_angstrom - 1) > 0.01:
+            raise InputError(
+                f"Expected a pixel of {self.pixel_size_angstrom:g} angstrom in {path}, got "
+                f"{stack.pixel_size_angstrom:g}. Set pixel_size_angstrom to that of the series."
+            )
+        return stack.images
+
+    def write_output(self, path: str, output: NDArray[Any]) -> None:
+        """A stack as MRC."""
+        write_stack(path, output, self.pixel_size_angstrom)
+
+    def volume(self, particle: int) -> Volume:
+        """The potential of a particle; built once, and shared by particles of the same specimen."""
+        specimen = cast(Specimen, cast(Particle, self.particles[particle]).specimen)
+        cache = self._volumes  # type: ignore[attr-defined]
+        if specimen.digest not in cache:
+            hard = self.mode == "hard"
+            cache[specimen.digest] = Volume.build(specimen, self.pixel_size_angstrom, hard_solvent=hard)
+        return cache[specimen.digest]
+
+    def rotation(self, values: Mapping[str, torch.Tensor], image: int) -> torch.Tensor:
+        """R_t (3, 3), from the specimen's frame to the image's; `values` by name, tensors of one dtype."""
+        tilt = values[f"tilt_deg[{image}]"] + values["pre_tilt_deg"]
+        return _about_z(values["tilt_axis_deg"]) @ _about_y(tilt) @ _about_x(values["x_tilt_deg"])
+
+    @property
+    def nominal_deg(self) -> tuple[float, ...]:
+        """The scheme's tilt of each image [degree]."""
+        return cast(TiltScheme, self.scheme).angles_deg
+
+    def settings(self, parameters: ArrayLike) -> dict[str, float]:
+        """Every setting by parameter name at a parameter vector (d,); what one image may have of its own for each."""
+        vector = torch.from_numpy(self.space.vector(parameters))
+        return {name: float(value) for name, value in self._tensors(vector).items()}
+
+    # --- settings -------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, float]:
+        """Every setting by parameter name; what one image may have of its own is there for each."""
+        microscope, camera = cast(Microscope, self.microscope), cast(Detector, self.detector)
+        scheme = cast(TiltScheme, self.scheme)
+        values = {**microscope.values(), **{name: getattr(self, name) for name in _SERIES}}
+        values["dose_e_per_angstrom2"] = camera.dose_e_per_angstrom2
+        shifts = np.zeros((len(scheme), 2)) if self.shifts_angstrom is None else np.asarray(self.shifts_angstrom, float)
+        if shifts.shape != (len(scheme), 2) or not np.isfinite(shifts).all():
+            raise InputError(f"Expected shifts_angstrom of shape ({len(scheme)}, 2), finite, got {shifts.shape}.")
+        for t, angle in enumerate(scheme.angles_deg):
+            values |= {f"tilt_deg[{t}]": angle, f"defocus_um[{t}]": microscope.defocus_um}
+            values |= {f"shift_x_angstrom[{t}]": shifts[t, 0], f"shift_y_angstrom[{t}]": shifts[t, 1]}
+            values[f"dose_e_per_angstrom2[{t}]"] = camera.dose_e_per_angstrom2
+        for i, particle in enumerate(cast(Sequence[Particle], self.particles)):
+            for name in _PARTICLE:
+                values[f"{name}[{i}]"] = getattr(particle, name.removeprefix("particle_"))
+        return {name: float(value) for name, value in values.items()}
+
+    def _make_space(self) -> ParameterSpace:
+        known = self._values  # type: ignore[attr-defined]
+        for name in self.bounds or {}:
+            if name not in self.parameters:
+                raise InputError(
+                    f"Unknown parameter {name!r} in bounds. The parameters are: {', '.join(self.parameters)}."
+                )
+        parameters = []
+        for name in self.parameters:
+            if name not in known:
+                raise InputError(
+                    f"Unknown parameter {name!r}. Known parameters: {', '.join(SERIES_PARAMETER_NAMES)}, with t below "
+                    f"{len(cast(TiltScheme, self.scheme))} and i below {len(self.particles)}."
+                )
+            stem, _ = _split(name)
+            p = {**_COMMON, **_IMAGE, **_PARTICLE}[stem]
+            lower, upper = p.lower, p.upper
+            if stem.startswith("shift_"):
+                upper = 0.5 * self.pixel_size_angstrom * self.shape[1 if stem == "shift_x_angstrom" else 0]
+                lower = -upper
+            pair = (self.bounds or {}).get(name, (lower, upper))
+            if isinstance(pair, str) or len(pair) != 2:
+                raise InputError(f"Expected bounds of {name} as (lower, upper), got {pair!r}.")
+            lower, upper = (float(v) for v in pair)
+            parameters.append(Parameter(name, p.unit, lower, upper, p.natural_scale, p.kind, p.description))
+        return ParameterSpace(tuple(parameters))
+
+    def _extremes(self, name: str) -> list[float]:
+        """The smallest and largest value of a setting, each image's or particle's included."""
+        space, values = self.space, self._values  # type: ignore[attr-defined]
+        found = [value for other, value in values.items() if _split(other)[0] == name]
+        for p in space.parameters:
+            if _split(p.name)[0] == name:
+                found += [p.lower, p.upper]
+        return [min(found), max(found)]
+
+    def _padded_shape(self) -> tuple[int, int]:
+        defocus, astigmatism = (max(map(abs, self._extremes(n))) for n in ("defocus_um", "astigmatism_um"))
+        places = [(p.x_angstrom, p.y_angstrom, p.z_angstrom) for p in cast(Sequence[Particle], self.particles)]
+        # Turned, a particle may come to be as high as it is far away.
+        farthest = (defocus + astigmatism) * 1e4 + max(math.hypot(*place) for place in places)
+        shape = cast(tuple[int, int], self.shape)
+        return padded_shape(
+            shape, self.pixel_size_angstrom, self.margin_pixels, self._extremes("voltage_kv")[0], farthest
+        )
+
+    def _check_tilt(self) -> None:
+        """A slab that is seen edge-on, or from behind, has no image."""
+        tilt = max(abs(a + b) for a in self._extremes("tilt_deg") for b in self._extremes("pre_tilt_deg"))
+        own = self._values  # type: ignore[attr-defined]
+        angles = [own[f"tilt_deg[{t}]"] + own["pre_tilt_deg"] for t in range(self.output_shape[0])]
+        if max(map(abs, angles)) > 85.0:
+            raise InputError(f"Expected tilts, with the pre-tilt, within 85 degrees, got {max(map(abs, angles)):g}.")
+        if tilt > 85.0 and any(_split(n)[0] in ("tilt_deg", "pre_tilt_deg") for n in self.space.names):
+            raise InputError(
+                f"Expected bounds of tilt_deg and pre_tilt_deg that keep their sum within 85 degrees, got {tilt:g}. "
+                "Narrow bounds."
+            )
+
+    def _tensors(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All settings as 0-d tensors, with the inputs in their places (differentiable in them)."""
+        varied = dict(zip(self.space.names, row.unbind(0), strict=True))
+        values = {name: row.new_tensor(value) for name, value in self._values.items()} | varied  # type: ignore[attr-defined]
+        for name in ("defocus_um", "dose_e_per_angstrom2"):
+            if name in varied:
+                # The common value is that of every image that has none of its own.
+                for t in range(self.output_shape[0]):
+                    if f"{name}[{t}]" not in varied:
+                        values[f"{name}[{t}]"] = varied[name]
+        return values
+
+    def _each(
+        self, theta: torch.Tensor, compute: Callable[[dict[str, torch.Tensor], int], torch.Tensor]
+    ) -> torch.Tensor:
+        d = self.space.dimension
+        if not isinstance(theta, torch.Tensor) or theta.ndim == 0 or theta.shape[-1] != d:
+            got = tuple(theta.shape) if isinstance(theta, torch.Tensor) else type(theta).__name__
+            raise InputError(
+                f"Expected theta as a tensor of shape (..., {d}) ({', '.join(self.space.names)}), got {got}."
+            )
+        if theta.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"Expected theta in float32 or float64, got {theta.dtype}. Convert it.")
+        series = []
+        for row in theta.reshape(-1, d).unbind(0):
+            values = self._tensors(row)
+            series.append(torch.stack([compute(values, t) for t in range(self.output_shape[0])]))
+        if not series:
+            return theta.new_zeros((*theta.shape[:-1], *self.output_shape))
+        return torch.stack(series).reshape(*theta.shape[:-1], *self.output_shape)
+
+    # --- one image ------------------------------------------------------------------------------------------------
+
+    def _exposure(self, values: Mapping[str, torch.Tensor], image: int) -> torch.Tensor:
+        """What the specimen has seen in the middle of an image [e/angstrom^2]."""
+        doses = [values[f"dose_e_per_angstrom2[{t}]"] for t in cast(TiltScheme, self.scheme).earlier(image)]
+        return 0.5 * values[f"dose_e_per_angstrom2[{image}]"] + sum(doses)
+
+    def _projected(
+        self, values: Mapping[str, torch.Tensor], image: int, particle: int, turn: torch.Tensor, at: torch.Tensor
+    ) -> torch.Tensor:
+        """A particle's projection on the padded grid [V angstrom]; `at` is its place in the image [angstrom]."""
+        volume = self.volume(particle)
+        angles = [values[f"particle_{name}_deg[{particle}]"] for name in ("rot", "tilt", "psi")]
+        own = (_about_z(angles[0]) @ _about_y(angles[1]) @ _about_z(angles[2])).T
+        grid = slice_frequencies(volume.box, turn.dtype)
+        padded = self._padded  # type: ignore[attr-defined]
+        pixels = at[:2] / self.pixel_size_angstrom
+        whole = pixels.detach().round()
+        part = pixels - whole
+        # A shift by less than a pixel, in Fourier space; by whole pixels when the box is put into the image.
+        phase = (-2 * math.pi) * (grid.fx * part[0] + grid.fy * part[1])
+        weight = torch.complex(torch.cos(phase), torch.sin(phase))
+        if self.radiation_damage:
+            q2 = (grid.fx**2 + grid.fy**2) / self.pixel_size_angstrom**2
+            voltage = float(self._values["voltage_kv"])  # type: ignore[attr-defined]
+            weight = weight * damage(q2, self._exposure(values, image), voltage)
+        box = volume.project(turn @ own, weight)
+        column, row = (int(v) for v in whole.tolist())
+        edges = []
+        for place, size in ((column, padded[1]), (row, padded[0])):
+            before = place + size // 2 - volume.box // 2
+            edges += [before, size - before - volume.box]
+        # Negative padding cuts off what is outside; a particle that is outside altogether leaves nothing.
+        if min(edges) <= -volume.box:
+            return torch.zeros(padded, dtype=turn.dtype)
+        return torch.nn.functional.pad(box, edges)
+
+    def _wave(self, values: Mapping[str, torch.Tensor], image: int) -> torch.Tensor:
+        """The wave in the image plane, on the padded grid."""
+        turn = self.rotation(values, image)
+        dtype = turn.dtype
+        padded = self._padded  # type: ignore[attr-defined]
+        grid = frequencies(padded, float(self.pixel_size_angstrom), dtype)
+        down, across = (fade(p, n, dtype) for p, n in zip(padded, self.shape, strict=True))
+        sigma = interaction_constant(values["voltage_kv"])
+        shift = torch.stack(
+            (values[f"shift_x_angstrom[{image}]"], values[f"shift_y_angstrom[{image}]"], torch.zeros((), dtype=dtype))
+        )
+        places = []
+        for i in range(len(self.particles)):
+            own = torch.stack([values[f"{name}[{i}]"] for name in ("x_angstrom", "y_angstrom", "z_angstrom")])
+            places.append(turn @ own + shift)
+        w = values["amplitude_contrast"]
+        loss = w / (1 - w * w) ** 0.5
+        # The phase of a free electron's wave on its way by dz: pi lambda dz q^2, as for the defocus.
+        drift = (math.pi * wavelength_angstrom(values["voltage_kv"])) * grid.q2
+        spectrum: torch.Tensor | None = None
+        height = torch.zeros((), dtype=dtype)
+        for i in sorted(range(len(places)), key=lambda i: -float(places[i][2].detach())):
+            phase = self._projected(values, image, i, turn, places[i]) * sigma * down[:, None] * across
+            amplitude = torch.exp(-loss * phase)
+            thin = torch.complex(amplitude * torch.cos(phase), amplitude * torch.sin(phase))
+            if spectrum is None:
+                spectrum = torch.fft.fft2(thin)
+            else:
+                way = drift * (height - places[i][2])
+                travelled = torch.fft.ifft2(spectrum * torch.complex(torch.cos(way), torch.sin(way)))
+                spectrum = torch.fft.fft2(travelled * thin)
+            height = places[i][2]
+        assert spectrum is not None
+        lens: dict[str, Value] = {name: values[name] for name in _LENS}
+        for name in ("astigmatism_um", "phase_shift_deg", "convergence_mrad", "aperture_um"):
+            # A plain zero lets the lens skip what it would multiply by one.
+            if name not in self.space.names and self._values[name] == 0.0:  # type: ignore[attr-defined]
+                lens[name] = 0.0
+        lens |= {"defocus_um": values[f"defocus_um[{image}]"], "z_angstrom": height}
+        return torch.fft.ifft2(spectrum * transfer_function(lens, grid, smooth=self.mode == "smooth"))
+
+    def _rate(self, values: Mapping[str, torch.Tensor], image: int, wave: torch.Tensor) -> torch.Tensor:
+        """Expected electrons of each pixel."""
+        left = transmission(
+            values["thickness_angstrom"], values["mean_free_path_angstrom"], self.rotation(values, image)[2, 2]
+        )
+        dose = values[f"dose_e_per_angstrom2[{image}]"] * self.pixel_size_angstrom**2
+        return (wave.real.square() + wave.imag.square()) * (dose * left)
+
+    def _crop(self, image: torch.Tensor) -> torch.Tensor:
+        top, left = (p // 2 - n // 2 for p, n in zip(self._padded, self.shape, strict=True))  # type: ignore[attr-defined]
+        return image[top : top + self.shape[0], left : left + self.shape[1]]
+
+    def _counts(self, values: Mapping[str, torch.Tensor], image: int, seed: int | None) -> torch.Tensor:
+        camera = cast(Detector, self.detector)
+        padded = self._rate(values, image, self._wave(values, image))
+        transfer = detection.mtf_filter(camera, self._padded, padded.dtype)  # type: ignore[attr-defined]
+        counts = self._crop(detection.filtered(padded, transfer))
+        if seed is not None:
+            noise = detection.noise(self._crop(padded), camera, seed, self.noise)
+            own = detection.mtf_filter(camera, self.output_shape[1:], padded.dtype)
+            counts = counts + detection.filtered(noise, own)
+        counts = counts * camera.gain
+        return detection.read_out(counts, camera) if self.mode == "hard" else counts
+
+
+def _split(name: str) -> tuple[str, int | None]:
+    match = re.fullmatch(r"(\w+)\[(\d+)\]", name)
+    return (name, None) if match is None else (match[1], int(match[2]))
+
+
+def _image_seed(seed: int, image: int) -> int:
+    """A seed of the image's own: its noise does not change with the other images."""
+    return int(np.random.SeedSequence((seed, image)).generate_state(1, np.uint64)[0])
+
+
+def _axes(angle_deg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    angle = torch.deg2rad(angle_deg)
+    return torch.cos(angle), torch.sin(angle), torch.zeros_like(angle), torch.ones_like(angle)
+
+
+def _about_x(angle_deg: torch.Tensor) -> torch.Tensor:
+    c, s, zero, one = _axes(angle_deg)
+    return torch.stack((one, zero, zero, zero, c, -s, zero, s, c)).reshape(3, 3)
+
+
+def _about_y(angle_deg: torch.Tensor) -> torch.Tensor:
+    c, s, zero, one = _axes(angle_deg)
+    return torch.stack((c, zero, s, zero, one, zero, -s, zero, c)).reshape(3, 3)
+
+
+def _about_z(angle_deg: torch.Tensor) -> torch.Tensor:
+    c, s, zero, one = _axes(angle_deg)
+    return torch.stack((c, -s, zero, s, c, zero, zero, zero, one)).reshape(3, 3)
