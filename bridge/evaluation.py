@@ -17,7 +17,7 @@ import functools
 import logging
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -38,7 +38,7 @@ from bridge.simulator import (
     makes_memory,
     simulator_name,
 )
-from bridge.streaming import STREAMED_LEAF, Stream, Unit, accumulate, aligned, spilled
+from bridge.streaming import STREAMED_LEAF, Outputs, Stream, Unit, accumulate, aligned, spilled
 from bridge.weights import Weights, make_weights, second_weights, survivors
 
 Array = NDArray[np.float64]
@@ -195,18 +195,16 @@ class Evaluation:
         memory = makes_memory(self._simulator)
         for out in self.runner.run():
             F = out.F
-            kept = chunks.setdefault(out.unit, [])
-            if F is None:
-                kept.append((len(out.inputs), None))
-                continue
-            if like is None:
+            if F is not None and like is None:
                 like, self.output_shape = F, self.runner.output_shape
                 self._large, streams = self._layout(F, self._execution.keep_bytes)
                 if streams:
                     stream = Stream(self, F, spare)
             if stream is not None:
                 stream.add(out)
-            else:
+                del F, out  # before the next outputs are made: memory is for one chunk
+                continue
+            if F is not None:
                 self.runner.check_finite(out)
                 held += F.numel() * F.element_size()
                 if held > self._execution.memory_bytes and F.device.type == "cpu":
@@ -214,9 +212,25 @@ class Evaluation:
                 # The simulator may use the same memory for its next outputs, unless it was made for this call.
                 elif not memory:
                     F = F.clone()
-                kept.append((len(F), F))
-            del F, out  # before the next outputs are made: memory is for one chunk
+                out = out._replace(F=F)
+            for unit, part in self.by_unit(out):
+                G = None if part.F is None else aligned(part.F)
+                chunks.setdefault(unit, []).append((len(part.inputs), G))
+            del F, out
         return None if like is None else like[:0].clone(), stream
+
+    def by_unit(self, out: Outputs) -> Iterator[tuple[Unit, Outputs]]:
+        """Rows of one unit or several, by unit."""
+        start, stop = out.start, out.start + len(out.inputs)
+        while start < stop:
+            index = self.unit_of(start)
+            end = min(stop, self.runs[index][1])
+            yield self.units[out.problem * len(self.runs) + index], out.part(start, end)
+            start = end
+
+    def unit_of(self, row: int) -> int:
+        """The unit of a problem that has a row; the unperturbed row is a unit of its own."""
+        return min(row, self.strategy.num_samples - 1) // self.strategy.leaf_size + (row == self.strategy.num_samples)
 
     def _assemble(self, parts: Chunks) -> torch.Tensor:
         """The outputs of a unit, filled in where all of a chunk failed."""

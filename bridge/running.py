@@ -28,7 +28,7 @@ from bridge.isolation import IsolatedSimulator, SimulatorPool
 from bridge.scale import perturb
 from bridge.simulator import ParameterSpace, Simulator, computes_row_by_row, simulator_name
 from bridge.store import Store
-from bridge.streaming import CHUNK, Unit, as_rows, rows_at_once
+from bridge.streaming import CHUNK, Outputs, Unit, as_rows, rows_at_once
 
 Array = NDArray[np.float64]
 Schedule = Literal["auto", "static", "dynamic"]
@@ -79,19 +79,9 @@ class Problem:
     design: Design
 
 
-class Outputs(NamedTuple):
-    """What came of some rows of a unit: F (k, m), or None where all of them failed."""
-
-    unit: Unit
-    stolen: bool
-    start: int
-    inputs: Array
-    F: torch.Tensor | None
-
-
 @dataclass
 class _Call:
-    unit: Unit
+    problem: int
     stolen: bool
     start: int
     inputs: Array
@@ -130,7 +120,7 @@ class Runner:
         self.clipped = 0
         self.output_shape: tuple[int, ...] = ()
         self._shape = simulator.output_shape
-        self._calls = 0
+        self._rows_done = 0
         self._seconds = 0.0
         self._tolerant = strategy.failures != "raise"
 
@@ -142,14 +132,14 @@ class Runner:
         """
         done = self._in_turn() if not isinstance(self._simulator, SimulatorPool) else self._at_once(self._simulator)
         for call, F in done:
-            self._calls, self._seconds = self._calls + 1, self._seconds + call.seconds
+            self._rows_done, self._seconds = self._rows_done + len(call.inputs), self._seconds + call.seconds
             if not self._dispatcher.leads:
                 continue
-            first = call.unit.problem * self._strategy.num_rows + call.start
+            first = call.problem * self._strategy.num_rows + call.start
             self.failures |= {first + i: failure for i, failure in call.failures.items()}
             if F is not None:
                 self.output_shape = self._shape = call.shape
-            yield Outputs(call.unit, call.stolen, call.start, call.inputs, F)
+            yield Outputs(call.problem, call.stolen, call.start, call.inputs, F)
 
     def _in_turn(self) -> Iterator[tuple[_Call, torch.Tensor | None]]:
         for call in self._planned():
@@ -179,28 +169,51 @@ class Runner:
         finally:
             wait([future for _, future in waiting])
 
+    @property
+    def _cheap(self) -> bool:
+        """Whether runs take so little time, as far as is known, that moving one costs as much."""
+        return self._rows_done > 0 and self._seconds < _WORTH_MOVING_S * self._rows_done
+
     def _steal(self) -> bool:
         schedule = self._execution.schedule
-        if schedule == "auto":
-            return self._calls == 0 or self._seconds >= _WORTH_MOVING_S * self._calls
-        return schedule == "dynamic"
+        return schedule == "dynamic" or (schedule == "auto" and not self._cheap)
 
     def _planned(self) -> Iterator[_Call]:
         rows: dict[int, Array] = {}
+        for unit, stop, stolen in self._claimed():
+            if unit.problem not in rows:
+                rows = {unit.problem: self._inputs(self._problems[unit.problem])}
+            end = unit.start
+            while end < stop:
+                start, end = end, min(end + self._rows_of_call(), stop)
+                inputs, changed = self._space.admit(rows[unit.problem][start:end])
+                if self._dispatcher.leads:
+                    self.clipped += int(changed.sum())
+                seeds = self._problems[unit.problem].design.seeds[start:end]
+                yield _Call(unit.problem, stolen, start, inputs, seeds)
+
+    def _claimed(self) -> Iterator[tuple[Unit, int, bool]]:
+        """What to evaluate next: (first unit, last row + 1, whether it is another rank's).
+
+        A simulator that computes row by row gets several small units at once where its runs are cheap: then a call
+        costs as much as a run.
+        """
+        gathers = self._row_by_row and self._execution.schedule != "dynamic"
+        first: Unit | None = None
+        stop = 0
         for number, stolen in self._dispatcher.claims(len(self._units), self._steal):
             unit = self._units[number]
             if self._dispatcher.leads:
                 self.own.append(number)
-            if unit.problem not in rows:
-                rows = {unit.problem: self._inputs(self._problems[unit.problem])}
-            stop = unit.start
-            while stop < unit.stop:
-                start, stop = stop, min(stop + self._rows_of_call(), unit.stop)
-                inputs, changed = self._space.admit(rows[unit.problem][start:stop])
-                if self._dispatcher.leads:
-                    self.clipped += int(changed.sum())
-                seeds = self._problems[unit.problem].design.seeds[start:stop]
-                yield _Call(unit, stolen, start, inputs, seeds)
+            if first is not None and (stolen or unit.problem != first.problem or unit.start != stop):
+                yield first, stop, False
+                first = None
+            first, stop = first or unit, unit.stop
+            if stolen or not (gathers and self._cheap) or stop % CHUNK == 0:
+                yield first, stop, stolen
+                first = None
+        if first is not None:
+            yield first, stop, False
 
     def _inputs(self, problem: Problem) -> Array:
         inputs = perturb(problem.theta, problem.scale, problem.design.nodes.eps)
@@ -312,7 +325,7 @@ class Runner:
             return  # finite numbers whose sum overflows
         row = int(torch.nonzero(bad)[0])
         if self._tolerant:
-            first = out.unit.problem * self._strategy.num_rows + out.start
+            first = out.problem * self._strategy.num_rows + out.start
             for i in torch.nonzero(bad).flatten().tolist():
                 self.failures.setdefault(first + i, Failure("non-finite", f"{self._name_row(out, i)}: NaN or infinite"))
             # A weight of zero does not undo a NaN.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from bridge.errors import EvaluationError, OutputError
 
 if TYPE_CHECKING:
     from bridge.evaluation import Evaluation
-    from bridge.running import Outputs
 
 Array = NDArray[np.float64]
 
@@ -39,6 +38,25 @@ class Unit:
     index: int
     start: int
     stop: int
+
+
+class Outputs(NamedTuple):
+    """What came of rows [start, start + k) of a problem, of one unit or several: F (k, m), or None where all failed.
+
+    `stolen`: the rows are from another rank's run.
+    """
+
+    problem: int
+    stolen: bool
+    start: int
+    inputs: Array
+    F: torch.Tensor | None
+
+    def part(self, start: int, stop: int) -> Outputs:
+        """Rows [start, stop) of these, as views."""
+        rows = slice(start - self.start, stop - self.start)
+        F = None if self.F is None else self.F[rows]
+        return Outputs(self.problem, self.stolen, start, self.inputs[rows], F)
 
 
 def rows_at_once(num_outputs: int) -> int:
@@ -108,54 +126,98 @@ def accumulate(total: torch.Tensor, weights: torch.Tensor, F: torch.Tensor, firs
 
 
 class Stream:
-    """Adds rows to F^T [a, W] as they come: one tree a problem, leaves of several units."""
+    """Adds rows to F^T [a, W] as they come: one tree a problem, leaves of several units.
+
+    Within a leaf rows are added `CHUNK` at a time, counted from its first, whatever calls they come from: one pass over
+    the sums for each chunk, and the same bits for any calls.
+    """
 
     def __init__(self, evaluation: Evaluation, like: torch.Tensor, spare: list[torch.Tensor]) -> None:
         self._e = e = evaluation
         self._like = like[:0].clone()
         self._units_in_leaf = e.units_in_leaf
         per_problem = e.leaf_of(len(e.runs), self._units_in_leaf)
+        # Of each leaf: its first row, and the end of the last leaf.
+        firsts = [e.runs[e.leaf_start(leaf, self._units_in_leaf)][0] for leaf in range(per_problem)]
+        self._first_rows = [*firsts, e.strategy.num_rows]
         self._sums = [TreeSum(per_problem, spare) for _ in e.problems]
         self._matrix: tuple[int, torch.Tensor] | None = None
         # Leaves of which rows are still to come: one, and one at the end of a run of which others took the rest.
         self._open: dict[tuple[int, int], torch.Tensor] = {}
         self._begun: tuple[int, int] | None = None
-        self._waiting: dict[tuple[int, int], list[torch.Tensor]] = {}
+        # Rows of a chunk of which others are still to come.
+        self._partial: dict[tuple[int, int], Outputs] = {}
+        self._waiting: dict[tuple[int, int], list[Outputs]] = {}
         self._rank = e.dispatcher.rank
 
-    def _place(self, unit: Unit) -> tuple[int, int]:
-        """(leaf, first unit's number among all) of a unit."""
-        leaf = self._e.leaf_of(unit.index, self._units_in_leaf)
-        return leaf, unit.problem * len(self._e.runs) + self._e.leaf_start(leaf, self._units_in_leaf)
-
     def add(self, out: Outputs) -> None:
-        unit, F = out.unit, out.F
-        assert F is not None
-        leaf, first = self._place(unit)
-        # A leaf is added by the rank that has its first unit, unit by unit. What a rank takes off others comes from the
-        # end of their runs backwards, and the first unit of its own run may belong to a leaf begun by another: these
+        """Takes rows; their memory may be used again afterwards."""
+        # A leaf is added by the rank that has its first unit, row by row. What a rank takes off others comes from the
+        # end of their runs backwards, and the first rows of its own run may belong to a leaf begun by another: these
         # wait until it is known who has what.
-        here = first + unit.index - self._e.leaf_start(leaf, self._units_in_leaf)
-        if out.stolen or (first != here and (unit.problem, leaf) != self._begun):
-            self._e.runner.check_finite(out)
-            self._waiting.setdefault((unit.problem, unit.index), []).append(F.clone())
-            return
-        self._begun = (unit.problem, leaf)
-        self._add(unit.problem, leaf, out.start, F, out)
+        start, stop = out.start, out.start + len(out.inputs)
+        while start < stop:
+            leaf = self._e.leaf_of(self._e.unit_of(start), self._units_in_leaf)
+            end = min(stop, self._first_rows[leaf + 1])
+            part = out.part(start, end)
+            if out.stolen or (start != self._first_rows[leaf] and (out.problem, leaf) != self._begun):
+                self._e.runner.check_finite(part)
+                for unit, rows in self._e.by_unit(part):
+                    assert rows.F is not None
+                    kept = rows._replace(F=rows.F.clone())
+                    self._waiting.setdefault((unit.problem, unit.index), []).append(kept)
+            else:
+                self._begun = (out.problem, leaf)
+                self._add(leaf, part)
+            start = end
 
-    def _add(self, p: int, leaf: int, start: int, F: torch.Tensor, out: Outputs | None = None) -> None:
+    def _add(self, leaf: int, out: Outputs) -> None:
+        """Adds the next rows of a leaf, chunk by chunk."""
+        first, last = self._first_rows[leaf], self._first_rows[leaf + 1]
+        start, stop = out.start, out.start + len(out.inputs)
+        while start < stop:
+            chunk = first + (start - first) // CHUNK * CHUNK
+            whole = min(chunk + CHUNK, last)
+            end = min(stop, whole)
+            rows = self._joined(leaf, chunk, whole, out.part(start, end))
+            if rows is not None:
+                self._add_chunk(leaf, rows, done=whole == last)
+            start = end
+
+    def _joined(self, leaf: int, chunk: int, whole: int, part: Outputs) -> Outputs | None:
+        """The rows [chunk, whole), once all have come."""
+        stop = part.start + len(part.inputs)
+        if part.start == chunk and stop == whole:
+            return part
+        assert part.F is not None
+        key = (part.problem, leaf)
+        gathered = self._partial.pop(key, None)
+        if gathered is None:
+            F = part.F.new_empty((whole - chunk, part.F.shape[1]))
+            inputs = np.empty((whole - chunk, part.inputs.shape[1]))
+            gathered = Outputs(part.problem, False, chunk, inputs, F)
+        assert gathered.F is not None
+        gathered.F[part.start - chunk : stop - chunk] = part.F
+        gathered.inputs[part.start - chunk : stop - chunk] = part.inputs
+        if stop == whole:
+            return gathered
+        self._partial[key] = gathered
+        return None
+
+    def _add_chunk(self, leaf: int, out: Outputs, done: bool) -> None:
+        assert out.F is not None
+        p, F = out.problem, aligned(out.F)
         if self._matrix is None or self._matrix[0] != p:
             self._matrix = (p, self._e.stream_weights(p, F))
-        part = self._matrix[1][:, start : start + len(F)]
+        part = self._matrix[1][:, out.start : out.start + len(F)]
         total = self._open.get((p, leaf))
         if total is None:
             total = self._open[p, leaf] = self._sums[p].buffer(F, len(part))
             accumulate(total, part, F, first=True)
         else:
             accumulate(total, part, F, first=False)
-        if out is not None:
-            self._e.runner.check_finite_sum(total[0], out)
-        if start + len(F) == self._e.runs[self._e.leaf_start(leaf + 1, self._units_in_leaf) - 1][1]:
+        self._e.runner.check_finite_sum(total[0], out)
+        if done:
             self._sums[p].add(leaf, self._open.pop((p, leaf)))
 
     def finish(self) -> list[torch.Tensor]:
@@ -178,22 +240,22 @@ class Stream:
         mine[[p * len(e.runs) + i for p, i in self._waiting]] = 1.0
         for number in np.flatnonzero(e.dispatcher.scatter_add(mine)):
             unit = e.units[number]
-            leaf, first = self._place(unit)
+            leaf = e.leaf_of(unit.index, self._units_in_leaf)
+            first = unit.problem * len(e.runs) + e.leaf_start(leaf, self._units_in_leaf)
             self._move(unit, leaf, int(e.owner[number]), int(e.owner[first]))
 
     def _move(self, unit: Unit, leaf: int, source: int, home: int) -> None:
         e = self._e
-        rows = unit.stop - unit.start
-        F = self._like.new_empty((0, e.num_outputs))
+        F = self._like.new_empty((unit.stop - unit.start, e.num_outputs))
         if self._rank == source:
-            F = torch.cat(self._waiting.pop((unit.problem, unit.index)))
-        elif self._rank == home:
-            F = self._like.new_empty((rows, e.num_outputs))
+            waited = self._waiting.pop((unit.problem, unit.index))
+            F = torch.cat([out.F for out in waited if out.F is not None])
         if source != home and self._rank in (source, home):
             F = e.dispatcher.transfer(F, source, home)
         if self._rank == home:
-            for start in range(0, rows, CHUNK):
-                self._add(unit.problem, leaf, unit.start + start, F[start : start + CHUNK])
+            # Its parameters are for messages about numbers that are not finite: these have been looked at before.
+            inputs = np.full((len(F), e.dimension), np.nan)
+            self._add(leaf, Outputs(unit.problem, False, unit.start, inputs, F))
 
 
 def spilled(F: torch.Tensor) -> torch.Tensor:
