@@ -150,12 +150,10 @@ def read_micrograph(path: str | Path) -> Micrograph:
     Raises:
         InputError: no such file, not MRC, truncated, several images, or pixels that are not square.
     """
-    stack = read_stack(path)
-    if len(stack.images) != 1:
-        raise InputError(
-            f"Expected one image in {str(path)!r}, got an array of shape {stack.images.shape}. Split the stack."
-        )
-    return Micrograph(stack.images[0], stack.pixel_size_angstrom, stack.label)
+    images, size, label = _read(Path(path))
+    if len(images) != 1:
+        raise InputError(f"Expected one image in {str(path)!r}, got an array of shape {images.shape}. Split the stack.")
+    return Micrograph(images[0], _square(path, size), label)
 
 
 def read_stack(path: str | Path) -> Stack:
@@ -170,8 +168,13 @@ def read_stack(path: str | Path) -> Stack:
     Raises:
         InputError: no such file, not MRC, truncated, not images, or pixels that are not square.
     """
+    images, size, label = _read(Path(path))
+    return Stack(images, _square(path, size), label)
+
+
+def _read(path: Path) -> tuple[NDArray[Any], tuple[float, float], str]:
+    """The images (images, rows, columns), the pixel's edges [angstrom] and the first label of an MRC file."""
     mrcfile = _mrcfile()
-    path = Path(path)
     if not path.is_file():
         raise InputError(f"Expected an MRC file, found none at {str(path)!r}. Check the path.")
     try:
@@ -189,11 +192,16 @@ def read_stack(path: str | Path) -> Stack:
     if data.ndim == 2:
         data = data[None]
     if data.ndim != 3:
-        raise InputError(f"Expected one image in {str(path)!r}, got an array of shape {data.shape}. Split the stack.")
+        raise InputError(f"Expected images in {str(path)!r}, got an array of shape {data.shape}.")
     if data.dtype.kind not in "iuf" or not np.isfinite(data).all():
         raise InputError(f"Expected finite real numbers in {str(path)!r}, got dtype {data.dtype} or NaN or infinity.")
+    return data, size, label
+
+
+def _square(path: str | Path, size: tuple[float, float]) -> float:
+    """The edge of a square pixel [angstrom]."""
     if not size[0] > 0 or abs(size[0] - size[1]) > 1e-4 * size[0]:
         raise InputError(
             f"Expected square pixels of known size in {str(path)!r}, got {size} angstrom. Set the header's cell."
         )
-    return Stack(data, size[0], label)
+    return size[0]
