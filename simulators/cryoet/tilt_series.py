@@ -107,7 +107,8 @@ class TiltSeries:
     r"""A tilt series: several particles in a slab of ice, image by image, in detector counts.
 
     The electrons meet the particles from the highest to the lowest, each a phase object psi <- psi exp(i sigma v - mu)
-    with v its projection in this direction, and the wave travels on between them; then lens, aperture, and
+    with v its projection in this direction, and the wave travels on between them, and to the middle of the slab; then
+    lens, whose envelopes are those of the middle's defocus, aperture, and
 
         lambda_t = |psi|^2 dose_t pixel^2 exp(-thickness / (Lambda cos theta_t)),
 
@@ -438,6 +439,9 @@ class TiltSeries:
             voltage = float(self._values["voltage_kv"])  # type: ignore[attr-defined]
             weight = weight * damage(q2, self._exposure(values, image), voltage)
         box = volume.project(turn @ own, weight)
+        # What rings at the box's edges fades out at fixed distances from the particle, wherever pixels begin.
+        across, down = (_window(volume.box, offset) for offset in part.unbind(0))
+        box = box * down[:, None] * across
         column, row = (int(v) for v in whole.tolist())
         edges = []
         for place, size in ((column, padded[1]), (row, padded[0])):
@@ -481,12 +485,15 @@ class TiltSeries:
                 spectrum = torch.fft.fft2(travelled * thin)
             height = places[i][2]
         assert spectrum is not None
+        # The lens sees the plane in the middle of the slab, whatever is there.
+        way = drift * height
+        spectrum = spectrum * torch.complex(torch.cos(way), torch.sin(way))
         lens: dict[str, Value] = {name: values[name] for name in _LENS}
         for name in ("astigmatism_um", "phase_shift_deg", "convergence_mrad", "aperture_um"):
             # A plain zero lets the lens skip what it would multiply by one.
             if name not in self.space.names and self._values[name] == 0.0:  # type: ignore[attr-defined]
                 lens[name] = 0.0
-        lens |= {"defocus_um": values[f"defocus_um[{image}]"], "z_angstrom": height}
+        lens["defocus_um"] = values[f"defocus_um[{image}]"]
         return torch.fft.ifft2(spectrum * transfer_function(lens, grid, smooth=self.mode == "smooth"))
 
     def _rate(self, values: Mapping[str, torch.Tensor], image: int, wave: torch.Tensor) -> torch.Tensor:
@@ -512,6 +519,13 @@ class TiltSeries:
             counts = counts + detection.filtered(noise, own)
         counts = counts * camera.gain
         return detection.read_out(counts, camera) if self.mode == "hard" else counts
+
+
+def _window(size: int, offset: torch.Tensor) -> torch.Tensor:
+    """1 around the middle of a box, and 0 from one pixel before its edges on; six pixels wide, half a cosine."""
+    distance = (torch.arange(size, dtype=offset.dtype) - size // 2 - offset).abs()
+    ramp = ((0.5 * size - 1 - distance) / 6).clamp(0, 1)
+    return torch.sin(0.5 * math.pi * ramp).square()
 
 
 def _split(name: str) -> tuple[str, int | None]:
