@@ -33,11 +33,11 @@ from scipy import integrate, special
 from bridge.design import default_leaf_size
 from bridge.dispatch.tree import run_of, transfers
 from bridge.errors import InputError
-from bridge.streaming import CHUNK, STREAMED_LEAF, rows_at_once
+from bridge.streaming import CHUNK, STREAMED_LEAF
 
 Array = NDArray[np.float64]
 
-# Calls shorter than this are not moved to other ranks: as in `bridge.running`.
+# Runs shorter than this are not moved to other ranks: as in `bridge.running`.
 _WORTH_MOVING_S = 0.002
 # What ranks tell each other of an output's layout, as a pickle.
 _LAYOUT_BYTES = 150
@@ -172,10 +172,10 @@ class Workload:
 
     @property
     def dynamic(self) -> bool:
-        """Whether idle ranks take units off others: "auto" does where a call takes 2 ms."""
+        """Whether idle ranks take units off others: "auto" does where a run takes 2 ms."""
         if self.schedule != "auto":
             return self.schedule == "dynamic"
-        return self.cost_s * min(self.unit_rows, rows_at_once(self.num_outputs)) >= _WORTH_MOVING_S
+        return self.cost_s >= _WORTH_MOVING_S
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ def _bytes_added(workload: Workload) -> float:
     """
     m, b = workload.num_outputs, workload.bytes_per_number
     if workload.streamed:
-        columns, k = 1 + workload.dimension, min(CHUNK, workload.unit_rows)
+        columns, k = 1 + workload.dimension, min(CHUNK, workload.units_in_leaf * workload.unit_rows)
         in_tree = 3 * columns / (workload.units_in_leaf * workload.unit_rows)
         return m * b * (1 + 2 * columns / k + in_tree)
     return m * (b * (4 + 3 / workload.unit_rows) + b + 8 + 16)
