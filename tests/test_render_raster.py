@@ -22,6 +22,7 @@ from adapters.raster import RasterSimulator
 from bridge.errors import InputError, SetupError
 from bridge.registry import make
 from bridge.simulator import Simulator, computes_row_by_row
+from bridge.testing import check_simulator
 
 trimesh = pytest.importorskip("trimesh", reason="trimesh is optional (extra `render`)")
 pytest.importorskip("numba", reason="numba is optional (extra `render`)")
@@ -330,6 +331,7 @@ def test_it_is_a_simulator_made_from_plain_data() -> None:
     simulator = make("raster", mesh="teapot", size=[24, 32], outputs=["depth", "rgb"], camera="turntable-log")
     assert isinstance(simulator, Simulator)
     assert computes_row_by_row(simulator)
+    check_simulator(RasterSimulator(outputs=ALL), POSES)
     assert simulator.output_shape == (4, 24, 32)
     assert simulator.space.names == ("log_half_height", "elevation_deg", "azimuth_deg", "log_distance")
     assert "6320 faces" in repr(simulator)
@@ -476,6 +478,26 @@ def test_colours_that_a_mesh_brings() -> None:
         )
         half = render(painted, [0.5, 1, 1])[0]
         assert half[0] == pytest.approx(red_ / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("extension", ["glb", "obj", "ply", "stl"])
+def test_mesh_files_and_scenes(extension: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a mesh ü.{extension}"
+    teapot(4).export(path)
+    simulator = make("raster", mesh=str(path), size=[48, 48], outputs=["silhouette"])
+    reference = RasterSimulator(teapot(4), size=(48, 48))
+    assert (render(simulator, POSES) != render(reference, POSES)).sum() <= 4  # files keep single precision
+    if extension == "glb":
+        scene = trimesh.Scene()
+        for x in (-1, 1):
+            matrix = np.eye(4)
+            matrix[0, 3] = x
+            scene.add_geometry(sphere(2), transform=matrix @ np.diag([0.2, 0.2, 0.2, 1]))
+        scene.export(path)
+        for mesh in (scene, path):
+            image = render(RasterSimulator(mesh, outputs="mask"), [0, 0, 4, 20.0])[0, 0]
+            assert set(np.unique(image)) == {0, 1, 2}  # each geometry is an object
+            assert (image == 1).sum() == pytest.approx((image == 2).sum(), abs=3)
 
 
 @gl
