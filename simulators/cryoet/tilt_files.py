@@ -146,7 +146,15 @@ def _series_star(name: str, series: TiltSeries, values: Mapping[str, float]) -> 
                "rlnMicrographOriginalPixelSize", "rlnTomoTiltSeriesPixelSize", "rlnTomoHand",
                "rlnTomoTiltSeriesStarFile"]  # fmt: skip
     pixel = float(series.pixel_size_angstrom)
-    row = [name, values["voltage_kv"], values["cs_mm"], values["amplitude_contrast"], pixel, pixel, 1.0]
+    row: list[str | int | float] = [
+        name,
+        values["voltage_kv"],
+        values["cs_mm"],
+        values["amplitude_contrast"],
+        pixel,
+        pixel,
+        1.0,
+    ]
     return _star("global", columns, [[*row, f"{name}_tilts.star"]])
 
 
@@ -174,5 +182,7 @@ def _particles_star(name: str, series: TiltSeries, values: Mapping[str, float]) 
     columns = ["rlnTomoName", "rlnCenteredCoordinateXAngst", "rlnCenteredCoordinateYAngst",
                "rlnCenteredCoordinateZAngst", "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]  # fmt: skip
     keys = ("x_angstrom", "y_angstrom", "z_angstrom", "particle_rot_deg", "particle_tilt_deg", "particle_psi_deg")
-    table = [[name, *(values[f"{key}[{i}]"] for key in keys)] for i in range(len(series.particles))]
+    table: list[list[str | int | float]] = [
+        [name, *(values[f"{key}[{i}]"] for key in keys)] for i in range(len(series.particles))
+    ]
     return _star("particles", columns, table)

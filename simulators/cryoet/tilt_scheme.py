@@ -83,13 +83,13 @@ class TiltScheme:
             return options
         if not isinstance(options, Mapping):
             raise InputError(f"Expected a scheme as a TiltScheme or a table, got {type(options).__name__}.")
-        makers = {"uniform": cls.uniform, "dose_symmetric": cls.dose_symmetric}
-        for name, make in makers.items():
-            if set(options) == {name}:
-                try:
-                    return make(*options[name])
-                except TypeError as error:
-                    raise InputError(f"Expected the arguments of {name} as a list, got {options[name]!r}.") from error
+        try:
+            if set(options) == {"uniform"}:
+                return cls.uniform(*options["uniform"])
+            if set(options) == {"dose_symmetric"}:
+                return cls.dose_symmetric(*options["dose_symmetric"])
+        except TypeError as error:
+            raise InputError(f"Expected the arguments of {next(iter(options))} as a list, got {options}.") from error
         if set(options) != {"angles_deg", "order"}:
             raise InputError(
                 f"Expected one of uniform, dose_symmetric, or angles_deg and order in a scheme, got {list(options)}."

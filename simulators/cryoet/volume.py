@@ -102,7 +102,7 @@ def displaced_fraction(specimen: Specimen, size: int, step_angstrom: float) -> N
     for full, low in displaced_voxels(specimen, voxel):
         points = (np.argwhere(full) + low)[:, ::-1] * (voxel / step_angstrom) + size // 2
         inside = (points >= 0).all(axis=1) & (points < size - 1).all(axis=1)
-        add_linear(total, points[inside], np.full(int(inside.sum()), (voxel / step_angstrom) ** 3))
+        add_linear(total, points[inside], np.full(int(inside.sum()), (voxel / step_angstrom) ** 3, dtype=np.float64))
     return total
 
 
