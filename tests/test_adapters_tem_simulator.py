@@ -408,6 +408,33 @@ def test_runs_side_by_side_do_not_meet(lab: Lab) -> None:
         np.testing.assert_allclose(results[i], expected(x, y), rtol=2e-6)
 
 
+@pytest.mark.mpi
+def test_ranks_share_one_build_and_agree_to_the_last_bit(run_ranks: Any, lab: Lab) -> None:
+    (lab.folder / "pickle").write_bytes(pickle.dumps(lab.make(binary=lab.binary("--slow=0.3"))))
+    program = """
+        import pickle, sys
+        import numpy as np, torch
+        import bridge
+
+        with open(sys.argv[1], "rb") as file:
+            simulator = pickle.load(file)
+        theta = torch.tensor([1.0, -1.0], dtype=torch.float64, requires_grad=True)
+        value = bridge.smooth(simulator, seed=0, num_samples=4, scale=0.5)(theta)
+        value.square().sum().backward()
+        if bridge.is_root():
+            np.save(sys.argv[2], np.append(value.detach().numpy(), theta.grad.numpy()))
+        """
+    results = []
+    for n in (2, 1):
+        done = run_ranks(n, program, lab.folder / "pickle", lab.folder / f"{n}.npy")
+        assert done.returncode == 0, done.stderr
+        results.append(np.load(lab.folder / f"{n}.npy"))
+    np.testing.assert_array_equal(*results)
+    assert np.abs(results[0][-2:]).min() > 0
+    assert lab.started().count("maps") == 1
+    assert lab.left() == []
+
+
 def test_a_build_that_fails_leaves_no_maps_and_says_why(lab: Lab) -> None:
     (lab.folder / "p.pdb").write_text("")
     simulator = lab.make(mode="no-maps")
