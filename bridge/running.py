@@ -196,9 +196,12 @@ class Runner:
         """What to evaluate next: (first unit, last row + 1, whether it is another rank's).
 
         A simulator that computes row by row gets several small units at once where its runs are cheap: then a call
-        costs as much as a run.
+        costs as much as a run. Not where rows go singly: to be found again, or because one that fails is no reason to
+        end.
         """
-        gathers = self._row_by_row and self._execution.schedule != "dynamic"
+        execution = self._execution
+        singly = self._tolerant or execution.retries > 0 or execution.store is not None
+        gathers = self._row_by_row and execution.schedule != "dynamic" and not singly
         first: Unit | None = None
         stop = 0
         for number, stolen in self._dispatcher.claims(len(self._units), self._steal):

@@ -128,6 +128,7 @@ class Run:
         self._snapshot: tuple[int, Any] | None = None if packed is None else (self.step, packed)
         self._written: int | None = None if packed is None else self.step
         self.store = Store(self.directory / "evaluations", above_s=journal_above_s)
+        self.store.advance(self.step)
         if self._died and self._all.rank == 0:
             _log.warning(
                 "the last job in %s %s ended without a word: killed, or its machine failed; this one goes on from "
@@ -214,6 +215,8 @@ class Run:
         """
         packed = _packed(state)
         self._snapshot = (step, packed)
+        with self._dispatcher.led(self.store, "advance", (step,), {}):
+            self.store.advance(step)
         now = time.monotonic()
         self._longest, self._last_step_at = max(self._longest, now - self._last_step_at), now
         ends = _seconds_left()
@@ -253,8 +256,8 @@ class Run:
             return
         self._written = step
         if between_steps:
-            with self._dispatcher.led(self.store, "clear", (), {}):
-                self.store.clear()
+            with self._dispatcher.led(self.store, "clear", (step,), {}):
+                self.store.clear(step)
         else:
             self.store.sync()
         self._tell("running", None)

@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -29,10 +30,10 @@ from bridge.errors import SetupError
 
 _log = logging.getLogger("bridge")
 
-# magic, checksum of what follows in the header, bytes of data, checksum of data, key, dtype, device, dimensions
-_HEADER = struct.Struct("<4sIQI16s4s8sI")
+# magic, checksum of what follows in the header, bytes of data, checksum of data, key, dtype, device, dimensions, step
+_HEADER = struct.Struct("<4sIQI16s4s8sIQ")
 _AFTER_CHECKSUM = 8
-_MAGIC = b"BRG1"
+_MAGIC = b"BRG2"
 _DTYPES = {torch.float32: b"<f4\0", torch.float64: b"<f8\0"}
 _SYNC_SECONDS = 1.0
 
@@ -45,6 +46,7 @@ class _Place(NamedTuple):
     dtype: str
     device: str
     shape: tuple[int, ...]
+    step: int
 
 
 @final
@@ -56,6 +58,7 @@ class Store:
         above_s: evaluations that took less [s] are not written: to repeat one costs less than to keep it.
 
     Attributes:
+        step: written into each record: `clear` can spare the later ones.
         hits, misses: evaluations found, and not found, by this process.
         written: bytes written by this process since the last `clear`.
         damaged: bytes skipped, when the directory was read, because they are no whole record.
@@ -63,7 +66,7 @@ class Store:
 
     def __init__(self, directory: str | os.PathLike[str], above_s: float = 0.01) -> None:
         self.directory, self.above_s = Path(directory), above_s
-        self.hits = self.misses = self.written = self.damaged = 0
+        self.step = self.hits = self.misses = self.written = self.damaged = 0
         self._index: dict[bytes, _Place] = {}
         self._file: int | None = None
         self._path: Path | None = None
@@ -85,9 +88,9 @@ class Store:
         digest.update(np.ascontiguousarray(seeds).tobytes())
         return digest.digest()
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str, float]]:
+    def __reduce__(self) -> tuple[Callable[..., Store], tuple[str, float, int]]:
         # On another rank: that rank's own, in the same directory.
-        return Store, (str(self.directory), self.above_s)
+        return _opened, (str(self.directory), self.above_s, self.step)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -120,7 +123,7 @@ class Store:
         data = array.numpy().reshape(-1).view(np.uint8).data
         shape = struct.pack(f"<{array.ndim}Q", *array.shape)
         device = outputs.device.type.encode().ljust(8, b"\0")
-        rest = (len(data), zlib.crc32(data), key, _DTYPES[array.dtype], device, array.ndim)
+        rest = (len(data), zlib.crc32(data), key, _DTYPES[array.dtype], device, array.ndim, self.step)
         header = _HEADER.pack(_MAGIC, 0, *rest)
         checksum = zlib.crc32(header[_AFTER_CHECKSUM:] + shape)
         header = _HEADER.pack(_MAGIC, checksum, *rest) + shape
@@ -161,15 +164,27 @@ class Store:
             if self._file is not None:
                 os.fsync(self._file)
 
-    def clear(self) -> None:
-        """Forgets every evaluation and removes the files of this process, and those that were here when it began."""
+    def advance(self, step: int) -> None:
+        """What is written from here on belongs to this step."""
+        self.step = step
+
+    def clear(self, before: int | None = None) -> None:
+        """Forgets evaluations, and removes the files of this process and those that were here when it began.
+
+        Args:
+            before: forgets those of earlier steps only; a file is removed once it has no others. After an interruption
+                there may be some of the step after the one that is about to be repeated.
+        """
         with self._lock:
-            if self._file is not None:
-                os.close(self._file)
+            stale = {key for key, place in self._index.items() if before is None or place.step < before}
             paths = {place.path for place in self._index.values()} | ({self._path} if self._path else set())
-            self._file = self._path = None
-            self._index.clear()
-            self.written = 0
+            for key in stale:
+                del self._index[key]
+            paths -= {place.path for place in self._index.values()}
+            if self._file is not None and self._path in paths:
+                os.close(self._file)
+                self._file = self._path = None
+                self.written = 0
             for path in paths:
                 with contextlib.suppress(OSError):  # every rank that read it may remove it
                     path.unlink()
@@ -193,17 +208,23 @@ class Store:
             offset = found
 
 
+def _opened(directory: str, above_s: float, step: int) -> Store:
+    store = Store(directory, above_s)
+    store.advance(step)
+    return store
+
+
 def _place(path: Path, offset: int, header: bytes) -> _Place:
-    _, _, size, checksum, _, dtype, device, ndim = _HEADER.unpack_from(header)
+    _, _, size, checksum, _, dtype, device, ndim, step = _HEADER.unpack_from(header)
     shape = struct.unpack_from(f"<{ndim}Q", header, _HEADER.size)
-    return _Place(path, offset, size, checksum, dtype.strip(b"\0").decode(), device.strip(b"\0").decode(), shape)
+    return _Place(path, offset, size, checksum, dtype.strip(b"\0").decode(), device.strip(b"\0").decode(), shape, step)
 
 
 def _whole(path: Path, offset: int, header: bytes, size: int) -> _Place | None:
     """Where a record's data are, if the record at `offset` is whole."""
     if len(header) < _HEADER.size or header[:4] != _MAGIC:
         return None
-    _, checksum, length, *_, ndim = _HEADER.unpack_from(header)
+    _, checksum, length, *_, ndim, _ = _HEADER.unpack_from(header)
     end = _HEADER.size + 8 * ndim
     if ndim > 32 or len(header) < end or zlib.crc32(header[_AFTER_CHECKSUM:end]) != checksum:
         return None

@@ -97,6 +97,25 @@ def test_cheap_runs_are_not_written_and_cleared_ones_are_gone(tmp_path):
     assert torch.equal(Store(tmp_path).get(key(0)), torch.ones(1, 2))
 
 
+def test_evaluations_of_later_steps_outlive_a_clearing(tmp_path):
+    """A run that was killed after its last checkpoint has left those of several steps: each is of use until its own."""
+    left = Store(tmp_path)
+    for step in range(3):
+        left.advance(step)
+        left.put(key(step), torch.full((1, 2), float(step)), 1.0)
+    store = Store(tmp_path)
+    for step in range(3):
+        store.advance(step)
+        store.put(key(10 + step), torch.full((1, 2), 10.0 + step), 1.0)
+        store.clear(step + 1)
+        there = [i for i in range(3) if store.get(key(i)) is not None]
+        assert there == list(range(step + 1, 3))
+        assert store.get(key(10 + step)) is None
+        assert len(list(tmp_path.glob("*.journal"))) == (1 if there else 0)
+    store.put(key(5), torch.zeros(1, 2), 1.0)
+    assert len(Store(tmp_path)) == 1
+
+
 def test_a_full_disk_costs_the_journal_not_the_run(tmp_path, monkeypatch, caplog):
     store = Store(tmp_path, above_s=0.0)
     settings = {"seed": 0, "num_samples": 8, "leaf_size": 1}
