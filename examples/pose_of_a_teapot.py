@@ -11,8 +11,9 @@ az^2) below 5 deg. Distance and angle of view are found as well, but not judged:
 
 Every method starts alike, by matching the apparent size of the start to the target's (two renders), and may ask for
 `budget` renders. "smoothing" looks at random poses around the start, takes the best few, and follows each by
-Gauss-Newton steps on the smoothed Jacobian, from a scale of 15 deg down to 1 deg, until the loss says that it has
-arrived. "adam" is plain stochastic smoothing: one start, one gradient a step. "cma" is CMA-ES with restarts.
+Gauss-Newton steps on the smoothed Jacobian, from a scale of 15 deg down to 1 deg (again from 5 deg where that came
+near), until the loss says that it has arrived. "adam" is plain stochastic smoothing: one start, one gradient a step.
+"cma" is CMA-ES with restarts.
 
 Reference: Petersen, Goldluecke, Borgelt, Deussen: GenDR (CVPR 2022), experiments/opt_camera.py; arXiv 2410.08125.
 """
@@ -42,8 +43,11 @@ BINS = ((15, 35), (35, 55), (55, 75))  # how far the start's direction is off [d
 SUCCESS_DEG = 5.0
 ARRIVED = 0.0012  # mean squared error of hard silhouettes: five pixels of 4,096
 SAMPLES = 8  # of an estimate: four directions and their opposites, the least for a Jacobian in four parameters
-STEPS = 16  # of Gauss-Newton from one start
+STEPS = 10  # of Gauss-Newton from one start
 SCALES = (1.5, 0.1)  # of the smoothing, first and last [natural units: 10 deg, 15 %]
+NEAR = 0.015  # a loss at which a pose is worth polishing
+POLISH_STEPS = 8
+POLISH_SCALES = (0.5, 0.1)
 SCREENED = 0.15  # share of the budget that goes to random poses
 STARTS = 4  # the best of them
 SPREAD = (2.0, 4.0, 4.0, 2.0)  # standard deviation of random poses around the start [natural units]
@@ -108,8 +112,8 @@ def pooled(images: NDArray[np.float32]) -> NDArray[np.float32]:
     return images.reshape(len(images), 64 // POOL, POOL, 64 // POOL, POOL).mean(axis=(2, 4))
 
 
-def scale_at(step: int, steps: int) -> float:
-    first, last = SCALES
+def scale_at(step: int, steps: int, scales: tuple[float, float] = SCALES) -> float:
+    first, last = scales
     return float(first * (last / first) ** (step / max(steps - 1, 1)))
 
 
@@ -121,6 +125,29 @@ def smoothing(task: Task, seed: int, budget: int, comm: Any) -> Array:
     centre = task.sized()
     best, best_loss, number = centre, np.inf, 0
     cost = STEPS * SAMPLES + 1
+
+    def descend(pose: Array, steps: int, scales: tuple[float, float]) -> tuple[Array, float]:
+        """Gauss-Newton with a falling scale; the pose and its hard loss."""
+        nonlocal number
+        for step in range(steps):
+            pose = gauss_newton(smoothed, pose, target, unit, scale_at(step, steps, scales), number)
+            number += 1
+        return pose, float(task.loss(pose[None])[0])
+
+    def polish() -> None:
+        """Again from the best pose with a small scale, as long as that helps."""
+        nonlocal best, best_loss
+        while best_loss >= ARRIVED:
+            steps = min(POLISH_STEPS, (budget - task.renders - 1) // SAMPLES)
+            if steps < 3:
+                return
+            before = best_loss
+            pose, loss = descend(best, steps, POLISH_SCALES)
+            if loss < best_loss:
+                best, best_loss = pose, loss
+            if best_loss >= 0.9 * before:
+                return
+
     while budget - task.renders > cost:
         left = budget - task.renders
         starts = int(np.clip((left - SCREENED * budget) // cost, 1, STARTS))
@@ -128,15 +155,17 @@ def smoothing(task: Task, seed: int, budget: int, comm: Any) -> Array:
         if not number:
             poses[0] = centre
         poses = poses[: left - starts * cost]
-        for pose in _apart(poses, task.loss(poses), starts):
-            for step in range(STEPS):
-                pose = gauss_newton(smoothed, pose, target, unit, scale_at(step, STEPS), number)
-                number += 1
-            (loss,) = task.loss(pose[None])
+        for first in _apart(poses, task.loss(poses), starts):
+            if budget - task.renders < cost:
+                break
+            pose, loss = descend(first, STEPS, SCALES)
             if loss < best_loss:
                 best, best_loss = pose, loss
+                if loss < NEAR:
+                    polish()
             if best_loss < ARRIVED:
                 return best
+    polish()
     return best
 
 
