@@ -59,14 +59,14 @@ def f(x):
     with open(os.environ["PAID"], "a") as paid:
         paid.write("x")  # one for each simulation begun
     time.sleep(0.012)
+    if fault == "file size":  # not before: MPI has files of its own
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     if fault in FAULTS and here and count == 22:
         instead = FAULTS[fault]()
         if instead is not None:
             return instead
     return np.floor(50 * np.exp(-((grid[:, None] - x[0]) ** 2 + (grid - x[1]) ** 2) / 0.1))
 
-if fault == "file size":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 simulator = bridge.as_simulator(f, bounds=[(-1, 1), (-1, 1)], natural_scale=[0.1, 0.1])
 target = np.floor(50 * np.exp(-((grid[:, None] - 0.3) ** 2 + (grid + 0.2) ** 2) / 0.1))
 result = bridge.fit(

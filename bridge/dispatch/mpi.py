@@ -19,6 +19,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, final
 
@@ -45,6 +46,7 @@ _ABORT = 70
 # Messages below 2^31 bytes, which every MPI can count.
 _PIECE = 1 << 28
 _LOW = (1 << 32) - 1
+_ANSWER_S = 1e-3
 # Words of the window that say: claim no more; not begun.
 _STOP, _NOT_YET = -1, -2
 
@@ -139,6 +141,7 @@ class MPIDispatcher(Dispatcher):
         self._runs: _Runs | None = None
         node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         self._here = (int(node.Get_rank()), int(node.Get_size()))
+        self._hosts = int(self._comm.allreduce(int(node.Get_rank() == 0)))
         node.Free()
         _abort_on_uncaught_exceptions()
 
@@ -270,6 +273,34 @@ class MPIDispatcher(Dispatcher):
             self._runs = _Runs(self._leaders)
         runs = self._runs
         runs.set(runs.rank, run_of(count, runs.rank, runs.size))
+        with self._answering(steal()):
+            yield from self._taken(runs, steal)
+
+    @contextmanager
+    def _answering(self, wanted: bool) -> Iterator[None]:
+        """Lets ranks of other hosts read this one's run while it simulates.
+
+        Between hosts a one-sided message may wait until its target calls MPI; over TCP it does, so that an idle rank
+        would wait for the busy one's run to end. A thread that calls MPI every millisecond answers.
+        """
+        if not wanted or self._hosts == 1 or MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            yield
+            return
+        done = threading.Event()
+
+        def answer() -> None:
+            while not done.wait(_ANSWER_S):
+                self._comm.Iprobe()
+
+        thread = threading.Thread(target=answer, name="bridge-answers", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _taken(self, runs: _Runs, steal: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
         while True:
             if self.stopping:
                 self.give_up()
