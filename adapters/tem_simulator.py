@@ -174,7 +174,8 @@ class TEMSimulator:
 
     Conventions of the program: the sample's centre is the detector's; +x is a larger column, +y a larger row, +z adds
     to the underfocus; a positive defocus is underfocus; the values are counts times gain. z acts in steps of a slice,
-    focal length and aperture in steps and by hard limits.
+    focal length and aperture in steps and by hard limits. With use_defocus_corr = yes v1.3 may give images that are not
+    finite, which count as failed runs; its fork gives finite ones.
 
     Args:
         deck: a deck as a path (what it names is relative to its folder), as {"file": path}, or as tables, {"optics":

@@ -141,7 +141,7 @@ class TiltSeries:
         Vulovic et al. (2013), J. Struct. Biol. 183, 19; Zivanov et al. (2022), eLife 11, e83724, for the angles.
     """
 
-    particles: Sequence[Particle | Mapping[str, Any]] = (Particle(),)
+    particles: Sequence[Particle | Mapping[str, Any]] = field(default_factory=lambda: (Particle(),))
     scheme: TiltScheme | Mapping[str, Any] = field(default_factory=lambda: TiltScheme.dose_symmetric(60.0, 3.0))
     shape: Sequence[int] = (128, 128)
     pixel_size_angstrom: float = 8.0
