@@ -13,6 +13,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# As many tests at once as there are cores, up to four: many start several processes themselves.
+PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 MPI ?= impi-rt
 BENCH ?= $(sort $(wildcard tests/benchmarks/bench_*.py))
 
@@ -34,10 +36,10 @@ demo: setup ## run the demonstration, examples/demo.toml
 	$(BIN)/python -m bridge fit --fresh examples/demo.toml
 
 test: setup ## run the tests (under ten minutes on two cores)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: setup ## run the tests marked slow, which `make test` leaves out
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS) || \
+	$(BIN)/python -m pytest $(PARALLEL) -m slow $(PYTEST_ARGS) || \
 	    { [ $$? = 5 ] && echo "no test is marked slow"; }  # 5: pytest found none
 
 bench: setup ## run the benchmarks, one after another (BENCH=tests/benchmarks/... for one of them)
