@@ -178,6 +178,35 @@ def test_a_bug_on_one_rank_ends_the_job_with_its_traceback(run_ranks):
     assert "a bug of the script" in done.stderr
 
 
+LEAVING = """
+import sys, time
+import torch, bridge
+
+smoothed = bridge.smooth(lambda x: x, seed=0, num_samples=4)
+smoothed(torch.zeros(2))
+if sys.argv[1] == "exit" and smoothed.dispatcher.rank == 1:
+    sys.exit(3)
+if sys.argv[1] == "late" and bridge.is_root():
+    time.sleep(4)  # longer than a rank that has died would go unnoticed
+if sys.argv[1] == "exit":
+    smoothed(torch.zeros(2), step=1)
+print("end", flush=True)
+"""
+
+
+@pytest.mark.every_mpi
+def test_ranks_of_a_bare_script_end_together(run_ranks):
+    """Without `bridge run`: one that leaves before the others ends them, one that takes longer is waited for."""
+    left = run_ranks(3, LEAVING, "exit", timeout=60)
+    assert left.returncode == 70, (left.returncode, left.stderr)
+    assert "on ranks [1]: end of the script" in left.stderr
+    assert "end\n" not in left.stdout
+    late = run_ranks(3, LEAVING, "late", timeout=60)
+    assert late.returncode == 0, late.stderr
+    assert late.stdout.split() == ["end"] * 3
+    assert late.stderr == ""
+
+
 def test_ranks_cannot_drift(run_ranks):
     """Rank 0's parameters count: a rank that differs in a last bit is brought back."""
     done = run_ranks(
