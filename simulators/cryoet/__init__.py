@@ -8,8 +8,9 @@ from simulators.cryoet.potential import projected_potential
 from simulators.cryoet.simulator import PARAMETER_NAMES, CryoET, Pose
 from simulators.cryoet.specimen import Specimen
 from simulators.cryoet.tilt_files import write_tilt_series
+from simulators.cryoet.tilt_parameters import SERIES_PARAMETER_NAMES, Particle
 from simulators.cryoet.tilt_scheme import TiltScheme
-from simulators.cryoet.tilt_series import SERIES_PARAMETER_NAMES, Particle, TiltSeries
+from simulators.cryoet.tilt_series import TiltSeries
 from simulators.cryoet.volume import Volume
 
 __all__ = [

@@ -12,10 +12,8 @@ R_z(psi).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -29,77 +27,23 @@ from simulators.cryoet.detector import Detector
 from simulators.cryoet.files import read_stack, write_stack
 from simulators.cryoet.optics import Microscope, Value, check_range, frequencies, transfer_function
 from simulators.cryoet.physics import interaction_constant, wavelength_angstrom
-from simulators.cryoet.simulator import KNOWN, Mode, Noise, Pose, checked_shape, fade, made, padded_shape
+from simulators.cryoet.simulator import Mode, Noise, checked_shape, fade, made, padded_shape
 from simulators.cryoet.specimen import Specimen
+from simulators.cryoet.tilt_parameters import (
+    COMMON,
+    IMAGE,
+    LENS,
+    PARTICLE,
+    SERIES,
+    SERIES_PARAMETER_NAMES,
+    Particle,
+    about_x,
+    about_y,
+    about_z,
+    split_name,
+)
 from simulators.cryoet.tilt_scheme import TiltScheme, damage, transmission
 from simulators.cryoet.volume import Volume, slice_frequencies
-
-
-@dataclass(frozen=True)
-class Particle:
-    """A particle and where it is.
-
-    Args:
-        specimen: what it is, see `Specimen.from_options`.
-        x_angstrom, y_angstrom, z_angstrom: its origin in the slab [angstrom].
-        rot_deg, tilt_deg, psi_deg: its Euler angles as RELION has them [degree].
-    """
-
-    specimen: Specimen | str | Path | Mapping[str, Any] = "helix"
-    x_angstrom: float = 0.0
-    y_angstrom: float = 0.0
-    z_angstrom: float = 0.0
-    rot_deg: float = 0.0
-    tilt_deg: float = 0.0
-    psi_deg: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "specimen", Specimen.from_options(self.specimen))
-        for item in fields(self):
-            if item.name != "specimen":
-                check_range("Particle", item.name, getattr(self, item.name), -1e6, 1e6)
-
-
-def _p(name: str, unit: str, lower: float, upper: float, scale: float, description: str) -> Parameter:
-    return Parameter(name, unit, lower, upper, scale, "continuous", description)
-
-
-_POSE = tuple(item.name for item in fields(Pose))
-_LENS = {name: p for name, p in KNOWN.items() if name not in (*_POSE, "dose_e_per_angstrom2")}
-_SERIES = {
-    p.name: p
-    for p in (
-        _p("tilt_axis_deg", "deg", -360.0, 360.0, 1.0, "direction of the tilt axis, counted from +y through -x"),
-        _p("x_tilt_deg", "deg", -30.0, 30.0, 0.5, "tilt of the specimen about x"),
-        _p("pre_tilt_deg", "deg", -45.0, 45.0, 0.5, "tilt of the slab on the stage, added to every image's"),
-        _p("thickness_angstrom", "angstrom", 0.0, 1e4, 100.0, "thickness of the ice"),
-        _p("mean_free_path_angstrom", "angstrom", 100.0, 1e5, 300.0, "inelastic mean free path"),
-    )
-}
-# Of each image, as `name[t]`; what is varied for all images at once has no number.
-_IMAGE = {
-    p.name: p
-    for p in (
-        _p("tilt_deg", "deg", -90.0, 90.0, 0.5, "tilt of image t"),
-        _p("shift_x_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift of image t to the right"),
-        _p("shift_y_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift of image t downwards"),
-        KNOWN["defocus_um"],
-        KNOWN["dose_e_per_angstrom2"],
-    )
-}
-_PARTICLE = {
-    p.name: p
-    for p in (
-        _p("x_angstrom", "angstrom", -1e5, 1e5, 5.0, "place of particle i"),
-        _p("y_angstrom", "angstrom", -1e5, 1e5, 5.0, "place of particle i"),
-        _p("z_angstrom", "angstrom", -1e5, 1e5, 20.0, "height of particle i"),
-        _p("particle_rot_deg", "deg", -360.0, 360.0, 2.0, "first Euler angle of particle i"),
-        _p("particle_tilt_deg", "deg", -360.0, 360.0, 2.0, "second Euler angle of particle i"),
-        _p("particle_psi_deg", "deg", -360.0, 360.0, 2.0, "third Euler angle of particle i"),
-    )
-}
-_COMMON = {**_LENS, **_SERIES, "dose_e_per_angstrom2": KNOWN["dose_e_per_angstrom2"]}
-SERIES_PARAMETER_NAMES = (*_COMMON, *(f"{name}[t]" for name in _IMAGE), *(f"{name}[i]" for name in _PARTICLE))
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +119,7 @@ class TiltSeries:
         for name, known in (("mode", ("hard", "smooth")), ("noise", ("none", "poisson", "full"))):
             if getattr(self, name) not in known:
                 raise InputError(f"Unknown {name}={getattr(self, name)!r}. Known: {', '.join(known)}.")
-        for name, p in _SERIES.items():
+        for name, p in SERIES.items():
             check_range("TiltSeries", name, getattr(self, name), p.lower, p.upper)
         if isinstance(self.parameters, str):
             raise InputError(f"Expected a list of parameter names, got the text {self.parameters!r}. Use a list.")
@@ -208,9 +152,9 @@ class TiltSeries:
         """Which images each parameter touches; None where every parameter touches all."""
         blocks = []
         for name in self.space.names:
-            stem, index = _split(name)
+            stem, index = split_name(name)
             # An image's dose damages what is taken after it.
-            single = stem in _IMAGE and not (stem == "dose_e_per_angstrom2" and self.radiation_damage)
+            single = stem in IMAGE and not (stem == "dose_e_per_angstrom2" and self.radiation_damage)
             blocks.append(index if single and index is not None else -1)
         if all(b == -1 for b in blocks):
             return None
@@ -290,7 +234,7 @@ class TiltSeries:
     def rotation(self, values: Mapping[str, torch.Tensor], image: int) -> torch.Tensor:
         """R_t (3, 3), from the specimen's frame to the image's; `values` by name, tensors of one dtype."""
         tilt = values[f"tilt_deg[{image}]"] + values["pre_tilt_deg"]
-        return _about_z(values["tilt_axis_deg"]) @ _about_y(tilt) @ _about_x(values["x_tilt_deg"])
+        return about_z(values["tilt_axis_deg"]) @ about_y(tilt) @ about_x(values["x_tilt_deg"])
 
     @property
     def nominal_deg(self) -> tuple[float, ...]:
@@ -308,7 +252,7 @@ class TiltSeries:
         """Every setting by parameter name; what one image may have of its own is there for each."""
         microscope, camera = cast(Microscope, self.microscope), cast(Detector, self.detector)
         scheme = cast(TiltScheme, self.scheme)
-        values = {**microscope.values(), **{name: getattr(self, name) for name in _SERIES}}
+        values = {**microscope.values(), **{name: getattr(self, name) for name in SERIES}}
         values["dose_e_per_angstrom2"] = camera.dose_e_per_angstrom2
         shifts = np.zeros((len(scheme), 2)) if self.shifts_angstrom is None else np.asarray(self.shifts_angstrom, float)
         if shifts.shape != (len(scheme), 2) or not np.isfinite(shifts).all():
@@ -318,7 +262,7 @@ class TiltSeries:
             values |= {f"shift_x_angstrom[{t}]": shifts[t, 0], f"shift_y_angstrom[{t}]": shifts[t, 1]}
             values[f"dose_e_per_angstrom2[{t}]"] = camera.dose_e_per_angstrom2
         for i, particle in enumerate(cast(Sequence[Particle], self.particles)):
-            for name in _PARTICLE:
+            for name in PARTICLE:
                 values[f"{name}[{i}]"] = getattr(particle, name.removeprefix("particle_"))
         return {name: float(value) for name, value in values.items()}
 
@@ -336,8 +280,8 @@ class TiltSeries:
                     f"Unknown parameter {name!r}. Known parameters: {', '.join(SERIES_PARAMETER_NAMES)}, with t below "
                     f"{len(cast(TiltScheme, self.scheme))} and i below {len(self.particles)}."
                 )
-            stem, _ = _split(name)
-            p = {**_COMMON, **_IMAGE, **_PARTICLE}[stem]
+            stem, _ = split_name(name)
+            p = {**COMMON, **IMAGE, **PARTICLE}[stem]
             lower, upper = p.lower, p.upper
             if stem.startswith("shift_"):
                 upper = 0.5 * self.pixel_size_angstrom * self.shape[1 if stem == "shift_x_angstrom" else 0]
@@ -352,9 +296,9 @@ class TiltSeries:
     def _extremes(self, name: str) -> list[float]:
         """The smallest and largest value of a setting, each image's or particle's included."""
         space, values = self.space, self._values  # type: ignore[attr-defined]
-        found = [value for other, value in values.items() if _split(other)[0] == name]
+        found = [value for other, value in values.items() if split_name(other)[0] == name]
         for p in space.parameters:
-            if _split(p.name)[0] == name:
+            if split_name(p.name)[0] == name:
                 found += [p.lower, p.upper]
         return [min(found), max(found)]
 
@@ -375,7 +319,7 @@ class TiltSeries:
         angles = [own[f"tilt_deg[{t}]"] + own["pre_tilt_deg"] for t in range(self.output_shape[0])]
         if max(map(abs, angles)) > 85.0:
             raise InputError(f"Expected tilts, with the pre-tilt, within 85 degrees, got {max(map(abs, angles)):g}.")
-        if tilt > 85.0 and any(_split(n)[0] in ("tilt_deg", "pre_tilt_deg") for n in self.space.names):
+        if tilt > 85.0 and any(split_name(n)[0] in ("tilt_deg", "pre_tilt_deg") for n in self.space.names):
             raise InputError(
                 f"Expected bounds of tilt_deg and pre_tilt_deg that keep their sum within 85 degrees, got {tilt:g}. "
                 "Narrow bounds."
@@ -425,7 +369,7 @@ class TiltSeries:
         """A particle's projection on the padded grid [V angstrom]; `at` is its place in the image [angstrom]."""
         volume = self.volume(particle)
         angles = [values[f"particle_{name}_deg[{particle}]"] for name in ("rot", "tilt", "psi")]
-        own = (_about_z(angles[0]) @ _about_y(angles[1]) @ _about_z(angles[2])).T
+        own = (about_z(angles[0]) @ about_y(angles[1]) @ about_z(angles[2])).T
         grid = slice_frequencies(volume.box, turn.dtype)
         padded = self._padded  # type: ignore[attr-defined]
         pixels = at[:2] / self.pixel_size_angstrom
@@ -488,7 +432,7 @@ class TiltSeries:
         # The lens sees the plane in the middle of the slab, whatever is there.
         way = drift * height
         spectrum = spectrum * torch.complex(torch.cos(way), torch.sin(way))
-        lens: dict[str, Value] = {name: values[name] for name in _LENS}
+        lens: dict[str, Value] = {name: values[name] for name in LENS}
         for name in ("astigmatism_um", "phase_shift_deg", "convergence_mrad", "aperture_um"):
             # A plain zero lets the lens skip what it would multiply by one.
             if name not in self.space.names and self._values[name] == 0.0:  # type: ignore[attr-defined]
@@ -528,31 +472,6 @@ def _window(size: int, offset: torch.Tensor) -> torch.Tensor:
     return torch.sin(0.5 * math.pi * ramp).square()
 
 
-def _split(name: str) -> tuple[str, int | None]:
-    match = re.fullmatch(r"(\w+)\[(\d+)\]", name)
-    return (name, None) if match is None else (match[1], int(match[2]))
-
-
 def _image_seed(seed: int, image: int) -> int:
     """A seed of the image's own: its noise does not change with the other images."""
     return int(np.random.SeedSequence((seed, image)).generate_state(1, np.uint64)[0])
-
-
-def _axes(angle_deg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    angle = torch.deg2rad(angle_deg)
-    return torch.cos(angle), torch.sin(angle), torch.zeros_like(angle), torch.ones_like(angle)
-
-
-def _about_x(angle_deg: torch.Tensor) -> torch.Tensor:
-    c, s, zero, one = _axes(angle_deg)
-    return torch.stack((one, zero, zero, zero, c, -s, zero, s, c)).reshape(3, 3)
-
-
-def _about_y(angle_deg: torch.Tensor) -> torch.Tensor:
-    c, s, zero, one = _axes(angle_deg)
-    return torch.stack((c, zero, s, zero, one, zero, -s, zero, c)).reshape(3, 3)
-
-
-def _about_z(angle_deg: torch.Tensor) -> torch.Tensor:
-    c, s, zero, one = _axes(angle_deg)
-    return torch.stack((c, -s, zero, s, c, zero, zero, zero, one)).reshape(3, 3)

@@ -1,0 +1,109 @@
+"""The names by which a tilt series is varied, its particles, and rotations about the axes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge.simulator import Parameter
+from simulators.cryoet.optics import check_range
+from simulators.cryoet.simulator import KNOWN, Pose
+from simulators.cryoet.specimen import Specimen
+
+
+@dataclass(frozen=True)
+class Particle:
+    """A particle and where it is.
+
+    Args:
+        specimen: what it is, see `Specimen.from_options`.
+        x_angstrom, y_angstrom, z_angstrom: its origin in the slab [angstrom].
+        rot_deg, tilt_deg, psi_deg: its Euler angles as RELION has them [degree].
+    """
+
+    specimen: Specimen | str | Path | Mapping[str, Any] = "helix"
+    x_angstrom: float = 0.0
+    y_angstrom: float = 0.0
+    z_angstrom: float = 0.0
+    rot_deg: float = 0.0
+    tilt_deg: float = 0.0
+    psi_deg: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "specimen", Specimen.from_options(self.specimen))
+        for item in fields(self):
+            if item.name != "specimen":
+                check_range("Particle", item.name, getattr(self, item.name), -1e6, 1e6)
+
+
+def _p(name: str, unit: str, lower: float, upper: float, scale: float, description: str) -> Parameter:
+    return Parameter(name, unit, lower, upper, scale, "continuous", description)
+
+
+_POSE = tuple(item.name for item in fields(Pose))
+LENS = {name: p for name, p in KNOWN.items() if name not in (*_POSE, "dose_e_per_angstrom2")}
+SERIES = {
+    p.name: p
+    for p in (
+        _p("tilt_axis_deg", "deg", -360.0, 360.0, 1.0, "direction of the tilt axis, counted from +y through -x"),
+        _p("x_tilt_deg", "deg", -30.0, 30.0, 0.5, "tilt of the specimen about x"),
+        _p("pre_tilt_deg", "deg", -45.0, 45.0, 0.5, "tilt of the slab on the stage, added to every image's"),
+        _p("thickness_angstrom", "angstrom", 0.0, 1e4, 100.0, "thickness of the ice"),
+        _p("mean_free_path_angstrom", "angstrom", 100.0, 1e5, 300.0, "inelastic mean free path"),
+    )
+}
+# Of each image, as `name[t]`; what is varied for all images at once has no number.
+IMAGE = {
+    p.name: p
+    for p in (
+        _p("tilt_deg", "deg", -90.0, 90.0, 0.5, "tilt of image t"),
+        _p("shift_x_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift of image t to the right"),
+        _p("shift_y_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift of image t downwards"),
+        KNOWN["defocus_um"],
+        KNOWN["dose_e_per_angstrom2"],
+    )
+}
+PARTICLE = {
+    p.name: p
+    for p in (
+        _p("x_angstrom", "angstrom", -1e5, 1e5, 5.0, "place of particle i"),
+        _p("y_angstrom", "angstrom", -1e5, 1e5, 5.0, "place of particle i"),
+        _p("z_angstrom", "angstrom", -1e5, 1e5, 20.0, "height of particle i"),
+        _p("particle_rot_deg", "deg", -360.0, 360.0, 2.0, "first Euler angle of particle i"),
+        _p("particle_tilt_deg", "deg", -360.0, 360.0, 2.0, "second Euler angle of particle i"),
+        _p("particle_psi_deg", "deg", -360.0, 360.0, 2.0, "third Euler angle of particle i"),
+    )
+}
+COMMON = {**LENS, **SERIES, "dose_e_per_angstrom2": KNOWN["dose_e_per_angstrom2"]}
+SERIES_PARAMETER_NAMES = (*COMMON, *(f"{name}[t]" for name in IMAGE), *(f"{name}[i]" for name in PARTICLE))
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """A name without its number, and the number: ("defocus_um", 3) of "defocus_um[3]"."""
+    match = re.fullmatch(r"(\w+)\[(\d+)\]", name)
+    return (name, None) if match is None else (match[1], int(match[2]))
+
+
+def _axes(angle_deg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    angle = torch.deg2rad(angle_deg)
+    return torch.cos(angle), torch.sin(angle), torch.zeros_like(angle), torch.ones_like(angle)
+
+
+def about_x(angle_deg: torch.Tensor) -> torch.Tensor:
+    c, s, zero, one = _axes(angle_deg)
+    return torch.stack((one, zero, zero, zero, c, -s, zero, s, c)).reshape(3, 3)
+
+
+def about_y(angle_deg: torch.Tensor) -> torch.Tensor:
+    c, s, zero, one = _axes(angle_deg)
+    return torch.stack((c, zero, s, zero, one, zero, -s, zero, c)).reshape(3, 3)
+
+
+def about_z(angle_deg: torch.Tensor) -> torch.Tensor:
+    c, s, zero, one = _axes(angle_deg)
+    return torch.stack((c, -s, zero, s, c, zero, zero, zero, one)).reshape(3, 3)
