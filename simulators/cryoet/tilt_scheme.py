@@ -126,7 +126,7 @@ def critical_exposure(q2: torch.Tensor, voltage_kv: float) -> torch.Tensor:
         N_e [e/angstrom^2], infinite at q = 0.
 
     Reference:
-        Grant & Grigorieff (2015), eLife 4, e06980, equation 3.
+        Grant & Grigorieff (2015), eLife 4, e06980.
     """
     ratio = float(np.interp(voltage_kv, (100.0, 200.0, 300.0), (0.64, 0.8, 1.0)))
     return (0.245 * q2 ** (-0.5 * 1.665) + 2.81) * ratio
