@@ -210,16 +210,16 @@ def adam(task: Task, seed: int, budget: int, comm: Any) -> Array:
 
 
 def cma_es(task: Task, seed: int, budget: int, comm: Any) -> Array:
-    """CMA-ES on the hard loss, 16 poses a generation, from the start and then from random poses around it."""
+    """CMA-ES on the hard loss, from the start and then from random poses around it; population and step as tuned."""
     import cma
 
-    unit, centre, popsize = task.space.natural_scale, task.sized(), 16
+    unit, centre, popsize = task.space.natural_scale, task.sized(), 24
     best, best_loss, restart = centre, np.inf, 0
     while task.renders + popsize <= budget and best_loss >= ARRIVED / 4:
         rng = np.random.default_rng([13, seed, restart])
         first = np.array([1, 3, 3, 1]) * rng.normal(size=4) * (restart > 0)
         options = {"popsize": popsize, "seed": int(rng.integers(1, 2**31)), "verbose": -9, "tolfun": 1e-6, "tolx": 1e-3}
-        search = cma.CMAEvolutionStrategy(first, 2.0, options)
+        search = cma.CMAEvolutionStrategy(first, 3.0, options)
         while not search.stop() and task.renders + popsize <= budget:
             asked = search.ask()
             poses = centre + unit * np.array(asked)
@@ -288,9 +288,9 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
     for line, outcome in zip(axes, rows, strict=True):
         task = Task(outcome.seed)
         start, fit = task.render(np.array([task.start, outcome.pose]))
-        for axis, image in zip(line, (task.target, start, fit, fit - task.target), strict=True):
-            signed = image is not task.target and image.min() < 0
-            axis.imshow(image, cmap="RdBu" if signed else "gray", vmin=-1 if signed else 0, vmax=1)
+        images = (task.target, start, fit, fit - task.target)
+        for axis, image, lowest in zip(line, images, (0, 0, 0, -1), strict=True):
+            axis.imshow(image, cmap="RdBu" if lowest else "gray", vmin=lowest, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
         off = np.hypot(*task.start[1:3])
