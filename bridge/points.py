@@ -129,15 +129,13 @@ class Cartesian(PointSet):
 
 @final
 class Sobol(PointSet):
-    """Scrambled Sobol' points (linear matrix scramble and digital shift of 31 binary digits, random ones after them);
-    best for n a power of two.
+    """Scrambled Sobol' points (linear matrix scramble and digital shift); best for n a power of two.
 
     Reference: Owen, ACM TOMACS 8 (1998) 71; Arnold et al., AISTATS 2022, for score-function gradients.
     """
 
     name = "sobol"
-    # Scrambling costs bits^3, and beyond these digits the points of any set that fits in memory are random anyhow.
-    _BITS = 31
+    _BITS = 52
 
     def uniform(self, n: int, d: int, rng: np.random.Generator) -> Array:
         if d > qmc.Sobol.MAXDIM:
@@ -148,8 +146,7 @@ class Sobol(PointSet):
         with warnings.catch_warnings():
             # n that is not a power of two is the user's choice; it costs balance, not correctness.
             warnings.filterwarnings("ignore", message="The balance properties of Sobol'", category=UserWarning)
-            u = engine.random(n) + rng.random((n, d)) * 2.0**-self._BITS
-        return np.clip(u, 2.0**-53, 1 - 2.0**-53)
+            return engine.random(n) + 2.0 ** -(self._BITS + 1)
 
 
 @final
