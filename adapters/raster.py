@@ -209,6 +209,23 @@ def _kernels() -> Any:
     return _raster_kernels
 
 
+def _own_colours(mesh: Any) -> NDArray[np.float64]:
+    """(n, 3) colours of vertices in [0, 1]: those that the mesh has, or its material's factor times its texture."""
+    if mesh.visual.kind == "vertex":
+        return mesh.visual.vertex_colors[:, :3] / 255.0
+    trimesh = _scene.import_trimesh()
+    material = mesh.visual.material
+    if not isinstance(material, trimesh.visual.material.PBRMaterial):
+        material = material.to_pbr()
+    colours = np.ones((len(mesh.vertices), 3))
+    if material.baseColorFactor is not None:
+        colours *= trimesh.visual.color.to_rgba(material.baseColorFactor)[:3] / 255.0
+    texture = material.to_color(mesh.visual.uv) if material.baseColorTexture is not None else None
+    if texture is not None and np.ndim(texture) == 2:
+        colours *= texture[:, :3] / 255.0
+    return colours
+
+
 def _flatten(scene: Scene, plain: tuple[float, float, float]) -> dict[str, NDArray[Any]]:
     """All vertices and faces of a scene in a few arrays, object after object."""
     positions, normals, colours, faces, face_object, start = [], [], [], [], [], [0]
@@ -226,8 +243,7 @@ def _flatten(scene: Scene, plain: tuple[float, float, float]) -> dict[str, NDArr
                 positions.append(np.asarray(mesh.vertices))
                 normals.append(np.asarray(mesh.vertex_normals))
                 if own:
-                    visual = mesh.visual if mesh.visual.kind == "vertex" else mesh.visual.to_color()
-                    colours.append(visual.vertex_colors[:, :3] / 255.0)
+                    colours.append(_own_colours(mesh))
                 else:
                     colours.append(np.tile(plain, (len(mesh.vertices), 1)))
                 faces.append(first + np.asarray(mesh.faces))

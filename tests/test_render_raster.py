@@ -457,12 +457,15 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_colours_that_a_mesh_brings() -> None:
     red = [255, 0, 0, 255]
-    for kind in ("vertex", "face", "texture"):
+    for kind in ("vertex", "face", "texture", "material"):
         box = trimesh.creation.box()
         if kind == "vertex":
             box.visual = trimesh.visual.ColorVisuals(box, vertex_colors=[red] * len(box.vertices))
         elif kind == "face":
             box.visual = trimesh.visual.ColorVisuals(box, face_colors=[red] * len(box.faces))
+        elif kind == "material":
+            material = trimesh.visual.material.PBRMaterial(baseColorFactor=red)
+            box.visual = trimesh.visual.TextureVisuals(material=material)
         else:
             image = pytest.importorskip("PIL.Image", reason="pillow is optional").new("RGB", (4, 4), (255, 0, 0))
             box.visual = trimesh.visual.TextureVisuals(uv=np.full((len(box.vertices), 2), 0.5), image=image)
@@ -478,6 +481,31 @@ def test_colours_that_a_mesh_brings() -> None:
         )
         half = render(painted, [0.5, 1, 1])[0]
         assert half[0] == pytest.approx(red_ / 2, abs=1e-6)
+
+
+@gl
+@pytest.mark.parametrize("kind", ["vertex", "face", "texture", "pbr texture", "material", "simple material"])
+def test_both_renderers_take_the_same_colours_from_a_mesh(kind: str) -> None:
+    box = trimesh.creation.box()
+    orange, materials = [255, 128, 26, 255], trimesh.visual.material
+    uv = np.full((len(box.vertices), 2), 0.5)
+    if kind == "vertex":
+        box.visual = trimesh.visual.ColorVisuals(box, vertex_colors=[orange] * len(box.vertices))
+    elif kind == "face":
+        box.visual = trimesh.visual.ColorVisuals(box, face_colors=[orange] * len(box.faces))
+    elif kind == "material":
+        box.visual = trimesh.visual.TextureVisuals(material=materials.PBRMaterial(baseColorFactor=orange))
+    elif kind == "simple material":
+        box.visual = trimesh.visual.TextureVisuals(material=materials.SimpleMaterial(diffuse=orange))
+    else:
+        image = pytest.importorskip("PIL.Image", reason="pillow is optional").new("RGB", (4, 4), tuple(orange[:3]))
+        material = None
+        if kind == "pbr texture":
+            material = materials.PBRMaterial(baseColorTexture=image, baseColorFactor=[128, 255, 255, 255])
+        box.visual = trimesh.visual.TextureVisuals(uv=uv, image=image, material=material)
+    a, b = (render(renderer(box, outputs="rgb"), POSES) for renderer in (RasterSimulator, PyrenderSimulator))
+    assert a.max() > 0.3
+    assert np.quantile(np.abs(a - b), 0.999) < 2 / 255
 
 
 @pytest.mark.parametrize("extension", ["glb", "obj", "ply", "stl"])
