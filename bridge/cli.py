@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-_PACKAGES = ("numpy", "scipy", "torch", "gemmi", "mrcfile", "pyrender", "trimesh", "matplotlib", "mpi4py")
+_PACKAGES = ("numpy", "scipy", "torch", "gemmi", "mrcfile", "pyrender", "trimesh", "numba", "matplotlib", "mpi4py")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
