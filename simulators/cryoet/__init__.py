@@ -7,6 +7,9 @@ from simulators.cryoet.optics import Microscope, contrast_transfer
 from simulators.cryoet.potential import projected_potential
 from simulators.cryoet.simulator import PARAMETER_NAMES, CryoET, Pose
 from simulators.cryoet.specimen import Specimen
+from simulators.cryoet.temsim import TEMSIM_PARAMETER_NAMES, Camera, Placement, TEMSim, counted
+from simulators.cryoet.temsim_optics import Optics, Sample
+from simulators.cryoet.temsim_potential import read_structure
 from simulators.cryoet.tilt_files import write_tilt_series
 from simulators.cryoet.tilt_parameters import SERIES_PARAMETER_NAMES, Particle
 from simulators.cryoet.tilt_scheme import TiltScheme
@@ -16,23 +19,31 @@ from simulators.cryoet.volume import Volume
 __all__ = [
     "PARAMETER_NAMES",
     "SERIES_PARAMETER_NAMES",
+    "TEMSIM_PARAMETER_NAMES",
+    "Camera",
     "CramerRao",
     "CryoET",
     "Detector",
     "Micrograph",
     "Microscope",
+    "Optics",
     "Particle",
+    "Placement",
     "Pose",
+    "Sample",
     "Specimen",
     "Stack",
+    "TEMSim",
     "TiltScheme",
     "TiltSeries",
     "Volume",
     "contrast_transfer",
+    "counted",
     "cramer_rao",
     "projected_potential",
     "read_micrograph",
     "read_stack",
+    "read_structure",
     "write_micrograph",
     "write_stack",
     "write_tilt_series",

@@ -142,7 +142,8 @@ class CryoET:
         put(self, "pose", made(Pose, self.pose, "pose"))
         for name, known in (("mode", ("hard", "smooth")), ("noise", ("none", "poisson", "full"))):
             if getattr(self, name) not in known:
-                raise InputError(f"Unknown {name}={getattr(self, name)!r}. Known: {', '.join(known)}.")
+                hint = " TEM-simulator's model is the class TEMSim." if getattr(self, name) == "temsim" else ""
+                raise InputError(f"Unknown {name}={getattr(self, name)!r}. Known: {', '.join(known)}.{hint}")
         put(self, "specimen", Specimen.from_options(self.specimen))
         if isinstance(self.parameters, str):
             raise InputError(f"Expected a list of parameter names, got the text {self.parameters!r}. Use a list.")
