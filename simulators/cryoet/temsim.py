@@ -135,8 +135,8 @@ class TEMSim:
 
     The wave exp(i phase - loss) of the particle's projection goes through the lens; what it loses,
     1 - exp(-2 loss), is added to the intensity with the angular distribution of carbon's cross-sections. Ice takes
-    electrons away by their angle. The images are the program's to a few millionths where the particle's axes lie along
-    the image's, and its noise has the same distribution, but not the same numbers.
+    electrons away by their angle. The images are the program's, in any orientation, to 0.002 % of the contrast (rms),
+    which is the rounding of its files; the noise has the same distribution, but not the same numbers.
 
     Not in it: tilts, several particles, `use_defocus_corr`, `famp`, errors of alignment, several detectors.
 
