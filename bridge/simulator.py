@@ -7,8 +7,10 @@ This module needs numpy alone, so that adapters can be imported where torch is n
 from __future__ import annotations
 
 import inspect
+import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -285,14 +287,25 @@ class Parallel(Protocol):
     def bound(self, comm: Any) -> Simulator: ...
 
 
-def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Empty memory that starts on a multiple of 64 bytes, as torch wants it (an aligned copy is saved later)."""
-    if dtype.hasobject:
-        return np.empty(shape, dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    memory = np.empty(size + 64, dtype=np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+class _Memory(threading.local):
+    """Memory for outputs, used again once nothing refers to it: fresh pages cost more than what is written to them."""
+
+    def __init__(self) -> None:
+        self._block = np.empty(0, dtype=np.uint8)
+
+    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
+        return _Memory, ()
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array that starts on a multiple of 64 bytes, as torch wants it (an aligned copy is saved later)."""
+        if dtype.hasobject:
+            return np.empty(shape, dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        # Two references are ours: the attribute, and the argument here. An array or a tensor in the block is one more.
+        if self._block.size < size + 64 or sys.getrefcount(self._block) > 2:
+            self._block = np.empty(size + 64, dtype=np.uint8)
+        start = -self._block.ctypes.data % 64
+        return self._block[start : start + size].view(dtype).reshape(shape)
 
 
 class _With:
@@ -317,6 +330,7 @@ class FunctionSimulator:
     seeded: bool = False
     structure: BlockStructure | None = None
     parallel: bool = False
+    memory: _Memory = field(default_factory=_Memory, repr=False, compare=False)
 
     def bound(self, comm: Any) -> FunctionSimulator:
         if not self.parallel:
@@ -351,7 +365,7 @@ class FunctionSimulator:
                     f"seed {int(seed)}. Call it there by itself to see the whole traceback."
                 ) from error
             if i == 0:
-                stacked = _empty_aligned((len(inputs), *result.shape), result.dtype)
+                stacked = self.memory.empty((len(inputs), *result.shape), result.dtype)
             if result.shape != stacked.shape[1:]:
                 raise OutputError(
                     f"Expected outputs of one shape from {self.name!r}, got {stacked.shape[1:]} and {result.shape}. "

@@ -52,7 +52,7 @@ _STOP, _NOT_YET = -1, -2
 
 
 # A wait sleeps for a fiftieth of what it has waited already, so it comes no later than that.
-_SLEEP_SHARE, _BUSY_S, _LONGEST_SLEEP_S = 0.02, 2e-4, 0.01
+_SLEEP_SHARE, _BUSY_S, _LONGEST_SLEEP_S = 0.02, 2e-4, 1e-3
 
 
 def _wait(*requests: MPI.Request) -> None:
@@ -345,13 +345,16 @@ class MPIDispatcher(Dispatcher):
         for tree, shape, leaves in zip(sums, like, owners, strict=True):
             for node, source, dest in transfers(leaves):
                 if self.rank == source:
-                    self.transfer(tree.pop(node), source, dest)
+                    sent = tree.pop(node)
+                    self.transfer(sent, source, dest)
+                    tree.reuse(sent)
                 elif self.rank == dest:
-                    tree.add_node(node, self.transfer(torch.empty_like(shape), source, dest))
+                    tree.add_node(node, self.transfer(tree.buffer(shape, len(shape)), source, dest))
         results = []
         for tree, shape, leaves in zip(sums, like, owners, strict=True):
             root = int(leaves[0])
-            total = (tree.result() if self.rank == root else torch.empty_like(shape)).to("cpu").contiguous()
+            total = tree.result() if self.rank == root else tree.buffer(shape, len(shape))
+            total = total.to("cpu").contiguous()
             self._broadcast_from(root, total.numpy())
             results.append(total.to(shape.device))
         return results

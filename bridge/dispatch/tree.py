@@ -56,10 +56,14 @@ class TreeSum:
                 if other is None:
                     break  # still to come
                 # Two numbers have the same sum in either order.
-                self._spare.append(other)
                 value.add_(other)
+                self.reuse(other)
             node = Node(level + 1, place // 2)
         self._partials[node] = value
+
+    def reuse(self, memory: torch.Tensor) -> None:
+        """Takes memory that is not needed any more for later leaves."""
+        self._spare.append(memory)
 
     def pop(self, node: Node) -> torch.Tensor:
         """Takes a finished subtree out of the sum."""

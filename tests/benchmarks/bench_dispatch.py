@@ -83,15 +83,18 @@ def overhead(vectorized: bool, n: int = 1 << 14) -> None:
 def exact(gradients: bool, seconds: float = 1e-3, n: int = 64) -> None:
     """A forward pass against two that add outputs as they come, on each rank, and then by one Allreduce.
 
-    "bare" is a loop over random rows and their mean, nothing else; "fast" makes the same design and weights as bridge,
-    looks at each output for NaN, and differs by its sums alone: its last bits depend on the number of ranks.
+    "bare" is a loop over random rows and their mean, nothing else. "fast" is bridge's forward pass with one partial sum
+    a rank in place of the tree: the same design, weights, calls, checks and kernel, but last bits that depend on the
+    number of ranks.
     """
     import numpy as np
     import torch
 
     import bridge
     from bridge.design import make_design
-    from bridge.scale import perturb
+    from bridge.running import Problem, Runner
+    from bridge.simulator import ParameterSpace
+    from bridge.streaming import Unit, accumulate, aligned
     from bridge.weights import make_weights
 
     prepared = np.random.default_rng(0).normal(size=(4, M)).astype(np.float32)
@@ -102,7 +105,6 @@ def exact(gradients: bool, seconds: float = 1e-3, n: int = 64) -> None:
 
     smoothed = bridge.smooth(f, seed=0, num_samples=n, scale=0.1, schedule="static")
     dispatcher, strategy = smoothed.dispatcher, smoothed.strategy
-    share = range(n * dispatcher.rank // dispatcher.size, n * (dispatcher.rank + 1) // dispatcher.size)
     theta = torch.zeros(8, dtype=torch.float64, requires_grad=gradients)
 
     def reduced(total):
@@ -115,26 +117,28 @@ def exact(gradients: bool, seconds: float = 1e-3, n: int = 64) -> None:
     def bare(step):
         eps = np.random.default_rng(step).normal(size=(n, 8))
         total = np.zeros(M, dtype=np.float32)
-        for i in share:
-            total += f(0.1 * eps[i])
+        for row in eps[n * dispatcher.rank // dispatcher.size : n * (dispatcher.rank + 1) // dispatcher.size]:
+            total += f(0.1 * row)
         return reduced(total) / n
 
+    units = [Unit(0, i, i, i + 1) for i in range(n)]
+
     def fast(step):
-        nodes = make_design(strategy, step, 0, 8, 0, None).nodes
-        weights = make_weights(strategy, nodes, "diagonal", None, None)
-        columns = weights.value[:, None]
-        if gradients:
-            columns = np.hstack([columns, weights.theta])
-        columns = columns.astype(np.float32)
-        rows = perturb(np.zeros(8), np.full(8, 0.1), nodes.eps)
-        total = np.zeros((columns.shape[1], M), dtype=np.float32)
-        scaled = np.empty_like(total)
-        for i in share:
-            y = f(rows[i])
-            if not np.isfinite(y.sum()):
-                raise ArithmeticError("not finite")
-            total += np.multiply(columns[i][:, None], y, out=scaled)
-        return reduced(total)
+        dispatcher.begin("forward", f"step {step}")
+        design = make_design(strategy, step, 0, 8, 0, None)
+        weights = make_weights(strategy, design.nodes, None, None, None)
+        columns = np.hstack([weights.value[:, None], weights.theta]) if gradients else weights.value[:, None]
+        matrix = torch.as_tensor(columns.T.astype(np.float32))
+        problem = Problem(np.zeros(8), np.full(8, 0.1), design)
+        space = ParameterSpace.unnamed(8)
+        runner = Runner(smoothed.simulator, space, strategy, smoothed.execution, dispatcher, [problem], units)
+        total = torch.zeros((len(matrix), M))
+        for out in runner.run():
+            accumulate(total, aligned(matrix[:, out.start : out.start + len(out.F)]), out.F, first=False)
+            runner.check_finite_sum(total[0], out)
+            del out
+        dispatcher.agree(None)
+        return reduced(total.numpy())
 
     def whole(step):
         return smoothed(theta, step=step)
