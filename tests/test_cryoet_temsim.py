@@ -13,13 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bridge
 from bridge.errors import InputError
 from bridge.simulator import Simulator
 from simulators.cryoet import Camera, Microscope, Optics, Sample, Specimen, TEMSim, counted, read_structure
 from simulators.cryoet.optics import frequencies, transfer_function
 from simulators.cryoet.physics import interaction_constant
 from simulators.cryoet.temsim import _mtf
-from simulators.cryoet.temsim_optics import Grid, Scattering, Thickness, lens, slice_height
+from simulators.cryoet.temsim_optics import Grid, Scattering, Thickness, _bessel_sums, lens, slice_height
 from simulators.cryoet.temsim_potential import (
     Maps,
     Projected,
@@ -127,6 +128,14 @@ def test_scattering_sums_all_that_passes() -> None:
     integral = scipy.integrate.quad(ring, 0.5 * step, last, limit=200)[0] / cross_section(6, 300.0)
     assert scattering.particle[0] == pytest.approx(integral, rel=0.02)
     assert 0 < scattering.ice[0] < 33.5 * water_cross_section(300.0)
+
+
+def test_long_sums_are_done_in_parts() -> None:
+    rings = np.random.Generator(np.random.Philox(key=2)).random((1500, 2))
+    sums = _bessel_sums(1400.5, rings, 1401)
+    for j in (0, 1, 700, 1400):
+        expected = scipy.special.j0(np.arange(1, 1501) * j / 1400.5) @ rings
+        np.testing.assert_allclose(sums[j], expected, rtol=1e-11, atol=1e-11)
 
 
 # --- maps and projections -----------------------------------------------------------------------------------------
@@ -365,6 +374,14 @@ def test_it_is_a_simulator_with_units_and_bounds(small: TEMSim) -> None:
     changed = small.replace(bounds={"x_nm": (-2, 2)}, natural_scale={"x_nm": 0.1})
     assert changed.projection() is small.projection()
     assert (changed.space.lower[2], changed.space.natural_scale[2]) == (-2.0, 0.1)
+
+
+def test_bridge_smooths_and_fits_it(small: TEMSim) -> None:
+    simulator = small.replace(parameters=("voltage_kv", "x_nm", "y_nm"))
+    target = at(simulator)
+    start = {"voltage_kv": 330.0, "x_nm": 0.6, "y_nm": -0.4}
+    result = bridge.fit(simulator, target, start, seed=0, method="gauss-newton", steps=10, num_samples=16)
+    assert (np.abs(result.parameters - [300.0, 0.0, 0.0]) < [3.0, 0.02, 0.02]).all()
 
 
 @pytest.mark.parametrize(

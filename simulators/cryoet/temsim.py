@@ -141,7 +141,7 @@ class TEMSim:
     Not in it: tilts, several particles, `use_defocus_corr`, `famp`, errors of alignment, several detectors.
 
     Args:
-        structure: a PDB file, read as the program reads it; or a `Specimen`, whose hydrogens are its own.
+        particle: a PDB file, read as the program reads it; or a `Specimen`, whose hydrogens are its own.
         transforms: file of copies, see `read_structure`.
         add_hydrogen: of a PDB file's residues.
         voxel_size_nm: of the maps.
@@ -160,7 +160,7 @@ class TEMSim:
         Rullgard, Ofverstedt, Masich, Daneholt & Oktem (2011), J. Microsc. 243, 234.
     """
 
-    structure: Specimen | str | Path
+    particle: Specimen | str | Path
     transforms: str | Path | None = None
     add_hydrogen: bool = True
     voxel_size_nm: float = 0.1
@@ -194,8 +194,8 @@ class TEMSim:
         settings |= asdict(cast(Any, self.placement))
         settings["dose_e_per_nm2"] = cast(Camera, self.camera).dose_e_per_nm2
         put(self, "_values", settings)
-        if not isinstance(self.structure, Specimen):
-            put(self, "structure", read_structure(self.structure, self.transforms, add_hydrogen=self.add_hydrogen))
+        if not isinstance(self.particle, Specimen):
+            put(self, "particle", read_structure(self.particle, self.transforms, add_hydrogen=self.add_hydrogen))
         put(self, "_projections", {})
 
     @property
@@ -225,7 +225,7 @@ class TEMSim:
 
     def projection(self) -> Projected:
         """The particle's projected maps in its orientation; built once, shared by `replace`."""
-        place, specimen = cast(Placement, self.placement), cast(Specimen, self.structure)
+        place, specimen = cast(Placement, self.placement), cast(Specimen, self.particle)
         angles = (place.phi_deg, place.theta_deg, place.psi_deg)
         key = (specimen.digest, self.voxel_size_nm, angles)
         cache = self._projections  # type: ignore[attr-defined]

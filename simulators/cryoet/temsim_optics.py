@@ -37,6 +37,9 @@ CARBON_PER_NM3 = 100.0
 _MOST_LEVELS, _LEVELS_A_THICKNESS = 20, 10
 _THIN_NM = 1.0
 
+# Entries of a table of Bessel functions that is kept.
+_LARGEST_TABLE = 1 << 20
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -169,10 +172,22 @@ def collection_angle(values: Mapping[str, float]) -> float:
     return 0.5e-3 * values["aperture_um"] / values["focal_length_mm"]
 
 
+def _bessel_sums(largest: float, rings: Array, size: int) -> Array:
+    """sum_i J_0(i j / largest) rings_i for j < size and i = 1, ..., n: (size, c) of rings (n, c)."""
+    n = len(rings)
+    if size * n <= _LARGEST_TABLE:
+        return _bessel(largest, 0, size, n) @ rings
+    # A short focal length needs millions of them.
+    rows = max(1, _LARGEST_TABLE // max(n, 1))
+    return np.concatenate(
+        [_bessel.__wrapped__(largest, j, min(j + rows, size), n) @ rings for j in range(0, size, rows)]
+    )
+
+
 @lru_cache(maxsize=8)
-def _bessel(largest: float, count: int, size: int) -> Array:
-    """J_0(i j / largest) for j < size and i = 1, ..., count."""
-    table: Array = scipy.special.j0(np.outer(np.arange(size) / largest, np.arange(1, count + 1)))
+def _bessel(largest: float, start: int, stop: int, n: int) -> Array:
+    """J_0(i j / largest) for j from start to stop and i = 1, ..., n."""
+    table: Array = scipy.special.j0(np.outer(np.arange(start, stop) / largest, np.arange(1, n + 1)))
     return table
 
 
@@ -202,7 +217,7 @@ class Scattering:
         ring = 2 * np.pi * angle / end
         carbon = ring / cross_section(6, kv) * differential_cross_section(6, kv, angle)
         water = ring * (differential_cross_section(8, kv, angle) + 2 * differential_cross_section(1, kv, angle))
-        kernels = _bessel(end * largest, count, size) @ np.stack((carbon, water), axis=1)
+        kernels = _bessel_sums(end * largest, np.stack((carbon, water), axis=1), size)
         return cls(kernels[:, 0].copy(), ICE_PER_NM3 * (water_cross_section(kv) - kernels[:, 1]), largest)
 
     def at(self, defocus_nm: float, grid: Grid) -> tuple[Array, Array]:
