@@ -37,8 +37,8 @@ CARBON_PER_NM3 = 100.0
 _MOST_LEVELS, _LEVELS_A_THICKNESS = 20, 10
 _THIN_NM = 1.0
 
-# Entries of a table of Bessel functions that is kept.
-_LARGEST_TABLE = 1 << 20
+# Rows and columns of the largest table of Bessel functions that is made at once.
+_LARGEST_TABLE = 1024
 
 
 @dataclass(frozen=True)
@@ -175,20 +175,22 @@ def collection_angle(values: Mapping[str, float]) -> float:
 def _bessel_sums(largest: float, rings: Array, size: int) -> Array:
     """sum_i J_0(i j / largest) rings_i for j < size and i = 1, ..., n: (size, c) of rings (n, c)."""
     n = len(rings)
-    if size * n <= _LARGEST_TABLE:
-        return _bessel(largest, 0, size, n) @ rings
+    if max(size, n + 1) <= _LARGEST_TABLE:
+        # Most products i j occur several times.
+        distinct, which = _products(64 * math.ceil(max(size, n + 1) / 64))
+        table: Array = scipy.special.j0(distinct / largest)[which[:size, 1 : n + 1]]
+        return table @ rings
     # A short focal length needs millions of them.
-    rows = max(1, _LARGEST_TABLE // max(n, 1))
-    return np.concatenate(
-        [_bessel.__wrapped__(largest, j, min(j + rows, size), n) @ rings for j in range(0, size, rows)]
-    )
+    parts = np.array_split(np.arange(size) / largest, math.ceil(size * n / _LARGEST_TABLE**2))
+    return np.concatenate([scipy.special.j0(np.outer(part, np.arange(1, n + 1))) @ rings for part in parts])
 
 
 @lru_cache(maxsize=8)
-def _bessel(largest: float, start: int, stop: int, n: int) -> Array:
-    """J_0(i j / largest) for j from start to stop and i = 1, ..., n."""
-    table: Array = scipy.special.j0(np.outer(np.arange(start, stop) / largest, np.arange(1, n + 1)))
-    return table
+def _products(size: int) -> tuple[Array, NDArray[np.int64]]:
+    """The distinct products i j of numbers below `size`, and which of them each pair has (size, size)."""
+    numbers = np.arange(size)
+    distinct, which = np.unique(np.outer(numbers, numbers), return_inverse=True)
+    return distinct.astype(np.float64), which.reshape(size, size)
 
 
 @dataclass(frozen=True, eq=False)

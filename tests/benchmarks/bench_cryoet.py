@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from simulators.cryoet import CryoET, Specimen
+from simulators.cryoet import CryoET, Specimen, TEMSim
 
 HINGE = Path(__file__).resolve().parents[2] / "examples" / "data" / "6wg6.cif.gz"
 REPEATS = 41
@@ -64,6 +64,14 @@ def main() -> None:
                 times[label].append(once)
     for label, rows in times.items():
         report(label, rows)
+
+    # Voltage, focal length, x and y change, so that nothing but the projection is kept from image to image.
+    temsim = TEMSim(Specimen.from_file(HINGE))
+    report("maps and projection, TEMSim (1)", [timed(temsim.projection)])
+    settings = rng.normal(size=(REPEATS + 1, 1, 4)) * temsim.space.natural_scale + temsim.reference
+    for label, sim in (("clean, TEMSim", temsim), ("noisy (full), TEMSim", temsim.replace(noise="full"))):
+        runs = [timed(lambda s=sim, x=x, i=i: s(x, np.array([i], dtype=np.uint64))) for i, x in enumerate(settings)]  # type: ignore[misc]
+        report(label, runs[1:])
 
     theta = torch.from_numpy(inputs[0, 0])
     gradient = [timed(lambda: torch.func.jacfwd(smooth.image)(theta)) for _ in range(5)]
