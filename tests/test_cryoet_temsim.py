@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import bridge
 from bridge.errors import InputError
 from bridge.simulator import Simulator
+from bridge.testing import check_simulator
 from simulators.cryoet import Camera, Microscope, Optics, Sample, Specimen, TEMSim, counted, read_structure
 from simulators.cryoet.optics import frequencies, transfer_function
 from simulators.cryoet.physics import interaction_constant
@@ -371,6 +372,7 @@ def test_it_is_a_simulator_with_units_and_bounds(small: TEMSim) -> None:
     assert batch.dtype == np.float32
     for row, image in zip(rows, batch, strict=True):
         np.testing.assert_array_equal(small(row[None], SEED)[0], image)
+    check_simulator(small, rows)
     changed = small.replace(bounds={"x_nm": (-2, 2)}, natural_scale={"x_nm": 0.1})
     assert changed.projection() is small.projection()
     assert (changed.space.lower[2], changed.space.natural_scale[2]) == (-2.0, 0.1)
