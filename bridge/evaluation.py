@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import socket
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.design import Strategy, make_design
-from bridge.dispatch import Dispatcher, TreeSum
+from bridge.dispatch import Dispatcher, TreeSum, owner_map
 from bridge.errors import BridgeError, EvaluationError, InputError, OutputError, StoppedError
 from bridge.running import STATUSES, Execution, Problem, Runner
 from bridge.scale import Form, check_scale, pull_back_scale, pull_back_theta, push_scale, push_theta
@@ -147,38 +148,54 @@ class Evaluation:
             error.__cause__ = failure
         if error is not None:
             dispatcher.give_up()
-        dispatcher.agree(error)
-        self.owner = dispatcher.owners(len(self.units), self.runner.own)
-        # A rank without rows learns from the first that has some what an output looks like.
-        mine = None
-        if like is not None:
-            mine = (like.shape[1], str(like.dtype), self.output_shape, stream is not None, self._large)
-        layout = dispatcher.first(mine)
-        if layout is None:
-            why = dispatcher.first(next((f.why for f in self.runner.failures.values()), None))
-            raise EvaluationError(f"Expected an output from simulator {self._name!r}, got failures only ({why}).")
-        if mine is not None and mine != layout:
-            error = OutputError(
-                f"Expected outputs of shape {layout[2]} and {layout[1]} as on the first rank, got {self.output_shape} "
-                f"and {mine[1]}. Ranks must run the same simulator."
-            )
-        dispatcher.agree(error)
-        self.num_outputs, _, self.output_shape, self.streamed, self._large = layout
-        if like is None:
-            like = torch.empty((0, layout[0]), dtype=getattr(torch, layout[1].removeprefix("torch.")))
-        self._like = like[:0]
-        rows = len(self.problems) * strategy.num_rows
-        self.num_evaluations = rows
-        self.clipped_fraction = float(dispatcher.scatter_add(np.array([float(self.runner.clipped)]))[0]) / rows
+        self._exchange(error, like, stream is not None)
+        self.num_evaluations = len(self.problems) * strategy.num_rows
         if self.streamed:
             self.weights: list[Weights] = []
-            self._sums = (stream or Stream(self, like, spare)).finish()
+            self._sums = (stream or Stream(self, self._like, spare)).finish()
         else:
             for unit, parts in chunks.items():
                 self._kept[unit.problem].append((unit, self._assemble(parts)))
             self._valid = self._agree_on_failures()
             self.weights = [self._make_weights(p, self._valid[p]) for p in range(len(self.problems))]
             self._sums = self._tree_sums([(p, w.value[None]) for p, w in enumerate(self.weights)], spare=spare)
+
+    def _exchange(self, error: Exception | None, like: torch.Tensor | None, streams: bool) -> None:
+        """What ranks tell each other once all runs are done: errors, who has what, what an output is. Collective.
+
+        One sum where all is well.
+        """
+        dispatcher, rank, units = self.dispatcher, self.dispatcher.rank, len(self.units)
+        mine = None
+        if like is not None:
+            mine = (like.shape[1], str(like.dtype), self.output_shape, streams, self._large)
+        told = np.zeros(units + 2 + dispatcher.size)
+        told[:units] = owner_map(units, self.runner.own, rank)
+        told[units : units + 2] = error is not None, self.runner.clipped
+        told[units + 2 + rank] = 0 if mine is None else 1 + zlib.crc32(repr(mine).encode())
+        told = dispatcher.scatter_add(told)
+        if told[units]:
+            dispatcher.agree(error)
+        self.owner = told[:units].astype(np.int64) - 1
+        self.clipped_fraction = float(told[units + 1]) / (len(self.problems) * self.strategy.num_rows)
+        layout = mine
+        seen = told[units + 2 :]
+        if layout is None or (seen != seen[0]).any():
+            # A rank without rows learns from the first that has some what an output looks like.
+            layouts = [layout for layout in dispatcher.each(mine) if layout is not None]
+            if not layouts:
+                why = dispatcher.first(next((f.why for f in self.runner.failures.values()), None))
+                raise EvaluationError(f"Expected an output from simulator {self._name!r}, got failures only ({why}).")
+            layout, other = layouts[0], next((x for x in layouts if x != layouts[0]), None)
+            if other is not None:
+                raise OutputError(
+                    f"Expected outputs of shape {layout[2]} and {layout[1]} as on the first rank, got {other[2]} and "
+                    f"{other[1]} on another. Ranks must run the same simulator."
+                )
+        self.num_outputs, dtype, self.output_shape, self.streamed, self._large = layout
+        if like is None:
+            like = torch.empty((0, layout[0]), dtype=getattr(torch, dtype.removeprefix("torch.")))
+        self._like = like[:0]
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 

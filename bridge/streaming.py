@@ -160,7 +160,8 @@ class Stream:
             leaf = self._e.leaf_of(self._e.unit_of(start), self._units_in_leaf)
             end = min(stop, self._first_rows[leaf + 1])
             part = out.part(start, end)
-            if out.stolen or (start != self._first_rows[leaf] and (out.problem, leaf) != self._begun):
+            shared = out.stolen or (start != self._first_rows[leaf] and (out.problem, leaf) != self._begun)
+            if shared and self._units_in_leaf > 1:
                 self._e.runner.check_finite(part)
                 for unit, rows in self._e.by_unit(part):
                     assert rows.F is not None
@@ -236,6 +237,8 @@ class Stream:
         A unit waits, on the rank that has it, unless that rank has had the leaf's first unit before, from its own run.
         """
         e = self._e
+        if self._units_in_leaf == 1:
+            return
         mine = np.zeros(len(e.units))
         mine[[p * len(e.runs) + i for p, i in self._waiting]] = 1.0
         for number in np.flatnonzero(e.dispatcher.scatter_add(mine)):

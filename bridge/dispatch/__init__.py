@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from bridge.dispatch.base import Dispatcher, get_dispatcher, is_root
 from bridge.dispatch.serial import SerialDispatcher
-from bridge.dispatch.tree import Node, TreeSum, transfers
+from bridge.dispatch.tree import Node, TreeSum, owner_map, transfers
 
-__all__ = ["Dispatcher", "Node", "SerialDispatcher", "TreeSum", "get_dispatcher", "is_root", "transfers"]
+__all__ = ["Dispatcher", "Node", "SerialDispatcher", "TreeSum", "get_dispatcher", "is_root", "owner_map", "transfers"]

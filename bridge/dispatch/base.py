@@ -18,7 +18,7 @@ import threadpoolctl
 import torch
 from numpy.typing import NDArray
 
-from bridge.dispatch.tree import TreeSum, owner_map, run_of
+from bridge.dispatch.tree import TreeSum, run_of
 from bridge.environment import device_index, thread_count
 from bridge.errors import InputError
 
@@ -79,9 +79,13 @@ class Dispatcher(ABC):
         """The MPI library and its version."""
         return "not in use: one process"
 
-    def each(self, value: str) -> list[str]:
-        """Every rank's text, on every rank. Collective."""
+    def each(self, value: T) -> list[T]:
+        """Every rank's small Python object, on every rank. Collective."""
         return [value]
+
+    def first(self, value: T | None) -> T | None:
+        """A small Python object on every rank: that of the first rank where it is not None. Collective."""
+        return next((x for x in self.each(value) if x is not None), None)
 
     def make(self, kind: Callable[..., T], *arguments: Any, once: Sequence[Any] = (), **settings: Any) -> T:
         """`kind(*arguments, **settings)`, on every rank: an object with collective methods.
@@ -156,14 +160,6 @@ class Dispatcher(ABC):
     def give_up(self) -> None:
         """Tells all ranks to claim no more items of the evaluation in progress; not collective."""
 
-    def owners(self, count: int, own: list[int]) -> NDArray[np.int64]:
-        """(count,) the rank that has each item. Collective.
-
-        Args:
-            own: this rank's items.
-        """
-        return self.scatter_add(owner_map(count, own, self.rank)).astype(np.int64) - 1
-
     def agree_in_group(self, error: Exception | None) -> Exception | None:
         """The error that a rank of the group has, if any has one; collective over `group` only."""
         return error
@@ -183,10 +179,6 @@ class Dispatcher(ABC):
     @abstractmethod
     def broadcast_object(self, value: Any) -> Any:
         """A small Python object (a shape, a name) of rank 0's on every rank."""
-
-    @abstractmethod
-    def first(self, value: Any) -> Any:
-        """A small Python object on every rank: that of the first rank where it is not None; None if it is on all."""
 
     @abstractmethod
     def finish(

@@ -47,9 +47,6 @@ class SerialDispatcher(Dispatcher):
     def broadcast_object(self, value: Any) -> Any:
         return value
 
-    def first(self, value: Any) -> Any:
-        return value
-
     def finish(
         self, sums: Sequence[TreeSum], like: Sequence[torch.Tensor], owners: Sequence[NDArray[np.int64]]
     ) -> list[torch.Tensor]:

@@ -92,6 +92,26 @@ def transfers(owners: NDArray[np.int64]) -> Iterator[tuple[Node, int, int]]:
         level += 1
 
 
+def subtrees(owners: NDArray[np.int64]) -> Iterator[tuple[Node, int]]:
+    """The largest subtrees that one rank has all leaves of, and that rank.
+
+    Args:
+        owners: (leaves,) the rank that added each leaf.
+    """
+
+    def below(node: Node) -> Iterator[tuple[Node, int]]:
+        level, place = node
+        leaves = owners[place << level : (place + 1) << level]
+        if (leaves == leaves[0]).all():
+            yield node, int(leaves[0])
+            return
+        yield from below(Node(level - 1, 2 * place))
+        if (2 * place + 1) << (level - 1) < len(owners):
+            yield from below(Node(level - 1, 2 * place + 1))
+
+    yield from below(Node((len(owners) - 1).bit_length(), 0))
+
+
 def run_of(count: int, rank: int, size: int) -> range:
     """The run of `count` items that `rank` of `size` gets: even runs, the first ranks taking the remainder."""
     small, more = divmod(count, size)
