@@ -291,7 +291,7 @@ class _Memory(threading.local):
     """Memory for outputs, used again once nothing refers to it: fresh pages cost more than what is written to them."""
 
     def __init__(self) -> None:
-        self._block = np.empty(0, dtype=np.uint8)
+        self._block, self._start = np.empty(0, dtype=np.uint8), 0
 
     def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
         return _Memory, ()
@@ -304,8 +304,8 @@ class _Memory(threading.local):
         # Two references are ours: the attribute, and the argument here. An array or a tensor in the block is one more.
         if self._block.size < size + 64 or sys.getrefcount(self._block) > 2:
             self._block = np.empty(size + 64, dtype=np.uint8)
-        start = -self._block.ctypes.data % 64
-        return self._block[start : start + size].view(dtype).reshape(shape)
+            self._start = -self._block.ctypes.data % 64
+        return self._block[self._start : self._start + size].view(dtype).reshape(shape)
 
 
 class _With:

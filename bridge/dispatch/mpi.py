@@ -113,16 +113,19 @@ class _Runs:
         self._window.Unlock_all()
         self._window.Free()
 
-    def set(self, rank: int, run: range) -> None:
-        self.put(rank, run.start << 32 | run.stop)
+    def set(self, rank: int, run: range) -> int:
+        """Writes what a rank has left; the word for it."""
+        word = run.start << 32 | run.stop
+        self.put(rank, word)
+        return word
 
-    def swap(self, rank: int, old: int, new: int) -> bool:
-        """Writes `new` if the word still is `old`; whether it was."""
+    def swap(self, rank: int, old: int, new: int) -> int:
+        """Writes `new` if the word still is `old`; what it was."""
         found = np.zeros(1, dtype=np.int64)
         both = np.array([new], dtype=np.int64), np.array([old], dtype=np.int64)
         self._window.Compare_and_swap(*both, found, rank)
         self._window.Flush(rank)
-        return int(found[0]) == old
+        return int(found[0])
 
 
 @final
@@ -273,9 +276,9 @@ class MPIDispatcher(Dispatcher):
         if self._runs is None:
             self._runs = _Runs(self._leaders)
         runs = self._runs
-        runs.set(runs.rank, run_of(count, runs.rank, runs.size))
+        word = runs.set(runs.rank, run_of(count, runs.rank, runs.size))
         with self._answering(steal()):
-            yield from self._taken(runs, steal)
+            yield from self._taken(runs, word, steal)
 
     @contextmanager
     def _answering(self, wanted: bool) -> Iterator[None]:
@@ -301,17 +304,17 @@ class MPIDispatcher(Dispatcher):
             done.set()
             thread.join()
 
-    def _taken(self, runs: _Runs, steal: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
-        while True:
+    def _taken(self, runs: _Runs, word: int, steal: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
+        while _left(word):
             if self.stopping:
                 self.give_up()
-            word = runs.get(runs.rank)
-            if word == _STOP:
+            found = runs.swap(runs.rank, word, word + (1 << 32))
+            if found == _STOP:
                 return
-            if not _left(word):
-                break
-            if runs.swap(runs.rank, word, word + (1 << 32)):
+            if found == word:
                 yield word >> 32, False
+                found += 1 << 32
+            word = found
         others = [rank for rank in range(runs.size) if rank != runs.rank]
         while others and steal():
             if self.stopping:
@@ -324,7 +327,7 @@ class MPIDispatcher(Dispatcher):
             richest = max(others, key=lambda r: _left(words[r]), default=runs.rank)
             if not others or not _left(words[richest]):
                 time.sleep(1e-4)
-            elif runs.swap(richest, words[richest], words[richest] - 1):
+            elif runs.swap(richest, words[richest], words[richest] - 1) == words[richest]:
                 yield (words[richest] & _LOW) - 1, True
 
     def give_up(self) -> None:

@@ -7,19 +7,22 @@ Starts ranks by the launcher beside this Python. Each comparison is made in one 
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 M = 160_000
 
 
-def ranks(n: int, what: str, *arguments: object) -> dict[str, float]:
+def ranks(n: int, what: str, *arguments: object) -> dict[str, Any]:
     """What one part prints, run on n ranks."""
     launcher = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or "mpiexec"
     command = [launcher, "-n", str(n)] if n > 1 else []
@@ -35,7 +38,7 @@ def ranks(n: int, what: str, *arguments: object) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def report(result: dict[str, float]) -> None:
+def report(result: dict[str, Any]) -> None:
     import bridge
 
     if bridge.is_root():
@@ -194,69 +197,84 @@ def even(seconds: float = 0.05, n: int = 64) -> None:
     report({"efficiency": median(efficiency[1:]), "wall_s": median(wall[1:])})
 
 
-def length(x: float) -> float:
-    """A lognormal time from a Gaussian number: mean about 40 ms, longest 0.25 s."""
-    import math
+SETS = 8
 
-    return min(0.25, 0.03 * math.exp(0.8 * x))
+
+def sleeps(seed: int, n: int = 64) -> list[float]:
+    """n lognormal lengths [s]: mean 40 ms, longest 0.25 s."""
+    import numpy as np
+
+    normal = np.random.default_rng(seed).normal(size=n)
+    normal -= normal.max()
+
+    def lengths(sigma):
+        return 0.25 * np.exp(sigma * normal)
+
+    low, high = 0.0, 10.0
+    while high - low > 1e-9:  # the mean falls with sigma
+        sigma = (low + high) / 2
+        low, high = (sigma, high) if lengths(sigma).mean() > 0.04 else (low, sigma)
+    return lengths(low).tolist()
+
+
+def by_a_counter(lengths: list[float], ranks: int) -> float:
+    """Efficiency of a shared counter that costs nothing: whoever is free takes the next."""
+    free = [0.0] * ranks
+    for seconds in lengths:
+        heapq.heapreplace(free, free[0] + seconds)
+    return sum(lengths) / (ranks * max(free))
+
+
+def efficiencies(work: Callable[[list[float], int], None], size: int) -> dict[str, list[float]]:
+    """sum of sleeps / (ranks x time of `work`) for each set of sleeps, the median of three."""
+    results = []
+    for seed in range(SETS):
+        lengths, took = sleeps(seed), []
+        for repeat in range(4):
+            begin = time.perf_counter()
+            work(lengths, 4 * seed + repeat)
+            took.append(time.perf_counter() - begin)
+        results.append(sum(lengths) / (size * median(took[1:])))
+    return {"efficiency": results}
 
 
 def uneven(schedule: str, n: int = 64) -> None:
-    """64 sleeps; efficiency = sum of sleeps / (ranks x time of the forward pass)."""
+    """Sets of 64 sleeps by a forward pass."""
     import numpy as np
     import torch
 
     import bridge
+    from bridge.design import make_design
 
-    slept = 0.0
+    theta = torch.zeros(1, dtype=torch.float64)
+    length: dict[bytes, float] = {}
 
     def f(x):
-        nonlocal slept
-        slept += length(x[0])
-        time.sleep(length(x[0]))
+        time.sleep(length[x.tobytes()])
         return np.zeros(10)
 
     smoothed = bridge.smooth(f, seed=0, num_samples=n, points="mc", schedule=schedule)
     dispatcher = smoothed.dispatcher
-    efficiency, took, longest = [], [], []
-    for step in range(8):
-        slept = 0.0
-        dispatcher.agree(None)
-        begin = time.perf_counter()
+
+    def work(lengths, step):
+        eps = make_design(smoothed.strategy, step, 0, 1, 0, None).nodes.eps
+        length.update((x.tobytes(), seconds) for x, seconds in zip(eps, lengths, strict=True))
         with torch.no_grad():
-            smoothed(torch.zeros(1, dtype=torch.float64), step=step)
-        took.append(time.perf_counter() - begin)
-        total = dispatcher.scatter_add(np.eye(dispatcher.size)[dispatcher.rank] * slept).sum()
-        efficiency.append(float(total) / (dispatcher.size * took[-1]))
-        longest.append(max(length(float(x)) for x in draws(step, n)))
-    report({"efficiency": median(efficiency[1:]), "wall_s": median(took[1:]), "longest": max(longest[1:])})
+            smoothed(theta, step=step)
+        dispatcher.agree(None)
+
+    report(efficiencies(work, dispatcher.size))
 
 
-def draws(step: int, n: int):
-    """The noise of a step, as `uneven` has it."""
-    from bridge.design import make_design
-    from bridge.smoothing import smooth
-
-    strategy = smooth(lambda x: x, seed=0, num_samples=n, points="mc").strategy
-    return make_design(strategy, step, 0, 1, 0, None).nodes.eps[:n, 0]
-
-
-def futures(n: int = 64) -> None:
-    """The same sleeps by mpi4py.futures, whose rank 0 only hands out work."""
+def futures() -> None:
+    """The same by mpi4py.futures, whose rank 0 only hands out work."""
     from mpi4py import MPI
     from mpi4py.futures import MPICommExecutor
 
-    lengths = [[length(float(x)) for x in draws(step, n)] for step in range(8)]
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
-        if executor is None:
-            return
-        efficiency, took = [], []
-        for step in range(8):
-            begin = time.perf_counter()
-            list(executor.map(time.sleep, lengths[step]))
-            took.append(time.perf_counter() - begin)
-            efficiency.append(sum(lengths[step]) / (MPI.COMM_WORLD.Get_size() * took[-1]))
-        print(json.dumps({"efficiency": median(efficiency[1:]), "wall_s": median(took[1:])}))
+        if executor is not None:
+            result = efficiencies(lambda lengths, _: list(executor.map(time.sleep, lengths)), MPI.COMM_WORLD.Get_size())
+            print(json.dumps(result))
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -289,15 +307,17 @@ def main(wanted: list[str]) -> None:
             r = ranks(n, "even")
             print(f"  {n} rank(s): efficiency {r['efficiency']:.3f}  ({r['wall_s']:.2f} s)", flush=True)
     if on("uneven"):
-        print("64 lognormal sleeps of about 40 ms, longest 0.25 s, 4 ranks")
+        print(f"64 lognormal sleeps, mean 40 ms, longest 0.25 s, 4 ranks: efficiency, mean of {SETS} sets, and each")
+        rows = [("counter at no cost", [by_a_counter(sleeps(seed), 4) for seed in range(SETS)])]
         for label, part, arguments in (
             ("bridge, dynamic", "uneven", ["dynamic"]),
             ("bridge, auto", "uneven", ["auto"]),
             ("bridge, static", "uneven", ["static"]),
             ("mpi4py.futures", "futures", []),
         ):
-            r = ranks(4, part, *arguments)
-            print(f"  {label:<16} efficiency {r['efficiency']:.3f}  ({r['wall_s']:.3f} s)", flush=True)
+            rows.append((label, ranks(4, part, *arguments)["efficiency"]))
+        for label, values in rows:
+            print(f"  {label:<19} {sum(values) / SETS:.3f}   " + " ".join(f"{v:.3f}" for v in values))
 
 
 if __name__ == "__main__":
