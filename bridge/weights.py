@@ -147,16 +147,17 @@ def survivors(strategy: Strategy, nodes: Nodes, good: NDArray[np.bool_], why: st
     """Which rows count, once those that failed are dropped: (num_rows,). A pair goes as a whole.
 
     Raises:
-        EvaluationError: more than half of the rows are lost, or the unperturbed one is and has a weight.
+        EvaluationError: fewer than `min_ok` of the rows are left, or the unperturbed one is lost and has a weight.
     """
     n = strategy.num_samples
     valid = good.copy()
     if nodes.paired:
         valid[:n] = np.repeat(valid[:n].reshape(-1, 2).all(axis=1), 2)
-    if 2 * int(valid[:n].sum()) < n or int(valid[:n].sum()) < min(n, 2):
+    left = int(valid[:n].sum())
+    if left < strategy.min_ok * n or left < min(n, 2):
         raise EvaluationError(
-            f"Expected at least half of {n} rows to succeed, got {int(valid[:n].sum())} (first failure: {why}). "
-            "Bound the parameters to where the simulator works, or use a smaller scale."
+            f"Expected at least {strategy.min_ok:.0%} of {n} rows to succeed (min_ok), and two, got {left} (first "
+            f"failure: {why}). Bound the parameters to where the simulator works, or use a smaller scale."
         )
     if strategy.extra_row and not valid[n]:
         raise EvaluationError(

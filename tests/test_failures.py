@@ -69,6 +69,20 @@ def test_too_few_successes_are_an_error():
     bridge.smooth(fragile, min_ok=share, **settings).estimate(ZERO)
 
 
+def test_the_quorum_is_the_one_that_was_asked_for():
+    """Also below a half, and for each parameter vector of a batch."""
+
+    def rare(x):
+        return np.where(x[0] > -0.6, np.nan, x)
+
+    settings = {"seed": 0, "num_samples": 64, "points": "mc", "failures": "drop"}
+    e = bridge.smooth(rare, min_ok=0.1, **settings).estimate(torch.stack([ZERO, ZERO]))
+    assert e.num_failed > 64
+    assert torch.isfinite(e.value).all()
+    with pytest.raises(EvaluationError, match="min_ok"):
+        bridge.smooth(rare, **settings).estimate(ZERO)
+
+
 def test_a_run_is_tried_again_with_the_same_seed():
     seen = []
 
