@@ -200,10 +200,10 @@ def test_ranks_of_a_bare_script_end_together(run_ranks):
     left = run_ranks(3, LEAVING, "exit", timeout=60)
     assert left.returncode == 70, (left.returncode, left.stderr)
     assert "on ranks [1]: end of the script" in left.stderr
-    assert "end\n" not in left.stdout
+    assert left.stdout == ""
     late = run_ranks(3, LEAVING, "late", timeout=60)
     assert late.returncode == 0, late.stderr
-    assert late.stdout.split() == ["end"] * 3
+    assert late.stdout.count("end") == 3  # launchers may put them on one line
     assert late.stderr == ""
 
 
