@@ -7,7 +7,7 @@ T = E exp(i chi) of this module, protein is dark at underfocus.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -236,11 +236,15 @@ def transfer_function(values: Mapping[str, Value], grid: Frequencies, *, smooth:
     """
     if _is_zero(values["astigmatism_um"]):
         # Then T depends on |qx| and |qy| alone: a quarter, and its mirror images.
-        quarter = _transfer(values, grid.quadrant, smooth=smooth)
-        rows, columns = ((n + 1) // 2 for n in grid.q2.shape)
-        upper = torch.cat((quarter, quarter[:, 1:columns].flip(1)), 1)
-        return torch.cat((upper, upper[1:rows].flip(0)))
+        return unfolded(_transfer(values, grid.quadrant, smooth=smooth), grid.q2.shape)
     return _transfer(values, grid, smooth=smooth)
+
+
+def unfolded(quarter: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """What depends on |qx| and |qy| alone, (rows, columns), from its values at `Frequencies.quadrant`."""
+    rows, columns = ((n + 1) // 2 for n in shape)
+    upper = torch.cat((quarter, quarter[:, 1:columns].flip(1)), 1)
+    return torch.cat((upper, upper[1:rows].flip(0)))
 
 
 def _transfer(values: Mapping[str, Value], grid: Frequencies, *, smooth: bool) -> torch.Tensor:

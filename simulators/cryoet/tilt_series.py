@@ -25,7 +25,7 @@ from bridge.simulator import BlockStructure, Parameter, ParameterSpace
 from simulators.cryoet import detector as detection
 from simulators.cryoet.detector import Detector
 from simulators.cryoet.files import read_stack, write_stack
-from simulators.cryoet.optics import Microscope, Value, check_range, frequencies, transfer_function
+from simulators.cryoet.optics import Microscope, Value, check_range, frequencies, transfer_function, unfolded
 from simulators.cryoet.physics import interaction_constant, wavelength_angstrom
 from simulators.cryoet.simulator import Mode, Noise, checked_shape, fade, made, padded_shape
 from simulators.cryoet.specimen import Specimen
@@ -365,8 +365,11 @@ class TiltSeries:
 
     def _projected(
         self, values: Mapping[str, torch.Tensor], image: int, particle: int, turn: torch.Tensor, at: torch.Tensor
-    ) -> torch.Tensor:
-        """A particle's projection on the padded grid [V angstrom]; `at` is its place in the image [angstrom]."""
+    ) -> tuple[torch.Tensor, int, int]:
+        """A particle's projection in its box [V angstrom], and the box's first row and column in the padded grid.
+
+        `at` is the particle's place in the image [angstrom].
+        """
         volume = self.volume(particle)
         angles = [values[f"particle_{name}_deg[{particle}]"] for name in ("rot", "tilt", "psi")]
         own = (about_z(angles[0]) @ about_y(angles[1]) @ about_z(angles[2])).T
@@ -385,19 +388,18 @@ class TiltSeries:
         box = volume.project(turn @ own, weight)
         # What rings at the box's edges fades out at fixed distances from the particle, wherever pixels begin.
         across, down = (_window(volume.box, offset) for offset in part.unbind(0))
-        box = box * down[:, None] * across
         column, row = (int(v) for v in whole.tolist())
-        edges = []
-        for place, size in ((column, padded[1]), (row, padded[0])):
-            before = place + size // 2 - volume.box // 2
-            edges += [before, size - before - volume.box]
-        # Negative padding cuts off what is outside; a particle that is outside altogether leaves nothing.
-        if min(edges) <= -volume.box:
-            return torch.zeros(padded, dtype=turn.dtype)
-        return torch.nn.functional.pad(box, edges)
+        first_row, first_column = (
+            place + size // 2 - volume.box // 2 for place, size in zip((row, column), padded, strict=True)
+        )
+        return box * down[:, None] * across, first_row, first_column
 
     def _wave(self, values: Mapping[str, torch.Tensor], image: int) -> torch.Tensor:
-        """The wave in the image plane, on the padded grid."""
+        """The wave in the image plane, on the padded grid.
+
+        Kept is the scattered part s of psi = 1 + s: a phase object 1 + t makes s + t (1 + s) of it, which differs from
+        s in the particle's box alone, and the unscattered beam passes ice and lens as it is.
+        """
         turn = self.rotation(values, image)
         dtype = turn.dtype
         padded = self._padded  # type: ignore[attr-defined]
@@ -414,31 +416,39 @@ class TiltSeries:
         w = values["amplitude_contrast"]
         loss = w / (1 - w * w) ** 0.5
         # The phase of a free electron's wave on its way by dz: pi lambda dz q^2, as for the defocus.
-        drift = (math.pi * wavelength_angstrom(values["voltage_kv"])) * grid.q2
+        drift = (math.pi * wavelength_angstrom(values["voltage_kv"])) * grid.quadrant.q2
         spectrum: torch.Tensor | None = None
         height = torch.zeros((), dtype=dtype)
         for i in sorted(range(len(places)), key=lambda i: -float(places[i][2].detach())):
-            phase = self._projected(values, image, i, turn, places[i]) * sigma * down[:, None] * across
+            box, top, left = self._projected(values, image, i, turn, places[i])
+            rows = slice(max(top, 0), min(top + len(box), padded[0]))
+            columns = slice(max(left, 0), min(left + len(box), padded[1]))
+            if rows.start >= rows.stop or columns.start >= columns.stop:
+                continue  # outside the image and its margin
+            seen = box[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+            phase = seen * sigma * down[rows, None] * across[columns]
             amplitude = torch.exp(-loss * phase)
-            thin = torch.complex(amplitude * torch.cos(phase), amplitude * torch.sin(phase))
+            thin = torch.complex(amplitude * torch.cos(phase) - 1, amplitude * torch.sin(phase))
             if spectrum is None:
-                spectrum = torch.fft.fft2(thin)
+                spectrum = _box_spectrum(thin, rows, columns, padded)
             else:
-                way = drift * (height - places[i][2])
-                travelled = torch.fft.ifft2(spectrum * torch.complex(torch.cos(way), torch.sin(way)))
-                spectrum = torch.fft.fft2(travelled * thin)
+                spectrum = spectrum * _propagator(drift * (height - places[i][2]), padded)
+                # Only what meets the particle is transformed back.
+                met = torch.fft.ifft(torch.fft.ifft(spectrum, dim=0)[rows], dim=1)[:, columns]
+                spectrum = spectrum + _box_spectrum(thin * (1 + met), rows, columns, padded)
             height = places[i][2]
-        assert spectrum is not None
-        # The lens sees the plane in the middle of the slab, whatever is there.
-        way = drift * height
-        spectrum = spectrum * torch.complex(torch.cos(way), torch.sin(way))
         lens: dict[str, Value] = {name: values[name] for name in LENS}
         for name in ("astigmatism_um", "phase_shift_deg", "convergence_mrad", "aperture_um"):
             # A plain zero lets the lens skip what it would multiply by one.
             if name not in self.space.names and self._values[name] == 0.0:  # type: ignore[attr-defined]
                 lens[name] = 0.0
         lens["defocus_um"] = values[f"defocus_um[{image}]"]
-        return torch.fft.ifft2(spectrum * transfer_function(lens, grid, smooth=self.mode == "smooth"))
+        transfer = transfer_function(lens, grid, smooth=self.mode == "smooth")
+        if spectrum is None:
+            return transfer[0, 0].expand(padded)
+        # The lens sees the plane in the middle of the slab, whatever is there.
+        spectrum = spectrum * _propagator(drift * height, padded)
+        return transfer[0, 0] + torch.fft.ifft2(spectrum * transfer)
 
     def _rate(self, values: Mapping[str, torch.Tensor], image: int, wave: torch.Tensor) -> torch.Tensor:
         """Expected electrons of each pixel."""
@@ -463,6 +473,17 @@ class TiltSeries:
             counts = counts + detection.filtered(noise, own)
         counts = counts * camera.gain
         return detection.read_out(counts, camera) if self.mode == "hard" else counts
+
+
+def _box_spectrum(box: torch.Tensor, rows: slice, columns: slice, padded: tuple[int, int]) -> torch.Tensor:
+    """The Fourier transform of what is nought outside a box; lines without any of it are not transformed."""
+    lines = torch.fft.fft(torch.nn.functional.pad(box, (columns.start, padded[1] - columns.stop)), dim=1)
+    return torch.fft.fft(torch.nn.functional.pad(lines, (0, 0, rows.start, padded[0] - rows.stop)), dim=0)
+
+
+def _propagator(way: torch.Tensor, padded: tuple[int, int]) -> torch.Tensor:
+    """exp(i way) of a phase given for a quadrant of frequencies, for all of them."""
+    return unfolded(torch.complex(torch.cos(way), torch.sin(way)), padded)
 
 
 def _window(size: int, offset: torch.Tensor) -> torch.Tensor:
