@@ -240,7 +240,7 @@ def test_hard_and_smooth_agree_but_for_rounding_and_threshold(pair: tuple[CryoET
     # Before rounding and with the same potential there is no difference at all.
     theta = torch.from_numpy(inputs)
     shared = hard.replace()
-    object.__setattr__(shared, "_projections", {(hard.specimen.digest, 3.0, True): smooth.projection()})
+    object.__setattr__(shared, "_projections", {shared._projection_key(): smooth.projection()})
     assert torch.allclose(shared.electrons(theta), smooth.electrons(theta), rtol=1e-9)
 
 

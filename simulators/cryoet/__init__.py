@@ -1,12 +1,13 @@
 """An embedded cryo-EM simulator: atoms to micrographs, with exact gradients to check against in its smooth mode."""
 
+from simulators.cryoet.deformation import Deformation, Domain, elastic_modes
 from simulators.cryoet.detector import Detector
 from simulators.cryoet.files import Micrograph, Stack, read_micrograph, read_stack, write_micrograph, write_stack
 from simulators.cryoet.information import CramerRao, cramer_rao
 from simulators.cryoet.optics import Microscope, contrast_transfer
 from simulators.cryoet.potential import projected_potential
 from simulators.cryoet.simulator import PARAMETER_NAMES, CryoET, Pose
-from simulators.cryoet.specimen import Specimen
+from simulators.cryoet.specimen import Residues, Specimen
 from simulators.cryoet.temsim import TEMSIM_PARAMETER_NAMES, Camera, Placement, TEMSim, counted
 from simulators.cryoet.temsim_optics import Optics, Sample
 from simulators.cryoet.temsim_potential import read_structure
@@ -23,13 +24,16 @@ __all__ = [
     "Camera",
     "CramerRao",
     "CryoET",
+    "Deformation",
     "Detector",
+    "Domain",
     "Micrograph",
     "Microscope",
     "Optics",
     "Particle",
     "Placement",
     "Pose",
+    "Residues",
     "Sample",
     "Specimen",
     "Stack",
@@ -40,6 +44,7 @@ __all__ = [
     "contrast_transfer",
     "counted",
     "cramer_rao",
+    "elastic_modes",
     "projected_potential",
     "read_micrograph",
     "read_stack",

@@ -8,7 +8,7 @@ of themselves, so the cost does not grow with the number of different B factors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -258,7 +258,10 @@ def displaced_voxels(
         density = scipy.ndimage.gaussian_filter(density, blur, mode="constant")
         # As many voxels as the atoms' volume fills: the threshold comes out near one half for a protein.
         count = min(max(round(filled.sum() / voxel_angstrom**3), 1), density.size)
-        yield density >= np.partition(density, density.size - count, axis=None)[density.size - count], low
+        # The threshold is sought among the fuller voxels, if they are enough: the others are many.
+        fuller = density[density > 0.25 * density.max()]
+        fuller = density.reshape(-1) if len(fuller) < count else fuller
+        yield density >= np.partition(fuller, len(fuller) - count)[len(fuller) - count], low
 
 
 def add_linear(grid: NDArray[np.float64], points: NDArray[np.float64], values: NDArray[np.float64]) -> None:
@@ -295,37 +298,8 @@ class Projection:
     def build(
         cls, specimen: Specimen, pixel_size_angstrom: float, *, hard_solvent: bool, oversampling: int = 3
     ) -> Projection:
-        """Projects a specimen for images of a pixel size.
-
-        Args:
-            specimen: the atoms.
-            pixel_size_angstrom: of the image; the potential is band-limited at its Nyquist frequency, isotropically.
-            hard_solvent: displaced solvent by threshold rather than the atoms' Gaussians.
-            oversampling: of the grid with respect to the image, at least 2.
-        """
-        # Half a pixel, twice the band, is what the non-uniform Fourier transform needs; the finer grid comes after.
-        step, finer = pixel_size_angstrom / 2, oversampling / 2
-        # Room for the atoms' tails, the ringing of the band limit and the support of the spline.
-        reach = float(np.abs(specimen.positions[:, :2]).max()) + 24.0 + 16 * pixel_size_angstrom
-        n = 4 * scipy.fft.next_fast_len(int(np.ceil(reach / step / 2)) + 1, real=True)
-        size = n * oversampling // 2
-        if size > 16384:
-            raise InputError(
-                f"Expected a specimen that fits a grid of 16384^2 samples, got one of {2 * reach:.0f} angstrom and "
-                f"steps of {step / finer:g} angstrom. Use larger pixels or a smaller specimen."
-            )
-        cutoff = 0.5 / pixel_size_angstrom
-        spectrum = projected_spectrum(specimen, (n, n), step, solvent=not hard_solvent, highest=cutoff)
-        if hard_solvent:
-            spectrum -= ice_potential() * scipy.fft.rfft2(displaced_thickness(specimen, (n, n), step))
-        fy, fx = np.fft.fftfreq(n) / finer, np.fft.rfftfreq(n) / finer
-        limit = band_limit((fy[:, None] ** 2 + fx[None, :] ** 2) * (finer / step) ** 2, cutoff)
-        spectrum *= limit * finer**2 / (np.sinc(fy)[:, None] * np.sinc(fx)[None, :]) ** 3
-        # 4 divides n, so sample n // 2 becomes sample size // 2; the band ends far below n's Nyquist frequency.
-        padded = np.zeros((size, spectrum.shape[1]), dtype=np.complex128)
-        padded[: n // 2], padded[-(n // 2) :] = spectrum[: n // 2], spectrum[n // 2 :]
-        fine = scipy.fft.irfft2(padded, s=(size, size))
-        return cls(torch.from_numpy(fine), step / finer)
+        """Projects a specimen for images of a pixel size; see `Projector`."""
+        return Projector.of(specimen, pixel_size_angstrom, hard_solvent=hard_solvent, oversampling=oversampling).build()
 
     def in_dtype(self, dtype: torch.dtype) -> torch.Tensor:
         """The coefficients in a dtype; converted once."""
@@ -346,6 +320,127 @@ class Projection:
         # In blocks that stay in the processor's cache.
         blocks = zip(torch.split(columns.reshape(-1), _BLOCK), torch.split(rows.reshape(-1), _BLOCK), strict=True)
         return torch.cat([_interpolated(coefficients, x, y) for x, y in blocks]).reshape(columns.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Projector:
+    """Projects one set of atoms at any positions: what does not depend on positions is computed once.
+
+    Args:
+        specimen: the atoms.
+        pixel_size_angstrom: of the image; the potential is band-limited at its Nyquist frequency, isotropically.
+        hard_solvent: displaced solvent by threshold rather than the atoms' Gaussians.
+        oversampling: of the grid with respect to the image, at least 2.
+        size: of the grid of half a pixel's step.
+        amounts: (n, r) of each kind of atom in each atom, see `radial_basis`.
+        filters: (r, size, size // 2 + 1) from the kinds' spread positions to their potentials' spectra.
+        finish: (size, size // 2 + 1) band limit, and division by the spline's transform.
+    """
+
+    specimen: Specimen
+    pixel_size_angstrom: float
+    hard_solvent: bool
+    oversampling: int
+    size: int
+    amounts: NDArray[np.float64]
+    filters: NDArray[np.float64]
+    finish: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls,
+        specimen: Specimen,
+        pixel_size_angstrom: float,
+        *,
+        hard_solvent: bool,
+        oversampling: int = 3,
+        reach_angstrom: float | None = None,
+    ) -> Projector:
+        """A projector of these atoms.
+
+        Args:
+            specimen, pixel_size_angstrom, hard_solvent, oversampling: see the class.
+            reach_angstrom: largest |x| and |y| that atoms may come to; None for those of the specimen [angstrom].
+
+        Raises:
+            InputError: the grid would be too large.
+        """
+        # Half a pixel, twice the band, is what the non-uniform Fourier transform needs; the finer grid comes after.
+        step, finer = pixel_size_angstrom / 2, oversampling / 2
+        farthest = float(np.abs(specimen.positions[:, :2]).max()) if reach_angstrom is None else reach_angstrom
+        # Room for the atoms' tails, the ringing of the band limit and the support of the spline.
+        reach = farthest + 24.0 + 16 * pixel_size_angstrom
+        n = 4 * scipy.fft.next_fast_len(int(np.ceil(reach / step / 2)) + 1, real=True)
+        if n * oversampling // 2 > 16384:
+            raise InputError(
+                f"Expected a specimen that fits a grid of 16384^2 samples, got one of {2 * reach:.0f} angstrom and "
+                f"steps of {step / finer:g} angstrom. Use larger pixels or a smaller specimen."
+            )
+        cutoff = 0.5 / pixel_size_angstrom
+        kinds, amounts = radial_basis(specimen, cutoff, not hard_solvent)
+        f, fx = np.fft.fftfreq(n, step), np.fft.rfftfreq(n, step)
+        q2 = f[:, None] ** 2 + fx[None, :] ** 2
+        table = np.linspace(0, cutoff**2, 16385)
+        kernel = kernel_transform(n)
+        # Continuous transform -> samples: a sum over atoms of V~ / (area of a sample).
+        spread = kernel[:, None] * kernel[None, : n // 2 + 1] * step**2
+        # A frequency on the limit itself does not belong to the band, however it is rounded.
+        band = (q2 < cutoff**2 * (1 - 1e-9)) / spread
+        curves = (curve(int(z), b, h, table, not hard_solvent) for z, b, h in kinds)
+        filters = np.stack([band * np.interp(q2, table, values) for values in curves])
+        fy, fx = f * step / finer, fx * step / finer
+        finish = band_limit(q2, cutoff) * finer**2 / (np.sinc(fy)[:, None] * np.sinc(fx)[None, :]) ** 3
+        return cls(specimen, pixel_size_angstrom, hard_solvent, oversampling, n, amounts, filters, finish)
+
+    @property
+    def step_angstrom(self) -> float:
+        """Of the spline's grid."""
+        return self.pixel_size_angstrom / self.oversampling
+
+    def build(self, positions: NDArray[np.float64] | None = None) -> Projection:
+        """The projection of the atoms at `positions` (n, 3) [angstrom]; None for the specimen's own."""
+        n, step = self.size, self.pixel_size_angstrom / 2
+        moved = self.specimen if positions is None else replace(self.specimen, positions=positions)
+        spread = _spreading_matrix(moved.positions[:, :2], (n, n), step)
+        spectrum = np.zeros((n, n // 2 + 1), dtype=np.complex128)
+        for transfer, column in zip(self.filters, self.amounts.T, strict=True):
+            spectrum += transfer * scipy.fft.rfft2((spread @ column).reshape(n, n))
+        if self.hard_solvent:
+            spectrum -= ice_potential() * scipy.fft.rfft2(displaced_thickness(moved, (n, n), step))
+        spectrum *= self.finish
+        size = n * self.oversampling // 2
+        # 4 divides n, so sample n // 2 becomes sample size // 2; the band ends far below n's Nyquist frequency.
+        padded = np.zeros((size, spectrum.shape[1]), dtype=np.complex128)
+        padded[: n // 2], padded[-(n // 2) :] = spectrum[: n // 2], spectrum[n // 2 :]
+        return Projection(torch.from_numpy(scipy.fft.irfft2(padded, s=(size, size))), self.step_angstrom)
+
+    def differentiable(self, positions: torch.Tensor) -> Projection:
+        """The same in torch, with derivatives in `positions` (n, 3) float64; for solvent without a threshold."""
+        assert not self.hard_solvent
+        n, step = self.size, self.pixel_size_angstrom / 2
+        taps = torch.arange(SUPPORT)
+        cells, weights = [], []
+        for axis in (1, 0):
+            place = positions[:, axis] / step + n // 2
+            first = torch.ceil(place.detach() - SUPPORT / 2).long()
+            index = first[:, None] + taps
+            offset = (index - place[:, None]) / (SUPPORT / 2)
+            # The kernel ends at 1e-8 of its height, with an infinite slope in the last point: cut off just before.
+            inside = 1 - offset * offset
+            root = torch.sqrt(inside.clamp_min(1e-6))
+            weights.append(torch.where(inside > 1e-6, torch.exp(BETA * (root - 1)), 0.0))
+            cells.append(index % n)
+        flat = (cells[0][:, :, None] * n + cells[1][:, None, :]).reshape(-1)
+        values = (weights[0][:, :, None] * weights[1][:, None, :]).reshape(len(positions), -1)
+        amounts = torch.from_numpy(self.amounts)
+        shares = (values[:, :, None] * amounts[:, None, :]).reshape(-1, amounts.shape[1])
+        grid = torch.zeros(n * n, amounts.shape[1], dtype=torch.float64).index_add(0, flat, shares)
+        parts = torch.fft.rfft2(grid.T.reshape(-1, n, n)) * torch.from_numpy(self.filters)
+        spectrum = parts.sum(dim=0) * torch.from_numpy(self.finish)
+        size = n * self.oversampling // 2
+        middle = torch.zeros(size - n, spectrum.shape[1], dtype=spectrum.dtype)
+        padded = torch.cat((spectrum[: n // 2], middle, spectrum[n // 2 :]))
+        return Projection(torch.fft.irfft2(padded, s=(size, size)), self.step_angstrom)
 
 
 def _interpolated(coefficients: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 atoms -> projected potential -> solvent -> pose -> phase object -> lens -> dose -> noise, MTF -> counts
 
-A single tilt. Pose: the specimen is rotated about its origin, then shifted; its origin is at pixel (H // 2, W // 2) of
-the image. +x is the direction of columns, +y of rows, and a rotation is positive from +x to +y.
+A single image. Pose: the specimen is rotated about its origin, r -> R_z(rotation) R_y(y-tilt) R_x(x-tilt) r, then
+shifted; its origin is at pixel (H // 2, W // 2) of the image. +x is the direction of columns, +y of rows, the beam runs
+along +z, and a rotation in the plane is positive from +x to +y. The structure may deform before that.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from numpy.typing import NDArray
 from bridge.errors import InputError
 from bridge.simulator import Parameter, ParameterSpace
 from simulators.cryoet import detector as detection
+from simulators.cryoet.deformation import STRUCTURE, Deformation, Motion
 from simulators.cryoet.detector import Detector
 from simulators.cryoet.files import read_micrograph, write_micrograph
 from simulators.cryoet.optics import Microscope, Value, check_range, cos_sin, frequencies, transfer_function
 from simulators.cryoet.physics import interaction_constant, wavelength_angstrom
-from simulators.cryoet.potential import Projection
+from simulators.cryoet.potential import Projection, Projector
 from simulators.cryoet.specimen import Specimen
 
 Mode = Literal["hard", "smooth"]
@@ -42,12 +44,15 @@ class Pose:
         x_angstrom, y_angstrom: shift to the right (larger column) and downwards (larger row) [angstrom].
         z_angstrom: height; positive adds to the underfocus, and does nothing else [angstrom].
         rotation_deg: in-plane rotation about the specimen's origin, from +x to +y, before the shift [degree].
+        x_tilt_deg, y_tilt_deg: rotations about x, then y, before the rotation in the plane [degree].
     """
 
     x_angstrom: float = 0.0
     y_angstrom: float = 0.0
     z_angstrom: float = 0.0
     rotation_deg: float = 0.0
+    x_tilt_deg: float = 0.0
+    y_tilt_deg: float = 0.0
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -79,15 +84,22 @@ KNOWN = {
         _p("y_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift downwards (larger row)"),
         _p("z_angstrom", "angstrom", -1e4, 1e4, 500.0, "height; adds to the underfocus"),
         _p("rotation_deg", "deg", -360.0, 360.0, 2.0, "in-plane rotation from +x to +y, before the shift"),
+        _p("x_tilt_deg", "deg", -360.0, 360.0, 2.0, "rotation about x, before those about y and in the plane"),
+        _p("y_tilt_deg", "deg", -360.0, 360.0, 2.0, "rotation about y, before that in the plane"),
         _p("dose_e_per_angstrom2", "e/angstrom^2", 0.1, 1000.0, 2.0, "exposure"),
     )
 }
 PARAMETER_NAMES = tuple(KNOWN)
 
+# Rotations out of the plane, which need projections of their own.
+TILTS = ("x_tilt_deg", "y_tilt_deg")
+# How many projections of varied structures are kept.
+_STRUCTURES = 4
+
 
 @dataclass(frozen=True, eq=False)
 class CryoET:
-    r"""An embedded cryo-EM simulator: a micrograph of a rigid specimen in vitreous ice, in detector counts.
+    r"""An embedded cryo-EM simulator: a micrograph of a specimen in vitreous ice, in detector counts.
 
     psi = exp(i sigma v - mu), I = |F^{-1}[T F psi]|^2, lambda = I dose pixel^2, with v the projected potential less
     that of the displaced solvent, band-limited at the image's Nyquist frequency, and mu = w / sqrt(1 - w^2) sigma v.
@@ -95,18 +107,25 @@ class CryoET:
     The image is computed with a margin that is cut off afterwards, so that next to nothing comes in from the other
     side: less than 1 % of the contrast. The specimen fades out over the outermost pixels of the margin.
 
+    The specimen is projected once and the projection kept, unless its structure or a tilt is varied
+    (`mode_angstrom[k]`, `domain_deg[j]`, `x_tilt_deg`, `y_tilt_deg`): then it is projected for each parameter vector,
+    on a grid that holds all that the bounds of these allow; narrow bounds make it faster.
+
     Args:
         specimen: a `Specimen`, a path, "helix", or a table (see `Specimen.from_options`).
         shape: (rows, columns) of the image.
         pixel_size_angstrom: [angstrom].
         microscope: a `Microscope` or a table of its settings.
         detector: a `Detector` or a table of its settings.
-        parameters: names of the d inputs, in order; the other settings keep the values given here.
+        parameters: names of the d inputs, in order; the other settings keep the values given here. All:
+            `PARAMETER_NAMES`, and those of `deformation`.
         bounds: (lower, upper) of some of the parameters, instead of the defaults.
         mode: "hard" (solvent by threshold, hard aperture, integer counts, saturation, dead pixels) or "smooth" (none of
             these; differentiable by autograd).
         noise: "none", "poisson" (counting) or "full" (counting and DQE).
         pose: a `Pose` or a table: values of the pose parameters that are not inputs.
+        deformation: a `Deformation` or a table of its settings: how the structure may deform, and by how much where
+            that is no input.
         margin_pixels: margin on each side; by default 12 pixels more than the distance to which the lens spreads the
             Nyquist frequency at the largest defocus and wavelength within the parameters' bounds, or than half the
             image's longer side if that is less.
@@ -128,6 +147,7 @@ class CryoET:
     mode: Mode = "hard"
     noise: Noise = "none"
     pose: Pose | Mapping[str, Any] = field(default_factory=Pose)
+    deformation: Deformation | Mapping[str, Any] = field(default_factory=Deformation)
     margin_pixels: int | None = None
 
     output_suffix: ClassVar[str] = ".mrc"
@@ -140,6 +160,7 @@ class CryoET:
         put(self, "microscope", made(Microscope, self.microscope, "microscope"))
         put(self, "detector", made(Detector, self.detector, "detector"))
         put(self, "pose", made(Pose, self.pose, "pose"))
+        put(self, "deformation", made(Deformation, self.deformation, "deformation"))
         for name, known in (("mode", ("hard", "smooth")), ("noise", ("none", "poisson", "full"))):
             if getattr(self, name) not in known:
                 hint = " TEM-simulator's model is the class TEMSim." if getattr(self, name) == "temsim" else ""
@@ -149,11 +170,15 @@ class CryoET:
             raise InputError(f"Expected a list of parameter names, got the text {self.parameters!r}. Use a list.")
         names = tuple(self.parameters)
         put(self, "parameters", names)
-        put(self, "_space", _space(names, self.bounds, shape, self.pixel_size_angstrom))
+        structure = cast(Deformation, self.deformation).values
+        put(self, "_space", _space(names, self.bounds, shape, self.pixel_size_angstrom, tuple(structure)))
         put(self, "_values", self._settings())
+        put(self, "_shaping", (*structure, *TILTS))
         if self.margin_pixels is not None:
             check_range("CryoET", "margin_pixels", self.margin_pixels, 0, 4096)
         put(self, "_padded", self._padded_shape())
+        put(self, "_source", self._make_source())  # what is wrong with the deformation is said now
+        put(self, "_projectors", {})
         put(self, "_projections", {})
 
     @property
@@ -179,7 +204,8 @@ class CryoET:
                 raise InputError(f"Unknown argument {name!r} of CryoET. Known: {', '.join(known)}.")
         other = CryoET(**{name: changes.get(name, getattr(self, name)) for name in known})
         # Keys hold everything that a projection depends on, so sharing them all is safe.
-        object.__setattr__(other, "_projections", self._projections)  # type: ignore[attr-defined]
+        for name in ("_projections", "_projectors"):
+            object.__setattr__(other, name, getattr(self, name))
         return other
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[np.float32]:
@@ -255,14 +281,74 @@ class CryoET:
         """
         return self._each(theta, lambda values: self._rate(values, self._crop(self._wave(values, theta.dtype))))
 
-    def projection(self) -> Projection:
-        """The projected potential in the specimen's frame; built once, shared by `replace`."""
-        specimen, hard = cast(Specimen, self.specimen), self.mode == "hard"
-        key = (specimen.digest, self.pixel_size_angstrom, hard)
-        cache = self._projections  # type: ignore[attr-defined]
-        if key not in cache:
-            cache[key] = Projection.build(specimen, self.pixel_size_angstrom, hard_solvent=hard)
-        return cache[key]
+    def projection(self, values: Mapping[str, float] | None = None) -> Projection:
+        """The projected potential in the specimen's frame; built once, shared by `replace`.
+
+        Args:
+            values: of the structure's parameters and the tilts, by name; None for the settings.
+        """
+        key, cache = self._projection_key(values), self._projections  # type: ignore[attr-defined]
+        if key in cache:
+            return cache[key]
+        source, shape = key
+        if not any(shape):
+            built = self._projector().build()
+        else:
+            shaping = self._shaping  # type: ignore[attr-defined]
+            with torch.no_grad():
+                xyz = self._positions(dict(zip(shaping, shape, strict=True))).numpy()
+            built = self._projector().build(xyz)
+        # Where the structure is varied, one may be asked for again at once, but not for long.
+        for old in [k for k in cache if k[0] == source][:-_STRUCTURES]:
+            cache.pop(old, None)
+        cache[key] = built
+        return built
+
+    def _projection_key(self, values: Mapping[str, float] | None = None) -> tuple[tuple[Any, ...], tuple[float, ...]]:
+        """What a projection depends on: the specimen and its motions, and by how much it has moved."""
+        chosen = self._values if values is None else values  # type: ignore[attr-defined]
+        return self._source, tuple(float(chosen[name]) for name in self._shaping)  # type: ignore[attr-defined]
+
+    def _projector(self) -> Projector:
+        cache, source = self._projectors, self._source  # type: ignore[attr-defined]
+        if source not in cache:
+            cache[source] = Projector.of(
+                cast(Specimen, self.specimen),
+                self.pixel_size_angstrom,
+                hard_solvent=self.mode == "hard",
+                reach_angstrom=self._reach(),
+            )
+        return cache[source]
+
+    def _make_source(self) -> tuple[Any, ...]:
+        motion = self._motion().digest if cast(Deformation, self.deformation).values else ""
+        digest = cast(Specimen, self.specimen).digest
+        return digest, self.pixel_size_angstrom, self.mode == "hard", self._reach(), motion
+
+    def _motion(self) -> Motion:
+        return cast(Deformation, self.deformation).of(cast(Specimen, self.specimen))
+
+    def _reach(self) -> float:
+        """Largest |x| or |y| of an atom within the bounds of the structure's parameters and of the tilts."""
+        xyz = cast(Specimen, self.specimen).positions
+        largest = {name: max(map(abs, self._extremes(name))) for name in self._shaping}  # type: ignore[attr-defined]
+        turned = any(largest[name] for name in TILTS)
+        distance = np.linalg.norm(xyz, axis=1) if turned else np.abs(xyz[:, :2]).max(axis=1)
+        if cast(Deformation, self.deformation).values:
+            distance = distance + self._motion().farthest(largest)
+        return float(distance.max())
+
+    def _positions(self, values: Mapping[str, Value]) -> torch.Tensor:
+        """The atoms' places (n, 3) float64 after deformation and tilts [angstrom]."""
+        if cast(Deformation, self.deformation).values:
+            xyz = self._motion().positions(values)
+        else:
+            xyz = torch.from_numpy(cast(Specimen, self.specimen).positions.copy())
+        x, y, z = xyz.unbind(1)
+        about_x, about_y = (cos_sin(torch.as_tensor(values[name], dtype=torch.float64)) for name in TILTS)
+        y, z = about_x[0] * y - about_x[1] * z, about_x[1] * y + about_x[0] * z
+        x, z = about_y[0] * x + about_y[1] * z, about_y[0] * z - about_y[1] * x
+        return torch.stack((x, y, z), dim=1)
 
     def _each(self, theta: torch.Tensor, compute: Callable[[dict[str, Value]], torch.Tensor]) -> torch.Tensor:
         d = self.space.dimension
@@ -286,7 +372,8 @@ class CryoET:
         # The constructor has made them of the options.
         microscope, pose = cast(Microscope, self.microscope), cast(Pose, self.pose)
         dose = cast(Detector, self.detector).dose_e_per_angstrom2
-        table = {**microscope.values(), **asdict(pose), "dose_e_per_angstrom2": dose}
+        structure = cast(Deformation, self.deformation).values
+        table = {**microscope.values(), **asdict(pose), **structure, "dose_e_per_angstrom2": dose}
         return {name: float(value) for name, value in table.items()}
 
     def _extremes(self, name: str) -> tuple[float, float]:
@@ -312,7 +399,7 @@ class CryoET:
 
     def _posed(self, values: Mapping[str, Value], dtype: torch.dtype) -> torch.Tensor:
         """Projected potential on the padded grid: pixel r shows the specimen's point R^{-1} (r - shift)."""
-        projection = self.projection()
+        projection = self._projected(values)
         cosine, sine = cos_sin(values["rotation_deg"])
         step, n = projection.step_angstrom, projection.coefficients.shape[0]
         rows, columns = (
@@ -323,6 +410,12 @@ class CryoET:
         across = (cosine * x)[None, :] + (sine * y + n // 2)[:, None]
         down = (cosine * y + n // 2)[:, None] - (sine * x)[None, :]
         return projection.sample(across, down)
+
+    def _projected(self, values: Mapping[str, Value]) -> Projection:
+        shaping = self._shaping  # type: ignore[attr-defined]
+        if self.mode == "smooth" and any(isinstance(values[name], torch.Tensor) for name in shaping):
+            return self._projector().differentiable(self._positions(values))
+        return self.projection({name: float(values[name]) for name in shaping})
 
     def _wave(self, values: Mapping[str, Value], dtype: torch.dtype) -> torch.Tensor:
         """The wave in the image plane, on the padded grid."""
@@ -414,11 +507,19 @@ def made(kind: Any, options: Any, name: str) -> Any:
 
 
 def _space(
-    names: tuple[str, ...], bounds: Mapping[str, Sequence[float]] | None, shape: tuple[int, int], pixel: float
+    names: tuple[str, ...],
+    bounds: Mapping[str, Sequence[float]] | None,
+    shape: tuple[int, int],
+    pixel: float,
+    structure: tuple[str, ...],
 ) -> ParameterSpace:
+    known = {**KNOWN, **{name: STRUCTURE[name.partition("[")[0]] for name in structure}}
     for name in names:
-        if name not in KNOWN:
-            raise InputError(f"Unknown parameter {name!r}. Known parameters: {', '.join(PARAMETER_NAMES)}.")
+        if name not in known:
+            hint = (
+                " mode_angstrom[k] and domain_deg[j] need deformation." if name.partition("[")[0] in STRUCTURE else ""
+            )
+            raise InputError(f"Unknown parameter {name!r}. Known parameters: {', '.join(known)}.{hint}")
     limits = {"x_angstrom": 0.5 * shape[1] * pixel, "y_angstrom": 0.5 * shape[0] * pixel}
     for name, pair in (bounds or {}).items():
         if name not in names:
@@ -427,7 +528,7 @@ def _space(
             raise InputError(f"Expected bounds of {name} as (lower, upper), got {pair!r}.")
     parameters = []
     for name in names:
-        p = KNOWN[name]
+        p = known[name]
         lower, upper = (-limits[name], limits[name]) if name in limits else (p.lower, p.upper)
         lower, upper = (bounds or {}).get(name, (lower, upper))
         parameters.append(Parameter(name, p.unit, float(lower), float(upper), p.natural_scale, p.kind, p.description))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,49 @@ def import_gemmi() -> Any:
 
 
 @dataclass(frozen=True, eq=False)
+class Residues:
+    """Which residue each of n atoms belongs to: what deformations are defined by.
+
+    Args:
+        index: (n,) the residue's number, counted from 0 through all chains.
+        chains: (n,) the name of its chain.
+        numbers: (n,) its number in the file.
+        nodes: (n,) bool, True for one atom of each residue, where an elastic network has its node: the C-alpha atom,
+            the phosphorus of a nucleotide, else the residue's first.
+    """
+
+    index: NDArray[np.int64]
+    chains: NDArray[np.str_]
+    numbers: NDArray[np.int64]
+    nodes: NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        kinds = {"index": np.int64, "chains": np.str_, "numbers": np.int64, "nodes": np.bool_}
+        n = len(self.index)
+        for key, kind in kinds.items():
+            array: NDArray[Any] = np.array(getattr(self, key), dtype=kind)
+            if array.shape != (n,):
+                raise InputError(f"Expected {n} entries of Residues.{key}, one an atom, got shape {array.shape}.")
+            array.flags.writeable = False
+            object.__setattr__(self, key, array)
+        found = np.bincount(self.index[self.nodes], minlength=int(self.index.max(initial=-1)) + 1)
+        if (self.index < 0).any() or not (found == 1).all():
+            raise InputError("Expected residues counted from 0, each with one node, got others. Correct the arrays.")
+
+    @classmethod
+    def single(cls, n: int) -> Residues:
+        """Each of n atoms is a residue by itself, and a node."""
+        index = np.arange(n)
+        return cls(index, np.full(n, "A"), index + 1, np.ones(n, dtype=np.bool_))
+
+    def tiled(self, copies: int) -> Residues:
+        """Those of several copies, one after another."""
+        step = int(self.index.max()) + 1
+        index = np.concatenate([self.index + i * step for i in range(copies)])
+        return Residues(index, np.tile(self.chains, copies), np.tile(self.numbers, copies), np.tile(self.nodes, copies))
+
+
+@dataclass(frozen=True, eq=False)
 class Specimen:
     """A rigid set of n atoms (or beads) around the origin.
 
@@ -50,6 +93,7 @@ class Specimen:
         hydrogens: (n,) mean number of hydrogens that ride on each atom, besides those that are atoms themselves.
         labels: (n,) integer label of the copy an atom belongs to.
         name: for messages and file labels.
+        residues: what atoms belong together; None where each is by itself.
     """
 
     positions: NDArray[np.float64]
@@ -59,6 +103,7 @@ class Specimen:
     hydrogens: NDArray[np.float64]
     labels: NDArray[np.int64]
     name: str = "specimen"
+    residues: Residues | None = None
     _digest: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +126,8 @@ class Specimen:
                 )
         if not np.isfinite(self.positions).all():
             raise InputError("Expected finite positions, got NaN or infinity. Remove those atoms.")
+        if self.residues is not None and len(self.residues.index) != n:
+            raise InputError(f"Expected residues of {n} atoms, got those of {len(self.residues.index)}.")
         if (self.b_factors < 0).any():
             raise InputError(f"Expected B factors >= 0, got {self.b_factors.min():g}. Correct the structure.")
 
@@ -94,6 +141,7 @@ class Specimen:
         b_factors: ArrayLike = 0.0,
         hydrogens: ArrayLike = 0.0,
         name: str = "atoms",
+        residues: Residues | None = None,
     ) -> Specimen:
         """A specimen from arrays, as they stand (not centred).
 
@@ -102,11 +150,12 @@ class Specimen:
             elements: (n,) atomic numbers.
             weights, b_factors, hydrogens: numbers or (n,), see `Specimen`.
             name: for messages.
+            residues: see `Specimen`.
         """
         xyz = np.asarray(positions, dtype=np.float64)
         n = len(xyz)
         w, b, h = (np.broadcast_to(np.asarray(v, dtype=np.float64), (n,)) for v in (weights, b_factors, hydrogens))
-        return cls(xyz, np.asarray(elements), w, b, h, np.zeros(n, dtype=np.int64), name)
+        return cls(xyz, np.asarray(elements), w, b, h, np.zeros(n, dtype=np.int64), name, residues)
 
     @classmethod
     def from_file(cls, path: str | Path, assembly: str | None = "1", *, hydrogens: str = "riding") -> Specimen:
@@ -178,6 +227,9 @@ class Specimen:
         positions = np.repeat(xyz, len(_RESIDUE), axis=0)
         elements = np.tile(list(_RESIDUE), n)
         weights = np.tile(list(_RESIDUE.values()), n) * (158 / len(radii))
+        bead, kinds = np.repeat(np.arange(n), len(_RESIDUE)), len(_RESIDUE)
+        subunit = np.repeat(index, len(radii) * kinds) + 1
+        residues = Residues(bead, np.full(len(bead), "A"), subunit, np.arange(len(bead)) % kinds == 0)
         # A bead is a Gaussian of 5 angstrom standard deviation: B = 8 pi^2 u^2.
         return cls.from_atoms(
             positions,
@@ -186,6 +238,7 @@ class Specimen:
             b_factors=8 * np.pi**2 * 5.0**2,
             hydrogens=_RESIDUE_HYDROGENS / heavy,
             name=f"helix of {num_subunits} subunits",
+            residues=residues,
         )
 
     @classmethod
@@ -300,6 +353,7 @@ class Specimen:
             np.tile(self.hydrogens, copies),
             np.concatenate([self.labels + i * stride for i in range(copies)]),
             f"{copies} copies of {self.name}",
+            None if self.residues is None else self.residues.tiled(copies),
         )
 
 
@@ -321,12 +375,19 @@ def _check_columns(path: Path) -> None:
 
 def _from_model(gemmi: Any, model: Any, path: Path, hydrogens: str) -> Specimen:
     rows: list[tuple[float, ...]] = []
+    owners: list[tuple[int, str, int, bool]] = []
+    count = 0
     for chain in model:
         for residue in chain:
             if residue.is_water():
                 continue
             atoms = [a for a in residue if hydrogens != "none" or not a.is_hydrogen()]
+            if not atoms:
+                continue
             riding = _riding(gemmi, residue) if hydrogens == "riding" else 0.0
+            node = _node(atoms)
+            owners += [(count, chain.name, residue.seqid.num or 0, i == node) for i in range(len(atoms))]
+            count += 1
             for a in atoms:
                 carried = riding if a.element.atomic_number in (6, 7) else 0.0
                 rows.append((*a.pos.tolist(), a.element.atomic_number, a.occ, max(a.b_iso, 0.0), carried))
@@ -346,9 +407,25 @@ def _from_model(gemmi: Any, model: Any, path: Path, hydrogens: str) -> Specimen:
     if not mass.sum() > 0:
         raise InputError(f"Expected occupancies > 0 in {str(path)!r}, got none. Correct the structure.")
     centred = table[:, :3] - np.average(table[:, :3], axis=0, weights=mass)
+    residues = Residues(*(np.array(column) for column in zip(*owners, strict=True)))
     return Specimen.from_atoms(
-        centred, numbers, weights=table[:, 4], b_factors=table[:, 5], hydrogens=table[:, 6], name=path.name
+        centred,
+        numbers,
+        weights=table[:, 4],
+        b_factors=table[:, 5],
+        hydrogens=table[:, 6],
+        name=path.name,
+        residues=residues,
     )
+
+
+def _node(atoms: Sequence[Any]) -> int:
+    """Which of a residue's atoms stands for it in an elastic network."""
+    for name, atomic_number in (("CA", 6), ("P", 15)):
+        for i, atom in enumerate(atoms):
+            if atom.name == name and atom.element.atomic_number == atomic_number:
+                return i
+    return 0
 
 
 def _riding(gemmi: Any, residue: Any) -> float:

@@ -100,7 +100,7 @@ def displaced_fraction(specimen: Specimen, size: int, step_angstrom: float) -> N
     voxel = 1.5
     total = np.zeros((size, size, size))
     for full, low in displaced_voxels(specimen, voxel):
-        points = (np.argwhere(full) + low)[:, ::-1] * (voxel / step_angstrom) + size // 2
+        points = ((np.argwhere(full) + low)[:, ::-1] * (voxel / step_angstrom) + size // 2).astype(np.float64)
         inside = (points >= 0).all(axis=1) & (points < size - 1).all(axis=1)
         add_linear(total, points[inside], np.full(int(inside.sum()), (voxel / step_angstrom) ** 3, dtype=np.float64))
     return total
