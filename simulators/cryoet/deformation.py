@@ -121,8 +121,8 @@ def elastic_modes(points: ArrayLike, number: int, cutoff_angstrom: float = 15.0)
         cutoff_angstrom: of the springs [angstrom].
 
     Returns:
-        the modes. A mode's sign, which is arbitrary, is fixed by a fixed random vector; modes of equal frequency, as
-        symmetric structures have, are some basis of theirs.
+        the modes. A mode's sign, which is arbitrary, is such that sum_j w_j u_j.(r_j - mean) > 0 for fixed random w, in
+        whatever frame. Modes of equal frequency, as symmetric structures have, are some basis of theirs.
 
     Raises:
         InputError: fewer modes than asked for, or the network is in pieces or has a hinge without a spring.
@@ -148,8 +148,9 @@ def elastic_modes(points: ArrayLike, number: int, cutoff_angstrom: float = 15.0)
             f"Expected a network whose only free motions are rigid ones, got {int((values <= _ZERO * stiff).sum())} "
             f"others or more: it is in pieces. Take a cut-off of more than {cutoff_angstrom:g} angstrom, or one piece."
         )
-    vectors = vectors * np.where(generic @ vectors < 0, -1.0, 1.0)
-    return Modes(values, np.ascontiguousarray(vectors.T.reshape(number, -1, 3)))
+    modes = vectors.T.reshape(number, -1, 3)
+    outwards = (modes * (xyz - xyz.mean(axis=0))).sum(axis=2) @ generic[: len(xyz)]
+    return Modes(values, modes * np.where(outwards < 0, -1.0, 1.0)[:, None, None])
 
 
 def _softest(
