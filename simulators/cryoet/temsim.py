@@ -88,6 +88,10 @@ class Camera:
         if not self.mtf_a + self.mtf_b + self.mtf_c > 0:
             raise InputError("Expected mtf_a + mtf_b + mtf_c > 0, got 0. Set mtf_c=1 for a perfect detector.")
 
+    def mtf(self, shape: tuple[int, int]) -> torch.Tensor:
+        """Of images of that shape, in the order of `torch.fft.rfft2`: (rows, columns // 2 + 1) float32."""
+        return _mtf(self, shape)
+
 
 @lru_cache(maxsize=16)
 def _mtf(camera: Camera, shape: tuple[int, int]) -> torch.Tensor:
