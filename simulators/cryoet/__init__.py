@@ -4,9 +4,11 @@ from simulators.cryoet.deformation import Deformation, Domain, elastic_modes
 from simulators.cryoet.detector import Detector
 from simulators.cryoet.files import Micrograph, Stack, read_micrograph, read_stack, write_micrograph, write_stack
 from simulators.cryoet.information import CramerRao, cramer_rao
+from simulators.cryoet.maps import DensityMap
 from simulators.cryoet.optics import Microscope, contrast_transfer
+from simulators.cryoet.parameters import PARAMETER_NAMES, Pose
 from simulators.cryoet.potential import projected_potential
-from simulators.cryoet.simulator import PARAMETER_NAMES, CryoET, Pose
+from simulators.cryoet.simulator import CryoET
 from simulators.cryoet.specimen import Residues, Specimen
 from simulators.cryoet.temsim import TEMSIM_PARAMETER_NAMES, Camera, Placement, TEMSim, counted
 from simulators.cryoet.temsim_optics import Optics, Sample
@@ -25,6 +27,7 @@ __all__ = [
     "CramerRao",
     "CryoET",
     "Deformation",
+    "DensityMap",
     "Detector",
     "Domain",
     "Micrograph",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import math
 import os
+import struct
 import tempfile
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,35 +176,96 @@ def read_stack(path: str | Path) -> Stack:
     return Stack(images, _square(path, size), label)
 
 
-def _read(path: Path) -> tuple[NDArray[Any], tuple[float, float], str]:
-    """The images (images, rows, columns), the pixel's edges [angstrom] and the first label of an MRC file."""
-    mrcfile = _mrcfile()
+@dataclass(frozen=True, eq=False)
+class MrcContent:
+    """What an MRC file holds, as it stands in the file.
+
+    Args:
+        data: (sections, rows, columns), finite real numbers.
+        header: mrcfile's, for what readers want of it.
+        label: the first label.
+    """
+
+    data: NDArray[Any]
+    header: Any
+    label: str
+
+
+def read_mrc(path: str | Path) -> MrcContent:
+    """Reads an MRC2014 file, plain or compressed by gzip, strictly.
+
+    Raises:
+        InputError: no such file, not MRC, truncated (noticed before memory is taken for what the header claims), not
+            three-dimensional, or not finite real numbers.
+    """
+    mrcfile, path = _mrcfile(), Path(path)
     if not path.is_file():
         raise InputError(f"Expected an MRC file, found none at {str(path)!r}. Check the path.")
     try:
+        _check_size(path)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with mrcfile.open(path, mode="r", permissive=False) as mrc:
-                data = np.array(mrc.data)
-                voxel = mrc.voxel_size
-                size = (float(voxel.x), float(voxel.y))
-                label = bytes(mrc.header.label[0]).decode("ascii", "replace").strip() if mrc.header.nlabl else ""
-    except (ValueError, OSError, RuntimeWarning, EOFError) as error:
+                data, header = np.array(mrc.data), mrc.header.copy()
+        count = min(max(int(header.nlabl), 0), len(header.label))
+        label = bytes(header.label[0]).decode("ascii", "replace").strip(" \0") if count else ""
+    # What gzip and numpy raise for bytes that are not what they should be.
+    except (ValueError, OSError, RuntimeWarning, EOFError, OverflowError, zlib.error, TypeError) as error:
         raise InputError(
             f"Expected an MRC2014 file, got {str(path)!r}: {error}. Was it written completely, and is it MRC?"
         ) from error
     if data.ndim == 2:
         data = data[None]
-    if data.ndim != 3:
-        raise InputError(f"Expected images in {str(path)!r}, got an array of shape {data.shape}.")
+    if data.ndim != 3 or 0 in data.shape:
+        raise InputError(f"Expected images or a volume in {str(path)!r}, got an array of shape {data.shape}.")
     if data.dtype.kind not in "iuf" or not np.isfinite(data).all():
         raise InputError(f"Expected finite real numbers in {str(path)!r}, got dtype {data.dtype} or NaN or infinity.")
-    return data, size, label
+    return MrcContent(data, header, label)
+
+
+# Bytes of a number in each mode of MRC2014; half a byte in mode 101.
+_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 6: 2, 12: 2, 101: 0.5}
+# A deflated stream is at least this part of what it becomes.
+_LARGEST_RATIO = 1032
+
+
+def _check_size(path: Path) -> None:
+    """Raises ValueError where the file is too short for what its header claims, before memory is taken for it."""
+    with open(path, "rb") as raw:
+        compressed = raw.read(2) == b"\x1f\x8b"
+    with gzip.open(path, "rb") if compressed else open(path, "rb") as stream:
+        header = stream.read(1024)
+    if len(header) < 1024:
+        raise ValueError(f"it has {len(header)} bytes, and a header has 1024")
+    order = ">" if header[212:214] == b"\x11\x11" else "<"
+    nx, ny, nz, mode = struct.unpack(f"{order}4i", header[:16])
+    (extended,) = struct.unpack(f"{order}i", header[92:96])
+    if min(nx, ny, nz) < 1 or extended < 0 or mode not in _BYTES:
+        raise ValueError(f"its header claims {nx} x {ny} x {nz} numbers of mode {mode} after {extended} bytes")
+    needed = 1024 + extended + math.floor(nx * ny * nz * _BYTES[mode])
+    available = path.stat().st_size * (_LARGEST_RATIO if compressed else 1)
+    if needed > available:
+        raise ValueError(
+            f"its header claims {nx} x {ny} x {nz} numbers of mode {mode}, {needed} bytes, but the file has "
+            f"{path.stat().st_size}{' compressed' if compressed else ''}"
+        )
+
+
+def _read(path: Path) -> tuple[NDArray[Any], tuple[float, float], str]:
+    """The images (images, rows, columns), the pixel's edges [angstrom] and the first label of an MRC file."""
+    content = read_mrc(path)
+    header = content.header
+    axes = (int(header.mapc), int(header.mapr), int(header.maps))
+    if axes not in ((1, 2, 3), (0, 0, 0)):
+        raise InputError(f"Expected images with columns along x and rows along y in {str(path)!r}, got axes {axes}.")
+    sampling, cell = (int(header.mx), int(header.my)), (float(header.cella.x), float(header.cella.y))
+    size = tuple(edge / n if n > 0 else 0.0 for edge, n in zip(cell, sampling, strict=True))
+    return content.data, (size[0], size[1]), content.label
 
 
 def _square(path: str | Path, size: tuple[float, float]) -> float:
     """The edge of a square pixel [angstrom]."""
-    if not size[0] > 0 or abs(size[0] - size[1]) > 1e-4 * size[0]:
+    if not (0 < size[0] < np.inf and size[1] > 0) or abs(size[0] - size[1]) > 1e-4 * size[0]:
         raise InputError(
             f"Expected square pixels of known size in {str(path)!r}, got {size} angstrom. Set the header's cell."
         )

@@ -322,6 +322,20 @@ class Projection:
         return torch.cat([_interpolated(coefficients, x, y) for x, y in blocks]).reshape(columns.shape)
 
 
+def spline_filter(size: int, finer: float) -> NDArray[np.float64]:
+    """From a spectrum on `size`^2 samples to that of the spline's coefficients on a grid `finer` times as fine.
+
+    Args:
+        size: of the spectrum's grid.
+        finer: ratio of the steps; the band must end below the coarser grid's Nyquist frequency.
+
+    Returns:
+        (size, size // 2 + 1).
+    """
+    fy, fx = np.fft.fftfreq(size) / finer, np.fft.rfftfreq(size) / finer
+    return np.asarray(finer**2 / (np.sinc(fy)[:, None] * np.sinc(fx)[None, :]) ** 3)
+
+
 @dataclass(frozen=True, eq=False)
 class Projector:
     """Projects one set of atoms at any positions: what does not depend on positions is computed once.
@@ -388,8 +402,7 @@ class Projector:
         band = (q2 < cutoff**2 * (1 - 1e-9)) / spread
         curves = (curve(int(z), b, h, table, not hard_solvent) for z, b, h in kinds)
         filters = np.stack([band * np.interp(q2, table, values) for values in curves])
-        fy, fx = f * step / finer, fx * step / finer
-        finish = band_limit(q2, cutoff) * finer**2 / (np.sinc(fy)[:, None] * np.sinc(fx)[None, :]) ** 3
+        finish = band_limit(q2, cutoff) * spline_filter(n, finer)
         return cls(specimen, pixel_size_angstrom, hard_solvent, oversampling, n, amounts, filters, finish)
 
     @property

@@ -22,77 +22,24 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from bridge.simulator import Parameter, ParameterSpace
+from bridge.simulator import ParameterSpace
 from simulators.cryoet import detector as detection
-from simulators.cryoet.deformation import STRUCTURE, Deformation, Motion
+from simulators.cryoet.deformation import Deformation, Motion
 from simulators.cryoet.detector import Detector
 from simulators.cryoet.files import read_micrograph, write_micrograph
+from simulators.cryoet.maps import DensityMap
 from simulators.cryoet.optics import Microscope, Value, check_range, cos_sin, frequencies, transfer_function
+from simulators.cryoet.parameters import KNOWN as KNOWN
+from simulators.cryoet.parameters import TILTS, Pose, make_space
 from simulators.cryoet.physics import interaction_constant, wavelength_angstrom
 from simulators.cryoet.potential import Projection, Projector
 from simulators.cryoet.specimen import Specimen
+from simulators.cryoet.volume import MapProjector
 
 Mode = Literal["hard", "smooth"]
 Noise = Literal["none", "poisson", "full"]
 
 
-@dataclass(frozen=True)
-class Pose:
-    """Where the specimen is.
-
-    Args:
-        x_angstrom, y_angstrom: shift to the right (larger column) and downwards (larger row) [angstrom].
-        z_angstrom: height; positive adds to the underfocus, and does nothing else [angstrom].
-        rotation_deg: in-plane rotation about the specimen's origin, from +x to +y, before the shift [degree].
-        x_tilt_deg, y_tilt_deg: rotations about x, then y, before the rotation in the plane [degree].
-    """
-
-    x_angstrom: float = 0.0
-    y_angstrom: float = 0.0
-    z_angstrom: float = 0.0
-    rotation_deg: float = 0.0
-    x_tilt_deg: float = 0.0
-    y_tilt_deg: float = 0.0
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            check_range("Pose", item.name, getattr(self, item.name), -1e6, 1e6)
-
-
-def _p(name: str, unit: str, lower: float, upper: float, scale: float, description: str) -> Parameter:
-    return Parameter(name, unit, lower, upper, scale, "continuous", description)
-
-
-# Bounds are those within which the model makes sense; those of x and y follow from the field.
-KNOWN = {
-    p.name: p
-    for p in (
-        _p("voltage_kv", "kV", 60.0, 1000.0, 20.0, "accelerating voltage"),
-        _p("defocus_um", "um", 0.2, 4.0, 0.1, "defocus, positive is underfocus"),
-        _p("astigmatism_um", "um", -0.5, 0.5, 0.05, "half the difference of the principal defoci"),
-        _p("astigmatism_angle_deg", "deg", -360.0, 360.0, 5.0, "direction of the larger defocus, from +x to +y"),
-        _p("cs_mm", "mm", 0.0, 10.0, 0.3, "spherical aberration"),
-        _p("amplitude_contrast", "", 0.0, 0.5, 0.02, "part of the contrast that is amplitude contrast"),
-        _p("phase_shift_deg", "deg", -360.0, 360.0, 5.0, "extra phase of the scattered wave (phase plate)"),
-        _p("energy_spread_ev", "eV", 0.0, 10.0, 0.3, "standard deviation of the beam's energy"),
-        _p("cc_mm", "mm", 0.0, 10.0, 0.3, "chromatic aberration"),
-        _p("convergence_mrad", "mrad", 0.0, 1.0, 0.02, "illumination semi-angle at 1/e"),
-        _p("aperture_um", "um", 5.0, 500.0, 5.0, "diameter of the objective aperture"),
-        _p("focal_length_mm", "mm", 0.5, 20.0, 0.3, "focal length; with the aperture it sets the cut-off"),
-        _p("b_factor", "angstrom^2", 0.0, 1000.0, 20.0, "B of the envelope exp(-B q^2 / 4)"),
-        _p("x_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift to the right (larger column)"),
-        _p("y_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift downwards (larger row)"),
-        _p("z_angstrom", "angstrom", -1e4, 1e4, 500.0, "height; adds to the underfocus"),
-        _p("rotation_deg", "deg", -360.0, 360.0, 2.0, "in-plane rotation from +x to +y, before the shift"),
-        _p("x_tilt_deg", "deg", -360.0, 360.0, 2.0, "rotation about x, before those about y and in the plane"),
-        _p("y_tilt_deg", "deg", -360.0, 360.0, 2.0, "rotation about y, before that in the plane"),
-        _p("dose_e_per_angstrom2", "e/angstrom^2", 0.1, 1000.0, 2.0, "exposure"),
-    )
-}
-PARAMETER_NAMES = tuple(KNOWN)
-
-# Rotations out of the plane, which need projections of their own.
-TILTS = ("x_tilt_deg", "y_tilt_deg")
 # How many projections of varied structures are kept.
 _STRUCTURES = 4
 
@@ -112,7 +59,7 @@ class CryoET:
     on a grid that holds all that the bounds of these allow; narrow bounds make it faster.
 
     Args:
-        specimen: a `Specimen`, a path, "helix", or a table (see `Specimen.from_options`).
+        specimen: a `Specimen`, a `DensityMap`, a path, "helix", or a table (see `Specimen.from_options`).
         shape: (rows, columns) of the image.
         pixel_size_angstrom: [angstrom].
         microscope: a `Microscope` or a table of its settings.
@@ -137,7 +84,7 @@ class CryoET:
         Vulovic et al. (2013), J. Struct. Biol. 183, 19, for the chain; the modules beside for each formula.
     """
 
-    specimen: Specimen | str | Path | Mapping[str, Any] = "helix"
+    specimen: Specimen | DensityMap | str | Path | Mapping[str, Any] = "helix"
     shape: Sequence[int] = (256, 256)
     pixel_size_angstrom: float = 3.0
     microscope: Microscope | Mapping[str, Any] = field(default_factory=Microscope)
@@ -166,12 +113,14 @@ class CryoET:
                 hint = " TEM-simulator's model is the class TEMSim." if getattr(self, name) == "temsim" else ""
                 raise InputError(f"Unknown {name}={getattr(self, name)!r}. Known: {', '.join(known)}.{hint}")
         put(self, "specimen", Specimen.from_options(self.specimen))
+        if isinstance(self.specimen, DensityMap) and cast(Deformation, self.deformation).values:
+            raise InputError("Expected a specimen of atoms for a deformation, got a map, which is rigid.")
         if isinstance(self.parameters, str):
             raise InputError(f"Expected a list of parameter names, got the text {self.parameters!r}. Use a list.")
         names = tuple(self.parameters)
         put(self, "parameters", names)
         structure = cast(Deformation, self.deformation).values
-        put(self, "_space", _space(names, self.bounds, shape, self.pixel_size_angstrom, tuple(structure)))
+        put(self, "_space", make_space(names, self.bounds, shape, self.pixel_size_angstrom, tuple(structure)))
         put(self, "_values", self._settings())
         put(self, "_shaping", (*structure, *TILTS))
         if self.margin_pixels is not None:
@@ -291,13 +240,8 @@ class CryoET:
         if key in cache:
             return cache[key]
         source, shape = key
-        if not any(shape):
-            built = self._projector().build()
-        else:
-            shaping = self._shaping  # type: ignore[attr-defined]
-            with torch.no_grad():
-                xyz = self._positions(dict(zip(shaping, shape, strict=True))).numpy()
-            built = self._projector().build(xyz)
+        with torch.no_grad():
+            built = self._built(dict(zip(self._shaping, shape, strict=True)))  # type: ignore[attr-defined]
         # Where the structure is varied, one may be asked for again at once, but not for long.
         for old in [k for k in cache if k[0] == source][:-_STRUCTURES]:
             cache.pop(old, None)
@@ -309,28 +253,40 @@ class CryoET:
         chosen = self._values if values is None else values  # type: ignore[attr-defined]
         return self._source, tuple(float(chosen[name]) for name in self._shaping)  # type: ignore[attr-defined]
 
-    def _projector(self) -> Projector:
+    def _built(self, values: Mapping[str, Value]) -> Projection:
+        """A projection at values of the structure's parameters and of the tilts, without derivatives."""
+        projector = self._projector()
+        moved = any(float(value) != 0.0 for value in values.values())
+        if isinstance(projector, Projector):
+            return projector.build(self._positions(values).numpy() if moved else None)
+        # One way for all values, where they vary.
+        moved = moved or any(name in TILTS for name in self.space.names)
+        return projector.turned(_tilt(values)) if moved else projector.build()
+
+    def _projector(self) -> Projector | MapProjector:
         cache, source = self._projectors, self._source  # type: ignore[attr-defined]
         if source not in cache:
-            cache[source] = Projector.of(
-                cast(Specimen, self.specimen),
-                self.pixel_size_angstrom,
-                hard_solvent=self.mode == "hard",
-                reach_angstrom=self._reach(),
+            specimen, pixel, hard = cast(Specimen | DensityMap, self.specimen), self.pixel_size_angstrom, source[2]
+            cache[source] = (
+                MapProjector(specimen, pixel)
+                if isinstance(specimen, DensityMap)
+                else Projector.of(specimen, pixel, hard_solvent=hard, reach_angstrom=self._reach())
             )
         return cache[source]
 
     def _make_source(self) -> tuple[Any, ...]:
         motion = self._motion().digest if cast(Deformation, self.deformation).values else ""
-        digest = cast(Specimen, self.specimen).digest
-        return digest, self.pixel_size_angstrom, self.mode == "hard", self._reach(), motion
+        digest = cast(Specimen | DensityMap, self.specimen).digest
+        turning = any(name in TILTS for name in self.space.names)
+        return digest, self.pixel_size_angstrom, self.mode == "hard", self._reach(), motion, turning
 
     def _motion(self) -> Motion:
         return cast(Deformation, self.deformation).of(cast(Specimen, self.specimen))
 
     def _reach(self) -> float:
         """Largest |x| or |y| of an atom within the bounds of the structure's parameters and of the tilts."""
-        xyz = cast(Specimen, self.specimen).positions
+        specimen = cast(Specimen | DensityMap, self.specimen)
+        xyz = specimen.corners if isinstance(specimen, DensityMap) else specimen.positions
         largest = {name: max(map(abs, self._extremes(name))) for name in self._shaping}  # type: ignore[attr-defined]
         turned = any(largest[name] for name in TILTS)
         distance = np.linalg.norm(xyz, axis=1) if turned else np.abs(xyz[:, :2]).max(axis=1)
@@ -344,11 +300,7 @@ class CryoET:
             xyz = self._motion().positions(values)
         else:
             xyz = torch.from_numpy(cast(Specimen, self.specimen).positions.copy())
-        x, y, z = xyz.unbind(1)
-        about_x, about_y = (cos_sin(torch.as_tensor(values[name], dtype=torch.float64)) for name in TILTS)
-        y, z = about_x[0] * y - about_x[1] * z, about_x[1] * y + about_x[0] * z
-        x, z = about_y[0] * x + about_y[1] * z, about_y[0] * z - about_y[1] * x
-        return torch.stack((x, y, z), dim=1)
+        return xyz @ _tilt(values).T
 
     def _each(self, theta: torch.Tensor, compute: Callable[[dict[str, Value]], torch.Tensor]) -> torch.Tensor:
         d = self.space.dimension
@@ -414,7 +366,10 @@ class CryoET:
     def _projected(self, values: Mapping[str, Value]) -> Projection:
         shaping = self._shaping  # type: ignore[attr-defined]
         if self.mode == "smooth" and any(isinstance(values[name], torch.Tensor) for name in shaping):
-            return self._projector().differentiable(self._positions(values))
+            projector = self._projector()
+            if isinstance(projector, MapProjector):
+                return projector.turned(_tilt(values))
+            return projector.differentiable(self._positions(values))
         return self.projection({name: float(values[name]) for name in shaping})
 
     def _wave(self, values: Mapping[str, Value], dtype: torch.dtype) -> torch.Tensor:
@@ -453,6 +408,14 @@ class CryoET:
             counts = counts + detection.filtered(noise, detection.mtf_filter(camera, self.output_shape, dtype))
         counts = counts * camera.gain
         return detection.read_out(counts, camera) if self.mode == "hard" else counts
+
+
+def _tilt(values: Mapping[str, Value]) -> torch.Tensor:
+    """R_y(y-tilt) R_x(x-tilt), (3, 3) float64."""
+    (c, s), (d, t) = (cos_sin(torch.as_tensor(values[name], dtype=torch.float64)) for name in TILTS)
+    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    rows = ((d, t * s, t * c), (zero, c, -s), (-t, d * s, d * c))
+    return torch.stack([torch.as_tensor(v) * one for row in rows for v in row]).reshape(3, 3)
 
 
 def padded_shape(
@@ -504,32 +467,3 @@ def made(kind: Any, options: Any, name: str) -> Any:
         if key not in known:
             raise InputError(f"Unknown key {key!r} of {name}. Known keys: {', '.join(known)}.")
     return kind(**options)
-
-
-def _space(
-    names: tuple[str, ...],
-    bounds: Mapping[str, Sequence[float]] | None,
-    shape: tuple[int, int],
-    pixel: float,
-    structure: tuple[str, ...],
-) -> ParameterSpace:
-    known = {**KNOWN, **{name: STRUCTURE[name.partition("[")[0]] for name in structure}}
-    for name in names:
-        if name not in known:
-            hint = (
-                " mode_angstrom[k] and domain_deg[j] need deformation." if name.partition("[")[0] in STRUCTURE else ""
-            )
-            raise InputError(f"Unknown parameter {name!r}. Known parameters: {', '.join(known)}.{hint}")
-    limits = {"x_angstrom": 0.5 * shape[1] * pixel, "y_angstrom": 0.5 * shape[0] * pixel}
-    for name, pair in (bounds or {}).items():
-        if name not in names:
-            raise InputError(f"Unknown parameter {name!r} in bounds. The parameters are: {', '.join(names)}.")
-        if isinstance(pair, str) or len(pair) != 2:
-            raise InputError(f"Expected bounds of {name} as (lower, upper), got {pair!r}.")
-    parameters = []
-    for name in names:
-        p = known[name]
-        lower, upper = (-limits[name], limits[name]) if name in limits else (p.lower, p.upper)
-        lower, upper = (bounds or {}).get(name, (lower, upper))
-        parameters.append(Parameter(name, p.unit, float(lower), float(upper), p.natural_scale, p.kind, p.description))
-    return ParameterSpace(tuple(parameters))

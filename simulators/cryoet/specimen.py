@@ -10,12 +10,15 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError, SetupError
+
+if TYPE_CHECKING:
+    from simulators.cryoet.maps import DensityMap
 
 _HYDROGENS = ("riding", "file", "none")
 _FILE_KEYS = ("file", "assembly", "hydrogens")
@@ -242,16 +245,22 @@ class Specimen:
         )
 
     @classmethod
-    def from_options(cls, options: Specimen | str | Path | Mapping[str, Any]) -> Specimen:
+    def from_options(cls, options: Specimen | DensityMap | str | Path | Mapping[str, Any]) -> Specimen | DensityMap:
         """A specimen from plain data, as a job file holds it.
 
         Args:
-            options: a `Specimen`; "helix"; a path; or a mapping with `file` (and `assembly`, `hydrogens`) or
-                `helix = true` (and `num_subunits`), and for a field `copies`, `field_angstrom`, `seed`,
-                `spacing_angstrom`.
+            options: a `Specimen` or `DensityMap`; "helix"; a path; or a mapping with `file` (and `assembly`,
+                `hydrogens`) or `helix = true` (and `num_subunits`), and for a field `copies`, `field_angstrom`, `seed`,
+                `spacing_angstrom`; or a mapping with `map` and the arguments of `DensityMap.from_file`.
         """
-        if isinstance(options, Specimen):
+        from simulators.cryoet.maps import DensityMap
+
+        if isinstance(options, Specimen | DensityMap):
             return options
+        if isinstance(options, str | Path) and str(options).removesuffix(".gz").endswith((".mrc", ".map", ".ccp4")):
+            return DensityMap.from_file(options)  # says what else it has to know
+        if isinstance(options, Mapping) and "map" in options:
+            return DensityMap.from_options(options)
         if isinstance(options, str | Path):
             return cls.helix() if str(options) == "helix" else cls.from_file(options)
         if not isinstance(options, Mapping):

@@ -15,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
+from simulators.cryoet.maps import DensityMap
 from simulators.cryoet.potential import (
     BETA,
     SUPPORT,
+    Projection,
     add_linear,
     band_limit,
     curve,
@@ -25,6 +27,7 @@ from simulators.cryoet.potential import (
     ice_potential,
     kernel_transform,
     radial_basis,
+    spline_filter,
 )
 from simulators.cryoet.specimen import Specimen
 
@@ -155,20 +158,21 @@ class Volume:
 
     @classmethod
     def build(
-        cls, specimen: Specimen, pixel_size_angstrom: float, *, hard_solvent: bool, oversampling: int = 3
+        cls, specimen: Specimen | DensityMap, pixel_size_angstrom: float, *, hard_solvent: bool, oversampling: int = 3
     ) -> Volume:
         """A particle's potential, band-limited at the Nyquist frequency, isotropically.
 
         Args:
-            specimen: the atoms; the particle turns about the origin.
+            specimen: the atoms, or a map; the particle turns about the origin.
             pixel_size_angstrom: of the image, and of the voxels [angstrom].
-            hard_solvent: displaced solvent by threshold rather than the atoms' Gaussians.
+            hard_solvent: displaced solvent by threshold rather than the atoms' Gaussians; a map has none to displace.
             oversampling: of the Fourier transform, at least 2.
 
         Raises:
             InputError: the particle is too large for its pixels.
         """
-        reach = float(np.linalg.norm(specimen.positions, axis=1).max()) + 16.0 + 6 * pixel_size_angstrom
+        places = specimen.corners if isinstance(specimen, DensityMap) else specimen.positions
+        reach = float(np.linalg.norm(places, axis=1).max()) + 16.0 + 6 * pixel_size_angstrom
         box = 2 * scipy.fft.next_fast_len(int(np.ceil(reach / pixel_size_angstrom)), real=True)
         size = oversampling * box
         if size > _LARGEST:
@@ -176,10 +180,13 @@ class Volume:
                 f"Expected a particle within {_LARGEST // oversampling} pixels, got one of {2 * reach:.0f} angstrom, "
                 f"{box} pixels of {pixel_size_angstrom:g}. Use larger pixels or a smaller particle."
             )
-        spectrum = potential_spectrum(specimen, box, pixel_size_angstrom, solvent=not hard_solvent)
-        if hard_solvent:
-            fraction = scipy.fft.rfftn(displaced_fraction(specimen, box, pixel_size_angstrom))
-            spectrum -= ice_potential() * pixel_size_angstrom**3 * fraction
+        if isinstance(specimen, DensityMap):
+            spectrum = specimen.spectrum(box, pixel_size_angstrom)
+        else:
+            spectrum = potential_spectrum(specimen, box, pixel_size_angstrom, solvent=not hard_solvent)
+            if hard_solvent:
+                fraction = scipy.fft.rfftn(displaced_fraction(specimen, box, pixel_size_angstrom))
+                spectrum -= ice_potential() * pixel_size_angstrom**3 * fraction
         f, fx = np.fft.fftfreq(box), np.fft.rfftfreq(box)
         spectrum *= band_limit(f[:, None, None] ** 2 + f[:, None] ** 2 + fx**2, 0.5)
         potential = scipy.fft.irfftn(spectrum, s=(box, box, box))
@@ -244,6 +251,51 @@ class Volume:
         spectrum = spectrum.index_put((grid.cells,), values).reshape(self.box, self.box // 2 + 1)
         image = torch.fft.irfft2(spectrum, s=(self.box, self.box))
         return torch.roll(image, (self.box // 2, self.box // 2), (0, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class MapProjector:
+    """Projects a map: along z exactly, in other directions by a `Volume`.
+
+    Args:
+        density: the map.
+        pixel_size_angstrom: of the image [angstrom].
+        oversampling: of the projection's grid, see `Projection`.
+    """
+
+    density: DensityMap
+    pixel_size_angstrom: float
+    oversampling: int = 3
+    _volume: list[Volume] = field(default_factory=list, init=False, repr=False)
+
+    def build(self) -> Projection:
+        """The projection along z."""
+        step, finer = self.pixel_size_angstrom / 2, self.oversampling / 2
+        reach = float(np.abs(self.density.corners[:, :2]).max()) + 24.0 + 16 * self.pixel_size_angstrom
+        n = 4 * scipy.fft.next_fast_len(int(np.ceil(reach / step / 2)) + 1, real=True)
+        f, fx = np.fft.fftfreq(n, step), np.fft.rfftfreq(n, step)
+        band = band_limit(f[:, None] ** 2 + fx[None, :] ** 2, 0.5 / self.pixel_size_angstrom)
+        spectrum = self.density.projected_spectrum(n, step) * band * spline_filter(n, finer)
+        return self._finished(torch.from_numpy(spectrum), n * self.oversampling // 2)
+
+    def turned(self, rotation: torch.Tensor) -> Projection:
+        """The projection along z of the map turned by `rotation` (3, 3) float64; differentiable in it."""
+        if not self._volume:
+            self._volume.append(Volume.build(self.density, self.pixel_size_angstrom, hard_solvent=False))
+        volume = self._volume[0]
+        box, grid = volume.box, slice_frequencies(volume.box, rotation.dtype)
+        # The origin comes from pixel 0 to pixel box // 2.
+        sign = torch.cos((-2 * np.pi * (box // 2)) * (grid.fx + grid.fy)).round()
+        flat = torch.zeros(box * (box // 2 + 1), dtype=torch.complex128)
+        flat = flat.index_put((grid.cells,), volume.slice(rotation) * sign)
+        weight = torch.from_numpy(spline_filter(box, self.oversampling))
+        return self._finished(flat.reshape(box, box // 2 + 1) * weight, box * self.oversampling)
+
+    def _finished(self, spectrum: torch.Tensor, size: int) -> Projection:
+        n = spectrum.shape[0]
+        middle = torch.zeros(size - n, spectrum.shape[1], dtype=spectrum.dtype)
+        padded = torch.cat((spectrum[: n // 2], middle, spectrum[n // 2 :]))
+        return Projection(torch.fft.irfft2(padded, s=(size, size)), self.pixel_size_angstrom / self.oversampling)
 
 
 def _spline(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
