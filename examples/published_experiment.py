@@ -19,7 +19,8 @@ The method: one round is one dispatch of simulations.
 2. Gauss-Newton on the smoothed Jacobian, in log voltage, log focal length, x and y. Each round evaluates the proposed
    point together with a cross of 2 d points around it, for the next Jacobian (`Cross`). The scale matrix L is a root of
    (J^T J / KAPPA + 1 / width^2)^-1: the noise is wide along what the image hardly shows, a valley of one brightness,
-   V = 100 f, and narrow across it. A step must lower the loss, else the trust region shrinks.
+   V = 100 f, and narrow across it. A step must lower the loss, else the trust region shrinks,
+   and opens again once it has collapsed.
 
 Reference: Petersen, Borgelt, Mishra, Ermon, arXiv 2410.08125; results: docs/published_experiment/README.md.
 """
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,7 +233,7 @@ def descend(problem: Problem, u: Array, before: Answer, *, seed: int, budget: in
     simulator, space = problem.simulator, problem.simulator.space
     d, natural = space.dimension, space.natural_scale
     scale, answers = np.diag(natural) * min(limit, WIDTHS[1]), [before]
-    loss, expected = np.inf, 0.0
+    loss, opened, expected = np.inf, np.inf, 0.0
     while before.runs + len(answers) * (2 * d + 1) <= budget:
         step = len(answers)
         smoothed = bridge.smooth(
@@ -239,7 +241,7 @@ def descend(problem: Problem, u: Array, before: Answer, *, seed: int, budget: in
         )
         estimate = smoothed.estimate(torch.as_tensor(u), step)
         value = problem.value(estimate.value)
-        if value < loss:
+        if value <= loss:
             gained = (loss - value) / expected if expected else 1.0
             if expected:
                 limit = min(2 * limit, LIMITS[1]) if gained > 0.7 else limit if gained > 0.25 else 0.5 * limit
@@ -263,9 +265,13 @@ def descend(problem: Problem, u: Array, before: Answer, *, seed: int, budget: in
         while np.abs(move := -np.linalg.solve(normal + damping * np.eye(d), gradient)).max() > limit:
             damping *= 2
         expected = loss - 0.5 * float(np.sum((residual + slopes @ move) ** 2))
-        if expected < ENOUGH or limit < 1e-3:
+        if expected < ENOUGH:
             break
         u = np.clip(centre + move * natural, space.lower, space.upper)
+        if limit < LIMITS[0] / 64:  # a step of the simulator holds it: look again from here, with wide noise
+            if opened - loss < ENOUGH:
+                break
+            u, limit, expected, opened = centre, LIMITS[0], 0.0, loss
         width = np.clip(limit, *WIDTHS)
         scale = natural[:, None] * np.linalg.cholesky(np.linalg.inv(normal / KAPPA + np.eye(d) / width**2))
     return answers
@@ -329,7 +335,9 @@ def make_program(arguments: argparse.Namespace, noise: str = "none") -> Any:
 
     place = Path(arguments.out or ".") / "coordinates.txt"
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(f"1 6\n0 0 0 0 {arguments.theta:g} 0\n", encoding="utf-8")
+    own = place.with_name(f"{place.name}.{os.getpid()}")  # ranks write it at the same time
+    own.write_text(f"1 6\n0 0 0 0 {arguments.theta:g} 0\n", encoding="utf-8")
+    own.replace(place)
     particle = {"source": "pdb", "voxel_size": 0.1, "pdb_file_in": str(Path(arguments.structure).absolute())}
     if arguments.transforms:
         particle["pdb_transf_file_in"] = str(Path(arguments.transforms).absolute())

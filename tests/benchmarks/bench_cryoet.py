@@ -78,6 +78,12 @@ def main() -> None:
     report("all four derivatives, smooth (5)", gradient)
     field = {"copies": 12, "field_angstrom": 1100.0, "seed": 1}
     report("file to specimen (5)", [timed(lambda: Specimen.from_file(HINGE).field(**field)) for _ in range(5)])  # type: ignore[arg-type]
+    # A particle's projection is not built by the constructor, but at the first image.
+    for kind in (CryoET, TEMSim):
+        report(
+            f"file to simulator, {kind.__name__} (5)",
+            [timed(lambda k=kind: k(Specimen.from_file(HINGE))) for _ in range(5)],
+        )  # type: ignore[misc]
     for mode in ("hard", "smooth"):
         build = [timed(lambda m=mode: CryoET(hinges, shape=(400, 400), mode=m).projection()) for _ in range(5)]  # type: ignore[misc]
         report(f"projection, {mode} (5)", build)

@@ -1,18 +1,19 @@
 """The published experiment: its method against others at equal numbers of simulations.
 
-    python tests/benchmarks/bench_published.py race --parameters 4 --structure 2OM3.pdb --transforms ... --theta 90 --out DIR
-    python tests/benchmarks/bench_published.py losses | spread [the same options]
+    python tests/benchmarks/bench_published.py race --parameters 4 --structure 2OM3.pdb --theta 90 ... --out DIR
+    python tests/benchmarks/bench_published.py losses | spread | errors | figures [the same options]
 
 The others: Adam on the smoothed gradient (betas 0.5 and 0.9, Cartesian points, leave-one-out), random search, CMA-ES
-with restarts (`pip install cma`), Nelder and Mead with restarts (scipy), Py-BOBYQA (`pip install Py-BOBYQA`). Each twice:
+with restarts (`pip install cma`), Nelder and Mead with restarts (scipy), Py-BOBYQA (`pip install Py-BOBYQA`). Each
+twice:
 
 plain   the loss is L2, the coordinates are the parameters over their box, the start is as given;
 helped  with all that the method has: the whitened loss, logarithms of voltage and focal length, and the point that the
         method's first design gives; its runs count.
 
 "race" writes the runs until all further answers are within the tolerances. "losses" runs the method with each loss,
-"spread" on many noisy micrographs, and compares the spread of the answers with the standard errors.
-"""  # noqa: E501
+"spread" on many noisy micrographs, "errors" are the standard errors to compare with; "figures" draws.
+"""
 
 from __future__ import annotations
 
@@ -291,14 +292,189 @@ def spread(arguments: argparse.Namespace) -> None:
         write(Path(arguments.out) / f"spread_{arguments.parameters}.csv", [["target", "runs", *names], *rows])
 
 
+def errors(arguments: argparse.Namespace) -> None:
+    """Standard errors by smoothed Jacobians of several widths, and by differences of the simulator itself."""
+    problem = experiment.make_problem(arguments, "clean")
+    names = problem.simulator.space.names
+    truth = np.array([TRUTH[name] for name in names])
+    rows: list[list[Any]] = [["derivatives by", *names]]
+    for scale in (0.02, 0.05, 0.1, 0.2):
+        error = np.sqrt(np.diag(experiment.covariance(problem, truth, scale)))
+        rows.append([f"smoothing, scale {scale}", *(f"{e:.3g}" for e in error)])
+    covariance = experiment.covariance(problem, truth)
+    relative = covariance / np.outer(*(2 * [np.where(problem.simulator.logarithmic, truth, 1.0)]))
+    values, vectors = np.linalg.eigh(relative)
+    for value, vector in zip(values, vectors.T, strict=True):
+        rows.append([f"principal direction, log or nm: error {value**0.5:.2g}", *(f"{v:.2f}" for v in vector)])
+    # Of the focal length, by an interval within a step, and over many steps.
+    for focal in (1e-3, 0.2) if "focal_length_mm" in names else (0.2,):
+        steps = {"voltage_kv": 0.5, "focal_length_mm": focal, "x_nm": 0.02, "y_nm": 0.02}
+        columns = []
+        for k, name in enumerate(names):
+            h = steps[name] * np.eye(len(names))[k]
+            there, back = problem.simulator.inner(np.stack((truth + h, truth - h)), np.zeros(2, dtype=np.uint64))
+            columns.append((there.astype(np.float64) - back) / (2 * steps[name]))
+        _, slopes = replace(problem, loss="whitened").linearised(problem.target, torch.as_tensor(np.stack(columns, -1)))
+        information = slopes.T @ slopes
+        known = np.linalg.cond(information) < 1e14
+        bound = np.sqrt(np.diag(np.linalg.pinv(information))) if known else np.full(len(names), np.inf)
+        rows.append([f"differences, focal length over +-{focal} mm", *(f"{b:.3g}" for b in bound)])
+        rows.append(["  each alone", *(f"{1 / v**0.5 if v else np.inf:.3g}" for v in np.diag(information))])
+    for row in rows:
+        print(*row, sep="  ")
+    if arguments.out:
+        write(Path(arguments.out) / f"errors_{arguments.parameters}.csv", rows)
+
+
+def figures(arguments: argparse.Namespace) -> None:
+    """Target, start, fit and difference; Thon rings; the valley with paths in it; the table with error bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    out = Path(arguments.out)
+    target = arguments.targets.split(",")[0]
+    problem = experiment.make_problem(arguments, target)
+    clean = experiment.make_problem(arguments, "clean", problem.simulator.inner)
+    seed = experiment.numbers(arguments.starts)[0]
+    answers = experiment.recover(problem, seed, 300)
+    draw_fit(
+        problem, clean, experiment.start_of(problem.simulator.inner, seed), answers[-1].parameters, out / "fit.png"
+    )
+    draw_valley(clean, experiment.numbers(arguments.starts), out / "valley.png")
+    draw_parameters(clean, out / f"spread_{arguments.parameters}.csv", out / "parameters.png")
+
+
+def blurred(image: Any, pixels: float = 2.0) -> Any:
+    from scipy.ndimage import gaussian_filter
+
+    return gaussian_filter(np.asarray(image, dtype=np.float64), pixels)
+
+
+def rings(image: Any) -> tuple[Array, Array]:
+    """Power of each ring of spatial frequencies, over that of white noise; frequencies [1/nm], pixels of 0.5 nm."""
+    image = np.asarray(image, dtype=np.float64)
+    power = np.abs(np.fft.fft2(image - image.mean())) ** 2 / image.size
+    n = len(image)
+    radius = np.rint(n * np.hypot(np.fft.fftfreq(n)[:, None], np.fft.fftfreq(n))).astype(int)
+    sums, counts = (np.bincount(radius.ravel(), weights=w)[1 : n // 2] for w in (power.ravel(), None))
+    return np.arange(1, n // 2) / (0.5 * n), sums / counts
+
+
+def draw_fit(problem: Problem, clean: Problem, start: Array, end: Array, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    seeds = np.zeros(1, dtype=np.uint64)
+    first, last = (problem.simulator.inner(theta[None], seeds)[0].astype(np.float64) for theta in (start, end))
+    noisy, truth = problem.target.numpy(), clean.target.numpy()
+    figure, axes = plt.subplots(2, 4, figsize=(15, 7.6), constrained_layout=True)
+    names = problem.simulator.space.names
+    told = [
+        ", ".join(f"{n.split('_')[0]} {v:.3g}" for n, v in zip(names, theta, strict=True)) for theta in (start, end)
+    ]
+    panels = (
+        ("target, with noise", noisy), ("the same, blurred by 2 pixels", blurred(noisy)),
+        (f"start\n{told[0]}", first), (f"fit\n{told[1]}", last),
+        ("start - target, blurred", blurred(first - noisy)), ("fit - target, blurred", blurred(last - noisy)),
+    )  # fmt: skip
+    for axis, (title, image) in zip(axes.ravel(), panels, strict=False):
+        middle, width = float(np.median(image)), 3 * float(image.std())
+        if "blurred" in title:
+            width = 3 * float(blurred(last - noisy).std()) if "-" in title else width
+        drawn = axis.imshow(image, cmap="gray", vmin=middle - width, vmax=middle + width)
+        axis.set_title(title, fontsize=9)
+        axis.set_axis_off()
+        figure.colorbar(drawn, ax=axis, shrink=0.7, label="counts")
+    left, right = axes.ravel()[6:]
+    for label, image, style in (("start", first, ":"), ("fit", last, "-"), ("truth without noise", truth, "--")):
+        left.semilogy(*rings(image), style, label=label)
+    mtf = problem.camera.mtf((400, 400))[:, 0].numpy()[1:200] ** 2
+    s, power = rings(noisy)
+    right.plot(s, power, lw=0.7, label="target")
+    right.plot(s, rings(last)[1] + problem.variance * mtf, label="fit + the noise's expected power")
+    right.set(
+        title="Thon rings of target and fit", xlabel="spatial frequency [1/nm]", ylim=(0, 4 * problem.variance * mtf[5])
+    )
+    left.set(title="Thon rings, clean images", xlabel="spatial frequency [1/nm]", ylabel="power", ylim=(1, None))
+    for axis in (left, right):
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=70)
+
+
+def draw_valley(problem: Problem, seeds: range, path: Path) -> None:
+    """The whitened loss over voltage and focal length, at the true place; and along the valley's floor."""
+    from matplotlib import pyplot as plt
+
+    def loss(volts: float, focal: float) -> float:
+        theta = np.array([[volts, focal, 0.0, 0.0]])
+        return problem.value(problem.simulator.inner(theta, np.zeros(1, dtype=np.uint64))[0])
+
+    volts, focal = np.geomspace(60, 600, 24), np.geomspace(0.6, 6, 24)
+    surface = np.array([[loss(v, f) for v in volts] for f in focal])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), constrained_layout=True)
+    drawn = left.contourf(volts, focal, np.log10(surface + 1), levels=24, cmap="viridis")
+    figure.colorbar(drawn, ax=left, label="log10(1 + loss), in units of the noise")
+    for kind, colour, settings in (("ours", "white", None), ("bobyqa", "red", "plain"), ("cma", "orange", "plain")):
+        for k, seed in enumerate(seeds):
+            answers = experiment.recover(problem, seed, 300) if settings is None else run(
+                kind, problem, seed, 300, False)  # fmt: skip
+            points = np.array([a.parameters[:2] for a in answers])
+            left.plot(*points.T, "-o", ms=3, lw=0.8, color=colour, label=None if k else kind)
+    left.plot(300, 3, "*", ms=16, color="magenta", label="truth")
+    left.set(xscale="log", yscale="log", xlim=(60, 600), ylim=(0.6, 6))
+    left.set(xlabel="voltage [kV]", ylabel="focal length [mm]")
+    left.set_title("loss of a clean target at the true place, and answers")
+    left.legend(loc="lower right", fontsize=8)
+
+    floor = []
+    for v in np.append(volts, 300.0):
+        low, high = 0.3, 6.0
+        for _ in range(18):  # of one brightness: the mean falls with the focal length
+            middle = 0.5 * (low + high)
+            (image,) = problem.simulator.inner(np.array([[v, middle, 0.0, 0.0]]), np.zeros(1, dtype=np.uint64))
+            low, high = (middle, high) if image.mean() > float(problem.target.mean()) else (low, middle)
+        floor.append((v, middle, loss(v, middle)))
+    floor.sort()
+    right.semilogy(*np.array(floor).T[[0, 2]], "-o", ms=4)
+    right.set(
+        xlabel="voltage [kV]", ylabel="loss, in units of the noise", title="along the floor of the valley, V = 100 f"
+    )
+    right.axhline(0.5, color="grey", lw=0.7)
+    right.annotate("one standard error", (420, 0.55), color="grey", fontsize=8)
+    figure.savefig(path, dpi=70)
+
+
+def draw_parameters(clean: Problem, table: Path, path: Path) -> None:
+    """Answers from noisy micrographs, with the standard errors of the smoothed Jacobian."""
+    from matplotlib import pyplot as plt
+
+    with open(table, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = clean.simulator.space.names
+    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 4), constrained_layout=True, squeeze=False)
+    for k, (axis, name) in enumerate(zip(axes[0], names, strict=True)):
+        errors = []
+        for row in rows:
+            theta = np.array([float(row[n]) for n in names])
+            errors.append(np.sqrt(np.diag(experiment.covariance(clean, theta)))[k])
+        values = [float(row[name]) for row in rows]
+        axis.errorbar(values, range(len(rows)), xerr=errors, fmt="o", ms=4, capsize=2)
+        axis.axvline(TRUTH[name], color="magenta")
+        axis.axvspan(
+            TRUTH[name] - experiment.NEAR[name], TRUTH[name] + experiment.NEAR[name], color="magenta", alpha=0.12
+        )
+        axis.set(xlabel=name, ylabel="noisy micrograph" if k == 0 else "")
+    figure.suptitle("answers and standard errors; truth, and the tolerance asked for", fontsize=10)
+    figure.savefig(path, dpi=70)
+
+
 def main() -> None:
     options = experiment.parser()
-    options.add_argument("what", choices=("race", "losses", "spread"))
+    options.add_argument("what", choices=("race", "losses", "spread", "errors", "figures"))
     options.add_argument("--methods", default="ours," + ",".join(METHODS))
     options.add_argument("--kinds", default="plain,helped")
     arguments = options.parse_args()
     torch.set_num_threads(1)
-    {"race": race, "losses": losses, "spread": spread}[arguments.what](arguments)
+    {"race": race, "losses": losses, "spread": spread, "errors": errors, "figures": figures}[arguments.what](arguments)
 
 
 if __name__ == "__main__":
