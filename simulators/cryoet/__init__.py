@@ -13,7 +13,7 @@ from simulators.cryoet.specimen import Residues, Specimen
 from simulators.cryoet.temsim import TEMSIM_PARAMETER_NAMES, Camera, Placement, TEMSim, counted
 from simulators.cryoet.temsim_optics import Optics, Sample
 from simulators.cryoet.temsim_potential import read_structure
-from simulators.cryoet.tilt_files import write_tilt_series
+from simulators.cryoet.tilt_files import RecordedSeries, read_tilt_series, write_tilt_series
 from simulators.cryoet.tilt_parameters import SERIES_PARAMETER_NAMES, Particle
 from simulators.cryoet.tilt_scheme import TiltScheme
 from simulators.cryoet.tilt_series import TiltSeries
@@ -36,6 +36,7 @@ __all__ = [
     "Particle",
     "Placement",
     "Pose",
+    "RecordedSeries",
     "Residues",
     "Sample",
     "Specimen",
@@ -52,6 +53,7 @@ __all__ = [
     "read_micrograph",
     "read_stack",
     "read_structure",
+    "read_tilt_series",
     "write_micrograph",
     "write_stack",
     "write_tilt_series",

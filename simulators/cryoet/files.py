@@ -11,7 +11,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -142,38 +142,86 @@ class Stack:
     label: str
 
 
-def read_micrograph(path: str | Path) -> Micrograph:
+YAxis = Literal["down", "up", "across"]
+
+
+def read_micrograph(
+    path: str | Path, *, pixel_size_angstrom: float | None = None, y_axis: YAxis | None = None
+) -> Micrograph:
     """Reads one image from an MRC file.
 
     Args:
         path: the file; a stack of a single image is taken as that image.
+        pixel_size_angstrom, y_axis: as in `read_stack`.
 
     Returns:
         the image and its pixel size.
 
     Raises:
-        InputError: no such file, not MRC, truncated, several images, or pixels that are not square.
+        InputError: as for `read_stack`, and where there are several images.
     """
-    images, size, label = _read(Path(path))
+    images, size, label = read_oriented(path, y_axis)
     if len(images) != 1:
         raise InputError(f"Expected one image in {str(path)!r}, got an array of shape {images.shape}. Split the stack.")
-    return Micrograph(images[0], _square(path, size), label)
+    return Micrograph(images[0], square_pixel(path, size, pixel_size_angstrom), label)
 
 
-def read_stack(path: str | Path) -> Stack:
-    """Reads all images of an MRC file.
+def read_stack(path: str | Path, *, pixel_size_angstrom: float | None = None, y_axis: YAxis | None = None) -> Stack:
+    """Reads all images of an MRC file. What its header leaves open is asked for, never guessed.
 
     Args:
         path: the file; a single image is taken as a stack of one.
+        pixel_size_angstrom: in place of the header's; needed where that has none [angstrom].
+        y_axis: where y runs in the file: "down", to larger rows, as usual; "up", to smaller rows: rows are then turned
+            over; "across", to larger columns: images are then transposed. Needed where the header names other axes than
+            columns along x and rows along y, or a negative cell.
 
     Returns:
         the images and their pixel size.
 
     Raises:
-        InputError: no such file, not MRC, truncated, not images, or pixels that are not square.
+        InputError: no such file, not MRC, truncated, not images, pixels that are not square, or an argument missing.
     """
-    images, size, label = _read(Path(path))
-    return Stack(images, _square(path, size), label)
+    images, size, label = read_oriented(path, y_axis)
+    return Stack(images, square_pixel(path, size, pixel_size_angstrom), label)
+
+
+def read_oriented(path: str | Path, y_axis: YAxis | None) -> tuple[NDArray[Any], tuple[float, float], str]:
+    """The images with columns along x and rows along y, the pixel's edges in the header, and the first label."""
+    if y_axis not in (None, "down", "up", "across"):
+        raise InputError(f"Unknown y_axis={y_axis!r}. Known: down, up, across, or None.")
+    images, size, axes, label = _read(Path(path))
+    if y_axis is None and (axes not in ((1, 2, 3), (0, 0, 0)) or min(size) < 0):
+        raise InputError(
+            f"Expected columns along x and rows along y (MAPC, MAPR, MAPS = 1, 2, 3, and a positive cell) in "
+            f"{str(path)!r}, got axes {axes} and pixels of {size} angstrom. Say where y runs: y_axis='down' (to larger "
+            "rows: as they stand), 'up' (rows are turned over) or 'across' (images are transposed)."
+        )
+    if y_axis == "up":
+        images = np.ascontiguousarray(images[:, ::-1])
+    elif y_axis == "across":
+        images = np.ascontiguousarray(images.swapaxes(1, 2))
+    return images, size, label
+
+
+def square_pixel(path: str | Path, size: tuple[float, float], given: float | None) -> float:
+    """The edge of a square pixel [angstrom]: the given one, else the header's."""
+    if given is not None:
+        if not (np.isfinite(given) and given > 0):
+            raise InputError(f"Expected pixel_size_angstrom > 0, got {given!r}.")
+        return float(given)
+    edges = [abs(edge) for edge in size]
+    if not (min(edges) > 0 and max(edges) < np.inf):
+        raise InputError(
+            f"Expected pixels of known size in {str(path)!r}, got {size} angstrom in its header. Give "
+            "pixel_size_angstrom=..., or set the header's cell."
+        )
+    if abs(edges[0] - edges[1]) > 1e-4 * edges[0]:
+        raise InputError(
+            f"Expected square pixels in {str(path)!r}, got {size} angstrom. Give pixel_size_angstrom=... if the header "
+            "is wrong, else resample the images."
+        )
+    return edges[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,22 +299,12 @@ def _check_size(path: Path) -> None:
         )
 
 
-def _read(path: Path) -> tuple[NDArray[Any], tuple[float, float], str]:
-    """The images (images, rows, columns), the pixel's edges [angstrom] and the first label of an MRC file."""
+def _read(path: Path) -> tuple[NDArray[Any], tuple[float, float], tuple[int, int, int], str]:
+    """The images (images, rows, columns), the pixel's edges [angstrom], the axes of columns, rows and sections (1 to 3
+    for x, y and z; 0 where the header says nothing) and the first label of an MRC file."""
     content = read_mrc(path)
     header = content.header
     axes = (int(header.mapc), int(header.mapr), int(header.maps))
-    if axes not in ((1, 2, 3), (0, 0, 0)):
-        raise InputError(f"Expected images with columns along x and rows along y in {str(path)!r}, got axes {axes}.")
     sampling, cell = (int(header.mx), int(header.my)), (float(header.cella.x), float(header.cella.y))
     size = tuple(edge / n if n > 0 else 0.0 for edge, n in zip(cell, sampling, strict=True))
-    return content.data, (size[0], size[1]), content.label
-
-
-def _square(path: str | Path, size: tuple[float, float]) -> float:
-    """The edge of a square pixel [angstrom]."""
-    if not (0 < size[0] < np.inf and size[1] > 0) or abs(size[0] - size[1]) > 1e-4 * size[0]:
-        raise InputError(
-            f"Expected square pixels of known size in {str(path)!r}, got {size} angstrom. Set the header's cell."
-        )
-    return size[0]
+    return content.data, (size[0], size[1]), axes, content.label

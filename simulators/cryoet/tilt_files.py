@@ -1,4 +1,4 @@
-"""A tilt series on disk, as IMOD, SerialEM's readers and RELION 5 expect it.
+"""A tilt series on disk, as IMOD, SerialEM's readers and RELION 5 expect it: `write_tilt_series`, `read_tilt_series`.
 
 Of a series `name` are written:
 
@@ -15,14 +15,15 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
-from simulators.cryoet.files import write_stack
+from simulators.cryoet.files import YAxis, read_oriented, square_pixel, write_stack
 from simulators.cryoet.tilt_scheme import TiltScheme
 from simulators.cryoet.tilt_series import TiltSeries
 
@@ -186,3 +187,222 @@ def _particles_star(name: str, series: TiltSeries, values: Mapping[str, float]) 
         [name, *(values[f"{key}[{i}]"] for key in keys)] for i in range(len(series.particles))
     ]
     return _star("particles", columns, table)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedSeries:
+    """A tilt series as recorded, images sorted by tilt; what no file told is None.
+
+    Args:
+        images: (images, rows, columns), in the file's dtype.
+        pixel_size_angstrom: [angstrom].
+        scheme: tilts, and the order in which they were taken.
+        tilt_axis_deg: from +y through -x, as `TiltSeries` has it [degree].
+        shifts_angstrom: (images, 2) as `TiltSeries` has them.
+        doses_e_per_angstrom2: (images,) of each image.
+        defocus_um: (images,) positive is underfocus.
+    """
+
+    images: NDArray[Any]
+    pixel_size_angstrom: float
+    scheme: TiltScheme
+    tilt_axis_deg: float | None
+    shifts_angstrom: NDArray[np.float64] | None
+    doses_e_per_angstrom2: NDArray[np.float64] | None
+    defocus_um: NDArray[np.float64] | None
+
+
+def read_tilt_series(
+    stack: str | Path,
+    *,
+    tilts: str | Path | None = None,
+    mdoc: str | Path | None = None,
+    transforms: str | Path | None = None,
+    order: Sequence[int] | None = None,
+    pixel_size_angstrom: float | None = None,
+    y_axis: YAxis | None = None,
+) -> RecordedSeries:
+    """Reads a stack and the text files that belong to it. What they leave open is asked for, never guessed.
+
+    Args:
+        stack: MRC.
+        tilts: `.rawtlt` or `.tlt`, a tilt a line in the order of the stack; by default those of `mdoc` [degree].
+        mdoc: SerialEM's `.mdoc`: tilts, axis, doses, defocus (negative is underfocus), pixel.
+        transforms: `.xf`: the shifts, and the axis in place of that in `mdoc`.
+        order: (images,) when each image of the stack was taken, 0 for the first; by default from the doses in `mdoc`.
+        pixel_size_angstrom: in place of the files'; needed where they have none, or a stack's header says exactly 1
+            angstrom, which is what many programs write for an unknown pixel, or stack and mdoc differ [angstrom].
+        y_axis: see `read_stack`; text files are those of the images as they then are. Needed where transforms mirror.
+
+    Returns:
+        the series, sorted by tilt.
+
+    Raises:
+        InputError: a file that is missing, cannot be read or has another number of images; an argument missing.
+    """
+    sections = None if mdoc is None else _read_mdoc(Path(mdoc))
+    images, edges, _ = read_oriented(stack, y_axis)
+    pixel = _pixel(stack, edges, mdoc, sections, pixel_size_angstrom)
+    n = len(images)
+    if tilts is not None:
+        angles = _read_table(Path(tilts), 1)[:, 0]
+    elif sections is not None:
+        angles = _column(sections, "TiltAngle", Path(cast(str, mdoc)))
+    else:
+        raise InputError(f"Expected the tilts of {str(stack)!r}. Give tilts='...rawtlt' (or .tlt), or mdoc='...mdoc'.")
+    moved = None if transforms is None else _read_table(Path(transforms), 6)
+    for name, table in (("tilts", angles), ("mdoc", sections), ("transforms", moved), ("order", order)):
+        if table is not None and len(table) != n:
+            raise InputError(f"Expected {name} of {n} images, as {str(stack)!r} has, got {len(table)}.")
+    axis = doses = defocus = shifts = None
+    if sections is not None:
+        path = Path(cast(str, mdoc))
+        axis = _single(sections, "RotationAngle", path)
+        doses, defocus = _optional(sections, "ExposureDose", path), _optional(sections, "Defocus", path)
+        if defocus is not None:
+            if (defocus > 0).any():
+                raise InputError(
+                    f"Expected Defocus in {str(path)!r} as SerialEM has it, negative for underfocus, got "
+                    f"{float(defocus.max()):g} um. Turn the signs, or take the key out."
+                )
+            defocus = -defocus
+        if order is None:
+            prior = _optional(sections, "PriorRecordDose", path)
+            if prior is not None and len(np.unique(prior)) == n:
+                order = np.argsort(np.argsort(prior)).tolist()
+    if order is None:
+        raise InputError(
+            f"Expected the order in which the images of {str(stack)!r} were taken: the specimen suffers. Give "
+            "order=[...], 0 for the first taken, or an mdoc with PriorRecordDose."
+        )
+    if moved is not None:
+        axis, shifts = _geometry(moved, images.shape[1:], pixel, transforms, y_axis)
+    place = np.argsort(angles, kind="stable")
+    scheme = TiltScheme(tuple(angles[place].tolist()), tuple(int(order[i]) for i in place))
+
+    def sort(values: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+        return None if values is None else values[place]
+
+    return RecordedSeries(images[place], pixel, scheme, axis, sort(shifts), sort(doses), sort(defocus))
+
+
+def _pixel(
+    stack: str | Path,
+    edges: tuple[float, float],
+    mdoc: str | Path | None,
+    sections: Sequence[Mapping[str, float]] | None,
+    given: float | None,
+) -> float:
+    """The pixel [angstrom]: the given one, else the mdoc's, else the header's; none that stands for an unknown one."""
+    unknown = abs(edges[0]) in (0.0, 1.0)
+    spacing = None if sections is None else sections[0].get("PixelSpacing")
+    if given is None and spacing is None and abs(edges[0]) == 1.0:
+        raise InputError(
+            f"Expected pixels of known size in {str(stack)!r}; 1 angstrom exactly is what many programs write for an "
+            "unknown one. Give pixel_size_angstrom=..., also if it is 1."
+        )
+    if given is None and spacing is not None and not unknown and abs(abs(edges[0]) / spacing - 1) > 0.01:
+        raise InputError(
+            f"Expected one pixel size, got {abs(edges[0]):g} angstrom in {str(stack)!r} and {spacing:g} in "
+            f"{str(mdoc)!r}. Give pixel_size_angstrom=..."
+        )
+    return square_pixel(stack, edges, spacing if given is None else given)
+
+
+def _text(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Expected a text file at {str(path)!r}, got: {error}. Check the path.") from error
+
+
+def _number(text: str, path: Path, line: int) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"Expected a number in line {line} of {str(path)!r}, got {text!r}.")
+    return value
+
+
+def _read_table(path: Path, columns: int) -> NDArray[np.float64]:
+    rows = []
+    for i, line in enumerate(_text(path), start=1):
+        if parts := line.split():
+            if len(parts) != columns:
+                raise InputError(f"Expected {columns} numbers in line {i} of {str(path)!r}, got {line.strip()!r}.")
+            rows.append([_number(part, path, i) for part in parts])
+    return np.array(rows).reshape(-1, columns)
+
+
+_MDOC = ("PixelSpacing", "TiltAngle", "RotationAngle", "ExposureDose", "PriorRecordDose", "Defocus")
+
+
+def _read_mdoc(path: Path) -> list[dict[str, float]]:
+    """What is used of each section of an mdoc, its header's keys included, in the order of the stack."""
+    common: dict[str, float] = {}
+    sections: dict[int, dict[str, float]] = {}
+    current = common
+    for i, line in enumerate(_text(path), start=1):
+        key, equals, value = (part.strip() for part in line.strip("[] ").partition("="))
+        if key == "ZValue":
+            z = int(_number(value, path, i))
+            if z in sections:
+                raise InputError(f"Expected each ZValue once in {str(path)!r}, got {z} again in line {i}.")
+            current = sections[z] = dict(common)
+        elif equals and key in _MDOC and not line.lstrip().startswith("["):
+            current[key] = _number(value, path, i)
+    if sorted(sections) != list(range(len(sections))) or not sections:
+        raise InputError(f"Expected sections [ZValue = 0], [ZValue = 1], ... in {str(path)!r}, got {sorted(sections)}.")
+    return [sections[z] for z in sorted(sections)]
+
+
+def _optional(sections: Sequence[Mapping[str, float]], key: str, path: Path) -> NDArray[np.float64] | None:
+    found = [section[key] for section in sections if key in section]
+    if found and len(found) != len(sections):
+        raise InputError(f"Expected {key} in all {len(sections)} sections of {str(path)!r}, or none, got {len(found)}.")
+    return np.array(found) if found else None
+
+
+def _column(sections: Sequence[Mapping[str, float]], key: str, path: Path) -> NDArray[np.float64]:
+    values = _optional(sections, key, path)
+    if values is None:
+        raise InputError(f"Expected {key} in the sections of {str(path)!r}, found none.")
+    return values
+
+
+def _single(sections: Sequence[Mapping[str, float]], key: str, path: Path) -> float | None:
+    values = _optional(sections, key, path)
+    if values is not None and np.ptp(values) > 0.5:
+        raise InputError(f"Expected one {key} in {str(path)!r}, got {values.min():g} to {values.max():g}.")
+    return None if values is None else float(values.mean())
+
+
+def _geometry(
+    moved: NDArray[np.float64], shape: Sequence[int], pixel: float, path: str | Path | None, y_axis: YAxis | None
+) -> tuple[float, NDArray[np.float64]]:
+    """The tilt axis [degree] and the shifts (images, 2) [angstrom] behind IMOD's transformations; see `_transforms`."""
+    matrices = moved[:, :4].reshape(-1, 2, 2)
+    sizes = np.linalg.det(matrices)
+    if (sizes < 0).any():
+        raise InputError(
+            f"Expected transformations without mirror images in {str(path)!r}, got a negative determinant: y runs "
+            f"the other way in the stack they were made for. Give y_axis='up' (it is {y_axis!r}) and the "
+            "transformations of the images that are turned over."
+        )
+    turns = np.degrees(np.arctan2(matrices[:, 0, 1] - matrices[:, 1, 0], matrices[:, 0, 0] + matrices[:, 1, 1]))
+    turns = turns[0] + (turns - turns[0] + 180.0) % 360.0 - 180.0
+    if (abs(sizes - 1) > 0.02).any() or np.ptp(turns) > 0.5:
+        raise InputError(
+            f"Expected transformations that turn by one angle and shift in {str(path)!r}, got turns of "
+            f"{turns.min():.2f} to {turns.max():.2f} degrees and magnifications of {np.sqrt(sizes.min()):.3f} to "
+            f"{np.sqrt(sizes.max()):.3f}: a tilt series here has one axis and one magnification."
+        )
+    rows, columns = shape
+    origin = np.array([columns // 2 + 0.5 - columns / 2, rows // 2 + 0.5 - rows / 2])
+    shifts = np.stack([-np.linalg.solve(a, d) - origin for a, d in zip(matrices, moved[:, 4:], strict=True)])
+    return float(turns.mean()), shifts * pixel
