@@ -80,7 +80,7 @@ class AbTEM:
     last four, and a shift is a phase of the wave, so that lens, shift and dose cost next to nothing. abTEM places atoms
     in its projections by linear interpolation, hence the finer grid. There is neither solvent nor B factor.
 
-    Beside `simulators.cryoet.CryoET`, with the same scattering factors ("peng"), no solvent, and 300 atoms in a layer of
+    Beside `simulators.cryoet.CryoET`, with the same scattering factors ("peng"), no solvent, 300 atoms in a layer of
     6 angstrom: images differ by 2 to 3 % of the contrast at 5 to 10 angstrom and 6 % at 2.5, astigmatism, Cs and shift
     included; what is finer than that `CryoET` with pixels of 1 angstrom leaves out.
 

@@ -268,10 +268,11 @@ def add_linear(grid: NDArray[np.float64], points: NDArray[np.float64], values: N
     """Adds values at fractional indices (n, dimensions) to the 2^dimensions samples around each."""
     low = np.floor(points).astype(np.int64)
     part = points - low
+    index, shares = [], []
     for corner in np.ndindex(*(2,) * grid.ndim):
-        share = np.prod(np.where(np.array(corner) == 1, part, 1 - part), axis=1)
-        index = np.ravel_multi_index(tuple((low + np.array(corner)).T), grid.shape)
-        grid.reshape(-1)[:] += np.bincount(index, values * share, minlength=grid.size)
+        shares.append(values * np.prod(np.where(np.array(corner) == 1, part, 1 - part), axis=1))
+        index.append(np.ravel_multi_index(tuple((low + np.array(corner)).T), grid.shape))
+    grid.reshape(-1)[:] += np.bincount(np.concatenate(index), np.concatenate(shares), minlength=grid.size)
 
 
 @dataclass(frozen=True, eq=False)
