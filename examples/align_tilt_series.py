@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 import bridge
 from simulators.cryoet import Detector, Microscope, Particle, Specimen, TiltScheme, TiltSeries, projected_potential
 from simulators.cryoet.physics import focal_spread_angstrom, interaction_constant, wavelength_angstrom
+from simulators.cryoet.potential import add_linear, displaced_voxels, ice_potential
 
 Array = NDArray[np.float64]
 
@@ -63,6 +64,8 @@ class Layout:
     """What is known: the specimen, where its copies are, and the geometry of the series.
 
     poses: x, y, z [angstrom] and rot, tilt, psi [degree] of each copy.
+    thresholded: the images' solvent is that of the fit's hard mode; else the atoms' Gaussians displace it, which the
+        fit does not know.
     """
 
     specimen: Specimen
@@ -76,6 +79,7 @@ class Layout:
     pixel: float = 5.0
     axis_deg: float = 85.3
     astigmatic: bool = False
+    thresholded: bool = False
 
     @property
     def kinds(self) -> int:
@@ -163,6 +167,7 @@ def frequencies(size: int, step: float) -> tuple[Array, Array]:
 
 
 SLICE = 40.0  # thickness of a slice [angstrom]
+VOXEL = 1.5  # of what holds no solvent [angstrom]
 
 
 @lru_cache(maxsize=128)
@@ -183,13 +188,20 @@ def exit_wave(layout: Layout, image: int, copy: int) -> NDArray[np.complex64]:
     loss = OPTICS.amplitude_contrast / math.sqrt(1 - OPTICS.amplitude_contrast**2)
     wave, height = np.ones((box, box), dtype=np.complex128), 0.0
     number = np.floor(atoms.positions[:, 2] / SLICE).astype(int)
+    if layout.thresholded:
+        dry = np.concatenate([VOXEL * (np.argwhere(full) + low) for full, low in displaced_voxels(atoms, VOXEL)])
     for k in sorted(set(number.tolist()), reverse=True):  # the electrons come from above
         mine, middle = number == k, (k + 0.5) * SLICE
         part = Specimen.from_atoms(
             atoms.positions[mine], atoms.atomic_numbers[mine], weights=atoms.weights[mine],
             b_factors=atoms.b_factors[mine], hydrogens=atoms.hydrogens[mine],
         )  # fmt: skip
-        potential = projected_potential(part, (box, box), step, solvent=True)
+        potential = projected_potential(part, (box, box), step, solvent=not layout.thresholded)
+        if layout.thresholded:
+            within = dry[np.floor(dry[:, 2] / SLICE) == k, 1::-1] / step + box // 2
+            thickness = np.zeros((box, box))
+            add_linear(thickness, within, np.full(len(within), VOXEL**3 / step**2))
+            potential -= ice_potential() * thickness
         phase = sigma * scipy.fft.ifft2(scipy.fft.fft2(potential) * damage).real
         wave = _travelled(wave, (height - middle) * wavelength, q2) * np.exp((1j - loss) * phase)
         height = middle
@@ -591,7 +603,7 @@ def pictures(layout: Layout, arrays: dict[str, Array], folder: Path) -> None:
 
     series, seed = layout.series(), np.zeros(1, dtype=np.uint64)
     models = {name: series(inputs(series, arrays[name])[None], seed)[0] / 1e3 for name in ("first", "columns")}
-    draw(layout, arrays, models, folder)
+    draw(layout.scheme.angles_deg, layout.pixel, OPTICS, arrays, models, folder)
 
 
 def main() -> None:
@@ -603,13 +615,14 @@ def main() -> None:
     parser.add_argument("--subunits", type=int, default=147, help="of the helix")
     parser.add_argument("--single", action="store_true", help="one copy instead of two")
     parser.add_argument("--astigmatism", action="store_true", help="fit it as well; the images have 0.058 um of it")
+    parser.add_argument("--same-solvent", action="store_true", help="images whose solvent is that of the fit's model")
     parser.add_argument("--output", type=Path, help="write the errors here (JSON)")
     parser.add_argument("--pictures", type=Path, help="draw the first target's here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     poses = ((60.0, -40.0, 60.0, 25.0, 60.0, -40.0),) if arguments.single else Layout.poses
     layout = Layout(Specimen.helix(arguments.subunits), poses, arguments.images, size=arguments.size,
-                    astigmatic=arguments.astigmatism)  # fmt: skip
+                    astigmatic=arguments.astigmatism, thresholded=arguments.same_solvent)  # fmt: skip
     methods = arguments.methods.split(",")
     if unknown := [name for name in methods if name not in METHODS]:
         parser.error(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
