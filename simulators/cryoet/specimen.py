@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -185,28 +186,15 @@ class Specimen:
         if not path.is_file():
             raise InputError(f"Expected a PDB or mmCIF file, found none at {str(path)!r}. Check the path.")
         try:
-            structure = gemmi.read_structure(str(path))
-        except (RuntimeError, ValueError, OSError, UnicodeDecodeError) as error:
+            return _from_structure(gemmi, path, assembly, hydrogens)
+        except InputError:
+            raise
+        # What gemmi, gzip and text decoding raise for bytes that are not what they should be.
+        except (RuntimeError, ValueError, OSError, EOFError, IndexError, zlib.error) as error:
             raise InputError(
                 f"Expected a PDB or mmCIF file (.pdb, .cif, also .gz), got {str(path)!r}, which gemmi cannot read: "
                 f"{error}. Check the file and its extension."
             ) from error
-        if structure.input_format == gemmi.CoorFormat.Pdb:
-            _check_columns(path)
-        if len(structure) == 0 or structure[0].count_atom_sites() == 0:
-            raise InputError(f"Expected atoms in {str(path)!r}, found none. Is it a coordinate file, and whole?")
-        model = structure[0]
-        if assembly is not None and len(structure.assemblies):
-            named = {a.name: a for a in structure.assemblies}
-            if str(assembly) not in named:
-                raise InputError(
-                    f"Unknown assembly {assembly!r} of {str(path)!r}. Known: {', '.join(named)}; None takes the atoms "
-                    "of the file as they stand."
-                )
-            model = gemmi.make_assembly(named[str(assembly)], model, gemmi.HowToNameCopiedChain.Short)
-        elif assembly not in (None, "1"):
-            raise InputError(f"Unknown assembly {assembly!r}: {str(path)!r} names no assemblies. Use assembly=None.")
-        return _from_model(gemmi, model, path, hydrogens)
 
     @classmethod
     def helix(cls, num_subunits: int = 245) -> Specimen:
@@ -364,6 +352,26 @@ class Specimen:
             f"{copies} copies of {self.name}",
             None if self.residues is None else self.residues.tiled(copies),
         )
+
+
+def _from_structure(gemmi: Any, path: Path, assembly: str | None, hydrogens: str) -> Specimen:
+    structure = gemmi.read_structure(str(path))
+    if structure.input_format == gemmi.CoorFormat.Pdb:
+        _check_columns(path)
+    if len(structure) == 0 or structure[0].count_atom_sites() == 0:
+        raise InputError(f"Expected atoms in {str(path)!r}, found none. Is it a coordinate file, and whole?")
+    model = structure[0]
+    if assembly is not None and len(structure.assemblies):
+        named = {a.name: a for a in structure.assemblies}
+        if str(assembly) not in named:
+            raise InputError(
+                f"Unknown assembly {assembly!r} of {str(path)!r}. Known: {', '.join(named)}; None takes the atoms "
+                "of the file as they stand."
+            )
+        model = gemmi.make_assembly(named[str(assembly)], model, gemmi.HowToNameCopiedChain.Short)
+    elif assembly not in (None, "1"):
+        raise InputError(f"Unknown assembly {assembly!r}: {str(path)!r} names no assemblies. Use assembly=None.")
+    return _from_model(gemmi, model, path, hydrogens)
 
 
 def _check_columns(path: Path) -> None:

@@ -253,6 +253,9 @@ def read_tilt_series(
         angles = _column(sections, "TiltAngle", Path(cast(str, mdoc)))
     else:
         raise InputError(f"Expected the tilts of {str(stack)!r}. Give tilts='...rawtlt' (or .tlt), or mdoc='...mdoc'.")
+    if (abs(angles) > 90.0).any():
+        worst = float(angles[np.argmax(abs(angles))])
+        raise InputError(f"Expected tilts within 90 degrees in {str(tilts or mdoc)!r}, got {worst:g}.")
     moved = None if transforms is None else _read_table(Path(transforms), 6)
     for name, table in (("tilts", angles), ("mdoc", sections), ("transforms", moved), ("order", order)):
         if table is not None and len(table) != n:
