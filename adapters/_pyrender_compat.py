@@ -324,6 +324,8 @@ def load(wanted: str = "auto") -> types.ModuleType:
                 ) from error
         _cure_numpy(pyrender)
         _cure_pyopengl()
+        if platform == "egl":
+            _cure_egl()
         _chosen["platform"] = platform
         return pyrender
 
@@ -406,3 +408,17 @@ def _cure_pyopengl() -> None:
     # The current context is a dictionary key in PyOpenGL: as a plain address it is hashable (OSMesa's was not) and
     # whole (EGL's was cut to 32 bits).
     platform.GetCurrentContext.restype = ctypes.c_void_p
+
+
+def _cure_egl() -> None:
+    """pyrender's own renderers terminate EGL's display when they go, and every context of the process with it."""
+    from OpenGL import EGL
+    from pyrender.platforms.egl import EGLPlatform
+
+    def delete_context(platform: Any) -> None:
+        if platform._egl_display is not None and platform._egl_context is not None:
+            EGL.eglMakeCurrent(platform._egl_display, EGL.EGL_NO_SURFACE, EGL.EGL_NO_SURFACE, EGL.EGL_NO_CONTEXT)
+            EGL.eglDestroyContext(platform._egl_display, platform._egl_context)
+        platform._egl_display = platform._egl_context = None
+
+    EGLPlatform.delete_context = delete_context

@@ -25,6 +25,7 @@ from pyrender.renderer import Renderer
 from pyrender.shader_program import ShaderProgram, ShaderProgramCache
 
 from adapters._pyrender_compat import Context, is_software, open_context
+from bridge.errors import InputError, SetupError
 
 _SHADERS = Path(__file__).parent / "shaders"
 _PLAIN = {
@@ -162,22 +163,38 @@ class FastRenderer(Renderer):
     def _framebuffer(self, samples: int, floats: bool) -> int:
         key = (samples, floats)
         if key not in self._framebuffers:
-            buffers = GL.glGenRenderbuffers(2)
-            size = (self.viewport_width, self.viewport_height)
-            forms = (GL.GL_RGBA32F if floats else GL.GL_RGBA8, GL.GL_DEPTH_COMPONENT24)
-            for buffer, form in zip(buffers, forms, strict=True):
-                GL.glBindRenderbuffer(GL.GL_RENDERBUFFER, buffer)
-                if samples:
-                    GL.glRenderbufferStorageMultisample(GL.GL_RENDERBUFFER, samples, form, *size)
-                else:
-                    GL.glRenderbufferStorage(GL.GL_RENDERBUFFER, form, *size)
-            framebuffer = GL.glGenFramebuffers(1)
-            GL.glBindFramebuffer(GL.GL_DRAW_FRAMEBUFFER, framebuffer)
-            points = (GL.GL_COLOR_ATTACHMENT0, GL.GL_DEPTH_ATTACHMENT)
-            for buffer, point in zip(buffers, points, strict=True):
-                GL.glFramebufferRenderbuffer(GL.GL_DRAW_FRAMEBUFFER, point, GL.GL_RENDERBUFFER, buffer)
-            self._framebuffers[key] = (int(framebuffer), buffers)
+            try:
+                self._framebuffers[key] = self._new_framebuffer(samples, floats)
+                status = GL.glCheckFramebufferStatus(GL.GL_DRAW_FRAMEBUFFER)
+                trouble = "" if status == GL.GL_FRAMEBUFFER_COMPLETE else f"framebuffer status {int(status):#x}"
+            except GL.GLError as error:
+                trouble = f"OpenGL error {error.err}"
+            if trouble:
+                self._framebuffers.pop(key, None)
+                raise InputError(
+                    f"Expected images that this OpenGL has memory for, got {self.viewport_height} x "
+                    f"{self.viewport_width} pixels of {max(samples, 1)} samples ({trouble}). Take a smaller size or "
+                    "antialias=0."
+                )
         return self._framebuffers[key][0]
+
+    def _new_framebuffer(self, samples: int, floats: bool) -> tuple[int, NDArray[np.uint32]]:
+        """A framebuffer, bound for drawing, and its buffers of colour and depth."""
+        buffers = GL.glGenRenderbuffers(2)
+        size = (self.viewport_width, self.viewport_height)
+        forms = (GL.GL_RGBA32F if floats else GL.GL_RGBA8, GL.GL_DEPTH_COMPONENT24)
+        for buffer, form in zip(buffers, forms, strict=True):
+            GL.glBindRenderbuffer(GL.GL_RENDERBUFFER, buffer)
+            if samples:
+                GL.glRenderbufferStorageMultisample(GL.GL_RENDERBUFFER, samples, form, *size)
+            else:
+                GL.glRenderbufferStorage(GL.GL_RENDERBUFFER, form, *size)
+        framebuffer = GL.glGenFramebuffers(1)
+        GL.glBindFramebuffer(GL.GL_DRAW_FRAMEBUFFER, framebuffer)
+        points = (GL.GL_COLOR_ATTACHMENT0, GL.GL_DEPTH_ATTACHMENT)
+        for buffer, point in zip(buffers, points, strict=True):
+            GL.glFramebufferRenderbuffer(GL.GL_DRAW_FRAMEBUFFER, point, GL.GL_RENDERBUFFER, buffer)
+        return int(framebuffer), buffers
 
     # What follows replaces private methods of pyrender 0.1.45 (the extra `render` pins that version).
 
@@ -302,7 +319,14 @@ class Session:
             )
 
     def __enter__(self) -> Session:
-        self.context.make_current()
+        try:
+            self.context.make_current()
+        except OSError as error:
+            raise SetupError(
+                f"Expected the OpenGL context that this renderer has opened, got: {error}. Something else in this "
+                "process has closed its display (eglTerminate). Make a new simulator, or keep the other apart in a "
+                "process of its own."
+            ) from error
         _current.context = self.context
         return self
 

@@ -21,6 +21,10 @@ from adapters.cameras import ViewModel, Views, inverse_pose
 
 __all__ = ["PyrenderSimulator", "teapot"]
 
+_BATCH = 64  # images that are converted together
+# What to draw (see `_pyrender_renderer`), samples a pixel, and what to read: GL's name, GL's type, pixels by row.
+_Drawing = tuple[int, int, list[tuple[int, int, NDArray[Any]]]]
+
 
 @final
 class PyrenderSimulator:
@@ -162,11 +166,17 @@ class PyrenderSimulator:
         """
         views = self._model.views(inputs)
         images = np.empty((len(views), *self.output_shape), dtype=np.float32)
-        if len(views):
-            cameras, projections = inverse_pose(views.camera), _projections(views, self._size)
-            with self._session() as session:
-                for row, image in enumerate(images):
-                    self._render(session, image, views, row, cameras[row], projections[row])
+        if not len(views):
+            return images
+        cameras, projections = inverse_pose(views.camera), _projections(views, self._size)
+        with self._session() as session:
+            for start in range(0, len(views), _BATCH):
+                rows = range(start, min(start + _BATCH, len(views)))
+                drawings, pixels = self._plan(len(rows))
+                for i, row in enumerate(rows):
+                    self._arrange(session, views, row, cameras[row], projections[row])
+                    self._render(session, drawings, i)
+                self._compose(pixels, views, slice(rows.start, rows.stop), images[rows.start : rows.stop])
         return images
 
     def opengl(self) -> str:
@@ -250,48 +260,53 @@ class PyrenderSimulator:
                 node.light.intensity = 3.0 * views.intensity[row]
         session.renderer.look(camera, projection, light)
 
-    def _render(
-        self,
-        session: Any,
-        image: NDArray[np.float32],
-        views: Views,
-        row: int,
-        camera: NDArray[np.float64],
-        projection: NDArray[np.float64],
-    ) -> None:
+    def _plan(self, k: int) -> tuple[list[_Drawing], dict[str, NDArray[Any]]]:
+        """What is drawn and read for each of k rows, and the pixels of all rows, bottom row first, by what they say."""
         from OpenGL import GL
 
         from adapters._pyrender_renderer import COLOUR, DEPTH, NORMALS, SEGMENTATION
 
-        scene, renderer = session.scene, session.renderer
-        self._arrange(session, views, row, camera, projection)
-        channel = _scene.split_channels(self.outputs, image)
+        drawings: list[_Drawing] = []
+        pixels: dict[str, NDArray[Any]] = {}
+        wanted = set(self.outputs)
 
-        def draw(kind: int, samples: int) -> None:
-            renderer.draw(scene, kind, samples, session.nodes)
+        def read(name: str, what: int, number: int, dtype: Any, *channels: int) -> tuple[int, int, NDArray[Any]]:
+            pixels[name] = np.empty((k, *self._size, *channels), dtype=dtype)
+            return int(what), int(number), pixels[name]
 
-        def read(what: int, number: Any, dtype: Any, *channels: int) -> NDArray[Any]:
-            buffer = np.empty((*self._size, *channels), dtype=dtype)
-            renderer.read(what, number, buffer)
-            return buffer[::-1]
-
-        def read_depth() -> NDArray[np.float32]:
-            return read(GL.GL_DEPTH_COMPONENT, GL.GL_FLOAT, np.float32)
-
-        depth: NDArray[np.float32] | None = None
-        colour: NDArray[np.uint8] | None = None
-        if "rgb" in channel or "rgba" in channel:
-            draw(COLOUR, self._antialias)
-            colour = read(GL.GL_RGB, GL.GL_UNSIGNED_BYTE, np.uint8, 3).transpose(2, 0, 1)
+        depth = ("depth", GL.GL_DEPTH_COMPONENT, GL.GL_FLOAT, np.float32)
+        if wanted & {"rgb", "rgba"}:
+            reads = [read("colour", GL.GL_RGB, GL.GL_UNSIGNED_BYTE, np.uint8, 3)]
             # Without antialiasing one drawing serves all outputs.
-            if not self._antialias and {"depth", "silhouette", "rgba"} & set(channel):
-                depth = read_depth()
+            if not self._antialias and wanted & {"depth", "silhouette", "rgba"}:
+                reads.append(read(*depth))
+            drawings.append((COLOUR, self._antialias, reads))
+        if "depth" in wanted and "depth" not in pixels:
+            drawings.append((DEPTH, 0, [read(*depth)]))
+        if "mask" in wanted:
+            drawings.append((SEGMENTATION, 0, [read("ids", GL.GL_RGB, GL.GL_UNSIGNED_BYTE, np.uint8, 3)]))
+        if "normals" in wanted:
+            drawings.append((NORMALS, 0, [read("normals", GL.GL_RGBA, GL.GL_FLOAT, np.float32, 4)]))
+        if wanted & {"silhouette", "rgba"} and ("depth" not in pixels or self._antialias):
+            reads = [read("covered", GL.GL_RED, GL.GL_UNSIGNED_BYTE, np.uint8)]
+            drawings.append((SEGMENTATION, self._antialias, reads))
+        return drawings, pixels
+
+    def _render(self, session: Any, drawings: list[_Drawing], i: int) -> None:
+        """Draws what is arranged, and reads it as row i."""
+        for kind, samples, reads in drawings:
+            session.renderer.draw(session.scene, kind, samples, session.nodes)
+            for what, number, into in reads:
+                session.renderer.read(what, number, into[i])
+
+    def _compose(self, pixels: dict[str, NDArray[Any]], views: Views, rows: slice, images: NDArray[np.float32]) -> None:
+        """The outputs of all rows from what was read, top row first."""
+        channel = _scene.split_channels(self.outputs, images.swapaxes(0, 1))  # name -> (channels, rows, height, width)
+        pixels = {name: buffer[:, ::-1] for name, buffer in pixels.items()}
+        byte = np.float32(255)
         if "depth" in channel:
-            if depth is None:
-                draw(DEPTH, 0)
-                depth = read_depth()
-            near, far = views.near[row], views.far[row]
-            z = depth.astype(np.float64)  # the buffer's value in [0, 1]; what follows cancels
+            near, far = views.near[rows, None, None], views.far[rows, None, None]
+            z = pixels["depth"].astype(np.float64)  # the buffer's value in [0, 1]; what follows cancels
             if views.perspective:
                 z *= 1 / far - 1 / near
                 z += 1 / near
@@ -299,34 +314,28 @@ class PyrenderSimulator:
             else:
                 z *= far - near
                 z += near
-            np.putmask(z, depth >= 1, self._background_depth)
+            np.putmask(z, pixels["depth"] >= 1, self._background_depth)
             channel["depth"][0] = z
         if "mask" in channel:
-            draw(SEGMENTATION, 0)
-            ids = read(GL.GL_RGB, GL.GL_UNSIGNED_BYTE, np.uint8, 3)
+            ids = pixels["ids"]
             np.add(ids[..., 1], ids[..., 2] * np.float32(256), out=channel["mask"][0])
         if "normals" in channel:
-            draw(NORMALS, 0)
-            vectors = read(GL.GL_RGBA, GL.GL_FLOAT, np.float32, 4).transpose(2, 0, 1)
+            vectors = np.moveaxis(pixels["normals"], -1, 0)
             channel["normals"][:] = np.where(vectors[3] > 0, vectors[:3], 0)
-        covered: NDArray[Any] | None = None
-        if "silhouette" in channel or "rgba" in channel:
-            if depth is None or self._antialias:
-                draw(SEGMENTATION, self._antialias)
-                covered = read(GL.GL_RED, GL.GL_UNSIGNED_BYTE, np.uint8)
-            else:
-                covered = (depth < 1).view(np.uint8) * np.uint8(255)
+        if "covered" in pixels:
+            alpha = pixels["covered"] / byte
+        elif "depth" in pixels:
+            alpha = np.float32(pixels["depth"] < 1)
         if "silhouette" in channel:
-            np.divide(covered, np.float32(255), out=channel["silhouette"][0])
-        if "rgb" in channel:
-            np.divide(colour, np.float32(255), out=channel["rgb"])
-        if "rgba" in channel:
-            assert colour is not None
-            assert covered is not None
-            alpha = covered / np.float32(255)
-            behind = (1 - alpha) * np.float32(self._background).reshape(3, 1, 1)
-            channel["rgba"][:3] = np.where(alpha > 0, np.maximum(colour / np.float32(255) - behind, 0), 0)
-            channel["rgba"][3] = alpha
+            channel["silhouette"][0] = alpha
+        if "colour" in pixels:
+            colour = np.moveaxis(pixels["colour"], -1, 0)
+            if "rgb" in channel:
+                np.divide(colour, byte, out=channel["rgb"])
+            if "rgba" in channel:
+                behind = (1 - alpha) * np.float32(self._background).reshape(3, 1, 1, 1)
+                channel["rgba"][:3] = np.where(alpha > 0, np.maximum(colour / byte - behind, 0), 0)
+                channel["rgba"][3] = alpha
 
 
 def _projections(views: Views, size: tuple[int, int]) -> NDArray[np.float64]:

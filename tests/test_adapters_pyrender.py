@@ -517,6 +517,47 @@ def test_one_renderer_goes_in_the_middle_of_the_others_batch(monkeypatch: pytest
 
 
 @gl
+def test_pyrenders_own_renderer_goes_and_ours_stays(in_subprocess: Callable[..., str]) -> None:
+    said = in_subprocess(
+        """
+        import ctypes
+        import numpy as np
+        from adapters import _pyrender_compat as compat
+        from adapters.pyrender import PyrenderSimulator
+        from bridge.errors import SetupError
+        pyrender = compat.load("egl")
+        simulator, row, seed = PyrenderSimulator(platform="egl"), np.array([[0, 0, 4, 20.0]]), np.zeros(1, np.uint64)
+        before = simulator(row, seed)
+        scene = pyrender.Scene()
+        scene.add(pyrender.PerspectiveCamera(yfov=1.0))
+        stock = pyrender.OffscreenRenderer(16, 16)
+        stock.render(scene)
+        print((simulator(row, seed) == before).all())
+        stock.delete()
+        print((simulator(row, seed) == before).all())
+        pyrender.OffscreenRenderer(16, 16).render(scene)
+        # Somebody who closes the display all the same is told of.
+        context = simulator._session().context
+        context._egl._library.eglTerminate(ctypes.c_void_p(context._display))
+        try:
+            simulator(row, seed)
+        except SetupError as error:
+            print(error)
+        """,
+        PYOPENGL_PLATFORM="egl",
+    ).splitlines()
+    assert said[:2] == ["True", "True"]
+    assert "eglTerminate" in said[2]
+
+
+@gl
+def test_images_that_opengl_has_no_memory_for_are_refused() -> None:
+    simulator = PyrenderSimulator(teapot(1), size=(16384, 16384), antialias=4)
+    with pytest.raises(InputError, match="16384 x 16384 pixels of 4 samples"):
+        render(simulator, POSES[:1])
+
+
+@gl
 def test_many_renderers_come_and_go() -> None:
     expected = None
     for _ in range(20):
