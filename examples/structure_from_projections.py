@@ -224,7 +224,7 @@ class Found:
     runs: int
 
 
-def smoothed(task: Problem, seed: int, comm: Any = None) -> Found:
+def smoothed(task: Problem, seed: int, steps: int = STEPS, samples: int = SAMPLES) -> Found:
     """Gauss-Newton on the smoothed Jacobian, coarse to fine."""
     result = bridge.fit(
         task.simulator,
@@ -232,11 +232,10 @@ def smoothed(task: Problem, seed: int, comm: Any = None) -> Found:
         task.start,
         seed=seed,
         method="gauss-newton",
-        steps=STEPS,
-        num_samples=SAMPLES,
+        steps=steps,
+        num_samples=samples,
         scale=SCALES,
         variance=task.variance,
-        comm=comm,
     )
     return Found(result.parameters, result.standard_error, result.num_evaluations)
 
@@ -364,24 +363,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=numbers, default=range(1), help="first:last, the last left out")
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--methods", nargs="+", choices=["smoothed", "cma"], default=["smoothed"])
-    parser.add_argument("--output", type=Path, default=Path("structure"), help="folder: results.json, fit.png")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of an estimate")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of Gauss-Newton")
+    parser.add_argument("--output", type=Path, default=Path("structure"), help="folder of seed_0.json, ...")
+    parser.add_argument("--picture", type=Path, help="PNG of the last seed's fit")
     options = parser.parse_args(arguments)
     for seed in options.seeds:
         task = problem(seed, options.images)
         least = bound(task)
         lines: dict[str, Any] = {"start": in_bounds(Found(task.start, None, 0), task, least)}
-        budget = (STEPS + 1) * SAMPLES + 4  # of a fit
+        budget = (options.steps + 1) * options.samples + 4  # what a fit takes, with its first and last images
         for method in options.methods:
-            found = smoothed(task, seed) if method == "smoothed" else cma_es(task, seed, budget)
+            if method == "smoothed":
+                found = smoothed(task, seed, options.steps, options.samples)
+                if options.picture and bridge.is_root():
+                    picture(task, found, least, options.picture)
+            else:
+                found = cma_es(task, seed, budget)
             lines[method] = in_bounds(found, task, least)
             if found.standard_error is not None:
                 ratio = found.standard_error / least
                 lines[method]["standard_error"] = float(np.sqrt((ratio**2).mean()))
             lines[method] |= {"parameters": found.parameters.tolist()}
-            if bridge.is_root() and method == "smoothed":
-                picture(task, found, least, options.output / f"fit_{seed}.png")
         if bridge.is_root():
-            lines |= {"truth": task.truth.tolist(), "bound": least.tolist()}
+            lines |= {"truth": task.truth.tolist(), "bound": least.tolist(), "names": list(task.simulator.space.names)}
             options.output.mkdir(parents=True, exist_ok=True)
             (options.output / f"seed_{seed}.json").write_text(json.dumps(lines, indent=1) + "\n")
             for method in ("start", *options.methods):

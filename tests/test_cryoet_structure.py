@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,7 +22,8 @@ from simulators.cryoet.deformation import hessian, rigid_motions
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
-HINGE = Path(__file__).resolve().parent.parent / "examples" / "data" / "6wg6.cif.gz"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+HINGE = EXAMPLES / "data" / "6wg6.cif.gz"
 SEEDS = np.zeros(1, dtype=np.uint64)
 
 
@@ -341,3 +345,84 @@ def test_a_simulator_with_a_deformation_travels() -> None:
     p = {p.name: p for p in sim.space.parameters}
     assert (p["mode_angstrom[1]"].unit, p["domain_deg[0]"].unit) == ("angstrom", "deg")
     assert p["mode_angstrom[1]"].upper == 5.0
+
+
+# --- the example --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "structure_from_projections", EXAMPLES / "structure_from_projections.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["structure_from_projections"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def task(example: ModuleType):
+    return example.problem(0, 2)
+
+
+def test_the_target_is_another_codes_image_of_the_same_thing(example: ModuleType, task) -> None:
+    images = task.simulator(task.truth[None], SEEDS)[0]
+    bent = Deformation.applied(
+        example.BENDING,
+        Specimen.from_file(HINGE),
+        dict(zip(example.BENDING.values, task.truth[:3].tolist(), strict=True)),
+    )
+    for image, pose in zip(images, task.truth[3:].reshape(2, 5), strict=True):
+        other = example.expected_counts(bent, pose)
+        assert np.corrcoef(image.ravel(), other.ravel())[0, 1] > 0.95
+        # Not the same to rounding, which would be an inverse crime.
+        assert (image - other).std() > 0.05 * other.std()
+    # Counts are those of a Poisson process about it: chi-square within five standard deviations.
+    chi = ((task.target - images) ** 2).sum() / task.variance / images.size
+    assert abs(chi - 1) < 0.2
+
+
+def test_a_pose_touches_its_own_image(task) -> None:
+    moved = task.truth.copy()
+    moved[3:8] += 1.0
+    one, other = task.simulator(np.stack((task.truth, moved)), np.zeros(2, dtype=np.uint64))
+    assert not np.array_equal(one[0], other[0])
+    np.testing.assert_array_equal(one[1], other[1])
+    assert task.simulator.structure.parameter_block.tolist() == [-1] * 3 + [0] * 5 + [1] * 5
+
+
+FIT = """
+import numpy as np
+import bridge
+from simulators.cryoet import CryoET, Deformation, Specimen
+
+places = np.random.default_rng(1).uniform(-20, 20, (20, 3))
+specimen = Specimen.from_atoms(places, [6] * 20, weights=60.0, b_factors=200.0)
+names = ("mode_angstrom[0]", "mode_angstrom[1]", "x_tilt_deg", "rotation_deg", "x_angstrom")
+sim = CryoET(specimen, (24, 24), 4.0, parameters=names, deformation=Deformation(2, 30.0), margin_pixels=8)
+truth = np.array([0.8, -1.2, 3.0, 5.0, 2.0])
+target = sim.replace(noise="poisson")(truth[None], np.ones(1, dtype=np.uint64))[0]
+result = bridge.fit(
+    sim, target, np.zeros(5), seed=0, method="gauss-newton", steps=6, num_samples=32, scale=(0.7, 0.3), variance=640.0
+)
+if bridge.is_root():
+    print(*(value.hex() for value in (*result.parameters.tolist(), *result.standard_error.tolist(), result.loss)))
+"""
+
+
+@pytest.mark.mpi
+def test_a_structural_fit_finds_the_structure_with_the_same_bits_on_one_rank_and_on_two(
+    run_ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(FIT, {"__name__": "__main__"})
+    alone = capsys.readouterr().out
+    found = np.array([float.fromhex(value) for value in alone.split()])
+    parameters, error = found[:5], found[5:10]
+    assert (np.abs(parameters - [0.8, -1.2, 3.0, 5.0, 2.0]) < 4 * error + 0.1).all(), (parameters, error)
+    assert (error < [0.5, 0.5, 3.0, 1.0, 0.5]).all(), error
+    done = run_ranks(2, FIT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone
