@@ -35,6 +35,7 @@ import torch
 from numpy.typing import NDArray
 
 import bridge
+from bridge.simulator import Simulator
 from simulators.cryoet import Detector, Microscope, Particle, Specimen, TiltScheme, TiltSeries, projected_potential
 from simulators.cryoet.physics import focal_spread_angstrom, interaction_constant, wavelength_angstrom
 from simulators.cryoet.potential import add_linear, displaced_voxels, ice_potential
@@ -46,10 +47,12 @@ KINDS = ("shift_x_angstrom", "shift_y_angstrom", "defocus_um")  # one of each fo
 COMMON = ("tilt_axis_deg", "astigmatism_cos_um", "astigmatism_sin_um")
 UNITS = np.array([5.0, 5.0, 0.3, 0.5, 0.1, 0.1])  # of the smoothing, by kind, those of COMMON last
 START = np.array([30.0, 30.0, 0.3, 2.0, 0.1, 0.1])  # half-width of what coarse alignment leaves
-# (binning, width of the smoothing in UNITS) of each step. Where images are binned by four or more, simulations have
-# pixels twice as large: a quarter of the work.
-SCHEDULE = ((8, 3.0), (8, 2.0), (4, 1.5), (4, 1.0), (2, 0.6), (1, 0.4), (1, 0.2))
+# (binning, width of the smoothing in UNITS) of each step. Where images are binned, simulations have pixels twice as
+# large: a quarter of the work.
+SCHEDULE = ((8, 3.0), (8, 2.0), (4, 1.5), (4, 1.0), (2, 0.6), (2, 0.4), (1, 0.3), (1, 0.2))
 AFTER_CORRELATION = SCHEDULE[4:]
+# Before the last but two, each image is tried at so many places around, so far away: a helix looks like itself there.
+TRIALS, TRIAL_ANGSTROM = 8, 13.0
 OPTICS = Microscope(voltage_kv=300.0, defocus_um=3.0, cs_mm=2.7, amplitude_contrast=0.07)
 THICKNESS, FREE_PATH = 1000.0, 3150.0  # of the ice [angstrom]
 DOSE, DQE = 3.0, 0.8
@@ -290,20 +293,42 @@ def binned(images: torch.Tensor, factor: int) -> torch.Tensor:
     return parts.mean(dim=(-3, -1))
 
 
+def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner products along the last axis. Sums, not matrix products, whose last bits depend on where memory begins."""
+    return (a * b).sum(-1)
+
+
+def orthonormal(rows: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of some vectors (k, m), by Gram & Schmidt, twice for the rounding."""
+    basis: list[torch.Tensor] = []
+    for row in rows:
+        for _ in range(2):
+            for known in basis:
+                row = row - dot(known, row) * known
+        basis.append(row / dot(row, row).sqrt())
+    return torch.stack(basis)
+
+
+def without(basis: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Vectors (..., m) less what an orthonormal basis makes of them."""
+    for known in basis:
+        rows = rows - dot(known, rows)[..., None] * known
+    return rows
+
+
 class Misfit:
     """Whitened residuals of one binning, with what is unknown of each image projected out."""
 
     def __init__(self, target: Array, factor: int) -> None:
-        self.factor = factor
-        self.target = binned(torch.from_numpy(target), factor)
+        self.target = binned(torch.tensor(target), factor)
         n, rows, columns = self.target.shape
         y, x = (torch.linspace(-1, 1, k, dtype=torch.float64) for k in (rows, columns))
-        plane = torch.stack((torch.ones(rows, columns), y[:, None].expand(rows, columns), x.expand(rows, columns)))
-        self.plane = plane.to(torch.float64).reshape(3, -1).T
-        flat = self.target.reshape(n, -1).T
+        ones = torch.ones(rows, columns, dtype=torch.float64)
+        self.plane = torch.stack((ones, y[:, None] * ones, x * ones)).reshape(3, -1)
+        flat = self.target.reshape(n, -1)
         # Electrons' variance is their mean, which the contrast changes by a hundredth.
-        fitted = self.plane @ torch.linalg.lstsq(self.plane, flat).solution
-        self.weight = factor / fitted.clamp_min(1.0).sqrt().T  # (images, pixels)
+        fitted = flat - without(orthonormal(self.plane), flat)
+        self.weight = factor / fitted.clamp_min(1.0).sqrt()  # (images, pixels)
 
     def normal(self, value: torch.Tensor, jacobian: torch.Tensor, free_gain: bool) -> tuple[Array, Array, Array]:
         """(images, k, k) J^T J, (images, k) J^T r and (images,) r^T r for k columns.
@@ -315,20 +340,25 @@ class Misfit:
         blocks: list[tuple[Array, Array, float]] = []
         for y, f, columns, w in zip(self.target, value, jacobian, self.weight, strict=True):
             gain = y.mean() / f.mean()
-            model, slopes = gain * f.reshape(-1) * w, gain * columns.reshape(len(columns), -1).T * w[:, None]
-            known = self.plane * w[:, None]
-            if free_gain:
-                known = torch.cat((known, model[:, None]), 1)
-            basis = torch.linalg.qr(known).Q
-            residual = y.reshape(-1) * w - model
-            residual = residual - basis @ (basis.T @ residual)
+            seen, model, slopes = y.reshape(-1) * w, gain * f.reshape(-1) * w, gain * columns.flatten(1) * w
+            basis = orthonormal(self.plane * w)
+            residual = without(basis, seen - model)
             if free_gain:
                 # The gain that fits best scales the Jacobian as well (variable projection, Kaufman 1975).
-                centred = model - (plane := torch.linalg.qr(known[:, :3]).Q) @ (plane.T @ model)
-                slopes = slopes * (1 + (centred @ (y.reshape(-1) * w - model)) / (centred @ centred)).clamp(0.3, 3.0)
-            slopes = slopes - basis @ (basis.T @ slopes)
-            blocks.append(((slopes.T @ slopes).numpy(), (slopes.T @ residual).numpy(), float(residual @ residual)))
+                contrast = without(basis, model)
+                slopes = slopes * (1 + dot(contrast, residual) / dot(contrast, contrast)).clamp(0.3, 3.0)
+                basis = torch.cat((basis, orthonormal(contrast[None])))
+                residual = without(basis, residual)
+            slopes = without(basis, slopes)
+            blocks.append((
+                dot(slopes[:, None], slopes).numpy(), dot(slopes, residual).numpy(), float(dot(residual, residual))
+            ))  # fmt: skip
         return tuple(np.array(part) for part in zip(*blocks, strict=True))  # type: ignore[return-value]
+
+
+def solved(matrix: Array, right: Array) -> Array:
+    """matrix^-1 right, in torch's memory: the same bits in every process."""
+    return torch.linalg.solve(torch.tensor(matrix), torch.tensor(right)).numpy()
 
 
 def assembled(blocks: Array) -> Array:
@@ -363,7 +393,7 @@ class Alignment:
 
     def with_prior(self, precision: Array) -> Array:
         """The parameters if the prior is believed as well; needs no further run."""
-        return self.theta + np.linalg.solve(self.normal + precision, self.gradient - precision @ self.theta)
+        return self.theta + solved(self.normal + precision, self.gradient - precision @ self.theta)
 
 
 def align(
@@ -371,21 +401,19 @@ def align(
     schedule: Sequence[tuple[int, float]] = SCHEDULE, samples: int = 8,
 ) -> Alignment:  # fmt: skip
     """Gauss-Newton on the smoothed Jacobian, a few columns for all parameters, coarse to fine."""
-    finest, k = layout.series(), layout.kinds
-    larger = layout.series(larger=2) if any(factor >= 4 for factor, _ in schedule) else finest
+    finest, larger = (layout.series(larger=k) for k in (1, 2))
+    k, spread = layout.kinds, layout.spread(START)
     theta, path, losses, runs = first.copy(), [first.copy()], [], 0
     misfits = {factor: Misfit(target, factor) for factor, _ in schedule}
-    spread = layout.spread(START)
     normal = gradient = np.zeros(0)
     for step, (factor, width) in enumerate(schedule):
-        series, done = (larger, 2) if factor >= 4 else (finest, 1)
-        box = bridge.as_simulator(
-            # The middle of two pixels is half a pixel from that of the first.
-            Columns(series, theta, 0.5 * (done - 1) * layout.pixel),
-            names=(*KINDS, *COMMON)[:k],
-            natural_scale=UNITS[:k].tolist(),
-            output_shape=series.output_shape,
-        )
+        series, done = (larger, 2) if factor > 1 else (finest, 1)
+        # The middle of two pixels is half a pixel from that of the first.
+        columns = Columns(series, theta, 0.5 * (done - 1) * layout.pixel)
+        if step == len(schedule) - 3:
+            theta = columns.theta = tried(layout, columns, misfits[factor], seed, factor // done)
+            runs += TRIALS + 1
+        box = black_box(columns, k)
         smoothed = bridge.smooth(box, seed=seed, num_samples=samples, points="orthogonal", antithetic=True, scale=width)
         estimate = smoothed.estimate(torch.zeros(k), step)
         value = binned(estimate.value, factor // done).to(torch.float64)
@@ -395,7 +423,7 @@ def align(
         normal, gradient = assembled(blocks), assembled(slopes)
         # Coarse images say little of the defocus: what coarse alignment leaves at most is believed until the end.
         belief = np.zeros(len(theta)) if fine else 3 / spread**2
-        move = np.linalg.solve(normal + np.diag(belief), gradient - belief * (theta - first))
+        move = solved(normal + np.diag(belief), gradient - belief * (theta - first))
         theta = theta + np.clip(move, -spread, spread)
         runs += estimate.num_evaluations
         losses.append(float(squares.sum()) / misfits[factor].target.numel())
@@ -403,6 +431,32 @@ def align(
     # What is left of the gradient after the last step, to first order.
     left = gradient - normal @ (theta - path[-2])
     return Alignment(theta, normal, left, tuple(path), tuple(losses), runs)
+
+
+def black_box(columns: Columns, kinds: int) -> Simulator:
+    return bridge.as_simulator(
+        columns,
+        names=(*KINDS, *COMMON)[:kinds],
+        natural_scale=UNITS[:kinds].tolist(),
+        output_shape=columns.series.output_shape,
+    )
+
+
+def tried(layout: Layout, columns: Columns, misfit: Misfit, seed: int, factor: int) -> Array:
+    """The parameters with each image where it fits best: as it is, or at one of the places around."""
+    turns = 2 * math.pi / TRIALS * np.arange(TRIALS)
+    places = np.zeros((TRIALS + 1, layout.kinds))
+    places[1:, 0], places[1:, 1] = TRIAL_ANGSTROM * np.cos(turns), TRIAL_ANGSTROM * np.sin(turns)
+    # Next to no smoothing: one run for each place, for all images at once.
+    plain = bridge.smooth(black_box(columns, layout.kinds), seed=seed, num_samples=1, points="mc", scale=1e-9)
+    with torch.no_grad():
+        images = binned(plain(torch.from_numpy(places).float()), factor).to(torch.float64)
+    squares = np.array([misfit.normal(image, image[:, None], free_gain=False)[2] for image in images])
+    best = places[squares.argmin(axis=0)]
+    theta, n = columns.theta.copy(), layout.images
+    theta[:n] += best[:, 0]
+    theta[n : 2 * n] += best[:, 1]
+    return theta
 
 
 def correlated(layout: Layout, target: Array, first: Array) -> Array:
@@ -553,7 +607,7 @@ def compare(
             print(results[-1].line(), flush=True)
 
     add("start", first, bound, 0, 0, time.process_time(), None)
-    budget = 8 * len(SCHEDULE)
+    budget = 8 * len(SCHEDULE) + TRIALS + 1
     for name in methods:
         began = time.process_time()
         if name in ("columns", "clean", "correlation"):
@@ -564,10 +618,11 @@ def compare(
             found = align(layout, images, begin, seed, schedule)
             own = np.sqrt(np.diag(np.linalg.inv(found.normal)))
             runs = found.runs + (name == "correlation")
-            add(name, found.theta, bound, runs, len(schedule) + (name == "correlation"), began, own)
+            rounds = len(schedule) + 1 + (name == "correlation")
+            add(name, found.theta, bound, runs, rounds, began, own)
             if name == "columns":
                 own = np.sqrt(np.diag(np.linalg.inv(found.normal + precision)))
-                add("with prior", found.with_prior(precision), bound_prior, runs, len(schedule), began, own)
+                add("with prior", found.with_prior(precision), bound_prior, runs, rounds, began, own)
                 arrays |= {"chi2": np.array(found.chi2), "path": np.array(found.path)}
         elif name == "cma":
             add(name, cma_es(layout, target, first, seed, budget), bound, budget, budget // 17, began, None)
@@ -612,6 +667,7 @@ def main() -> None:
     parser.add_argument("--methods", default="columns", help=f"of {', '.join(METHODS)}, joined by commas")
     parser.add_argument("--images", type=int, default=41)
     parser.add_argument("--size", type=int, default=400, help="rows and columns")
+    parser.add_argument("--pixel", type=float, default=5.0, help="[angstrom]")
     parser.add_argument("--subunits", type=int, default=147, help="of the helix")
     parser.add_argument("--single", action="store_true", help="one copy instead of two")
     parser.add_argument("--astigmatism", action="store_true", help="fit it as well; the images have 0.058 um of it")
@@ -621,8 +677,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     poses = ((60.0, -40.0, 60.0, 25.0, 60.0, -40.0),) if arguments.single else Layout.poses
-    layout = Layout(Specimen.helix(arguments.subunits), poses, arguments.images, size=arguments.size,
-                    astigmatic=arguments.astigmatism, thresholded=arguments.same_solvent)  # fmt: skip
+    layout = Layout(
+        Specimen.helix(arguments.subunits),
+        poses,
+        arguments.images,
+        size=arguments.size,
+        pixel=arguments.pixel,
+        astigmatic=arguments.astigmatism,
+        thresholded=arguments.same_solvent,
+    )
     methods = arguments.methods.split(",")
     if unknown := [name for name in methods if name not in METHODS]:
         parser.error(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")

@@ -1,0 +1,155 @@
+"""The alignment of a tilt series: its columns are the Jacobian, its nuisances vanish, it aligns, on any ranks alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import bridge
+from simulators.cryoet import Specimen
+
+pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "align_tilt_series.py"
+POSE = ((30.0, -20.0, 40.0, 25.0, 60.0, -40.0),)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("align_tilt_series", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["align_tilt_series"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def layout(example: ModuleType) -> Any:
+    return example.Layout(Specimen.helix(98), POSE, images=3, largest_deg=40.0, size=72, pixel=7.0)
+
+
+def test_columns_hold_all_of_the_jacobian(example: ModuleType, layout: Any) -> None:
+    """Of the smooth mode, against automatic differentiation in one image's own parameters and the axis."""
+    series, theta = layout.series("smooth", 1.0), example.truth(layout, 7)
+    box = bridge.as_simulator(example.Columns(series, theta), natural_scale=example.UNITS[:4].tolist())
+    smoothed = bridge.smooth(box, seed=0, num_samples=8, points="orthogonal", antithetic=True, scale=0.02)
+    columns = smoothed.estimate(torch.zeros(4)).jacobian()
+    names, n = list(series.space.names), layout.images
+    for t in range(n):
+        for k, name in enumerate([f"{kind}[{t}]" for kind in example.KINDS] + ["tilt_axis_deg"]):
+            tangent = torch.zeros(3 * n + 1, dtype=torch.float64)
+            tangent[names.index(name)] = 1.0
+            point = torch.from_numpy(example.inputs(series, theta))
+            _, exact = torch.func.jvp(lambda x, t=t: series.image(x)[t], (point,), (tangent,))
+            error = columns[t, ..., k].to(torch.float64) - exact
+            assert float(error.square().sum() / exact.square().sum()) < 0.03**2, (t, name)
+
+
+def test_gain_offset_and_background_vanish(example: ModuleType) -> None:
+    random = torch.Generator().manual_seed(0)
+    model, slopes = torch.rand(2, 32, 32, generator=random, dtype=torch.float64), torch.rand(
+        2, 4, 32, 32, generator=random, dtype=torch.float64
+    )  # fmt: skip
+    u = torch.linspace(-1, 1, 32, dtype=torch.float64)
+    target = 50 + 3.0 * model + 2.0 * u - 5.0 * u[:, None]
+    misfit = example.Misfit(target.numpy(), 1)
+    _, gradient, squares = misfit.normal(model, slopes, free_gain=True)
+    assert np.abs(squares).max() < 1e-18 * float((target**2).sum())
+    assert np.abs(gradient).max() < 1e-9
+    # What looks like gain, offset or background is no evidence of a parameter.
+    flat = torch.stack((model, torch.ones_like(model), u.expand_as(model), slopes[:, 0]), 1)
+    normal, _, _ = misfit.normal(model, flat, free_gain=True)
+    assert np.abs(normal[:, :3]).max() < 1e-9
+    assert normal[:, 3, 3].min() > 0.1
+    # With the gain taken from the means, the model's contrast counts.
+    _, _, left = misfit.normal(model, slopes, free_gain=False)
+    assert left.min() > 1.0
+
+
+def test_residuals_are_in_units_of_the_electrons_noise(example: ModuleType) -> None:
+    mean = np.full((2, 64, 64), [[[30.0]], [[80.0]]]) + np.linspace(-5, 5, 64)
+    counts = np.random.default_rng(0).poisson(mean).astype(np.float64)
+    for factor in (1, 2, 4):
+        flat = torch.ones(2, 64 // factor, 64 // factor, dtype=torch.float64)
+        _, _, squares = example.Misfit(counts, factor).normal(flat, flat[:, None], free_gain=False)
+        number = (64 // factor) ** 2 - 3  # less a plane
+        assert np.abs(squares / number - 1).max() < 5 * np.sqrt(2 / number)
+
+
+def test_blocks_make_an_arrow(example: ModuleType) -> None:
+    """J^T J of all parameters, from each image's own columns."""
+    random = np.random.default_rng(1)
+    parts = random.normal(size=(3, 20, 6))  # three images, their own three columns and three common ones
+    full = np.zeros((60, 12))
+    for t, part in enumerate(parts):
+        full[20 * t : 20 * t + 20, [t, 3 + t, 6 + t, 9, 10, 11]] = part
+    np.testing.assert_allclose(example.assembled(np.einsum("tik,til->tkl", parts, parts)), full.T @ full)
+    np.testing.assert_allclose(example.assembled(parts.sum(1)), full.sum(0))
+
+
+def test_the_other_code_path_sees_the_same(example: ModuleType, layout: Any) -> None:
+    """Multislice on a finer grid against the simulator's smooth mode: the contrast agrees to five per cent, but for
+    what square pixels do."""
+    true = example.truth(layout, 3)
+    other = torch.from_numpy(example.expected(layout, true))
+    series = layout.series("smooth", 1.0)
+    own = series.image(torch.from_numpy(example.inputs(series, true)))
+    f = np.fft.fftfreq(layout.size)
+    pixel = torch.from_numpy(np.sinc(f)[:, None] * np.sinc(f))
+    collected = torch.fft.ifft2(torch.fft.fft2(own) * pixel).real
+    inside = (slice(None), slice(6, -6), slice(6, -6))
+    error = (other - collected)[inside]
+    contrast = collected[inside] - collected.mean((1, 2), keepdim=True)
+    assert float(error.square().mean() / contrast.square().mean()) < 0.05**2
+
+
+def test_without_noise_the_truth_is_found(example: ModuleType, layout: Any) -> None:
+    same = replace(layout, thresholded=True)
+    true = example.truth(same, 5)
+    found = example.align(same, example.DQE * example.expected(same, true), example.coarse(same, true, 5), 5)
+    errors = example.by_kind(same, found.theta - true)
+    assert found.runs == 73
+    assert errors[0] < 0.3, errors  # angstrom, from up to 30
+    assert errors[1] < 0.3, errors
+    assert errors[2] < 0.06, errors  # um, from up to 0.3
+    assert errors[3] < 0.2, errors  # degrees, from up to 2
+
+
+@pytest.mark.mpi
+def test_series_are_aligned_alike_on_one_rank_and_on_two(tmp_path: Path, run_ranks: Any) -> None:
+    arguments = ["--images", "5", "--size", "64", "--pixel", "8", "--subunits", "98", "--single", "--targets", "20:21"]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), *arguments], capture_output=True, text=True, timeout=240, check=False,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"columns .*x \S+ \((\S+)\)  y \S+ \((\S+)\)", done.stdout)
+    assert found is not None, done.stdout
+    # Errors in units of the bounds, over five images.
+    assert max(float(found[1]), float(found[2])) < 3, done.stdout
+    digests = re.findall(r"parameters (\w+)", done.stdout)
+    ranks = run_ranks(2, EXAMPLE, *arguments, timeout=240)
+    assert ranks.returncode == 0, ranks.stderr
+    assert re.findall(r"parameters (\w+)", ranks.stdout) == digests
+    assert len(digests) == 1
