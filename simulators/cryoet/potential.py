@@ -250,7 +250,8 @@ def displaced_voxels(
         mine = specimen.labels == label
         xyz = specimen.positions[mine] / voxel_angstrom
         filled = specimen.weights[mine] * (own[mine] + specimen.hydrogens[mine] * _DISPLACED[1])
-        margin = int(np.ceil(4 * blur)) + 2
+        # Two standard deviations from the last atom a voxel is far from full.
+        margin = int(np.ceil(2 * blur)) + 1
         low = np.floor(xyz.min(axis=0)).astype(np.int64) - margin
         size = np.ceil(xyz.max(axis=0)).astype(np.int64) + margin - low + 1
         density = np.zeros(size)
