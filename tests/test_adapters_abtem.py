@@ -136,7 +136,12 @@ def test_a_row_alone_in_company_and_in_another_process_has_the_same_bits() -> No
 def test_every_parameter_acts() -> None:
     sim = simulator(
         parameters=PARAMETER_NAMES,
-        settings={"focal_spread_angstrom": 30.0, "convergence_mrad": 0.05, "aperture_mrad": 12.0, "astigmatism_um": 0.1},
+        settings={
+            "focal_spread_angstrom": 30.0,
+            "convergence_mrad": 0.05,
+            "aperture_mrad": 12.0,
+            "astigmatism_um": 0.1,
+        },
     )
     here = sim(sim.reference[None], SEEDS)[0]
     for k, p in enumerate(sim.space.parameters):
