@@ -137,6 +137,9 @@ def inputs(series: TiltSeries, theta: Array, offset: float = 0.0) -> Array:
     return np.clip(values, series.space.lower, series.space.upper)
 
 
+MIDDLE = ((60.0, -40.0, 60.0, 25.0, 60.0, -40.0),)  # the pose of a single copy
+
+
 def truth(layout: Layout, seed: int) -> Array:
     """(d,) shifts of up to +-3 nm; a defocus that drifts as a cubic of the tilt, and jitters by 20 nm."""
     random, n = np.random.default_rng((seed, 1)), layout.images
@@ -579,6 +582,11 @@ def by_kind(layout: Layout, values: Array) -> list[float]:
     return [float(np.sqrt(np.mean(np.square(part)))) for part in parts]
 
 
+def digest(theta: Array) -> str:
+    """Tells parameters apart to the last bit."""
+    return hashlib.sha256(theta.tobytes()).hexdigest()[:16]
+
+
 METHODS = ("columns", "correlation", "clean", "cma", "adam", "adam-blocks")
 
 
@@ -676,7 +684,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="draw the first target's here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    poses = ((60.0, -40.0, 60.0, 25.0, 60.0, -40.0),) if arguments.single else Layout.poses
+    poses = MIDDLE if arguments.single else Layout.poses
     layout = Layout(
         Specimen.helix(arguments.subunits),
         poses,
@@ -701,7 +709,7 @@ def main() -> None:
                 arguments.output.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")
             if arguments.pictures and seed == first:
                 pictures(layout, arrays, arguments.pictures)
-            print("parameters", hashlib.sha256(arrays[methods[0]].tobytes()).hexdigest()[:16], flush=True)
+            print("parameters", digest(arrays[methods[0]]), flush=True)
     if bridge.is_root():
         print(summary(results))
 
