@@ -65,7 +65,7 @@ def test_regression_is_nearer_with_one_set_of_64_runs(case):
 def test_the_bias_falls_by_four_when_the_scale_is_halved(case):
     """f_L - f = scale^2 / 2 f'' + O(scale^4), and likewise for the gradients."""
     box, _, directions = case
-    wide, half = (replicates(box, directions, scale, 256) for scale in (0.5, 0.25))
+    wide, half = (replicates(box, directions, scale, 128) for scale in (0.5, 0.25))
     bias_wide, bias_half = wide.mean(0) - 1, half.mean(0) - 1
     noise = (half.std(0) + wide.std(0) / 4) / np.sqrt(REPLICATES)
     ratio = bias_wide / bias_half
