@@ -408,12 +408,12 @@ def draw_valley(problem: Problem, seeds: range, path: Path) -> None:
         theta = np.array([[volts, focal, 0.0, 0.0]])
         return problem.value(problem.simulator.inner(theta, np.zeros(1, dtype=np.uint64))[0])
 
-    volts, focal = np.geomspace(60, 600, 24), np.geomspace(0.6, 6, 24)
+    volts, focal = np.geomspace(60, 600, 18), np.geomspace(0.6, 6, 18)
     surface = np.array([[loss(v, f) for v in volts] for f in focal])
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), constrained_layout=True)
     drawn = left.contourf(volts, focal, np.log10(surface + 1), levels=24, cmap="viridis")
     figure.colorbar(drawn, ax=left, label="log10(1 + loss), in units of the noise")
-    for kind, colour, settings in (("ours", "white", None), ("bobyqa", "red", "plain"), ("cma", "orange", "plain")):
+    for kind, colour, settings in (("ours", "white", None), ("bobyqa", "red", "plain")):
         for k, seed in enumerate(seeds):
             answers = experiment.recover(problem, seed, 300) if settings is None else run(
                 kind, problem, seed, 300, False)  # fmt: skip
@@ -428,7 +428,7 @@ def draw_valley(problem: Problem, seeds: range, path: Path) -> None:
     floor = []
     for v in np.append(volts, 300.0):
         low, high = 0.3, 6.0
-        for _ in range(18):  # of one brightness: the mean falls with the focal length
+        for _ in range(14):  # of one brightness: the mean falls with the focal length
             middle = 0.5 * (low + high)
             (image,) = problem.simulator.inner(np.array([[v, middle, 0.0, 0.0]]), np.zeros(1, dtype=np.uint64))
             low, high = (middle, high) if image.mean() > float(problem.target.mean()) else (low, middle)
