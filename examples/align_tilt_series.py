@@ -69,6 +69,8 @@ class Layout:
     poses: x, y, z [angstrom] and rot, tilt, psi [degree] of each copy.
     thresholded: the images' solvent is that of the fit's hard mode; else the atoms' Gaussians displace it, which the
         fit does not know.
+    gain: counts an electron of the fit's simulator. At 1 its expected counts would be rounded to whole electrons, which
+        are as large as the contrast; the gain is unknown to the fit anyway.
     """
 
     specimen: Specimen
@@ -83,6 +85,7 @@ class Layout:
     axis_deg: float = 85.3
     astigmatic: bool = False
     thresholded: bool = False
+    gain: float = 1000.0
 
     @property
     def kinds(self) -> int:
@@ -97,12 +100,9 @@ class Layout:
     def scheme(self) -> TiltScheme:
         return TiltScheme.dose_symmetric(self.largest_deg, 2 * self.largest_deg / (self.images - 1))
 
-    def series(self, mode: Literal["hard", "smooth"] = "hard", gain: float = 1000.0, larger: int = 1) -> TiltSeries:
-        """The fit's simulator, with pixels so many times larger.
-
-        At a gain of 1 its expected counts would be rounded to whole electrons, which are as large as the contrast; the
-        gain is unknown to the fit anyway.
-        """
+    def series(self, mode: Literal["hard", "smooth"] = "hard", larger: int = 1) -> TiltSeries:
+        """The fit's simulator, with pixels so many times larger; in smooth mode its counts are electrons."""
+        gain = self.gain if mode == "hard" else 1.0
         names = [f"{kind}[{t}]" for kind in KINDS for t in range(self.images)] + ["tilt_axis_deg"]
         names += ["astigmatism_um", "astigmatism_angle_deg"] if self.astigmatic else []
         bounds = {f"defocus_um[{t}]": (1.5, 4.5) for t in range(self.images)}
@@ -481,7 +481,7 @@ def fisher(layout: Layout, theta: Array) -> Array:
 
     Derivatives are those of the smooth mode, exact (forward-mode automatic differentiation).
     """
-    series, n, k = layout.series("smooth", 1.0), layout.images, layout.kinds
+    series, n, k = layout.series("smooth"), layout.images, layout.kinds
     point, columns = torch.from_numpy(inputs(series, theta)).float(), []
     for j in range(k):
         tangent = np.zeros(len(theta))
@@ -665,7 +665,7 @@ def pictures(layout: Layout, arrays: dict[str, Array], folder: Path) -> None:
     from align_tilt_series_pictures import draw
 
     series, seed = layout.series(), np.zeros(1, dtype=np.uint64)
-    models = {name: series(inputs(series, arrays[name])[None], seed)[0] / 1e3 for name in ("first", "columns")}
+    models = {name: series(inputs(series, arrays[name])[None], seed)[0] / layout.gain for name in ("first", "columns")}
     draw(layout.scheme.angles_deg, layout.pixel, OPTICS, arrays, models, folder)
 
 
@@ -680,6 +680,7 @@ def main() -> None:
     parser.add_argument("--single", action="store_true", help="one copy instead of two")
     parser.add_argument("--astigmatism", action="store_true", help="fit it as well; the images have 0.058 um of it")
     parser.add_argument("--same-solvent", action="store_true", help="images whose solvent is that of the fit's model")
+    parser.add_argument("--gain", type=float, default=1000.0, help="of the fit's simulator [counts an electron]")
     parser.add_argument("--output", type=Path, help="write the errors here (JSON)")
     parser.add_argument("--pictures", type=Path, help="draw the first target's here")
     arguments = parser.parse_args()
@@ -693,6 +694,7 @@ def main() -> None:
         pixel=arguments.pixel,
         astigmatic=arguments.astigmatism,
         thresholded=arguments.same_solvent,
+        gain=arguments.gain,
     )
     methods = arguments.methods.split(",")
     if unknown := [name for name in methods if name not in METHODS]:

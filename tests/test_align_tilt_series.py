@@ -50,7 +50,7 @@ def layout(example: ModuleType) -> Any:
 
 def test_columns_hold_all_of_the_jacobian(example: ModuleType, layout: Any) -> None:
     """Of the smooth mode, against automatic differentiation in one image's own parameters and the axis."""
-    series, theta = layout.series("smooth", 1.0), example.truth(layout, 7)
+    series, theta = layout.series("smooth"), example.truth(layout, 7)
     box = bridge.as_simulator(example.Columns(series, theta), natural_scale=example.UNITS[:4].tolist())
     smoothed = bridge.smooth(box, seed=0, num_samples=8, points="orthogonal", antithetic=True, scale=0.02)
     columns = smoothed.estimate(torch.zeros(4)).jacobian()
@@ -113,7 +113,7 @@ def test_the_other_code_path_sees_the_same(example: ModuleType, layout: Any) -> 
     what square pixels do."""
     true = example.truth(layout, 3)
     other = torch.from_numpy(example.expected(layout, true))
-    series = layout.series("smooth", 1.0)
+    series = layout.series("smooth")
     own = series.image(torch.from_numpy(example.inputs(series, true)))
     f = np.fft.fftfreq(layout.size)
     pixel = torch.from_numpy(np.sinc(f)[:, None] * np.sinc(f))

@@ -71,7 +71,9 @@ class TiltSeries:
             ("x_angstrom[0]", "particle_rot_deg[0]", ...). All: `SERIES_PARAMETER_NAMES`.
         bounds: (lower, upper) of some of the parameters.
         mode: "hard" or "smooth", see `CryoET`.
-        noise: "none", "poisson" or "full"; an image's noise depends on the seed and its own parameters only.
+        noise: "none", "poisson" or "full"; an image's noise depends on the seed and its own parameters only. Without
+            noise the hard mode rounds expected counts, of which a few tens a pixel hold a contrast below one: give the
+            detector a `gain` (1000, bits=None) where derivatives are wanted of it.
         tilt_axis_deg, x_tilt_deg, pre_tilt_deg, thickness_angstrom, mean_free_path_angstrom: the geometry where it is
             not varied.
         shifts_angstrom: (images, 2) shifts x, y; None for none.
