@@ -57,7 +57,8 @@ SUCCESS_DEG, SUCCESS_SHARE = 5.0, 0.05
 
 SCALES = (1.6, 0.15)  # of the smoothing, first and last [natural units]
 STEPS = 16  # of Gauss-Newton from one start
-POLISH_SCALES, POLISH_STEPS = (0.4, 0.08), 6
+POLISH_SCALES, POLISH_STEPS = (0.4, 0.08), 6  # of a turn of all objects; the next such turn has half the scales
+FINEST = 0.25
 DAMPING = (0.1, 0.002)  # of Gauss-Newton, as shares of a parameter's own curvature and of the mean one
 LONGEST_STEP = 2.0  # of an object, in scales
 ARRIVED = 0.01  # squared difference from the target, a pixel where the object is seen
@@ -310,10 +311,12 @@ def smoothing(heap: Heap, seed: int, budget: int) -> Poses:
     poses = search.descend(heap.start, everyone, STEPS, SCALES)
     reserve = POLISH_STEPS * heap.renders // STEPS  # for a last turn at small scales
     (windows,), (own,) = search.judge(poses, still)
+    turn, finer = 0, 1.0
     while True:
+        turn += 1
         left = budget - heap.renders - 2
         astray = own > ARRIVED
-        if astray.any() and left > CANDIDATES + 12 * STEPS + reserve:
+        if astray.any() and turn % 3 and left > CANDIDATES + 12 * STEPS + reserve:
             moves = np.zeros((CANDIDATES, heap.count, 6))
             moves[:, astray] = SPREAD * UNIT * rng.normal(size=(CANDIDATES, astray.sum(), 6))
             rough = chosen(astray, heap.start, poses)
@@ -321,7 +324,8 @@ def smoothing(heap: Heap, seed: int, budget: int) -> Poses:
             tried = moved(rough, moves[best, np.arange(heap.count)])
             tried = search.descend(tried, astray, STEPS, SCALES)
         elif left > reserve:
-            tried = search.descend(poses, everyone, POLISH_STEPS, POLISH_SCALES)
+            tried = search.descend(poses, everyone, POLISH_STEPS, (finer * POLISH_SCALES[0], finer * POLISH_SCALES[1]))
+            finer = max(finer / 2, FINEST)
         else:
             return search.descend(poses, everyone, POLISH_STEPS, POLISH_SCALES) if left > reserve / 3 else poses
         (found,), _ = search.judge(tried, still)
