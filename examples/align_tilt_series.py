@@ -51,8 +51,12 @@ START = np.array([30.0, 30.0, 0.3, 2.0, 0.1, 0.1])  # half-width of what coarse 
 # large: a quarter of the work.
 SCHEDULE = ((8, 3.0), (8, 2.0), (4, 1.5), (4, 1.0), (2, 0.6), (2, 0.4), (1, 0.3), (1, 0.2))
 AFTER_CORRELATION = SCHEDULE[4:]
-# Before the last but two, each image is tried at so many places around, so far away: a helix looks like itself there.
-TRIALS, TRIAL_ANGSTROM = 8, 13.0
+# Before the last but two, each image is tried at places all around, since a helix looks like itself a turn away: so
+# many on a ring of so many angstrom.
+RINGS = ((6, 9.0), (12, 18.0), (18, 27.0))
+TRIALS = 1 + sum(number for number, _ in RINGS)
+
+
 OPTICS = Microscope(voltage_kv=300.0, defocus_um=3.0, cs_mm=2.7, amplitude_contrast=0.07)
 THICKNESS, FREE_PATH = 1000.0, 3150.0  # of the ice [angstrom]
 DOSE, DQE = 3.0, 0.8
@@ -415,7 +419,7 @@ def align(
         columns = Columns(series, theta, 0.5 * (done - 1) * layout.pixel)
         if step == len(schedule) - 3:
             theta = columns.theta = tried(layout, columns, misfits[factor], seed, factor // done)
-            runs += TRIALS + 1
+            runs += TRIALS
         box = black_box(columns, k)
         smoothed = bridge.smooth(box, seed=seed, num_samples=samples, points="orthogonal", antithetic=True, scale=width)
         estimate = smoothed.estimate(torch.zeros(k), step)
@@ -447,9 +451,10 @@ def black_box(columns: Columns, kinds: int) -> Simulator:
 
 def tried(layout: Layout, columns: Columns, misfit: Misfit, seed: int, factor: int) -> Array:
     """The parameters with each image where it fits best: as it is, or at one of the places around."""
-    turns = 2 * math.pi / TRIALS * np.arange(TRIALS)
-    places = np.zeros((TRIALS + 1, layout.kinds))
-    places[1:, 0], places[1:, 1] = TRIAL_ANGSTROM * np.cos(turns), TRIAL_ANGSTROM * np.sin(turns)
+    places = np.zeros((TRIALS, layout.kinds))
+    turns = np.concatenate([2 * math.pi / number * np.arange(number) for number, _ in RINGS])
+    radii = np.concatenate([np.full(number, radius) for number, radius in RINGS])
+    places[1:, 0], places[1:, 1] = radii * np.cos(turns), radii * np.sin(turns)
     # Next to no smoothing: one run for each place, for all images at once.
     plain = bridge.smooth(black_box(columns, layout.kinds), seed=seed, num_samples=1, points="mc", scale=1e-9)
     with torch.no_grad():
@@ -615,7 +620,7 @@ def compare(
             print(results[-1].line(), flush=True)
 
     add("start", first, bound, 0, 0, time.process_time(), None)
-    budget = 8 * len(SCHEDULE) + TRIALS + 1
+    budget = 8 * len(SCHEDULE) + TRIALS
     for name in methods:
         began = time.process_time()
         if name in ("columns", "clean", "correlation"):
