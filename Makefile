@@ -7,6 +7,7 @@
 #                 make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   PYTEST_ARGS   more arguments for pytest, for example PYTEST_ARGS="-x -k cryoet"
 #   BENCH         the benchmark scripts to run
+#   RANKS         processes of `make overnight`
 #   MPI           the wheel that `make mpi` installs
 
 PYTHON ?= python3
@@ -16,13 +17,14 @@ PYTEST_ARGS ?=
 # As many tests at once as there are cores, up to four: many start several processes themselves.
 PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 MPI ?= impi-rt
+RANKS ?= 2
 BENCH ?= $(sort $(wildcard tests/benchmarks/bench_*.py))
 
 BIN := $(VENV)/bin
 export PYTHON VENV TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench lint format mpi wheel constraints clean
+.PHONY: help setup demo test test-slow bench overnight lint format mpi wheel constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -44,6 +46,9 @@ test-slow: setup ## run the tests marked slow, which `make test` leaves out
 
 bench: setup ## run the benchmarks, one after another (BENCH=tests/benchmarks/... for one of them)
 	@for script in $(BENCH); do echo "$(BIN)/python $$script"; $(BIN)/python $$script || exit 1; done
+
+overnight: setup ## redo the pose of 768 teapots, two methods, three budgets, into docs/pose_of_teapots (RANKS=2)
+	$(BIN)/mpirun -n $(RANKS) $(BIN)/python tests/benchmarks/bench_pose.py big --results docs/pose_of_teapots
 
 lint: setup ## check style, format, types and import order
 	$(BIN)/ruff check .

@@ -73,6 +73,12 @@ def test_a_task_starts_as_far_off_as_its_bin_says_and_counts_its_renders(example
         assert task.made == task.renders <= 300
 
 
+def test_a_search_that_arrives_early_is_the_same_with_a_larger_budget(example: Any) -> None:
+    small, large = (example.solve("smoothing", 1002, budget) for budget in (1000, 16000))
+    assert small.renders < 300
+    assert replace(large, budget=1000, cpu_s=0.0) == replace(small, cpu_s=0.0)
+
+
 def test_a_run_that_was_stopped_goes_on_where_it_was(example: Any, tmp_path: Path) -> None:
     journal, solved = tmp_path / "journal.jsonl", []
     whole = example.Outcome("smoothing", 1000, 5, 2, 100, 0.1, 0.1, 0.0, 1.0, 0.5, [0.0, 0.0, 0.0, 1.0])

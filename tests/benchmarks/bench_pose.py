@@ -252,7 +252,7 @@ def all_cells() -> list[Cell]:
             "random-shrinking",
         )
         cells += [Cell(method, budget) for method in methods]
-    return cells + [Cell(method, b, big=True) for method in ("smoothing", "cma") for b in (1000, 4000, 16000)]
+    return cells + [Cell(m, b, big=True) for m in ("smoothing", "cma", "differences") for b in (1000, 4000, 16000)]
 
 
 def inherit(cell: Cell, journals: Path, journal: Path) -> None:
@@ -327,7 +327,11 @@ def plot(folder: Path) -> None:
     with (folder / "outcomes.csv").open(encoding="utf-8", newline="") as file:
         rows = [(r["method"], int(r["budget"]), int(r["renders"]), float(r["error_deg"])) for r in csv.DictReader(file)]
     figure, axis = pyplot.subplots(figsize=(5.5, 3.6))
-    names = {"smoothing": ("smoothing, Gauss-Newton", "tab:blue"), "cma": ("CMA-ES with restarts", "tab:orange")}
+    names = {
+        "smoothing": ("smoothing, Gauss-Newton", "tab:blue"),
+        "differences": ("central differences, Gauss-Newton", "tab:green"),
+        "cma": ("CMA-ES with restarts", "tab:orange"),
+    }
     for method, (name, colour) in names.items():
         for number, budget in enumerate(sorted({b for m, b, _, _ in rows if m == method})):
             found = np.array([row[2:] for row in rows if row[:2] == (method, budget)])
