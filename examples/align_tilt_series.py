@@ -432,6 +432,8 @@ def align(
         belief = np.zeros(len(theta)) if fine else 3 / spread**2
         move = solved(normal + np.diag(belief), gradient - belief * (theta - first))
         theta = theta + np.clip(move, -spread, spread)
+        if not fine:
+            theta = np.clip(theta, first - 1.1 * spread, first + 1.1 * spread)
         runs += estimate.num_evaluations
         losses.append(float(squares.sum()) / misfits[factor].target.numel())
         path.append(theta.copy())
