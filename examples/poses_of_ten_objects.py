@@ -57,7 +57,7 @@ SUCCESS_DEG, SUCCESS_SHARE = 5.0, 0.05
 
 SCALES = (1.6, 0.15)  # of the smoothing, first and last [natural units]
 STEPS = 16  # of Gauss-Newton from one start
-POLISH_SCALES, POLISH_STEPS = (0.4, 0.08), 6  # of a turn of all objects; the next such turn has half the scales
+POLISH_SCALES, POLISH_STEPS = (0.25, 0.05), 6  # of a turn of all objects; the next such turn has half the scales
 FINEST = 0.25
 DAMPING = (0.1, 0.002)  # of Gauss-Newton, as shares of a parameter's own curvature and of the mean one
 LONGEST_STEP = 2.0  # of an object, in scales
