@@ -264,12 +264,15 @@ def test_projections_far_outside_the_image_are_cut_without_overflow() -> None:
 
 @gl
 @pytest.mark.parametrize("camera", ["turntable", "orthographic", "se3", "pinhole"])
-@pytest.mark.parametrize("kind", ["teapot", "closed"])
+@pytest.mark.parametrize("kind", ["teapot", "closed", "open"])
 def test_both_renderers_see_the_same(camera: str, kind: str) -> None:
     rng = np.random.default_rng(3)
     box = trimesh.creation.box((1, 1, 0.5))
     ball = trimesh.creation.icosphere(2, 0.4).apply_translation([0.7, 0.3, 0])
-    mesh: Any = "teapot" if kind == "teapot" else [box, ball]
+    ring = trimesh.creation.torus(0.7, 0.2, major_sections=24, minor_sections=12)
+    tube = trimesh.creation.cylinder(0.3, 1.4, sections=20)
+    tube.update_faces(np.abs(tube.face_normals[:, 2]) < 0.5)  # without its lids
+    mesh: Any = {"teapot": "teapot", "closed": [box, ball], "open": [ring, tube]}[kind]
     options: dict[str, Any] = {"size": (64, 80), "outputs": ALL, "vary": ("camera", "objects", "light", "colours")}
     rows = rng.uniform([-180, -85, 1.2, 12], [180, 85, 6, 40], (40, 4))
     if camera == "orthographic":
