@@ -545,6 +545,20 @@ def test_meshes_that_are_no_surfaces_are_drawn_alike() -> None:
     assert np.abs(a[:, 1] - b[:, 1]).max() < 2e-3
 
 
+@gl
+@pytest.mark.parametrize("unit", [1e-9, 1e12])
+def test_tiny_and_gigantic_meshes_are_drawn_alike(unit: float) -> None:
+    mesh = teapot(4)
+    mesh.apply_scale(unit)
+    for normalise in (True, False):
+        options: dict[str, Any] = {"outputs": ("silhouette", "depth"), "normalise": normalise}
+        first, second = RasterSimulator(mesh, **options), PyrenderSimulator(mesh, **options)
+        a, b = (render(kind, [30, 20, 4 * kind.radius, 20])[0] for kind in (first, second))
+        assert np.array_equal(a[0], b[0])
+        assert a[0].sum() > 300
+        assert b[1][b[0] == 1] == pytest.approx(a[1][b[0] == 1], rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", [RasterSimulator, PyrenderSimulator])
 def test_what_cannot_be_rendered_is_refused(kind: Any) -> None:
     triangle = [[0, 0, 0], [1, 0, 0], [0, 1, 0]]
