@@ -58,7 +58,7 @@ AMPLITUDE = 2.5  # largest true amplitude in size [angstrom]
 COARSE_DEG, COARSE_ANGSTROM = 6.0, 5.0  # what a coarse search leaves, at most
 SLABS, VOXEL = 4, 1.0  # of the target; voxels of displaced solvent [angstrom]
 SAMPLES, STEPS, SCALES = 48, 8, (1.5, 0.3)  # of an estimate; of Gauss-Newton; of the smoothing, in natural units
-CMA_WIDTH = 1.0  # of the first generation, in natural units
+CMA_WIDTH = 0.5  # of the first generation, in natural units
 
 
 @dataclass(frozen=True, eq=False)
