@@ -171,7 +171,7 @@ def adam(race: Race, z: Array, seed: int, first: float = 1.0, last: float = 0.1,
         race.rounds += 1
         x = theta.detach().numpy() * unit
         race.answers.append(
-            Answer(race.runs, race.rounds, simulator.parameters(x) if race.logarithmic else x, float(loss))
+            Answer(race.runs, race.rounds, simulator.parameters(x) if race.logarithmic else x, loss.item())
         )
 
 
@@ -451,13 +451,10 @@ def draw_parameters(clean: Problem, table: Path, path: Path) -> None:
         rows = list(csv.DictReader(file))
     names = clean.simulator.space.names
     figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 4), constrained_layout=True, squeeze=False)
+    found = [np.array([float(row[name]) for name in names]) for row in rows]
+    errors = np.sqrt([np.diag(experiment.covariance(clean, theta)) for theta in found])
     for k, (axis, name) in enumerate(zip(axes[0], names, strict=True)):
-        errors = []
-        for row in rows:
-            theta = np.array([float(row[n]) for n in names])
-            errors.append(np.sqrt(np.diag(experiment.covariance(clean, theta)))[k])
-        values = [float(row[name]) for row in rows]
-        axis.errorbar(values, range(len(rows)), xerr=errors, fmt="o", ms=4, capsize=2)
+        axis.errorbar([theta[k] for theta in found], range(len(rows)), xerr=errors[:, k], fmt="o", ms=4, capsize=2)
         axis.axvline(TRUTH[name], color="magenta")
         axis.axvspan(
             TRUTH[name] - experiment.NEAR[name], TRUTH[name] + experiment.NEAR[name], color="magenta", alpha=0.12
