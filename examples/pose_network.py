@@ -284,15 +284,15 @@ def picture(trainings: list[Training], camera: Camera, path: Path) -> None:
     from matplotlib import pyplot
 
     shown = 5
-    figure = pyplot.figure(figsize=(8.4, 3.2))
+    figure = pyplot.figure(figsize=(8.4, 3.3), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.05, 1))
     axis = left.subplots()
     for number, method in enumerate(dict.fromkeys(t.method for t in trainings)):
         for i, training in enumerate(t for t in trainings if t.method == method):
-            line = ([look.renders for look in training.looks], [look.angle_deg for look in training.looks])
+            line = ([look.renders / 1000 for look in training.looks], [look.angle_deg for look in training.looks])
             axis.plot(*line, color=f"C{number}", linewidth=1.2, label=method if i == 0 else None)
-    axis.set(xlabel="renders", ylabel="held-out median angle [deg]", ylim=(0, None))
-    axis.legend(fontsize=8)
+    axis.set(xlabel="renders [thousands]", ylabel="held-out median angle [deg]", ylim=(0, None))
+    axis.legend(fontsize=8, ncols=2, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axis.spines[["top", "right"]].set_visible(False)
     rows = [draw_poses([0], HELD_OUT), trainings[0].before, trainings[0].after]
     for line, poses, name in zip(right.subplots(3, shown), rows, ("image", "before", "after"), strict=True):
