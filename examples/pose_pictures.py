@@ -28,7 +28,7 @@ def draw(fits: list[tuple[Any, Array]], path: Path) -> None:
             axis.set_yticks([])
         line[1].set_xlabel(f"off by {off_deg(task.start):.0f} deg", fontsize=8)
         line[2].set_xlabel(f"off by {off_deg(pose):.2f} deg", fontsize=8)
-        line[3].set_xlabel(f"{np.abs(images[3]).sum():.0f} pixels differ", fontsize=8)
+        line[3].set_xlabel(f"pixels that differ: {np.abs(images[3]).sum():.0f}", fontsize=8)
     for axis, title in zip(axes[0], ("target", "start", "fit", "fit - target"), strict=True):
         axis.set_title(title, fontsize=9)
     figure.tight_layout()

@@ -298,7 +298,9 @@ def write_results(folder: Path, lines: list[dict[str, str]]) -> None:
             known = {tuple(line.values())[key]: line for line in csv.DictReader(file)}
     known |= {tuple(line.values())[key]: line for line in lines}
     places = {
-        (c.method, c.output, c.loss, c.distribution, c.parameters, str(c.budget)): i for i, c in enumerate(all_cells())
+        (c.method, c.output, c.loss, c.distribution, c.parameters, str(c.budget)): i
+        for i, c in enumerate(all_cells())
+        if not c.big
     }
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
@@ -332,7 +334,7 @@ def plot(folder: Path) -> None:
         "differences": ("central differences, Gauss-Newton", "tab:green"),
         "cma": ("CMA-ES with restarts", "tab:orange"),
     }
-    for method, (name, colour) in names.items():
+    for place, (method, (name, colour)) in enumerate(names.items()):
         for number, budget in enumerate(sorted({b for m, b, _, _ in rows if m == method})):
             found = np.array([row[2:] for row in rows if row[:2] == (method, budget)])
             n, used, p = len(found), found[:, 0].mean(), float((found[:, 1] < SUCCESS_DEG).mean())
@@ -340,14 +342,18 @@ def plot(folder: Path) -> None:
             middle = (p + 1 / (2 * n)) / (1 + 1 / n)
             half = np.sqrt(p * (1 - p) / n + 1 / (4 * n**2)) / (1 + 1 / n)
             bars = [[max(p - middle + half, 0)], [max(middle + half - p, 0)]]
-            axis.errorbar(budget, p, bars, fmt="o", color=colour, capsize=3, label=None if number else name)
-            axis.plot([used, budget], [p, p], ":", color=colour, linewidth=0.8)
+            beside = budget * 1.06 ** (place - 1)  # or they would hide each other
+            axis.errorbar(beside, p, bars, fmt="o", color=colour, capsize=3, label=None if number else name)
+            axis.plot([used, beside], [p, p], ":", color=colour, linewidth=0.8)
             axis.plot(used, p, "|", color=colour, markersize=10)
     axis.set_xscale("log")
+    ticks = [250, 500, 1000, 4000, 16000]
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.minorticks_off()
     axis.set_xlabel("renders allowed (o) and used on average (|)")
     axis.set_ylabel("share of poses within 5 deg")
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower right")
+    axis.legend(loc="center right", fontsize=8)
     figure.tight_layout()
     figure.savefig(folder / "success.png", dpi=130)
 
