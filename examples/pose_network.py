@@ -2,7 +2,7 @@
 
     python examples/pose_network.py                                            # a minute of one core
     python examples/pose_network.py --methods smoothing evolution separable-cma supervised --picture curve.png
-    mpirun -n 2 python examples/pose_network.py                                # ranks share the renders
+    mpirun -n 2 python examples/pose_network.py                                # ranks share the renders of smoothing
 
 A small convolutional network, 13,156 weights, maps a shaded image of the teapot to its pose: a rotation vector of up to
 40 degrees, uniform in the ball, and a shift of up to 0.6 radii along the line of sight, at four radii. It is trained on
