@@ -2,7 +2,7 @@
 
     python examples/poses_of_ten_objects.py --seeds 0:4 --budget 1000
     python examples/poses_of_ten_objects.py --seeds 0:4 --budget 4000 --method cma     # or cma-separable, cma-local
-    mpirun -n 2 python examples/poses_of_ten_objects.py --seeds 0:4                    # ranks share the renders of smoothing
+    mpirun -n 2 python examples/poses_of_ten_objects.py --seeds 0:4             # ranks share the renders of smoothing
 
 Ten solids of different shape and colour lie in a heap; some hide parts of others. Each is known by a rough pose, off by
 20 to 35 degrees and by 15 to 30 % of its diameter, as a detector would give it. Wanted are its rotation within 5
