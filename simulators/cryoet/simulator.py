@@ -30,7 +30,8 @@ from simulators.cryoet.files import read_micrograph, write_micrograph
 from simulators.cryoet.maps import DensityMap
 from simulators.cryoet.optics import Microscope, Value, check_range, cos_sin, frequencies, transfer_function
 from simulators.cryoet.parameters import KNOWN as KNOWN
-from simulators.cryoet.parameters import TILTS, Pose, make_space
+from simulators.cryoet.parameters import TILTS, make_space
+from simulators.cryoet.parameters import Pose as Pose
 from simulators.cryoet.physics import interaction_constant, wavelength_angstrom
 from simulators.cryoet.potential import Projection, Projector
 from simulators.cryoet.specimen import Specimen
