@@ -51,10 +51,10 @@ START = np.array([30.0, 30.0, 0.3, 2.0, 0.1, 0.1])  # half-width of what coarse 
 # large: a quarter of the work.
 SCHEDULE = ((8, 3.0), (8, 2.0), (4, 1.5), (4, 1.0), (2, 0.6), (2, 0.4), (1, 0.3), (1, 0.2))
 AFTER_CORRELATION = SCHEDULE[4:]
-# Before the last but two, each image is tried at places all around, since a helix looks like itself a turn away: so
-# many on a ring of so many angstrom.
-RINGS = ((6, 9.0), (12, 18.0), (18, 27.0))
-TRIALS = 1 + sum(number for number, _ in RINGS)
+# Before the last but two, each image is tried at so many by so many places over all that the start leaves open, since a
+# helix looks like itself a turn away.
+ACROSS = 7
+TRIALS = 1 + ACROSS**2
 
 
 OPTICS = Microscope(voltage_kv=300.0, defocus_um=3.0, cs_mm=2.7, amplitude_contrast=0.07)
@@ -418,7 +418,7 @@ def align(
         # The middle of two pixels is half a pixel from that of the first.
         columns = Columns(series, theta, 0.5 * (done - 1) * layout.pixel)
         if step == len(schedule) - 3:
-            theta = columns.theta = tried(layout, columns, misfits[factor], seed, factor // done)
+            theta = columns.theta = tried(layout, columns, first, misfits[factor], seed, factor // done)
             runs += TRIALS
         box = black_box(columns, k)
         smoothed = bridge.smooth(box, seed=seed, num_samples=samples, points="orthogonal", antithetic=True, scale=width)
@@ -451,22 +451,26 @@ def black_box(columns: Columns, kinds: int) -> Simulator:
     )
 
 
-def tried(layout: Layout, columns: Columns, misfit: Misfit, seed: int, factor: int) -> Array:
-    """The parameters with each image where it fits best: as it is, or at one of the places around."""
-    places = np.zeros((TRIALS, layout.kinds))
-    turns = np.concatenate([2 * math.pi / number * np.arange(number) for number, _ in RINGS])
-    radii = np.concatenate([np.full(number, radius) for number, radius in RINGS])
-    places[1:, 0], places[1:, 1] = radii * np.cos(turns), radii * np.sin(turns)
-    # Next to no smoothing: one run for each place, for all images at once.
-    plain = bridge.smooth(black_box(columns, layout.kinds), seed=seed, num_samples=1, points="mc", scale=1e-9)
-    with torch.no_grad():
-        images = binned(plain(torch.from_numpy(places).float()), factor).to(torch.float64)
-    squares = np.array([misfit.normal(image, image[:, None], free_gain=False)[2] for image in images])
-    best = places[squares.argmin(axis=0)]
-    theta, n = columns.theta.copy(), layout.images
-    theta[:n] += best[:, 0]
-    theta[n : 2 * n] += best[:, 1]
-    return theta
+def tried(layout: Layout, columns: Columns, first: Array, misfit: Misfit, seed: int, factor: int) -> Array:
+    """The parameters with each image where it fits best: as it is, or at one of the places around the start's."""
+    n, theta = layout.images, columns.theta
+    around = np.linspace(-1.05, 1.05, ACROSS) * START[0]
+    places = np.zeros((ACROSS**2, layout.kinds))
+    places[:, 0], places[:, 1] = (grid.ravel() for grid in np.meshgrid(around, around))
+    begin = np.concatenate((first[: 2 * n], theta[2 * n :]))
+    squares = []
+    for base, moves in ((theta, places[:1] * 0), (begin, places)):
+        columns.theta = base
+        # Next to no smoothing: one run for each place, for all images at once.
+        plain = bridge.smooth(black_box(columns, layout.kinds), seed=seed, num_samples=1, points="mc", scale=1e-9)
+        with torch.no_grad():
+            images = binned(plain(torch.from_numpy(moves).float()), factor).to(torch.float64)
+        squares += [misfit.normal(image, image[:, None], free_gain=False)[2] for image in images]
+    best = np.argmin(squares, axis=0)
+    shifts = np.stack(
+        [theta[t] if k == 0 else begin[t] + places[k - 1, t // n] for t, k in enumerate(np.tile(best, 2))]
+    )
+    return np.concatenate((shifts, theta[2 * n :]))
 
 
 def correlated(layout: Layout, target: Array, first: Array) -> Array:
