@@ -20,7 +20,6 @@ from bridge.testing import check_simulator
 from simulators.cryoet import Camera, Microscope, Optics, Sample, Specimen, TEMSim, counted, read_structure
 from simulators.cryoet.optics import frequencies, transfer_function
 from simulators.cryoet.physics import interaction_constant
-from simulators.cryoet.temsim import _mtf
 from simulators.cryoet.temsim_optics import Grid, Scattering, Thickness, _bessel_sums, lens, slice_height
 from simulators.cryoet.temsim_potential import (
     Maps,
@@ -305,7 +304,7 @@ def test_staircases(small: TEMSim) -> None:
 
 def test_mtf_is_the_two_term_form() -> None:
     camera = Camera(mtf_p=2.0)
-    transfer = _mtf(camera, (8, 8)).numpy()
+    transfer = camera.mtf((8, 8)).numpy()
     assert transfer[0, 0] == 1
     xi2 = 0.25  # the Nyquist frequency of the columns
     first = 4 / (2 * (1 + 10 * xi2) ** 2 + 2)
@@ -330,7 +329,7 @@ def test_noise_is_of_the_seed_and_about_the_clean_image(small: TEMSim) -> None:
     np.testing.assert_array_equal(images[0], images[1])
     assert not np.array_equal(images[0], images[2])
     clean = at(small)
-    mtf = _mtf(Camera(padding=8), (56, 64)).numpy()
+    mtf = Camera(padding=8).mtf((56, 64)).numpy()
     power = (np.abs(mtf[:, 1:-1]) ** 2).sum() * 2 + (mtf[:, 0] ** 2).sum() + (mtf[:, -1] ** 2).sum()
     # Sums of independent electrons, filtered: variance 10^2 (mean / DQE) x mean of MTF^2.
     expected = 10 * clean.mean() / 0.4 * power / (56 * 64)
