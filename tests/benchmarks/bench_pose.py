@@ -298,14 +298,15 @@ def write_results(folder: Path, lines: list[dict[str, str]]) -> None:
             known = {tuple(line.values())[key]: line for line in csv.DictReader(file)}
     known |= {tuple(line.values())[key]: line for line in lines}
     places = {
-        (c.method, c.output, c.loss, c.distribution, c.parameters, str(c.budget)): i
-        for i, c in enumerate(all_cells())
-        if not c.big
+        ((c.method, c.output, c.loss, c.distribution, c.parameters, str(c.budget)), c.big): place
+        for place, c in enumerate(all_cells())
     }
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(known[k] for k in sorted(known, key=lambda k: (-int(k[6]), places.get(k[:6], 0))))
+        big = len(Cell("smoothing", 1000, big=True).seeds)
+        order = sorted(known, key=lambda k: (-int(k[6]), places.get((k[:6], int(k[6]) == big), 0)))
+        writer.writerows(known[k] for k in order)
 
 
 def write_outcomes(folder: Path, outcomes: list[Outcome]) -> None:
