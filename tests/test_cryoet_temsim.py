@@ -396,6 +396,7 @@ def test_bridge_smooths_and_fits_it(small: TEMSim) -> None:
         ({"camera": {"dqe": 0.0}}, "Camera.dqe"),
         ({"camera": {"mtf_a": 0.0, "mtf_b": 0.0, "mtf_c": 0.0}}, "mtf_c=1"),
         ({"shape": (4, 400)}, "rows, columns"),
+        ({"particle": {"map": "emd.map"}}, "CryoET takes maps"),
     ],
 )
 def test_wrong_settings_say_what_to_do(small: TEMSim, changes: dict[str, Any], match: str) -> None:
