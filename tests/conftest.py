@@ -229,10 +229,16 @@ def run_ranks(mpi: Mpi, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         else:
             path = Path(script).resolve()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
-        # A killed launcher of Open MPI leaves a session directory behind, named after its process; the next process with
-        # that number refuses to start ("listener thread failed to start"). So each launcher has a place of its own.
+        # A killed launcher of Open MPI leaves a directory behind, named after its process; the next process with that
+        # number refuses to start ("listener thread failed to start"). So each launcher has a place of its own.
         sessions = tempfile.mkdtemp(prefix="mpi-")
-        environment = {**inherited, **_OPEN_MPI, "PRTE_MCA_prte_tmpdir_base": sessions, **mpi.environment, **(env or {})}
+        environment = {
+            **inherited,
+            **_OPEN_MPI,
+            "PRTE_MCA_prte_tmpdir_base": sessions,
+            **mpi.environment,
+            **(env or {}),
+        }
         command = [mpi.launcher, "-n", str(n), sys.executable, str(path), *map(str, args)]
         # Into files, not pipes: a rank that outlives the launcher would hold a pipe open, and us with it.
         out, err = directory / "stdout.txt", directory / "stderr.txt"

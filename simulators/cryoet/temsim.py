@@ -200,8 +200,8 @@ class TEMSim:
         put(self, "_values", settings)
         if not isinstance(self.particle, Specimen | str | Path):
             raise InputError(
-                f"Expected a PDB file or a Specimen as particle, got {type(self.particle).__name__}. The program has atoms "
-                "only; CryoET takes maps."
+                f"Expected a PDB file or a Specimen as particle, got {type(self.particle).__name__}. The program has "
+                "atoms only; CryoET takes maps."
             )
         if not isinstance(self.particle, Specimen):
             put(self, "particle", read_structure(self.particle, self.transforms, add_hydrogen=self.add_hydrogen))
