@@ -8,6 +8,7 @@ from simulators.cryoet.maps import DensityMap
 from simulators.cryoet.optics import Microscope, contrast_transfer
 from simulators.cryoet.parameters import PARAMETER_NAMES, Pose
 from simulators.cryoet.potential import projected_potential
+from simulators.cryoet.relion import RelionParticles, RelionSeries, read_relion_particles, read_relion_series
 from simulators.cryoet.simulator import CryoET
 from simulators.cryoet.specimen import Residues, Specimen
 from simulators.cryoet.temsim import TEMSIM_PARAMETER_NAMES, Camera, Placement, TEMSim, counted
@@ -37,6 +38,8 @@ __all__ = [
     "Placement",
     "Pose",
     "RecordedSeries",
+    "RelionParticles",
+    "RelionSeries",
     "Residues",
     "Sample",
     "Specimen",
@@ -51,6 +54,8 @@ __all__ = [
     "elastic_modes",
     "projected_potential",
     "read_micrograph",
+    "read_relion_particles",
+    "read_relion_series",
     "read_stack",
     "read_structure",
     "read_tilt_series",

@@ -1,0 +1,487 @@
+"""RELION's tables: what was written is read, in both conventions of coordinates; damage is said, never guessed away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bridge.errors import InputError
+from simulators.cryoet import (
+    Detector,
+    Particle,
+    RelionParticles,
+    RelionSeries,
+    Specimen,
+    TiltScheme,
+    TiltSeries,
+    read_relion_particles,
+    read_relion_series,
+    write_stack,
+    write_tilt_series,
+)
+from simulators.cryoet.tilt_parameters import about_x, about_y, about_z
+
+pytest.importorskip("mrcfile", reason="mrcfile is optional (extra `cryoet`)")
+pytest.importorskip("gemmi", reason="gemmi is optional (extra `cryoet`)")
+
+# mrcfile 1.5 sets an array's dtype in place, which numpy 2.5 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Setting the dtype on a NumPy array:DeprecationWarning")
+
+BEAD = Specimen.from_atoms([[0.0, 0.0, 0.0]], [79], weights=[200.0], b_factors=2000.0)
+POSES = np.array([[11.5, -70.25, 33.0, 10.0, 100.0, -20.0], [-5.125, 8.0, -41.0, -170.0, 35.5, 120.25]])
+SHIFTS = np.array([[3.0, -2.0], [40.0, 8.0], [-17.0, 0.5]])
+DEFOCI = [2.5, 3.25, 2.875]
+IMAGES = np.arange(3 * 10 * 13, dtype=np.float32).reshape(3, 10, 13)
+
+
+def series(shape: tuple[int, int] = (10, 13), axis: float = 85.3, shifts: Any = SHIFTS) -> TiltSeries:
+    microscope = {"voltage_kv": 200.0, "cs_mm": 1.4, "amplitude_contrast": 0.1,
+                  "astigmatism_um": 0.125, "astigmatism_angle_deg": 30.5}  # fmt: skip
+    return TiltSeries(
+        [Particle(BEAD, *pose) for pose in POSES.tolist()], TiltScheme((-40.0, 2.0, 44.0), (2, 0, 1)), shape, 4.5,
+        microscope, Detector(dose_e_per_angstrom2=3.5), [f"defocus_um[{t}]" for t in range(3)],
+        tilt_axis_deg=axis, x_tilt_deg=1.5, pre_tilt_deg=-3.0, shifts_angstrom=np.asarray(shifts).tolist(),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_tilt_series(tmp_path, "t", series(), IMAGES, DEFOCI)
+    return tmp_path
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_a_series_that_was_written_is_read(folder: Path) -> None:
+    found = read_relion_series(folder / "t_series.star", last_dose_e_per_angstrom2=3.5)
+    recorded = found.recorded
+    np.testing.assert_array_equal(recorded.images, IMAGES)
+    assert recorded.pixel_size_angstrom == 4.5
+    assert recorded.scheme == TiltScheme((-43.0, -1.0, 41.0), (2, 0, 1))  # rlnTomoYTilt has the pre-tilt
+    np.testing.assert_allclose(found.nominal_deg, [-40.0, 2.0, 44.0], atol=1e-6)
+    assert recorded.tilt_axis_deg == pytest.approx(85.3, abs=1e-6)
+    assert found.x_tilt_deg == pytest.approx(1.5, abs=1e-6)
+    np.testing.assert_allclose(recorded.shifts_angstrom, SHIFTS, atol=1e-6)
+    np.testing.assert_allclose(recorded.doses_e_per_angstrom2, [3.5] * 3, atol=2e-6)
+    np.testing.assert_allclose(found.exposures_e_per_angstrom2, [7.0, 0.0, 3.5], atol=1e-6)
+    np.testing.assert_allclose(recorded.defocus_um, DEFOCI, atol=1e-10)
+    np.testing.assert_allclose(found.astigmatism_um, [0.125] * 3, atol=1e-10)
+    np.testing.assert_allclose(found.astigmatism_angle_deg, [30.5] * 3, atol=1e-6)
+    assert (found.name, found.voltage_kv, found.cs_mm, found.amplitude_contrast, found.hand) == ("t", 200, 1.4, 0.1, 1)
+    assert found.size_pixels is None
+    assert found.assumed == ()
+
+
+def test_the_last_dose_is_not_guessed(folder: Path) -> None:
+    found = read_relion_series(folder / "t_series.star")
+    assert found.recorded.doses_e_per_angstrom2 is None
+    assert any("last_dose_e_per_angstrom2" in line for line in found.assumed)
+
+
+@given(st.floats(-179.0, 179.0), st.integers(8, 24), st.integers(8, 24), st.floats(-900.0, 900.0), st.floats(-9.0, 9.0))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_geometry_comes_back_at_any_angle_and_parity(
+    tmp_path: Path, axis: float, rows: int, columns: int, x: float, y: float
+) -> None:
+    of = series((rows, columns), axis, [[x, y], [y, x], [0.0, -x]])
+    write_tilt_series(tmp_path, "u", of, np.zeros(of.output_shape))
+    found = read_relion_series(tmp_path / "u_series.star")
+    assert found.recorded.tilt_axis_deg == pytest.approx(axis, abs=1e-6)
+    np.testing.assert_allclose(found.recorded.shifts_angstrom, [[x, y], [y, x], [0.0, -x]], atol=1e-6)
+
+
+def test_relion_and_the_simulator_see_a_particle_at_the_same_pixel(folder: Path) -> None:
+    # The projection written out from the tables' numbers, against the rotation of the simulator.
+    found = read_relion_series(folder / "t_series.star").recorded
+    values = [line.split() for line in (folder / "t_tilts.star").read_text().splitlines() if "@" in line]
+    of = series()
+    for t in range(3):
+        x_tilt, y_tilt, z_rot, *shift = (float(v) for v in values[t][6:11])
+        turn = about_z(torch.tensor(z_rot)) @ about_y(torch.tensor(y_tilt)) @ about_x(torch.tensor(x_tilt))
+        for place in POSES[:, :3]:
+            relion = (turn.double().numpy() @ place)[:2] + shift + 4.5 * np.array([13 / 2, 10 / 2])
+            own = {n: torch.tensor(v, dtype=torch.float64) for n, v in of.settings(DEFOCI).items()}
+            ours = (of.rotation(own, t).numpy() @ place)[:2] + found.shifts_angstrom[t] + 4.5 * np.array([6, 5])
+            np.testing.assert_allclose(ours, relion, atol=1e-4)  # the matrices above are of float32
+
+
+def test_particles_that_were_written_are_read(folder: Path) -> None:
+    found = read_relion_particles(folder / "t_particles.star")
+    np.testing.assert_allclose(found.positions_angstrom, POSES[:, :3], atol=1e-6)
+    np.testing.assert_allclose(found.angles_deg, POSES[:, 3:], atol=1e-6)
+    assert found.tomograms == ("t", "t")
+    particles = found.particles(BEAD)
+    assert [(p.x_angstrom, p.psi_deg) for p in particles] == [(11.5, -20.0), (-5.125, 120.25)]
+    assert found.particles(BEAD, "t")[1].rot_deg == -170.0
+    with pytest.raises(InputError, match="Unknown tomogram 'v'"):
+        found.particles(BEAD, "v")
+
+
+OPTICS = """
+# version 30001
+
+data_optics
+
+loop_
+_rlnOpticsGroup #1
+_rlnOpticsGroupName #2
+_rlnVoltage #3
+_rlnTomoTiltSeriesPixelSize #4
+1 first 300.000000 2.500000
+2 "second one" 300.000000 2.000000
+
+
+"""
+GENERAL = "\n# version 50001\n\ndata_general\n\n_rlnTomoSubTomosAre2DStacks                       1\n \n"
+CORNER = """# version 30001
+
+data_particles
+
+loop_
+_rlnTomoName #1
+_rlnCoordinateX #2
+_rlnCoordinateY #3
+_rlnCoordinateZ #4
+_rlnAngleRot #5
+_rlnAngleTilt #6
+_rlnAnglePsi #7
+_rlnOpticsGroup #8
+_rlnOriginXAngst #9
+_rlnOriginYAngst #10
+_rlnOriginZAngst #11
+a   110.0  90.0  30.0   1.0  2.0  3.0  1   0.0  0.0  0.0
+a   100.0 100.0  20.0 -90.0 45.0 90.0  2   1.5 -2.5  4.0
+b  1.1e2  100.   20.  -90.0 45.0 90.0  2   1.5 -2.5  4.0
+
+"""
+GLOBAL = """
+data_global
+
+loop_
+_rlnTomoName #1
+_rlnVoltage #2
+_rlnSphericalAberration #3
+_rlnAmplitudeContrast #4
+_rlnTomoTiltSeriesPixelSize #5
+_rlnTomoHand #6
+_rlnTomoTiltSeriesStarFile #7
+_rlnTomoSizeX #8
+_rlnTomoSizeY #9
+_rlnTomoSizeZ #10
+_rlnTomoImportFractionalDose #11
+a 300 2.7 0.07 2.5 -1 tilts/a.star 200 200 40 3.0
+b 300 2.7 0.07 2.0 -1 tilts/b.star 400 200 40 3.0
+
+"""
+# Images in files of their own, in the order in which they were taken.
+TILTS = """# version 50001
+
+data_a
+
+loop_
+_rlnMicrographName #1
+_rlnTomoNominalStageTiltAngle #2
+_rlnMicrographPreExposure #3
+_rlnTomoNominalTiltAxisAngle #4
+_rlnDefocusU #5
+_rlnDefocusV #6
+_rlnDefocusAngle #7
+images/a_0.mrc   0.01  0.0  -94.8  31000  29000  15.0
+images/a_1.mrc   3.01  3.0  -94.8  32000  30000  16.0
+images/a_2.mrc  -2.99  6.0  -94.8  33000  33000  17.0
+
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "tomograms.star").write_text(GLOBAL)
+    (tmp_path / "particles.star").write_text(GENERAL + OPTICS + CORNER)
+    (tmp_path / "tilts").mkdir()
+    (tmp_path / "tilts" / "a.star").write_text(TILTS)
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(IMAGES):
+        write_stack(tmp_path / "images" / f"a_{i}.mrc", image[None], 2.5)
+    return tmp_path
+
+
+def test_a_project_of_relion_5(project: Path) -> None:
+    found = read_relion_series(project / "tomograms.star", "a")
+    np.testing.assert_array_equal(found.recorded.images, IMAGES[[2, 0, 1]])
+    assert found.recorded.scheme == TiltScheme((-2.99, 0.01, 3.01), (2, 0, 1))
+    assert found.recorded.tilt_axis_deg == pytest.approx(-94.8)
+    assert found.recorded.shifts_angstrom is found.x_tilt_deg is None
+    np.testing.assert_allclose(found.recorded.doses_e_per_angstrom2, [3.0] * 3)
+    np.testing.assert_allclose(found.recorded.defocus_um, [3.3, 3.0, 3.1])
+    np.testing.assert_allclose(found.astigmatism_um, [0.0, 0.1, 0.1])
+    np.testing.assert_allclose(found.astigmatism_angle_deg, [17.0, 15.0, 16.0])
+    assert (found.hand, found.size_pixels) == (-1, (200.0, 200.0, 40.0))
+    assert len(found.assumed) == 2
+    assert "rlnTomoYTilt" in found.assumed[0]
+    assert "rlnTomoNominalTiltAxisAngle" in found.assumed[1]
+    with pytest.raises(InputError, match="Give name="):
+        read_relion_series(project / "tomograms.star")
+    with pytest.raises(InputError, match="Unknown rlnTomoName 'c'"):
+        read_relion_series(project / "tomograms.star", "c")
+    with pytest.raises(InputError, match=r"b\.star.*project="):
+        read_relion_series(project / "tomograms.star", "b")
+
+
+def test_paths_count_from_the_project(project: Path) -> None:
+    job = project / "Tomograms"
+    job.mkdir()
+    (project / "tomograms.star").rename(job / "tomograms.star")
+    with pytest.raises(InputError, match="project="):
+        read_relion_series(job / "tomograms.star", "a")
+    found = read_relion_series(job / "tomograms.star", "a", project=project)
+    np.testing.assert_array_equal(found.recorded.images, IMAGES[[2, 0, 1]])
+    (project / "images" / "a_1.mrc").unlink()
+    with pytest.raises(InputError, match=r"a_1\.mrc.*stack="):
+        read_relion_series(job / "tomograms.star", "a", project=project)
+    write_stack(project / "all.mrc", IMAGES, 2.5)
+    found = read_relion_series(job / "tomograms.star", "a", project=project, stack=project / "all.mrc")
+    np.testing.assert_array_equal(found.recorded.images, IMAGES[[2, 0, 1]])
+    write_stack(project / "all.mrc", IMAGES[:2], 2.5)
+    with pytest.raises(InputError, match="3 images"):
+        read_relion_series(job / "tomograms.star", "a", project=project, stack=project / "all.mrc")
+
+
+def test_coordinates_from_the_corner(project: Path) -> None:
+    # (110 - 200 / 2) 2.5 = 25 and so on; origins are subtracted; the tables of tomograms have the sizes.
+    found = read_relion_particles(project / "particles.star", tomograms=project / "tomograms.star")
+    np.testing.assert_allclose(
+        found.positions_angstrom, [[25.0, -25.0, 25.0], [-1.5, 2.5, -4.0], [-90 * 2 - 1.5, 2.5, -4.0]]
+    )
+    np.testing.assert_array_equal(found.angles_deg[1], [-90.0, 45.0, 90.0])
+    assert found.optics_groups is not None
+    assert found.optics_groups.tolist() == [1, 2, 2]
+    assert len(found.particles(BEAD, "a")) == 2
+    with pytest.raises(InputError, match="tomogram="):
+        found.particles(BEAD)
+    given_sizes = read_relion_particles(project / "particles.star", size_pixels=(200, 200, 40), pixel_size_angstrom=3.0)
+    np.testing.assert_allclose(given_sizes.positions_angstrom[:, 0], [30.0, -1.5, 30.0 - 1.5])
+    with pytest.raises(InputError, match=r"tomograms=.*size_pixels="):
+        read_relion_particles(project / "particles.star")
+
+
+def test_the_pixel_of_relion_3_is_asked_for(project: Path) -> None:
+    path = project / "particles.star"
+    edit(path, "_rlnTomoTiltSeriesPixelSize", "_rlnImagePixelSize")
+    edit(path, "_rlnTomoName", "_rlnMicrographName")
+    with pytest.raises(InputError, match="pixel_size_angstrom="):
+        read_relion_particles(path, size_pixels=(200, 200, 40))
+    found = read_relion_particles(path, size_pixels=(200, 200, 40), pixel_size_angstrom=2.5)
+    assert found.tomograms == ("a", "a", "b")
+    assert any("rlnMicrographName" in line for line in found.assumed)
+    found = read_relion_particles(path, tomograms=project / "tomograms.star")  # which has pixels as well
+    assert found.positions_angstrom[0].tolist() == [25.0, -25.0, 25.0]
+
+
+def test_centred_places_come_first(project: Path) -> None:
+    path = project / "particles.star"
+    for axis in "XYZ":
+        edit(path, f"_rlnCoordinate{axis}", f"_rlnCenteredCoordinate{axis}Angst")
+    found = read_relion_particles(path)
+    np.testing.assert_allclose(found.positions_angstrom[1], [98.5, 102.5, 16.0])
+    both = OPTICS + CORNER.replace("_rlnAngleRot", "_rlnCenteredCoordinateXAngst").replace(
+        "_rlnAngleTilt", "_rlnCenteredCoordinateYAngst"
+    ).replace("_rlnAnglePsi", "_rlnCenteredCoordinateZAngst")
+    path.write_text(both)
+    found = read_relion_particles(path, angles_deg=(0, 0, 0))
+    np.testing.assert_allclose(found.positions_angstrom[0], [1.0, 2.0, 3.0])
+    assert any("not rlnCoordinateX" in line for line in found.assumed)
+
+
+@pytest.mark.parametrize("own", [(20.0, 50.0, -70.0), (10.0, 0.0, 5.0)])
+def test_orientations_at_extraction_are_composed(tmp_path: Path, own: tuple[float, float, float]) -> None:
+    # A = A_subtomogram A_particle; the origin is in the frame of the extracted box.
+    extracted = (30.0, 90.0, -15.0) if own[1] else (25.0, 0.0, 40.0)
+    origin = np.array([3.0, -7.0, 2.0])
+    columns = ["rlnTomoName", *(f"rlnCenteredCoordinate{a}Angst" for a in "XYZ"),
+               *(f"rlnTomoSubtomogram{a}" for a in ("Rot", "Tilt", "Psi")),
+               *(f"rlnAngle{a}" for a in ("Rot", "Tilt", "Psi")), *(f"rlnOrigin{a}Angst" for a in "XYZ")]  # fmt: skip
+    row = ["t", 1.0, 2.0, 3.0, *extracted, *own, *origin]
+    text = "data_particles\n\nloop_\n" + "".join(f"_{c}\n" for c in columns) + " ".join(map(str, row)) + "\n\n"
+    (tmp_path / "p.star").write_text(text)
+    found = read_relion_particles(tmp_path / "p.star")
+
+    def turn(angles: Any) -> np.ndarray:
+        rot, tilt, psi = (torch.tensor(float(a), dtype=torch.float64) for a in angles)
+        return (about_z(rot) @ about_y(tilt) @ about_z(psi)).T.numpy()
+
+    np.testing.assert_allclose(turn(found.angles_deg[0]), turn(extracted) @ turn(own), atol=1e-12)
+    np.testing.assert_allclose(found.positions_angstrom[0], [1, 2, 3] - turn(extracted) @ origin, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("column", "argument", "value"),
+    [("rlnTomoTiltSeriesPixelSize", "pixel_size_angstrom", 2.5), ("rlnTomoHand", "hand", -1),
+     ("rlnVoltage", "voltage_kv", 120.0), ("rlnSphericalAberration", "cs_mm", 0.5),
+     ("rlnAmplitudeContrast", "amplitude_contrast", 0.2)],
+)  # fmt: skip
+def test_a_missing_column_is_asked_for(project: Path, column: str, argument: str, value: float) -> None:
+    edit(project / "tomograms.star", column, "rlnOther")
+    with pytest.raises(InputError, match=rf"{column} .*tomograms\.star.* {argument}="):
+        read_relion_series(project / "tomograms.star", "a")
+    arguments: dict[str, Any] = {argument: value}
+    found = read_relion_series(project / "tomograms.star", "a", **arguments)
+    of = found.recorded if argument == "pixel_size_angstrom" else found
+    assert getattr(of, argument) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        ("tomograms.star", " -1 tilts/a", " 0 tilts/a", "hand="),
+        ("tomograms.star", "0.07 2.5", "0.07 -2.5", "pixel_size_angstrom="),
+        ("tomograms.star", "0.07 2.5", "0.07 3.5", r"2\.5 angstrom .* 3\.5 .*pixel_size_angstrom="),
+        ("tomograms.star", "\nb 300", "\na 300", "each rlnTomoName once"),
+        ("tomograms.star", "data_global", "data_global\nloop_\n_rlnQ\n1\n\n", "one table in the block"),
+        ("tomograms.star", "rlnTomoTiltSeriesStarFile", "rlnOther", "rlnTomoTiltSeriesStarFile"),
+        ("tomograms.star", "rlnTomoName", "rlnOther", "one block with rlnTomoName"),
+        ("tomograms.star", "200 200 40 3.0", "200 200 40 -3", "dose > 0"),
+        ("tilts/a.star", "data_a", "data_c", "block data_a"),
+        ("tilts/a.star", "images/a_1", "images/a_0", "each rlnMicrographName once"),
+        ("tilts/a.star", "images/a_1.mrc", "3@images/a_1.mrc", "image 3 in"),
+        ("tilts/a.star", "rlnMicrographName", "rlnOther", "rlnMicrographName .*stack="),
+        ("tilts/a.star", "rlnMicrographPreExposure", "rlnOther", r"rlnMicrographPreExposure .*order="),
+        ("tilts/a.star", "  3.0  -94.8", "  0.0  -94.8", r"rlnMicrographPreExposure .*order="),
+        ("tilts/a.star", "  6.0  -94.8", "  6.0  -93.8", "one rlnTomoNominalTiltAxisAngle"),
+        ("tilts/a.star", "rlnTomoNominalStageTiltAngle", "rlnOther", "rlnTomoYTilt or"),
+        ("tilts/a.star", " -2.99", " -92.99", "within 90"),
+        ("tilts/a.star", "rlnDefocusV", "rlnOther", "no rlnDefocusV"),
+        ("tilts/a.star", "rlnDefocusAngle", "rlnOther", "rlnDefocusAngle"),
+        ("tilts/a.star", "32000", "thirty", r"number .*row 2 of rlnDefocusU .*a\.star.*'thirty'"),
+        ("tilts/a.star", "32000", "nan", "'nan'"),
+        ("tilts/a.star", "32000", "3_2", "'3_2'"),
+        ("tilts/a.star", "32000", "1e400", "'1e400'"),
+        ("tilts/a.star", "33000  17.0\n", "33000\n", "cannot be read"),  # a truncated loop
+        ("tilts/a.star", "33000  17.0\n\n", "33000  17", "end of a line"),  # cut off in the middle of a number
+        ("tilts/a.star", TILTS[TILTS.index("images") :], "", "rows in data_a"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_series_is_said(project: Path, name: str, old: str, new: str, said: str) -> None:
+    edit(project / name, old, new)
+    with pytest.raises(InputError, match=f"(?s){said}"):
+        read_relion_series(project / "tomograms.star", "a")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("90.0  2 ", "90.0  7 ", r"Unknown optics groups \[7.0\]"),
+        ('2 "second one"', '1 "second one"', "each rlnOpticsGroup once"),
+        ("data_optics", "data_other", "data_optics with"),
+        ("data_optics", "data_particles", "duplicate block"),
+        ("data_particles", "data_images", "block data_particles"),
+        ("_rlnAngleTilt", "_rlnOther", "no rlnAngleTilt"),
+        ("_rlnCoordinateZ", "_rlnOther", "no rlnCoordinateZ"),
+        ("_rlnOriginXAngst", "_rlnOther", "no rlnOriginXAngst"),
+        ("_rlnTomoName", "_rlnOther", "rlnTomoName"),
+        ("_rlnAngleTilt", "_rlnAngleRot", "duplicate tag"),
+        ("\na   110.0", "\na   NaN", "'NaN'"),
+        ("\na   110.0", "\n?   110.0", "text in row 1"),
+        (CORNER[CORNER.index("a   110") :], "", "rows in data_particles"),
+        ("\nb  1.1e2", "\nc  1.1e2", "Unknown rlnTomoName 'c'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_particles_is_said(project: Path, old: str, new: str, said: str) -> None:
+    edit(project / "particles.star", old, new)
+    with pytest.raises(InputError, match=f"{said}") as caught:
+        read_relion_particles(project / "particles.star", tomograms=project / "tomograms.star")
+    assert ".star'" in str(caught.value)
+
+
+def test_missing_angles_and_origins_in_pixels(project: Path) -> None:
+    path, tomograms = project / "particles.star", project / "tomograms.star"
+    for angle in ("Rot", "Tilt", "Psi"):
+        edit(path, f"_rlnAngle{angle}", f"_rlnOther{angle}")
+    with pytest.raises(InputError, match="angles_deg="):
+        read_relion_particles(path, tomograms=tomograms)
+    found = read_relion_particles(path, tomograms=tomograms, angles_deg=(1, 2, 3))
+    assert found.angles_deg.tolist() == [[1.0, 2.0, 3.0]] * 3
+    for axis in "XYZ":
+        edit(path, f"_rlnOrigin{axis}Angst", f"_rlnOrigin{axis}")
+    with pytest.raises(InputError, match="rlnOriginX, rlnOriginY, rlnOriginZ in pixels"):
+        read_relion_particles(path, tomograms=tomograms, angles_deg=(1, 2, 3))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"\x1f\x8b\x08" + bytes(range(256)), b"data_\n", b"no table\n"])
+def test_what_is_no_star_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.star").write_bytes(content)
+    for read in (read_relion_series, read_relion_particles):
+        with pytest.raises(InputError, match=r"x\.star"):
+            read(tmp_path / "x.star")
+        with pytest.raises(InputError, match="Check the path"):
+            read(tmp_path / "absent.star")
+        with pytest.raises(InputError, match="Check the path"):
+            read(tmp_path)
+
+
+def mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    kind = rng.integers(4)
+    if kind == 0:
+        return content[: rng.integers(len(content))]
+    if kind == 1:
+        lines = content.splitlines(keepends=True)
+        return b"".join(lines[: rng.integers(len(lines))])
+    if kind == 2:
+        changed = bytearray(content)
+        for _ in range(rng.integers(1, 6)):
+            changed[rng.integers(len(changed))] = (
+                rng.integers(256) if rng.integers(2) else rng.choice(list(b"0-.e \n@;\"'"))
+            )
+        return bytes(changed)
+    lines = content.splitlines(keepends=True)
+    first = rng.integers(len(lines) - 1)
+    part = slice(first, first + rng.integers(2, 6))
+    lines[part] = [lines[part][i] for i in rng.permutation(len(lines[part]))]
+    return b"".join(lines)
+
+
+def finite(found: RelionSeries | RelionParticles) -> bool:
+    if isinstance(found, RelionParticles):
+        return bool(np.isfinite(found.positions_angstrom).all() and np.isfinite(found.angles_deg).all())
+    of = found.recorded
+    arrays = [found.voltage_kv, found.cs_mm, found.amplitude_contrast, found.x_tilt_deg, found.astigmatism_um,
+              found.astigmatism_angle_deg, found.exposures_e_per_angstrom2, found.nominal_deg, of.tilt_axis_deg,
+              of.shifts_angstrom, of.doses_e_per_angstrom2, of.defocus_um, of.pixel_size_angstrom]  # fmt: skip
+    return all(np.isfinite(array).all() for array in arrays if array is not None)
+
+
+@pytest.mark.parametrize("which", ["global", "tilts", "particles", "written"])
+def test_damaged_files_give_errors_or_finite_numbers(project: Path, which: str) -> None:
+    write_tilt_series(project, "t", series(), IMAGES, DEFOCI)
+    read: Callable[[], RelionSeries | RelionParticles]
+    if which == "particles":
+        path = project / "particles.star"
+        read = lambda: read_relion_particles(path, tomograms=project / "tomograms.star")  # noqa: E731
+    elif which == "written":
+        path = project / "t_tilts.star"
+        read = lambda: read_relion_series(project / "t_series.star", last_dose_e_per_angstrom2=3.5)  # noqa: E731
+    else:
+        path = project / ("tomograms.star" if which == "global" else "tilts/a.star")
+        read = lambda: read_relion_series(project / "tomograms.star", "a")  # noqa: E731
+    content = path.read_bytes()
+    assert finite(read())
+    rng = np.random.default_rng(20240517)
+    said = []
+    for _ in range(250):
+        path.write_bytes(mutated(content, rng))
+        try:
+            assert finite(read())
+        except InputError as error:
+            said.append(str(error))
+    assert all("Expected" in text or "Unknown" in text for text in said)
+    assert 100 < len(said) < 250  # some damage does no harm, such as lines exchanged
