@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +103,40 @@ def test_geometry_comes_back_at_any_angle_and_parity(
 
 
 def test_relion_and_the_simulator_see_a_particle_at_the_same_pixel(folder: Path) -> None:
-    # The projection written out from the tables' numbers, against the rotation of the simulator.
+    # RELION's projection written out with the tables' numbers, against the simulator's rotation and what was read.
     found = read_relion_series(folder / "t_series.star").recorded
-    values = [line.split() for line in (folder / "t_tilts.star").read_text().splitlines() if "@" in line]
+    lines = [line.split() for line in (folder / "t_tilts.star").read_text().splitlines() if "@" in line]
     of = series()
-    for t in range(3):
-        x_tilt, y_tilt, z_rot, *shift = (float(v) for v in values[t][6:11])
-        turn = about_z(torch.tensor(z_rot)) @ about_y(torch.tensor(y_tilt)) @ about_x(torch.tensor(x_tilt))
-        for place in POSES[:, :3]:
-            relion = (turn.double().numpy() @ place)[:2] + shift + 4.5 * np.array([13 / 2, 10 / 2])
-            own = {n: torch.tensor(v, dtype=torch.float64) for n, v in of.settings(DEFOCI).items()}
-            ours = (of.rotation(own, t).numpy() @ place)[:2] + found.shifts_angstrom[t] + 4.5 * np.array([6, 5])
-            np.testing.assert_allclose(ours, relion, atol=1e-4)  # the matrices above are of float32
+    own = {name: torch.tensor(value, dtype=torch.float64) for name, value in of.settings(DEFOCI).items()}
+    for t, line in enumerate(lines):
+        x_tilt, y_tilt, z_rot, *shift = (torch.tensor(float(v), dtype=torch.float64) for v in line[6:11])
+        turn = about_z(z_rot) @ about_y(y_tilt) @ about_x(x_tilt)
+        for place in torch.tensor(POSES[:, :3]):
+            relion = (turn @ place)[:2] + torch.stack(shift) + 4.5 * torch.tensor([13 / 2, 10 / 2])
+            ours = (of.rotation(own, t) @ place)[:2].numpy() + found.shifts_angstrom[t] + 4.5 * np.array([13 // 2, 5])
+            np.testing.assert_allclose(ours, relion, atol=1e-5)
+
+
+def test_a_simulator_made_of_what_was_read_makes_the_same_images(folder: Path) -> None:
+    found = read_relion_series(folder / "t_series.star", last_dose_e_per_angstrom2=3.5)
+    recorded = found.recorded
+    assert recorded.doses_e_per_angstrom2 is not None
+    assert found.astigmatism_um is not None
+    assert found.astigmatism_angle_deg is not None
+    microscope = {"voltage_kv": found.voltage_kv, "cs_mm": found.cs_mm, "amplitude_contrast": found.amplitude_contrast,
+                  "astigmatism_um": found.astigmatism_um[0],
+                  "astigmatism_angle_deg": found.astigmatism_angle_deg[0]}  # fmt: skip
+    again = TiltSeries(
+        read_relion_particles(folder / "t_particles.star").particles(BEAD), recorded.scheme, recorded.images.shape[1:],
+        recorded.pixel_size_angstrom, microscope, Detector(dose_e_per_angstrom2=recorded.doses_e_per_angstrom2[0]),
+        [f"defocus_um[{t}]" for t in range(3)], tilt_axis_deg=recorded.tilt_axis_deg, x_tilt_deg=found.x_tilt_deg,
+        shifts_angstrom=recorded.shifts_angstrom, mode="smooth",
+    )  # fmt: skip
+    was = replace(series(), mode="smooth")
+    images = again.image(torch.tensor(recorded.defocus_um))
+    expected = was.image(torch.tensor(DEFOCI, dtype=torch.float64))
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(images, expected, rtol=1e-5)
 
 
 def test_particles_that_were_written_are_read(folder: Path) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from simulators.cryoet.files import YAxis, read_oriented, square_pixel
+from simulators.cryoet.files import YAxis, read_oriented
 from simulators.cryoet.specimen import Specimen
 from simulators.cryoet.star import LARGEST, Table, is_file, listed, read_star
 from simulators.cryoet.tilt_files import RecordedSeries
@@ -187,10 +187,12 @@ def read_relion_series(
     tilts = _block(folder / table.texts("rlnTomoTiltSeriesStarFile")[row], name, "project")
     n = tilts.rows
     images, edges = _images(tilts, folder, stack, y_axis)
-    if pixel_size_angstrom is None and edges[0] not in (0.0, 1.0) and abs(edges[0] / pixel - 1) > 0.01:
+    # 0 and 1 are what many programs write for an unknown pixel.
+    differ = [edge for edge in edges if edge not in (0.0, 1.0) and abs(edge / pixel - 1) > 0.01]
+    if pixel_size_angstrom is None and differ:
         raise InputError(
-            f"Expected one pixel size, got {edges[0]:g} angstrom in the images of {str(tilts.path)!r} and {pixel:g} in "
-            f"{str(path)!r}. Give pixel_size_angstrom=..."
+            f"Expected one pixel size, got {differ[0]:g} angstrom in the images of {str(tilts.path)!r} and {pixel:g} "
+            f"in {str(path)!r}. Give pixel_size_angstrom=..."
         )
     nominal = tilts.optional("rlnTomoNominalStageTiltAngle")
     angles = tilts.optional("rlnTomoYTilt")
@@ -244,7 +246,7 @@ def read_relion_series(
 
     recorded = RecordedSeries(
         images[place],
-        square_pixel(tilts.path, edges, pixel),
+        pixel,
         TiltScheme(tuple(angles[place].tolist()), tuple(int(order[i]) for i in place)),
         axis,
         sort(shifts),
