@@ -261,6 +261,37 @@ def test_a_project_of_relion_5(project: Path) -> None:
         read_relion_series(project / "tomograms.star", "b")
 
 
+def test_exposures_and_order(project: Path) -> None:
+    path, tilts = project / "tomograms.star", project / "tilts" / "a.star"
+    with pytest.raises(InputError, match="to grow with order"):
+        read_relion_series(path, "a", order=[1, 0, 2])
+    with pytest.raises(InputError, match="permutation"):
+        read_relion_series(path, "a", order=[1, 1, 2])
+    # An image taken out, and an exposure before the first.
+    tilts.write_text(TILTS.replace("\nimages/a_1.mrc   3.01  3.0", "\nimages/a_1.mrc   3.01  4.5").replace(
+        "\nimages/a_0.mrc   0.01  0.0", "\nimages/a_0.mrc   0.01  0.5"))  # fmt: skip
+    found = read_relion_series(path, "a")
+    np.testing.assert_allclose(found.recorded.doses_e_per_angstrom2, [3.0, 4.0, 1.5])
+    assert any("taken out" in line for line in found.assumed)
+    assert any("exposure of 0.5" in line for line in found.assumed)
+    edit(tilts, "rlnMicrographPreExposure", "rlnOther")
+    found = read_relion_series(path, "a", order=[1, 0, 2])
+    assert found.recorded.scheme.order == (2, 1, 0)
+    assert found.recorded.doses_e_per_angstrom2 is found.exposures_e_per_angstrom2 is None
+
+
+def test_images_differ(project: Path) -> None:
+    write_stack(project / "images" / "a_1.mrc", IMAGES[:1, :8], 2.5)
+    with pytest.raises(InputError, match="one shape and pixel"):
+        read_relion_series(project / "tomograms.star", "a")
+    write_stack(project / "images" / "a_1.mrc", IMAGES[:1], 3.5)
+    with pytest.raises(InputError, match="one shape and pixel"):
+        read_relion_series(project / "tomograms.star", "a")
+    write_stack(project / "images" / "a_1.mrc", IMAGES[:2], 2.5)
+    with pytest.raises(InputError, match=r"one image in 'images/a_1\.mrc'"):
+        read_relion_series(project / "tomograms.star", "a")
+
+
 def test_paths_count_from_the_project(project: Path) -> None:
     job = project / "Tomograms"
     job.mkdir()
@@ -424,6 +455,13 @@ def test_what_is_wrong_with_particles_is_said(project: Path, old: str, new: str,
     with pytest.raises(InputError, match=f"{said}") as caught:
         read_relion_particles(project / "particles.star", tomograms=project / "tomograms.star")
     assert ".star'" in str(caught.value)
+
+
+def test_groups_are_whole_numbers(project: Path) -> None:
+    edit(project / "particles.star", '2 "second', '2.5 "second')
+    edit(project / "particles.star", "90.0  2 ", "90.0  2.5 ")
+    with pytest.raises(InputError, match="whole numbers as rlnOpticsGroup"):
+        read_relion_particles(project / "particles.star", tomograms=project / "tomograms.star")
 
 
 def test_missing_angles_and_origins_in_pixels(project: Path) -> None:
