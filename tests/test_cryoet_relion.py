@@ -538,11 +538,11 @@ def test_damaged_files_give_errors_or_finite_numbers(project: Path, which: str) 
     assert finite(read())
     rng = np.random.default_rng(20240517)
     said = []
-    for _ in range(250):
+    for _ in range(150):
         path.write_bytes(mutated(content, rng))
         try:
             assert finite(read())
         except InputError as error:
             said.append(str(error))
     assert all("Expected" in text or "Unknown" in text for text in said)
-    assert 100 < len(said) < 250  # some damage does no harm, such as lines exchanged
+    assert 75 < len(said) < 150  # some damage does no harm, such as lines exchanged
