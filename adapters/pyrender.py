@@ -302,20 +302,18 @@ class PyrenderSimulator:
     def _compose(self, pixels: dict[str, NDArray[Any]], views: Views, rows: slice, images: NDArray[np.float32]) -> None:
         """The outputs of all rows from what was read, top row first."""
         channel = _scene.split_channels(self.outputs, images.swapaxes(0, 1))  # name -> (channels, rows, height, width)
+        if "depth" in channel:
+            z = np.full(pixels["depth"].shape, self._background_depth, np.float32)
+            for buffer, near, far, flat in zip(pixels["depth"], views.near[rows], views.far[rows], z, strict=True):
+                seen = np.flatnonzero(buffer < 1)  # a part of the pixels; the others hold the background
+                value = buffer.take(seen).astype(np.float64)  # in [0, 1]; what follows cancels
+                if views.perspective:
+                    flat.put(seen, 1 / (value * (1 / far - 1 / near) + 1 / near))
+                else:
+                    flat.put(seen, value * (far - near) + near)
+            channel["depth"][0] = z[:, ::-1]
         pixels = {name: buffer[:, ::-1] for name, buffer in pixels.items()}
         byte = np.float32(255)
-        if "depth" in channel:
-            near, far = views.near[rows, None, None], views.far[rows, None, None]
-            z = pixels["depth"].astype(np.float64)  # the buffer's value in [0, 1]; what follows cancels
-            if views.perspective:
-                z *= 1 / far - 1 / near
-                z += 1 / near
-                np.divide(1, z, out=z)
-            else:
-                z *= far - near
-                z += near
-            np.putmask(z, pixels["depth"] >= 1, self._background_depth)
-            channel["depth"][0] = z
         if "mask" in channel:
             ids = pixels["ids"]
             np.add(ids[..., 1], ids[..., 2] * np.float32(256), out=channel["mask"][0])
