@@ -47,7 +47,7 @@ test-slow: setup ## run the tests marked slow, which `make test` leaves out
 bench: setup ## run the benchmarks, one after another (BENCH=tests/benchmarks/... for one of them)
 	@for script in $(BENCH); do echo "$(BIN)/python $$script"; $(BIN)/python $$script || exit 1; done
 
-overnight: setup ## redo the pose of 768 teapots, two methods, three budgets, into docs/pose_of_teapots (RANKS=2)
+overnight: setup ## redo the pose of 768 teapots, three methods, three budgets, into docs/pose_of_teapots (RANKS=2)
 	$(BIN)/mpirun -n $(RANKS) $(BIN)/python tests/benchmarks/bench_pose.py big --results docs/pose_of_teapots
 
 lint: setup ## check style, format, types and import order
