@@ -92,6 +92,7 @@ def test_second_derivatives_need_rows():
 B = np.array([[1.0, 0.4], [-0.3, 0.8], [0.5, -0.9]])
 
 
+@pytest.mark.slow  # half a minute of statistics
 def test_covariance_and_its_derivatives_are_unbiased_at_five_rows():
     """f = [a.x, (b.x)^2, c.x + x0^2]: Gaussian moments in closed form; the plug-in would be N/(N-1).. off at N = 5."""
 
