@@ -152,6 +152,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _need("MPI", _mpi(), "BRIDGE_REQUIRE_MPI")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch and numpy, as the bridge sets it; two are slower where all cores are busy."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(before)
+
+
 # --- ranks ----------------------------------------------------------------------------------------------------
 
 # A launcher's traces: with them a rank would believe that it belongs to the job that pytest itself was started in.

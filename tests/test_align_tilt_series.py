@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -20,27 +18,15 @@ from simulators.cryoet import Specimen
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "align_tilt_series.py"
 POSE = ((30.0, -20.0, 40.0, 25.0, 60.0, -40.0),)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("align_tilt_series", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["align_tilt_series"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("align_tilt_series")
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,10 @@ from simulators.cryoet.detector import mtf_filter, noise, poisson_quantile
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Two-sided 1e-6 of the normal distribution.
 LIMIT = 4.89
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def blob(**options: object) -> CryoET:

@@ -19,17 +19,11 @@ from simulators.cryoet.potential import band_limit, projected_spectrum
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HINGE = Path(__file__).resolve().parent.parent / "examples" / "data" / "6wg6.cif.gz"
 POSE = ("x_angstrom", "y_angstrom", "rotation_deg")
 FLOAT64 = torch.float64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def blobs(*centres: tuple[float, float], weight: float = 150.0, b_factor: float = 600.0) -> Specimen:

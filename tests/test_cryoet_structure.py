@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import pickle
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +13,6 @@ import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from bridge.errors import InputError
 from simulators.cryoet import CryoET, Deformation, Domain, Microscope, Pose, Residues, Specimen, elastic_modes
@@ -22,18 +20,11 @@ from simulators.cryoet.deformation import hessian, rigid_motions
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 HINGE = EXAMPLES / "data" / "6wg6.cif.gz"
 SEEDS = np.zeros(1, dtype=np.uint64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -352,15 +343,7 @@ def test_a_simulator_with_a_deformation_travels() -> None:
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "structure_from_projections", EXAMPLES / "structure_from_projections.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["structure_from_projections"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("structure_from_projections")
 
 
 @pytest.fixture(scope="module")

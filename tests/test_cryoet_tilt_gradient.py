@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,6 +23,8 @@ from simulators.cryoet import (
 from simulators.cryoet.tilt_parameters import IMAGE, LENS, PARTICLE, SERIES
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REPLICATES = 8
 CLUSTER = Specimen.from_atoms(
@@ -55,14 +56,6 @@ class Case(NamedTuple):
     box: Simulator
     theta: torch.Tensor
     directions: torch.Tensor  # (d, images, rows, columns), each exact derivative over its square
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=list(GROUPS))

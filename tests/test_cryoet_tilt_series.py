@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,10 @@ pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 mrcfile = pytest.importorskip("mrcfile", reason="mrcfile is optional (extra `cryoet`)")
 
 # mrcfile 1.5 sets an array's dtype in place, which numpy 2.5 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:Setting the dtype on a NumPy array:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Setting the dtype on a NumPy array:DeprecationWarning"),
+]
 
 SEED = np.zeros(1, dtype=np.uint64)
 HELIX = Specimen.helix(20)
@@ -53,15 +55,6 @@ CLUSTER = Specimen.from_atoms(
     b_factors=1500.0,
 )  # fmt: skip
 ONE = (Particle(CLUSTER),)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the bridge sets it; two threads are slower where all cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(particles: Any = ONE, **options: Any) -> TiltSeries:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -32,13 +32,7 @@ PARTICLE = "".join(
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("published_experiment", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["published_experiment"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("published_experiment")
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,7 @@ SEEDS = ["--seeds", "1000:1002", "--budget", "1000"]
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLE.parent))
-        yield importlib.import_module(EXAMPLE.stem)
+    return importlib.import_module(EXAMPLE.stem)
 
 
 def outcomes(path: Path) -> list[dict[str, Any]]:

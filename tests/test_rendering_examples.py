@@ -18,16 +18,14 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.fixture
-def ten(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def ten() -> Any:
     import poses_of_ten_objects
 
     return poses_of_ten_objects
 
 
 @pytest.fixture
-def learning(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def learning() -> Any:
     import pose_network
 
     return pose_network

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import variance_study as study
 
 from bridge.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("variance_study", ROOT / "examples" / "variance_study.py")
-assert spec is not None
-assert spec.loader is not None
-study = importlib.util.module_from_spec(spec)
-sys.modules["variance_study"] = study
-spec.loader.exec_module(study)
-
 INFORMATION = {"gaussian": 1, "logistic": 1 / 3, "gumbel": 1, "cauchy": 1 / 2, "laplace": 1}
 
 
