@@ -209,18 +209,9 @@ class AbTEM:
             InputError: wrong shape, not finite, or outside the bounds.
             SetupError: abTEM is not installed.
         """
-        inputs, seeds = np.asarray(inputs, dtype=np.float64), np.asarray(seeds)
-        if inputs.ndim != 2 or inputs.shape[1] != self.space.dimension or seeds.shape != (len(inputs),):
-            raise InputError(
-                f"Expected inputs of shape (k, {self.space.dimension}) ({', '.join(self.space.names)}) and seeds of "
-                f"shape (k,), got {inputs.shape} and {seeds.shape}."
-            )
+        inputs, seeds = self.space.checked(inputs, seeds)
         images = np.empty((len(inputs), *self.output_shape), dtype=np.float32)
         for row, seed, image in zip(inputs, seeds, images, strict=True):
-            # `not <=` also catches NaN.
-            if not ((row >= self.space.lower) & (row <= self.space.upper)).all():
-                what = self.space.describe_outside(row) or "not a number"
-                raise InputError(f"Expected parameters inside the bounds, got {what}. Clip them, or widen bounds.")
             values = {**self._values, **dict(zip(self.space.names, row.tolist(), strict=True))}
             expected = self._image(values)
             if self.noise == "poisson":

@@ -151,6 +151,32 @@ class ParameterSpace:
                 parts.append(f"{p.name} = {value:g}{unit} outside [{p.lower:g}, {p.upper:g}]")
         return "; ".join(parts)
 
+    def checked(self, inputs: ArrayLike, seeds: ArrayLike) -> tuple[NDArray[np.float64], NDArray[Any]]:
+        """What a simulator was called with, at its door.
+
+        Args:
+            inputs: (k, d).
+            seeds: (k,).
+
+        Returns:
+            inputs as float64, and seeds, as arrays.
+
+        Raises:
+            InputError: wrong shape, not a number, or outside the bounds.
+        """
+        inputs, seeds = np.asarray(inputs, dtype=np.float64), np.asarray(seeds)
+        d = self.dimension
+        if inputs.ndim != 2 or inputs.shape[1] != d or seeds.shape != (len(inputs),):
+            raise InputError(
+                f"Expected inputs of shape (k, {d}) ({', '.join(self.names)}) and seeds of shape (k,), got "
+                f"{inputs.shape} and {seeds.shape}."
+            )
+        inside = ((inputs >= self.lower) & (inputs <= self.upper)).all(axis=1)  # not where there is NaN
+        if not inside.all():
+            what = self.describe_outside(inputs[int(np.argmin(inside))]) or "not a number"
+            raise InputError(f"Expected parameters inside the bounds, got {what}. Clip them, or widen bounds.")
+        return inputs, seeds
+
     def admit(self, inputs: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Brings queries into the domain as `outside` says.
 

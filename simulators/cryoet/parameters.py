@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from bridge.errors import InputError
-from bridge.simulator import Parameter, ParameterSpace
+from bridge.simulator import Kind, Parameter, ParameterSpace
 from simulators.cryoet.deformation import STRUCTURE
 from simulators.cryoet.optics import check_range
 
@@ -34,34 +34,37 @@ class Pose:
             check_range("Pose", item.name, getattr(self, item.name), -1e6, 1e6)
 
 
-def _p(name: str, unit: str, lower: float, upper: float, scale: float, description: str) -> Parameter:
-    return Parameter(name, unit, lower, upper, scale, "continuous", description)
+def line(
+    name: str, unit: str, lower: float, upper: float, scale: float, description: str, kind: Kind = "continuous"
+) -> Parameter:
+    """A line of a simulator's table of parameters."""
+    return Parameter(name, unit, lower, upper, scale, kind, description)
 
 
 # Bounds are those within which the model makes sense; those of x and y follow from the field.
 KNOWN = {
     p.name: p
     for p in (
-        _p("voltage_kv", "kV", 60.0, 1000.0, 20.0, "accelerating voltage"),
-        _p("defocus_um", "um", 0.2, 4.0, 0.1, "defocus, positive is underfocus"),
-        _p("astigmatism_um", "um", -0.5, 0.5, 0.05, "half the difference of the principal defoci"),
-        _p("astigmatism_angle_deg", "deg", -360.0, 360.0, 5.0, "direction of the larger defocus, from +x to +y"),
-        _p("cs_mm", "mm", 0.0, 10.0, 0.3, "spherical aberration"),
-        _p("amplitude_contrast", "", 0.0, 0.5, 0.02, "part of the contrast that is amplitude contrast"),
-        _p("phase_shift_deg", "deg", -360.0, 360.0, 5.0, "extra phase of the scattered wave (phase plate)"),
-        _p("energy_spread_ev", "eV", 0.0, 10.0, 0.3, "standard deviation of the beam's energy"),
-        _p("cc_mm", "mm", 0.0, 10.0, 0.3, "chromatic aberration"),
-        _p("convergence_mrad", "mrad", 0.0, 1.0, 0.02, "illumination semi-angle at 1/e"),
-        _p("aperture_um", "um", 5.0, 500.0, 5.0, "diameter of the objective aperture"),
-        _p("focal_length_mm", "mm", 0.5, 20.0, 0.3, "focal length; with the aperture it sets the cut-off"),
-        _p("b_factor", "angstrom^2", 0.0, 1000.0, 20.0, "B of the envelope exp(-B q^2 / 4)"),
-        _p("x_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift to the right (larger column)"),
-        _p("y_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift downwards (larger row)"),
-        _p("z_angstrom", "angstrom", -1e4, 1e4, 500.0, "height; adds to the underfocus"),
-        _p("rotation_deg", "deg", -360.0, 360.0, 2.0, "in-plane rotation from +x to +y, before the shift"),
-        _p("x_tilt_deg", "deg", -360.0, 360.0, 2.0, "rotation about x, before those about y and in the plane"),
-        _p("y_tilt_deg", "deg", -360.0, 360.0, 2.0, "rotation about y, before that in the plane"),
-        _p("dose_e_per_angstrom2", "e/angstrom^2", 0.1, 1000.0, 2.0, "exposure"),
+        line("voltage_kv", "kV", 60.0, 1000.0, 20.0, "accelerating voltage"),
+        line("defocus_um", "um", 0.2, 4.0, 0.1, "defocus, positive is underfocus"),
+        line("astigmatism_um", "um", -0.5, 0.5, 0.05, "half the difference of the principal defoci"),
+        line("astigmatism_angle_deg", "deg", -360.0, 360.0, 5.0, "direction of the larger defocus, from +x to +y"),
+        line("cs_mm", "mm", 0.0, 10.0, 0.3, "spherical aberration"),
+        line("amplitude_contrast", "", 0.0, 0.5, 0.02, "part of the contrast that is amplitude contrast"),
+        line("phase_shift_deg", "deg", -360.0, 360.0, 5.0, "extra phase of the scattered wave (phase plate)"),
+        line("energy_spread_ev", "eV", 0.0, 10.0, 0.3, "standard deviation of the beam's energy"),
+        line("cc_mm", "mm", 0.0, 10.0, 0.3, "chromatic aberration"),
+        line("convergence_mrad", "mrad", 0.0, 1.0, 0.02, "illumination semi-angle at 1/e"),
+        line("aperture_um", "um", 5.0, 500.0, 5.0, "diameter of the objective aperture"),
+        line("focal_length_mm", "mm", 0.5, 20.0, 0.3, "focal length; with the aperture it sets the cut-off"),
+        line("b_factor", "angstrom^2", 0.0, 1000.0, 20.0, "B of the envelope exp(-B q^2 / 4)"),
+        line("x_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift to the right (larger column)"),
+        line("y_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift downwards (larger row)"),
+        line("z_angstrom", "angstrom", -1e4, 1e4, 500.0, "height; adds to the underfocus"),
+        line("rotation_deg", "deg", -360.0, 360.0, 2.0, "in-plane rotation from +x to +y, before the shift"),
+        line("x_tilt_deg", "deg", -360.0, 360.0, 2.0, "rotation about x, before those about y and in the plane"),
+        line("y_tilt_deg", "deg", -360.0, 360.0, 2.0, "rotation about y, before that in the plane"),
+        line("dose_e_per_angstrom2", "e/angstrom^2", 0.1, 1000.0, 2.0, "exposure"),
     )
 }
 PARAMETER_NAMES = tuple(KNOWN)

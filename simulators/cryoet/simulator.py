@@ -171,21 +171,11 @@ class CryoET:
         Raises:
             InputError: wrong shape, not finite, or outside the bounds.
         """
-        inputs, seeds = np.asarray(inputs, dtype=np.float64), np.asarray(seeds)
-        d = self.space.dimension
-        if inputs.ndim != 2 or inputs.shape[1] != d or seeds.shape != (len(inputs),):
-            raise InputError(
-                f"Expected inputs of shape (k, {d}) ({', '.join(self.space.names)}) and seeds of shape (k,), got "
-                f"{inputs.shape} and {seeds.shape}."
-            )
+        inputs, seeds = self.space.checked(inputs, seeds)
         if not (np.issubdtype(seeds.dtype, np.integer) and (seeds >= 0).all()):
             raise InputError(f"Expected seeds that are integers >= 0, got dtype {seeds.dtype}. Use uint64.")
         images = np.empty((len(inputs), *self.output_shape), dtype=np.float32)
         for row, seed, image in zip(inputs, seeds, images, strict=True):
-            # `not <=` also catches NaN.
-            if not ((row >= self.space.lower) & (row <= self.space.upper)).all():
-                what = self.space.describe_outside(row) or "not a number"
-                raise InputError(f"Expected parameters inside the bounds, got {what}. Clip them, or widen bounds.")
             values = {**self._values, **dict(zip(self.space.names, row.tolist(), strict=True))}  # type: ignore[attr-defined]
             # One row at a time: a batched kernel may round differently from a single one.
             with torch.no_grad():

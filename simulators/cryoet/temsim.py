@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from bridge.simulator import Kind, Parameter, ParameterSpace
+from bridge.simulator import Parameter, ParameterSpace
 from simulators.cryoet.detector import poisson_quantile
 from simulators.cryoet.files import read_micrograph, write_micrograph
 from simulators.cryoet.optics import check_range
+from simulators.cryoet.parameters import line
 from simulators.cryoet.physics import interaction_constant
 from simulators.cryoet.simulator import checked_shape, made
 from simulators.cryoet.specimen import Specimen
@@ -105,29 +106,23 @@ def _mtf(camera: Camera, shape: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy((total + camera.mtf_c) / (camera.mtf_a + camera.mtf_b + camera.mtf_c)).to(torch.float32)
 
 
-def _p(
-    name: str, unit: str, lower: float, upper: float, scale: float, description: str, kind: Kind = "continuous"
-) -> Parameter:
-    return Parameter(name, unit, lower, upper, scale, kind, description)
-
-
 _KNOWN = {
     p.name: p
     for p in (
-        _p("voltage_kv", "kV", 1.0, 1000.0, 20.0, "accelerating voltage"),
-        _p("focal_length_mm", "mm", 0.1, 100.0, 0.3, "focal length; acts in steps", "staircase"),
-        _p("x_nm", "nm", -1e4, 1e4, 0.5, "particle's place to the right (larger column)"),
-        _p("y_nm", "nm", -1e4, 1e4, 0.5, "particle's place downwards (larger row)"),
-        _p("z_nm", "nm", -1e4, 1e4, 50.0, "particle's height; adds to the defocus, in steps", "staircase"),
-        _p("defocus_um", "um", -20.0, 20.0, 0.1, "defocus, positive is underfocus"),
-        _p("aperture_um", "um", 1.0, 1000.0, 5.0, "diameter of the objective aperture; acts in steps", "staircase"),
-        _p("cs_mm", "mm", -10.0, 10.0, 0.3, "spherical aberration"),
-        _p("cc_mm", "mm", -10.0, 10.0, 0.3, "chromatic aberration"),
-        _p("energy_spread_ev", "eV", 0.0, 100.0, 0.3, "spread of the beam's energy"),
-        _p("cond_ap_angle_mrad", "mrad", 0.0, 10.0, 0.02, "aperture angle of the condenser"),
-        _p("dose_e_per_nm2", "e/nm^2", 0.0, 1e6, 200.0, "exposure"),
-        _p("thickness_center_nm", "nm", 0.0, 1e3, 10.0, "thickness of the ice in the middle"),
-        _p("thickness_edge_nm", "nm", 0.0, 1e3, 10.0, "thickness of the ice at the edge of the hole"),
+        line("voltage_kv", "kV", 1.0, 1000.0, 20.0, "accelerating voltage"),
+        line("focal_length_mm", "mm", 0.1, 100.0, 0.3, "focal length; acts in steps", "staircase"),
+        line("x_nm", "nm", -1e4, 1e4, 0.5, "particle's place to the right (larger column)"),
+        line("y_nm", "nm", -1e4, 1e4, 0.5, "particle's place downwards (larger row)"),
+        line("z_nm", "nm", -1e4, 1e4, 50.0, "particle's height; adds to the defocus, in steps", "staircase"),
+        line("defocus_um", "um", -20.0, 20.0, 0.1, "defocus, positive is underfocus"),
+        line("aperture_um", "um", 1.0, 1000.0, 5.0, "diameter of the objective aperture; acts in steps", "staircase"),
+        line("cs_mm", "mm", -10.0, 10.0, 0.3, "spherical aberration"),
+        line("cc_mm", "mm", -10.0, 10.0, 0.3, "chromatic aberration"),
+        line("energy_spread_ev", "eV", 0.0, 100.0, 0.3, "spread of the beam's energy"),
+        line("cond_ap_angle_mrad", "mrad", 0.0, 10.0, 0.02, "aperture angle of the condenser"),
+        line("dose_e_per_nm2", "e/nm^2", 0.0, 1e6, 200.0, "exposure"),
+        line("thickness_center_nm", "nm", 0.0, 1e3, 10.0, "thickness of the ice in the middle"),
+        line("thickness_edge_nm", "nm", 0.0, 1e3, 10.0, "thickness of the ice at the edge of the hole"),
     )
 }
 TEMSIM_PARAMETER_NAMES = tuple(_KNOWN)
@@ -255,19 +250,9 @@ class TEMSim:
         Raises:
             InputError: wrong shape, not finite, or outside the bounds.
         """
-        inputs, seeds = np.asarray(inputs, dtype=np.float64), np.asarray(seeds)
-        d = self.space.dimension
-        if inputs.ndim != 2 or inputs.shape[1] != d or seeds.shape != (len(inputs),):
-            raise InputError(
-                f"Expected inputs of shape (k, {d}) ({', '.join(self.space.names)}) and seeds of shape (k,), got "
-                f"{inputs.shape} and {seeds.shape}."
-            )
+        inputs, seeds = self.space.checked(inputs, seeds)
         images = np.empty((len(inputs), *self.output_shape), dtype=np.float32)
         for row, seed, image in zip(inputs, seeds, images, strict=True):
-            # `not <=` also catches NaN.
-            if not ((row >= self.space.lower) & (row <= self.space.upper)).all():
-                what = self.space.describe_outside(row) or "not a number"
-                raise InputError(f"Expected parameters inside the bounds, got {what}. Clip them, or widen bounds.")
             image[...] = self._counts(dict(zip(self.space.names, row.tolist(), strict=True)), int(seed))
         return images
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from bridge.simulator import Parameter
 from simulators.cryoet.optics import check_range
+from simulators.cryoet.parameters import line
 from simulators.cryoet.simulator import KNOWN, Pose
 from simulators.cryoet.specimen import Specimen
 
@@ -41,29 +41,25 @@ class Particle:
                 check_range("Particle", item.name, getattr(self, item.name), -1e6, 1e6)
 
 
-def _p(name: str, unit: str, lower: float, upper: float, scale: float, description: str) -> Parameter:
-    return Parameter(name, unit, lower, upper, scale, "continuous", description)
-
-
 _POSE = tuple(item.name for item in fields(Pose))
 LENS = {name: p for name, p in KNOWN.items() if name not in (*_POSE, "dose_e_per_angstrom2")}
 SERIES = {
     p.name: p
     for p in (
-        _p("tilt_axis_deg", "deg", -360.0, 360.0, 1.0, "direction of the tilt axis, counted from +y through -x"),
-        _p("x_tilt_deg", "deg", -30.0, 30.0, 0.5, "tilt of the specimen about x"),
-        _p("pre_tilt_deg", "deg", -45.0, 45.0, 0.5, "tilt of the slab on the stage, added to every image's"),
-        _p("thickness_angstrom", "angstrom", 0.0, 1e4, 100.0, "thickness of the ice"),
-        _p("mean_free_path_angstrom", "angstrom", 100.0, 1e5, 300.0, "inelastic mean free path"),
+        line("tilt_axis_deg", "deg", -360.0, 360.0, 1.0, "direction of the tilt axis, counted from +y through -x"),
+        line("x_tilt_deg", "deg", -30.0, 30.0, 0.5, "tilt of the specimen about x"),
+        line("pre_tilt_deg", "deg", -45.0, 45.0, 0.5, "tilt of the slab on the stage, added to every image's"),
+        line("thickness_angstrom", "angstrom", 0.0, 1e4, 100.0, "thickness of the ice"),
+        line("mean_free_path_angstrom", "angstrom", 100.0, 1e5, 300.0, "inelastic mean free path"),
     )
 }
 # Of each image, as `name[t]`; what is varied for all images at once has no number.
 IMAGE = {
     p.name: p
     for p in (
-        _p("tilt_deg", "deg", -90.0, 90.0, 0.5, "tilt of image t"),
-        _p("shift_x_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift of image t to the right"),
-        _p("shift_y_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift of image t downwards"),
+        line("tilt_deg", "deg", -90.0, 90.0, 0.5, "tilt of image t"),
+        line("shift_x_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift of image t to the right"),
+        line("shift_y_angstrom", "angstrom", -1e4, 1e4, 5.0, "shift of image t downwards"),
         KNOWN["defocus_um"],
         KNOWN["dose_e_per_angstrom2"],
     )
@@ -71,12 +67,12 @@ IMAGE = {
 PARTICLE = {
     p.name: p
     for p in (
-        _p("x_angstrom", "angstrom", -1e5, 1e5, 5.0, "place of particle i"),
-        _p("y_angstrom", "angstrom", -1e5, 1e5, 5.0, "place of particle i"),
-        _p("z_angstrom", "angstrom", -1e5, 1e5, 20.0, "height of particle i"),
-        _p("particle_rot_deg", "deg", -360.0, 360.0, 2.0, "first Euler angle of particle i"),
-        _p("particle_tilt_deg", "deg", -360.0, 360.0, 2.0, "second Euler angle of particle i"),
-        _p("particle_psi_deg", "deg", -360.0, 360.0, 2.0, "third Euler angle of particle i"),
+        line("x_angstrom", "angstrom", -1e5, 1e5, 5.0, "place of particle i"),
+        line("y_angstrom", "angstrom", -1e5, 1e5, 5.0, "place of particle i"),
+        line("z_angstrom", "angstrom", -1e5, 1e5, 20.0, "height of particle i"),
+        line("particle_rot_deg", "deg", -360.0, 360.0, 2.0, "first Euler angle of particle i"),
+        line("particle_tilt_deg", "deg", -360.0, 360.0, 2.0, "second Euler angle of particle i"),
+        line("particle_psi_deg", "deg", -360.0, 360.0, 2.0, "third Euler angle of particle i"),
     )
 }
 COMMON = {**LENS, **SERIES, "dose_e_per_angstrom2": KNOWN["dose_e_per_angstrom2"]}

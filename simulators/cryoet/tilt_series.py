@@ -175,19 +175,9 @@ class TiltSeries:
         Raises:
             InputError: wrong shape, not finite, or outside the bounds.
         """
-        inputs, seeds = np.asarray(inputs, dtype=np.float64), np.asarray(seeds)
-        d = self.space.dimension
-        if inputs.ndim != 2 or inputs.shape[1] != d or seeds.shape != (len(inputs),):
-            raise InputError(
-                f"Expected inputs of shape (k, {d}) ({', '.join(self.space.names)}) and seeds of shape (k,), got "
-                f"{inputs.shape} and {seeds.shape}."
-            )
+        inputs, seeds = self.space.checked(inputs, seeds)
         outputs = np.empty((len(inputs), *self.output_shape), dtype=np.float32)
         for row, seed, output in zip(inputs, seeds, outputs, strict=True):
-            # `not <=` also catches NaN.
-            if not ((row >= self.space.lower) & (row <= self.space.upper)).all():
-                what = self.space.describe_outside(row) or "not a number"
-                raise InputError(f"Expected parameters inside the bounds, got {what}. Clip them, or widen bounds.")
             with torch.no_grad():
                 values = self._tensors(torch.from_numpy(row.astype(np.float32)))
                 for t in range(len(output)):
