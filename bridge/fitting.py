@@ -40,6 +40,9 @@ class FitStep:
     Attributes:
         step: its number. loss: at `parameters`, of the smoothed output. scale: of the noise, in natural units.
         parameters: (d,) before the update. num_evaluations: simulator runs so far.
+        standard_error: of the parameters so far, as far as the method knows it.
+        gradient_error: standard error of the loss's gradient over its norm, as far as the method knows it.
+        num_failed: failed runs so far. note: what the method did, in words.
     """
 
     step: int
@@ -47,6 +50,10 @@ class FitStep:
     scale: float
     parameters: tuple[float, ...]
     num_evaluations: int
+    standard_error: tuple[float, ...] | None = None
+    gradient_error: float | None = None
+    num_failed: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
