@@ -40,7 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fit = commands.add_parser("fit", help="recover parameters from a target, as a job file says")
     fit.add_argument("file", help="job file (TOML)")
     fit.add_argument("-o", "--output", help="directory for the results, in place of the file's")
-    fit.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    fit.add_argument(
+        "--progress",
+        default="auto",
+        choices=("auto", "lines", "off"),
+        help="a live view on a terminal; lines for logs; off",
+    )
+    fit.add_argument("-q", "--quiet", action="store_true", help="no progress: --progress off")
+    fit.add_argument("--jsonl", metavar="FILE", help="one JSON object a step, while it runs")
+    fit.add_argument("--tensorboard", metavar="DIRECTORY", help="scalars for TensorBoard, while it runs")
     again = fit.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in the directory, if there is one")
     again.add_argument("--fresh", action="store_true", help="begin anew, even where an unfinished run is lost")
@@ -102,14 +110,35 @@ def _info(name: str) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    import shlex
+
     from bridge.dispatch import is_root
     from bridge.job import load_job, run_job
-    from bridge.report import summary
+    from bridge.progress import JSONLines, Observer, TensorBoard, view
+    from bridge.report import summary, write_report
+    from bridge.simulator import simulator_name
 
-    result, written = run_job(
-        load_job(options.file, options.output), options.quiet, resume=options.resume, overwrite=options.fresh
-    )
+    observers: list[Observer] = list(view("off" if options.quiet else options.progress))
+    if options.jsonl:
+        observers.append(JSONLines(options.jsonl))
+    if options.tensorboard:
+        observers.append(TensorBoard(options.tensorboard))
+    job = load_job(options.file, options.output)
+    result, written = run_job(job, observers, resume=options.resume, overwrite=options.fresh)
     if is_root():
+        settings = {"simulator": simulator_name(job.simulator), "target": job.target_file.name, **job.settings}
+        command = shlex.join(["python", "-m", "bridge", "fit", options.file])
+        written.append(
+            write_report(
+                result,
+                job.target,
+                job.directory / "report.html",
+                simulator=job.simulator,
+                title=job.title,
+                settings=settings,
+                command=command,
+            )
+        )
         print(summary(result))
         print("written: " + ", ".join(str(p) for p in written))
     return 75 if result.stop_reason == "interrupted" else 0

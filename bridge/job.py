@@ -15,8 +15,9 @@ directory = "results"       # relative to where the command is started
 from __future__ import annotations
 
 import inspect
+import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge import registry
-from bridge.dispatch import is_root
-from bridge.errors import InputError
+from bridge.dispatch import get_dispatcher, is_root
+from bridge.errors import BridgeError, InputError, SetupError
 from bridge.files import write_json, write_whole
 from bridge.fitting import FitResult, fit
-from bridge.report import Progress, draw_fit
+from bridge.progress import Observer, make_observers
+from bridge.report import draw_fit
 from bridge.simulator import FileFormat, Simulator
 
+_log = logging.getLogger("bridge")
 _SECTIONS = ("simulator", "target", "start", "fit", "output")
 _NOT_IN_A_FILE = (
     *("simulator", "target", "start", "loss", "on_step", "comm", "smoothing", "store"),
@@ -154,24 +157,31 @@ def write_output(simulator: Simulator, stem: Path, output: NDArray[Any]) -> Path
 
 
 def run_job(
-    job: Job, quiet: bool = False, resume: bool = False, overwrite: bool = False
+    job: Job, progress: str | Sequence[Observer] = "auto", resume: bool = False, overwrite: bool = False
 ) -> tuple[FitResult, list[Path]]:
     """Fits and writes parameters.json, history.json, the fitted output and fit.png, and, so that it can be resumed, the
-    run (`bridge.Run`) in run/. Collective under MPI; rank 0 prints and writes."""
+    run (`bridge.Run`) in run/. Collective under MPI; rank 0 prints and writes. `progress`: as in `make_observers`."""
     space = job.simulator.space
     assert space is not None  # load_job made sure
     steps = job.settings.get("steps") or (150 if job.settings.get("method", "adam") == "adam" else 24)
-    with Progress(space, steps, shown=is_root() and not quiet) as progress:
+    with make_observers(progress, root=is_root()) as observers:
+        problem = None
+        try:
+            observers.start(space, max_steps=steps, max_runs=None, title=job.title)
+        except BridgeError as error:  # on rank 0 alone
+            problem = error
+        get_dispatcher().agree(problem)
         result = fit(
             job.simulator,
             job.target,
             job.start,
-            on_step=progress,
+            on_step=observers.step,
             directory=job.directory / "run",
             resume=resume,
             overwrite=overwrite,
             **job.settings,
         )
+        observers.end(result)
     return result, write_results(job, result) if is_root() else []
 
 
@@ -187,9 +197,13 @@ def write_results(job: Job, result: FitResult) -> list[Path]:
         }
         for h in result.history
     ]
-    return [
+    written = [
         write_json(folder / "parameters.json", {"target": job.target_file.name, **result.to_dict()}),
         write_json(folder / "history.json", history),
         write_output(job.simulator, folder / "fit", result.output),
-        draw_fit(result, job.target, folder / "fit.png", job.title),
     ]
+    try:
+        written.append(draw_fit(result, job.target, folder / "fit.png", job.title))
+    except SetupError as error:  # a fit that is done must not fail by its picture
+        _log.warning("No picture of the fit. %s", error)
+    return written

@@ -67,13 +67,7 @@ def make_observers(choice: str | Sequence[Observer] = "auto", *, root: bool = Tr
         InputError: another word, or something that is no observer.
     """
     if isinstance(choice, str):
-        if choice not in CHOICES:
-            raise InputError(f"Unknown progress {choice!r}. Known: {', '.join(CHOICES)}, or a list of observers.")
-        if not root or choice == "off":
-            return Observers()
-        if choice == "lines":
-            return Observers([Lines()])
-        return Observers([LiveView()] if _is_terminal(sys.stderr) else [])
+        choice = view(choice)
     for observer in choice:
         if not isinstance(observer, Observer):
             raise InputError(
@@ -81,6 +75,15 @@ def make_observers(choice: str | Sequence[Observer] = "auto", *, root: bool = Tr
                 "bridge.progress has LiveView, Lines, JSONLines and TensorBoard."
             )
     return Observers(choice if root else ())
+
+
+def view(choice: str) -> tuple[Observer, ...]:
+    """What "auto", "lines" and "off" stand for here. Raises InputError for another word."""
+    if choice not in CHOICES:
+        raise InputError(f"Unknown progress {choice!r}. Known: {', '.join(CHOICES)}, or a list of observers.")
+    if choice == "lines":
+        return (Lines(),)
+    return (LiveView(),) if choice == "auto" and _is_terminal(sys.stderr) else ()
 
 
 @final
@@ -160,6 +163,10 @@ def format_duration(seconds: float) -> str:
             rest = whole % size // small
             return f"{whole // size} {name}" + (f" {rest} {small_name}" if rest else "")
     return f"{whole} s"
+
+
+def format_rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def describe_end(stop_reason: str) -> str:
@@ -287,7 +294,7 @@ class Lines:
         limit = "" if self._max_steps is None else f"/{self._max_steps}"
         parts = [f"step {record.step:4d}{limit}", f"loss {record.loss:.5g}", f"{record.num_evaluations} runs"]
         if (rate := self._pace.runs_per_s) is not None:
-            parts[-1] += f" ({rate:.3g}/s)"
+            parts[-1] += f" ({format_rate(rate)}/s)"
         if record.num_failed:
             parts.append(f"{record.num_failed} failed")
         parts += [
@@ -436,7 +443,6 @@ class LiveView:
 
     def _render(self) -> RenderableType:
         from rich.console import Group
-        from rich.progress_bar import ProgressBar
         from rich.text import Text
 
         with self._lock:
@@ -446,7 +452,10 @@ class LiveView:
             done = self._done(record)
             bar: list[RenderableType] = []
             if done is not None:
-                bar.append(ProgressBar(total=1.0, completed=done, width=max(10, min(width, 80))))
+                cells = max(10, min(width - 1, 80))
+                filled = round(done * cells)
+                full, empty = ("#", ".") if self._ascii else ("━", "─")
+                bar.append(Text.assemble((full * filled, "cyan"), (empty * (cells - filled), "dim"), no_wrap=True))
             notes = [Text("  " + n, style="dim", no_wrap=True, overflow="ellipsis") for n in self._notes]
             space_left = height - len(rows) - len(bar) - len(notes) - 2
             table = [] if record is None else [self._table(record, width, max(1, space_left))]
@@ -487,7 +496,7 @@ class LiveView:
         limit = "" if self._max_runs is None else f" of {self._max_runs:,}"
         runs = [(f"{record.num_evaluations:,}{limit} runs", "")]
         if (rate := self._pace.runs_per_s) is not None:
-            runs.append((f"{rate:.3g} runs/s", ""))
+            runs.append((f"{format_rate(rate)} runs/s", ""))
         if record.num_failed:
             runs.append((f"{record.num_failed:,} failed", "red"))
         return [title, *_packed(pieces, width), *_packed(loss, width), *_packed(runs, width)]

@@ -61,7 +61,7 @@ def test_the_command_recovers_and_writes_everything(job_file, tmp_path, capsys):
     import mrcfile
 
     out = tmp_path / "out"
-    assert main(["fit", str(job_file), "-o", str(out)]) == 0
+    assert main(["fit", str(job_file), "-o", str(out), "--progress", "lines"]) == 0
     printed = capsys.readouterr()
     assert "defocus_um" in printed.out
     assert "step" in printed.err
@@ -78,7 +78,8 @@ def test_the_command_recovers_and_writes_everything(job_file, tmp_path, capsys):
     assert mrcfile.validate(out / "fit.mrc")
     assert (out / "fit.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((out / "history.json").read_text())) == report["steps"]
-    assert sorted(p.name for p in out.iterdir()) == ["fit.mrc", "fit.png", "history.json", "parameters.json", "run"]
+    names = ["fit.mrc", "fit.png", "history.json", "parameters.json", "report.html", "run"]
+    assert sorted(p.name for p in out.iterdir()) == names
 
 
 @pytest.mark.parametrize(
