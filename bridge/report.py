@@ -388,7 +388,8 @@ def _outputs(result: FitResult, target: NDArray[Any], simulator: object) -> str:
             words += f'<p class="warn">draw() of the simulator failed: {escape(f"{type(error).__name__}: {error}")}</p>'
     if target.size <= _FEW:
         rows = [
-            [str(i), *(f"{s.ravel()[k]:.6g}" for s in series.values())] for k, i in enumerate(np.ndindex(shape or (1,)))
+            [", ".join(map(str, i)), *(f"{s.ravel()[k]:.6g}" for s in series.values())]
+            for k, i in enumerate(np.ndindex(shape or (1,)))
         ]
         return words + _table(["index", *series], rows, (1, 2, 3))
     shown = {n: o for n, o in series.items() if n not in failed}
