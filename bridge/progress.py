@@ -517,7 +517,7 @@ class LiveView:
                 error = record.standard_error[i]
             cells = [Text(printable(parameter.name)), Text(format_value(value, error), style="bold")]
             sign = "+-" if self._ascii else "±"
-            cells.append(Text("" if error is None or width < 40 else f"{sign} {error:.2g}"))
+            cells.append(Text("" if error is None or width < 40 else f"{sign} {format_value(error, error)}"))
             cells.append(Text(printable(parameter.unit), style="dim"))
             at_bound = value <= parameter.lower or value >= parameter.upper
             place = gauge(value, parameter, 11, self._ascii) if width >= 60 else ""

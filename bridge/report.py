@@ -248,7 +248,7 @@ def _parameter_table(result: FitResult) -> str:
             if others.size and others.max() > 0.95:
                 j = int(np.flatnonzero(np.arange(len(correlation)) != i)[others.argmax()])
                 notes.append(f"hard to tell from {result.space.names[j]} (correlation {correlation[i, j]:+.3f})")
-        shown = "-" if error is None else f"{error:.2g}"
+        shown = "-" if error is None else format_value(error, error)
         bounds = f"{p.lower:g} to {p.upper:g}"
         rows.append(
             [p.name, format_value(value, error), shown, p.unit, f"{result.start[i]:.6g}", bounds, "; ".join(notes)]

@@ -112,9 +112,9 @@ def test_numbers_and_words(tmp_path):
     assert "The loss went from 10 to 0.001." in seen.text
     assert "b acts like a" in seen.text
     close = "hard to tell from {} (correlation -0.980)"
-    assert ["a", "1.000", "0.02", "um", "0", "-5 to 5", close.format("b")] in seen.rows
+    assert ["a", "1.000", "0.020", "um", "0", "-5 to 5", close.format("b")] in seen.rows
     bound = "at its bound: the optimum may lie beyond; "
-    assert ["b", "5.000", "0.02", "um", "0", "-5 to 5", bound + close.format("a")] in seen.rows
+    assert ["b", "5.000", "0.020", "um", "0", "-5 to 5", bound + close.format("a")] in seen.rows
     assert ["a", "+1.00", "-0.98"] in seen.rows
     assert ["1", "2", "1", "2.5"] in seen.rows  # few numbers are a table: index, target, start, fit
     assert ["seed", "3"] in seen.rows
@@ -217,7 +217,7 @@ def test_without_matplotlib_there_are_words_and_what_to_install(tmp_path, monkey
     target = np.zeros((16, 16))
     seen = page(make(target), target, tmp_path)
     assert "pip install 'simulation-bridge[report]'" in seen.text
-    assert ["a", "1.000", "0.02", "um", "0", "-5 to 5", ""] in seen.rows
+    assert ["a", "1.000", "0.020", "um", "0", "-5 to 5", ""] in seen.rows
     assert not seen.images
     assert "svg" not in seen.tags
 
