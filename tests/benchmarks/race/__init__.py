@@ -1,0 +1,1 @@
+"""A race of `bridge.fit` against other people's solvers, see docs/race/README.md."""
