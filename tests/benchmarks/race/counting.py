@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bridge.simulator import ParameterSpace
 
-from .problems import Array, Problem
+from .problem import Array, Problem
 
 WORST = 1e30  # in place of a loss that is not finite
 OWN_CPU_S = 60.0

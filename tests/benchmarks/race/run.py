@@ -2,7 +2,7 @@
 
     python tests/benchmarks/race/run.py --journal race.jsonl
     python tests/benchmarks/race/run.py --journal race.jsonl --solvers ours,DFO-LS --problems disc,published --seeds 0:5
-    python tests/benchmarks/race/profiles.py race.jsonl --page docs/race
+    python tests/benchmarks/race/page.py race.jsonl --page docs/race
 
 Lines that are in the journal already are not run again. One seed after the other, so that an interrupted race is a
 race over fewer seeds. Peers: `pip install 'simulation-bridge[race]'`.
@@ -26,6 +26,8 @@ if __name__ == "__main__":
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
 
 from bridge.errors import InputError, SetupError
 from race import problems
@@ -67,16 +69,15 @@ def run_one(name: str, solver: Solver, seed: int) -> dict[str, Any]:
     finally:
         signal.alarm(0)
     own = counter.cpu_s
-    start = float(
-        problem.distance(problem.start[None], problem.simulator(problem.start[None], problems.np.zeros(1, "uint64")))[0]
-    )
+    outputs = problem.simulator(problem.start[None], np.zeros(1, dtype=np.uint64))
+    way = [(run, number, float(f"{value:.12g}")) for run, number, value in counter.way(ends)]
     return {
         "problem": name, "solver": "", "seed": seed, "version": solver.version, "group": problem.group,
         "dimension": problem.dimension, "budget": problem.budget, "allowed": budget, "criterion": problem.criterion,
-        "tau": problem.tau, "least": problem.least, "start": start, "runs": counter.runs, "rounds": counter.rounds if
-        ends is None else len(ends), "way": [(n, k, float(f"{v:.12g}")) for n, k, v in counter.way(ends)], "own_cpu_s": round(own, 4),
-        "simulator_cpu_s": round(counter.simulator_cpu_s, 4), "wall_s": round(time.monotonic() - begin, 3),
-        "spent": counter.spent, "error": error,
+        "tau": problem.tau, "least": problem.least, "start": float(problem.distance(problem.start[None], outputs)[0]),
+        "runs": counter.runs, "rounds": counter.rounds if ends is None else len(ends), "way": way,
+        "own_cpu_s": round(own, 4), "simulator_cpu_s": round(counter.simulator_cpu_s, 4),
+        "wall_s": round(time.monotonic() - begin, 3), "spent": counter.spent, "error": error,
     }  # fmt: skip
 
 
@@ -144,6 +145,9 @@ def main(arguments: list[str] | None = None) -> None:
     left = [task for task in tasks(solvers, names, range(first, end)) if task not in done]
     print(f"{len(left)} to run, {len(done)} in the journal", flush=True)
     options.journal.parent.mkdir(parents=True, exist_ok=True)
+    if options.journal.exists():  # a last line that was cut short would spoil the next one
+        text = options.journal.read_bytes()
+        os.truncate(options.journal, text.rfind(b"\n") + 1)
     with open(options.journal, "a", encoding="utf-8") as journal:
         if options.jobs == 1:
             for task in left:
