@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.simulator import ParameterSpace
+from bridge.simulator import BlockStructure, ParameterSpace, Structured
 
 from .problem import Array, Problem
 
@@ -140,6 +140,11 @@ class Watched:
     @property
     def output_shape(self) -> tuple[int, ...]:
         return self.counter.problem.simulator.output_shape
+
+    @property
+    def structure(self) -> BlockStructure | None:
+        simulator = self.counter.problem.simulator
+        return simulator.structure if isinstance(simulator, Structured) else None
 
     def __call__(self, inputs: Array, seeds: NDArray[np.uint64]) -> NDArray[Any]:
         outputs = self.counter.outputs(inputs, seeds)

@@ -218,12 +218,18 @@ def fill(text: str, parts: dict[str, str]) -> str:
     return text
 
 
+def together(journals: list[Path]) -> list[Line]:
+    """All lines; of a solver that ran an instance again, the last."""
+    lines = {(x["problem"], x["solver"], x["seed"]): x for journal in journals for x in read(journal)}
+    return list(lines.values())
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("journals", nargs="+", type=Path)
     parser.add_argument("--page", type=Path, help="folder of README.md; without it the tables are printed")
     options = parser.parse_args(arguments)
-    lines: list[Line] = [line for journal in options.journals for line in read(journal)]
+    lines = together(options.journals)
     if not lines:
         raise InputError(f"Expected lines in {', '.join(map(str, options.journals))}, got none. Run race/run.py first.")
     found = hits(lines)

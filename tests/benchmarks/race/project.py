@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.simulator import ParameterSpace
+from bridge.simulator import BlockStructure, ParameterSpace
 
 from .problem import Array, Problem, space_of, within
 
@@ -133,6 +133,10 @@ class Tilts:
     @property
     def output_shape(self) -> tuple[int, ...]:
         return self.series.output_shape
+
+    @property
+    def structure(self) -> BlockStructure | None:
+        return self.series.structure
 
     def __call__(self, inputs: Array, seeds: NDArray[np.uint64]) -> NDArray[Any]:
         return self.series(inputs, seeds).astype(np.float64)
