@@ -308,12 +308,12 @@ def test_mtf_is_the_two_term_form() -> None:
 @pytest.mark.parametrize("mean", [3.0, 400.0])
 def test_counted_electrons_have_mean_and_variance(mean: float) -> None:
     n = 400_000
-    electrons = counted(np.full(n, mean), 0.4, seed=5)
+    electrons = counted(torch.full((n,), mean, dtype=torch.float64), 0.4, seed=5).numpy()
     variance = mean / 0.4
     assert electrons.mean() == pytest.approx(mean, abs=5 * math.sqrt(variance / n))
     assert electrons.var() == pytest.approx(variance, rel=0.03)
     assert electrons.min() >= 0
-    whole = counted(np.full(1000, mean), 1.0, seed=5)
+    whole = counted(torch.full((1000,), mean, dtype=torch.float64), 1.0, seed=5).numpy()
     np.testing.assert_array_equal(whole, np.rint(whole))
 
 

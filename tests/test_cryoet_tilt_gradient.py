@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,13 +14,17 @@ import bridge
 from bridge.simulator import Simulator
 from simulators.cryoet import (
     SERIES_PARAMETER_NAMES,
+    Deformation,
     Detector,
+    Domain,
     Microscope,
     Particle,
+    Residues,
     Specimen,
     TiltScheme,
     TiltSeries,
 )
+from simulators.cryoet.deformation import STRUCTURE
 from simulators.cryoet.tilt_parameters import IMAGE, LENS, PARTICLE, SERIES
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
@@ -29,8 +34,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 REPLICATES = 8
 CLUSTER = Specimen.from_atoms(
     [[10, 0, 3], [-5, 8, 0], [0, -11, -4], [3, 3, 12], [-8, -3, 5]], [6, 8, 16, 7, 6], weights=[60, 40, 30, 50, 70],
-    b_factors=300.0,
+    b_factors=300.0, residues=Residues(np.arange(5), np.array(list("AAABB")), np.arange(5), np.ones(5, dtype=bool)),
 )  # fmt: skip
+BENDING = Deformation(1, 40.0, [Domain(((3.0, 3.0, 12.0), (-5.0, 8.0, 0.0)), chain="B")], [1.0], [10.0])
 PIXEL = 4.0
 # Names, and the scale of the smoothing in natural units: an aperture's edge is a fiftieth of its radius wide.
 GROUPS = {
@@ -42,6 +48,7 @@ GROUPS = {
     # Image 1 is the first taken: its dose acts on both.
     "images": (tuple(f"{name}[1]" for name in IMAGE), 0.01),
     "particles": (tuple(f"{name}[1]" for name in PARTICLE), 0.01),
+    "structure": (("mode_angstrom[0]", "domain_deg[0]"), 0.1),
 }
 # Settings at which every one of them acts, also on so coarse an image: an envelope that is felt.
 OPTICS = Microscope(
@@ -69,6 +76,7 @@ def case(request: pytest.FixtureRequest) -> Case:
         names, mode="smooth", tilt_axis_deg=20.0, x_tilt_deg=3.0, pre_tilt_deg=4.0, margin_pixels=8,
         shifts_angstrom=[[-3.1, -3.0], [-3.0, 5.4]],
         bounds={n: (-40, 40) for n in names if n.startswith(("tilt_deg", "pre_tilt"))},
+        deformation=BENDING if request.param == "structure" else Deformation(),
     )  # fmt: skip
     box = bridge.as_simulator(
         lambda x: series.image(torch.as_tensor(x)).numpy(),
@@ -99,8 +107,14 @@ def shares(case: Case, scale: float, replicates: int) -> torch.Tensor:
 
 
 def test_every_kind_of_parameter_is_here() -> None:
-    kinds = {name.replace("[1]", "[*]") for names, _ in GROUPS.values() for name in names}
-    assert kinds == {name.replace("[t]", "[*]").replace("[i]", "[*]") for name in SERIES_PARAMETER_NAMES}
+    kinds, known = (
+        {re.sub(r"\[\w\]", "[*]", name) for name in names}
+        for names in (
+            [name for names, _ in GROUPS.values() for name in names],
+            (*SERIES_PARAMETER_NAMES, *(p.name for p in STRUCTURE.values())),
+        )
+    )
+    assert kinds == known
 
 
 def test_the_smoothed_gradient_is_the_exact_one_within_its_standard_error(case: Case) -> None:

@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from bridge.errors import InputError
 from bridge.simulator import Parameter
+from simulators.cryoet.device import CPU
 from simulators.cryoet.optics import check_range
 from simulators.cryoet.specimen import Residues, Specimen
 
@@ -310,6 +311,7 @@ class Motion:
     hinges: Array
     axes: Array
     digest: str = field(init=False)
+    _tables: dict[torch.device, tuple[torch.Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         state = hashlib.blake2b(self.specimen_at_rest.digest.encode(), digest_size=16)
@@ -317,26 +319,27 @@ class Motion:
             state.update(array.tobytes())
         object.__setattr__(self, "digest", state.hexdigest())
 
-    def positions(self, values: Mapping[str, float | torch.Tensor]) -> torch.Tensor:
+    def positions(self, values: Mapping[str, float | torch.Tensor], device: torch.device = CPU) -> torch.Tensor:
         """The atoms' places (n, 3) float64 [angstrom], differentiable in `values`, which are by parameter name."""
-        rest = torch.from_numpy(self.specimen_at_rest.positions.copy())
-        moved = rest
-        for k, mode in enumerate(self.modes):
-            moved = moved + torch.from_numpy(mode) * _number(values[f"mode_angstrom[{k}]"])
-        for j, mask in enumerate(self.turning):
-            angle = torch.deg2rad(_number(values[f"domain_deg[{j}]"]))
-            point, axis = torch.from_numpy(self.hinges[j]), torch.from_numpy(self.axes[j])
+        if device not in self._tables:
+            arrays = (self.specimen_at_rest.positions, self.modes, self.turning, self.hinges, self.axes)
+            self._tables[device] = tuple(torch.from_numpy(array.copy()).to(device) for array in arrays)
+        moved, modes, turning, hinges, axes = self._tables[device]
+        for k, mode in enumerate(modes):
+            moved = moved + mode * number(values[f"mode_angstrom[{k}]"], device)
+        for j, (mask, point, axis) in enumerate(zip(turning, hinges, axes, strict=True)):
+            angle = torch.deg2rad(number(values[f"domain_deg[{j}]"], device))
             arm = moved - point
             along = axis * (axis * arm).sum(dim=1, keepdim=True)
             # Rodrigues: the part along the axis stays, the other turns.
             turned = along + torch.cos(angle) * (arm - along) + torch.sin(angle) * torch.linalg.cross(axis, arm)
-            moved = torch.where(torch.from_numpy(mask)[:, None], point + turned, moved)
+            moved = torch.where(mask[:, None], point + turned, moved)
         return moved
 
     def specimen(self, values: Mapping[str, float]) -> Specimen:
         """The deformed specimen; `values` by parameter name."""
         with torch.no_grad():
-            return replace(self.specimen_at_rest, positions=self.positions(values).numpy())
+            return replace(self.specimen_at_rest, positions=self.positions(values).numpy().copy())
 
     def farthest(self, largest: Mapping[str, float]) -> Array:
         """By how much each atom can move at most (n,) [angstrom], at values up to `largest` in size, by name."""
@@ -351,12 +354,18 @@ class Motion:
         return far
 
 
-def _number(value: float | torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(value, dtype=torch.float64)
+def number(value: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A number as a 0-d tensor of float64; a tensor is on the device already."""
+    if isinstance(value, torch.Tensor):
+        return value.to(torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 @lru_cache(maxsize=16)
 def _motion(deformation: Deformation, specimen: Specimen) -> Motion:
+    if not deformation.values:
+        nothing = np.zeros((0, specimen.num_atoms, 3))
+        return Motion(specimen, nothing, np.zeros(0), nothing[:, :, 0] > 0, nothing, nothing)
     residues = specimen.residues or Residues.single(specimen.num_atoms)
     copies = [np.flatnonzero(specimen.labels == label) for label in np.unique(specimen.labels)]
     first = copies[0]

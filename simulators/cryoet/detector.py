@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import scipy.special
 import torch
-from numpy.typing import NDArray
 
 from bridge.errors import InputError
+from simulators.cryoet.device import CPU
 from simulators.cryoet.optics import check_range
 
 _EXACT_BELOW = 50.0
@@ -71,7 +70,9 @@ class Detector:
 
 
 @lru_cache(maxsize=16)
-def mtf_filter(detector: Detector, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
+def mtf_filter(
+    detector: Detector, shape: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU
+) -> torch.Tensor | None:
     """The MTF in the order of `torch.fft.rfft2` over `shape`; None where it is 1."""
     if detector.mtf is None:
         return None
@@ -81,15 +82,15 @@ def mtf_filter(detector: Detector, shape: tuple[int, int], dtype: torch.dtype) -
     else:
         table = np.asarray(detector.mtf)
         values = np.interp(xi, table[:, 0], table[:, 1])
-    return torch.from_numpy(values).to(dtype)
+    return torch.from_numpy(values).to(device, dtype)
 
 
 @lru_cache(maxsize=16)
-def dead_pixels(fraction: float, seed: int, shape: tuple[int, int]) -> torch.Tensor | None:
+def dead_pixels(fraction: float, seed: int, shape: tuple[int, int], device: torch.device = CPU) -> torch.Tensor | None:
     """Which pixels are dead (H, W) bool; None for none."""
     if fraction == 0.0:
         return None
-    return torch.from_numpy(np.random.Generator(np.random.Philox(key=seed)).random(shape) < fraction)
+    return torch.from_numpy(np.random.Generator(np.random.Philox(key=seed)).random(shape) < fraction).to(device)
 
 
 def filtered(image: torch.Tensor, transfer: torch.Tensor | None) -> torch.Tensor:
@@ -99,7 +100,7 @@ def filtered(image: torch.Tensor, transfer: torch.Tensor | None) -> torch.Tensor
     return torch.fft.irfft2(torch.fft.rfft2(image) * transfer, s=image.shape[-2:])
 
 
-def poisson_quantile(normal: NDArray[np.float64], rate: NDArray[np.float64]) -> NDArray[np.float64]:
+def poisson_quantile(normal: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
     r"""Poisson counts from standard normal numbers: k = F^{-1}(Phi(z); lambda).
 
     A pixel's count rises with its rate for fixed z, so that images of one seed at neighbouring parameters have common
@@ -107,8 +108,8 @@ def poisson_quantile(normal: NDArray[np.float64], rate: NDArray[np.float64]) -> 
     is the Cornish-Fisher expansion to order lambda^{-1/2}, rounded to integers.
 
     Args:
-        normal: standard normal numbers.
-        rate: expected electrons, of the same shape, >= 0.
+        normal: standard normal numbers, float64.
+        rate: expected electrons, of the same shape, >= 0, float64, on the same device.
 
     Returns:
         counts, float64.
@@ -116,30 +117,36 @@ def poisson_quantile(normal: NDArray[np.float64], rate: NDArray[np.float64]) -> 
     Reference:
         Cornish & Fisher (1938), Rev. Inst. Int. Stat. 5, 307; Hill & Davis (1968), Ann. Math. Stat. 39, 1264.
     """
-    root = np.sqrt(rate)
-    z2 = normal * normal
-    with np.errstate(divide="ignore", invalid="ignore"):
-        counts = np.rint(rate + normal * root + (z2 - 1) / 6 + normal * (1 - z2) / (72 * root))
+    root, z2 = rate.sqrt(), normal * normal
+    counts = (rate + normal * root + (z2 - 1) / 6 + normal * (1 - z2) / (72 * root)).round()
     low = rate < _EXACT_BELOW
     if low.any():
-        counts[low] = _exact_quantile(scipy.special.ndtr(normal[low]), rate[low])
-    return np.maximum(counts, 0.0)
+        counts[low] = _exact_quantile(torch.special.ndtr(normal[low]), rate[low])
+    return counts.clamp_min(0.0)
 
 
-def _exact_quantile(u: NDArray[np.float64], rate: NDArray[np.float64]) -> NDArray[np.float64]:
+def _exact_quantile(u: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
     """Smallest k with F(k; rate) >= u, by summing probabilities from k = 0."""
-    probability = np.exp(-rate)
-    cumulative = probability.copy()
-    counts = np.zeros_like(rate)
-    top = float(rate.max(initial=0.0))
-    for k in range(1, int(top + 12 * np.sqrt(top) + 40)):
+    probability = torch.exp(-rate)
+    cumulative = probability.clone()
+    counts = torch.zeros_like(rate)
+    top = float(rate.max())
+    for k in range(1, int(top + 12 * top**0.5 + 40)):
         above = cumulative < u
         if not above.any():
             break
-        counts[above] = k
+        counts = torch.where(above, float(k), counts)
         probability = probability * rate / k
         cumulative = cumulative + probability
     return counts
+
+
+def drawn(random: np.random.Generator, like: torch.Tensor) -> torch.Tensor:
+    """Standard normal numbers of a tensor's shape, float64, on its device.
+
+    The stream is numpy's on any device: numbers are drawn by the processor and copied.
+    """
+    return torch.from_numpy(random.standard_normal(tuple(like.shape))).to(like.device)
 
 
 def noise(rate: torch.Tensor, detector: Detector, seed: int, kind: str) -> torch.Tensor:
@@ -151,23 +158,24 @@ def noise(rate: torch.Tensor, detector: Detector, seed: int, kind: str) -> torch
     Args:
         rate: lambda (H, W).
         detector: for its DQE.
-        seed: of the image; the noise is a function of the seed and the rate of each pixel alone.
+        seed: of the image; the noise is a function of the seed and the rate of each pixel alone, on any device: the
+            stream is that of numpy's Philox generator with the key `seed`.
         kind: "poisson" or "full".
 
     Returns:
-        (H, W), in the dtype of `rate`.
+        (H, W), in the dtype of `rate` and on its device.
     """
     random = np.random.Generator(np.random.Philox(key=seed))
-    expected = np.maximum(rate.detach().numpy().astype(np.float64), 0.0)
-    deviation = poisson_quantile(random.standard_normal(expected.shape), expected) - expected
+    expected = rate.detach().to(torch.float64).clamp_min(0.0)
+    deviation = poisson_quantile(drawn(random, expected), expected) - expected
     if kind == "full" and detector.dqe < 1.0:
-        deviation += random.standard_normal(expected.shape) * np.sqrt(expected * (1 / detector.dqe - 1))
-    return torch.from_numpy(deviation).to(rate.dtype)
+        deviation += drawn(random, expected) * (expected * (1 / detector.dqe - 1)).sqrt()
+    return deviation.to(rate.dtype)
 
 
 def read_out(counts: torch.Tensor, detector: Detector) -> torch.Tensor:
     """The hard end of the chain: integers, within the range of the converter, dead pixels 0."""
     counts = counts.round()
     counts = counts.clamp(0, 2**detector.bits - 1) if detector.bits is not None else counts
-    dead = dead_pixels(detector.dead_pixel_fraction, detector.dead_pixel_seed, tuple(counts.shape[-2:]))
+    dead = dead_pixels(detector.dead_pixel_fraction, detector.dead_pixel_seed, tuple(counts.shape[-2:]), counts.device)
     return counts if dead is None else counts.masked_fill(dead, 0.0)

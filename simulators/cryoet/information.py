@@ -53,14 +53,14 @@ def cramer_rao(simulator: CryoET, theta: ArrayLike | torch.Tensor) -> CramerRao:
     if simulator.mode != "smooth":
         raise InputError('Expected a simulator in mode "smooth", got "hard". Use simulator.replace(mode="smooth").')
     given = torch.as_tensor(theta)
-    point = torch.from_numpy(simulator.space.vector(given.detach().numpy()))
+    point = torch.from_numpy(simulator.space.vector(given.detach().cpu().numpy())).to(simulator.device)
     rate, slopes = simulator.electrons(point), torch.func.jacfwd(simulator.electrons)(point)
     camera = cast(Detector, simulator.detector)
     weight = camera.dqe / rate
-    dead = dead_pixels(camera.dead_pixel_fraction, camera.dead_pixel_seed, simulator.output_shape)
+    dead = dead_pixels(camera.dead_pixel_fraction, camera.dead_pixel_seed, simulator.output_shape, rate.device)
     if dead is not None:
         weight = weight.masked_fill(dead, 0.0)
-    fisher = torch.einsum("hw,hwi,hwj->ij", weight, slopes, slopes).numpy()
+    fisher = torch.einsum("hw,hwi,hwj->ij", weight, slopes, slopes).cpu().numpy()
     size = np.sqrt(np.diag(fisher))
     blind = [n for n, s in zip(simulator.space.names, size, strict=True) if not s > 0]
     if blind:

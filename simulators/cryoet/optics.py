@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bridge.errors import InputError
+from simulators.cryoet.device import CPU
 from simulators.cryoet.physics import focal_spread_angstrom, wavelength_angstrom
 
 Value = float | torch.Tensor
@@ -117,15 +118,15 @@ class Frequencies:
 
 
 @lru_cache(maxsize=16)
-def frequencies(shape: tuple[int, int], pixel_size_angstrom: float, dtype: torch.dtype) -> Frequencies:
+def frequencies(
+    shape: tuple[int, int], pixel_size_angstrom: float, dtype: torch.dtype, device: torch.device = CPU
+) -> Frequencies:
     """The frequency grid of an image of `shape` (rows, columns); computed once per content."""
     qy = torch.fft.fftfreq(shape[0], pixel_size_angstrom, dtype=torch.float64)[:, None]
     qx = torch.fft.fftfreq(shape[1], pixel_size_angstrom, dtype=torch.float64)[None, :]
     q2 = qx**2 + qy**2
-    scattered = (q2 > 0).to(dtype)
-    return Frequencies(
-        q2.to(dtype), (qx**2 - qy**2).to(dtype), (2 * qx * qy).to(dtype), scattered, float(q2.max().sqrt())
-    )
+    tables = (q2, qx**2 - qy**2, 2 * qx * qy, q2 > 0)
+    return Frequencies(*(table.to(device, dtype) for table in tables), float(q2.max().sqrt()))
 
 
 def _is_zero(value: Value) -> bool:

@@ -294,7 +294,9 @@ class Projection:
 
     coefficients: torch.Tensor
     step_angstrom: float
-    _converted: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _converted: dict[tuple[torch.dtype, torch.device], torch.Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def build(
@@ -303,11 +305,12 @@ class Projection:
         """Projects a specimen for images of a pixel size; see `Projector`."""
         return Projector.of(specimen, pixel_size_angstrom, hard_solvent=hard_solvent, oversampling=oversampling).build()
 
-    def in_dtype(self, dtype: torch.dtype) -> torch.Tensor:
-        """The coefficients in a dtype; converted once."""
-        if dtype not in self._converted:
-            self._converted[dtype] = self.coefficients.to(dtype)
-        return self._converted[dtype]
+    def like(self, other: torch.Tensor) -> torch.Tensor:
+        """The coefficients in another tensor's dtype and on its device; converted once."""
+        key = other.dtype, other.device
+        if key not in self._converted:
+            self._converted[key] = self.coefficients.to(other.device, other.dtype)
+        return self._converted[key]
 
     def sample(self, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """v at fractional grid indices; what lies outside the grid is empty.
@@ -318,9 +321,10 @@ class Projection:
         Returns:
             v, of the same shape and dtype [V angstrom].
         """
-        coefficients = self.in_dtype(columns.dtype)
+        coefficients = self.like(columns)
         # In blocks that stay in the processor's cache.
-        blocks = zip(torch.split(columns.reshape(-1), _BLOCK), torch.split(rows.reshape(-1), _BLOCK), strict=True)
+        block = _BLOCK if columns.device.type == "cpu" else max(columns.numel(), 1)
+        blocks = zip(torch.split(columns.reshape(-1), block), torch.split(rows.reshape(-1), block), strict=True)
         return torch.cat([_interpolated(coefficients, x, y) for x, y in blocks]).reshape(columns.shape)
 
 
@@ -361,6 +365,7 @@ class Projector:
     amounts: NDArray[np.float64]
     filters: NDArray[np.float64]
     finish: NDArray[np.float64]
+    _tables: dict[torch.device, tuple[torch.Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -432,30 +437,41 @@ class Projector:
     def differentiable(self, positions: torch.Tensor) -> Projection:
         """The same in torch, with derivatives in `positions` (n, 3) float64; for solvent without a threshold."""
         assert not self.hard_solvent
-        n, step = self.size, self.pixel_size_angstrom / 2
-        taps = torch.arange(SUPPORT)
+        n, step, device = self.size, self.pixel_size_angstrom / 2, positions.device
+        if device not in self._tables:
+            tables = (self.amounts, self.filters, self.finish)
+            self._tables[device] = tuple(torch.from_numpy(table).to(device) for table in tables)
+        amounts, filters, finish = self._tables[device]
         cells, weights = [], []
         for axis in (1, 0):
-            place = positions[:, axis] / step + n // 2
-            first = torch.ceil(place.detach() - SUPPORT / 2).long()
-            index = first[:, None] + taps
-            offset = (index - place[:, None]) / (SUPPORT / 2)
-            # The kernel ends at 1e-8 of its height, with an infinite slope in the last point: cut off just before.
-            inside = 1 - offset * offset
-            root = torch.sqrt(inside.clamp_min(1e-6))
-            weights.append(torch.where(inside > 1e-6, torch.exp(BETA * (root - 1)), 0.0))
-            cells.append(index % n)
+            cell, weight = kernel_weights(positions[:, axis] / step + n // 2, n)
+            cells.append(cell)
+            weights.append(weight)
         flat = (cells[0][:, :, None] * n + cells[1][:, None, :]).reshape(-1)
         values = (weights[0][:, :, None] * weights[1][:, None, :]).reshape(len(positions), -1)
-        amounts = torch.from_numpy(self.amounts)
         shares = (values[:, :, None] * amounts[:, None, :]).reshape(-1, amounts.shape[1])
-        grid = torch.zeros(n * n, amounts.shape[1], dtype=torch.float64).index_add(0, flat, shares)
-        parts = torch.fft.rfft2(grid.T.reshape(-1, n, n)) * torch.from_numpy(self.filters)
-        spectrum = parts.sum(dim=0) * torch.from_numpy(self.finish)
+        grid = positions.new_zeros(n * n, amounts.shape[1]).index_add(0, flat, shares)
+        spectrum = (torch.fft.rfft2(grid.T.reshape(-1, n, n)) * filters).sum(dim=0) * finish
         size = n * self.oversampling // 2
-        middle = torch.zeros(size - n, spectrum.shape[1], dtype=spectrum.dtype)
+        middle = spectrum.new_zeros(size - n, spectrum.shape[1])
         padded = torch.cat((spectrum[: n // 2], middle, spectrum[n // 2 :]))
         return Projection(torch.fft.irfft2(padded, s=(size, size)), self.step_angstrom)
+
+
+def kernel_weights(place: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cells of a periodic line of `size` samples and the spreading kernel's values in them, (n, 8) each.
+
+    Args:
+        place: (n,) float64 [samples]; the values are differentiable in it.
+        size: of the line.
+    """
+    first = torch.ceil(place.detach() - SUPPORT / 2).long()
+    index = first[:, None] + torch.arange(SUPPORT, device=place.device)
+    offset = (index - place[:, None]) / (SUPPORT / 2)
+    # The kernel ends at 1e-8 of its height, with an infinite slope in the last point: cut off just before.
+    inside = 1 - offset * offset
+    root = torch.sqrt(inside.clamp_min(1e-6))
+    return index % size, torch.where(inside > 1e-6, torch.exp(BETA * (root - 1)), 0.0)
 
 
 def _interpolated(coefficients: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

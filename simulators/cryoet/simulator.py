@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from bridge.errors import InputError
 from bridge.simulator import ParameterSpace
 from simulators.cryoet import detector as detection
-from simulators.cryoet.deformation import Deformation, Motion
+from simulators.cryoet.deformation import Deformation, Motion, number
 from simulators.cryoet.detector import Detector
+from simulators.cryoet.device import CPU, checked_device, checked_theta
 from simulators.cryoet.files import read_micrograph, write_micrograph
 from simulators.cryoet.maps import DensityMap
 from simulators.cryoet.optics import Microscope, Value, check_range, cos_sin, frequencies, transfer_function
@@ -74,6 +75,10 @@ class CryoET:
         pose: a `Pose` or a table: values of the pose parameters that are not inputs.
         deformation: a `Deformation` or a table of its settings: how the structure may deform, and by how much where
             that is no input.
+        device: where it computes, "cpu" or what torch has ("cuda", "cuda:1"). There `theta` of `image` and `electrons`
+            has to be, and images are there; a call takes and returns numpy's arrays all the same. Potentials are built
+            on the processor, except where smooth mode varies the structure, and copied. Noise is drawn from the same
+            stream on every device.
         margin_pixels: margin on each side; by default 12 pixels more than the distance to which the lens spreads the
             Nyquist frequency at the largest defocus and wavelength within the parameters' bounds, or than half the
             image's longer side if that is less.
@@ -97,6 +102,7 @@ class CryoET:
     pose: Pose | Mapping[str, Any] = field(default_factory=Pose)
     deformation: Deformation | Mapping[str, Any] = field(default_factory=Deformation)
     margin_pixels: int | None = None
+    device: str | torch.device = "cpu"
 
     output_suffix: ClassVar[str] = ".mrc"
 
@@ -104,6 +110,7 @@ class CryoET:
         put = object.__setattr__
         shape = checked_shape(self.shape)
         put(self, "shape", shape)
+        put(self, "device", checked_device("CryoET", self.device))
         check_range("CryoET", "pixel_size_angstrom", self.pixel_size_angstrom, 0.1, 100.0)
         put(self, "microscope", made(Microscope, self.microscope, "microscope"))
         put(self, "detector", made(Detector, self.detector, "detector"))
@@ -180,7 +187,7 @@ class CryoET:
             # One row at a time: a batched kernel may round differently from a single one.
             with torch.no_grad():
                 counts = self._counts(values, torch.float32, None if self.noise == "none" else int(seed))
-            image[...] = counts.numpy()
+            image[...] = counts.cpu().numpy()
         return images
 
     def read_output(self, path: str) -> NDArray[Any]:
@@ -249,10 +256,10 @@ class CryoET:
         projector = self._projector()
         moved = any(float(value) != 0.0 for value in values.values())
         if isinstance(projector, Projector):
-            return projector.build(self._positions(values).numpy() if moved else None)
+            return projector.build(self._positions(values, CPU).numpy() if moved else None)
         # One way for all values, where they vary.
         moved = moved or any(name in TILTS for name in self.space.names)
-        return projector.turned(_tilt(values)) if moved else projector.build()
+        return projector.turned(_tilt(values, CPU)) if moved else projector.build()
 
     def _projector(self) -> Projector | MapProjector:
         cache, source = self._projectors, self._source  # type: ignore[attr-defined]
@@ -285,25 +292,14 @@ class CryoET:
             distance = distance + self._motion().farthest(largest)
         return float(distance.max())
 
-    def _positions(self, values: Mapping[str, Value]) -> torch.Tensor:
+    def _positions(self, values: Mapping[str, Value], device: torch.device) -> torch.Tensor:
         """The atoms' places (n, 3) float64 after deformation and tilts [angstrom]."""
-        if cast(Deformation, self.deformation).values:
-            xyz = self._motion().positions(values)
-        else:
-            xyz = torch.from_numpy(cast(Specimen, self.specimen).positions.copy())
-        return xyz @ _tilt(values).T
+        return self._motion().positions(values, device) @ _tilt(values, device).T
 
     def _each(self, theta: torch.Tensor, compute: Callable[[dict[str, Value]], torch.Tensor]) -> torch.Tensor:
-        d = self.space.dimension
-        if not isinstance(theta, torch.Tensor) or theta.ndim == 0 or theta.shape[-1] != d:
-            got = tuple(theta.shape) if isinstance(theta, torch.Tensor) else type(theta).__name__
-            raise InputError(
-                f"Expected theta as a tensor of shape (..., {d}) ({', '.join(self.space.names)}), got {got}."
-            )
-        if theta.dtype not in (torch.float32, torch.float64):
-            raise InputError(f"Expected theta in float32 or float64, got {theta.dtype}. Convert it.")
+        theta = checked_theta(self.space, theta, cast(torch.device, self.device))
         images = []
-        for row in theta.reshape(-1, d).unbind(0):
+        for row in theta.reshape(-1, self.space.dimension).unbind(0):
             varied = dict(zip(self.space.names, row.unbind(0), strict=True))
             images.append(compute({**self._values, **varied}))  # type: ignore[attr-defined]
         if not images:
@@ -346,7 +342,7 @@ class CryoET:
         cosine, sine = cos_sin(values["rotation_deg"])
         step, n = projection.step_angstrom, projection.coefficients.shape[0]
         rows, columns = (
-            (torch.arange(size, dtype=dtype) - size // 2) * self.pixel_size_angstrom
+            (torch.arange(size, dtype=dtype, device=self.device) - size // 2) * self.pixel_size_angstrom
             for size in self._padded  # type: ignore[attr-defined]
         )
         x, y = (columns - values["x_angstrom"]) / step, (rows - values["y_angstrom"]) / step
@@ -358,19 +354,18 @@ class CryoET:
         shaping = self._shaping  # type: ignore[attr-defined]
         if self.mode == "smooth" and any(isinstance(values[name], torch.Tensor) for name in shaping):
             projector = self._projector()
+            device = cast(torch.device, self.device)
             if isinstance(projector, MapProjector):
-                return projector.turned(_tilt(values))
-            return projector.differentiable(self._positions(values))
+                return projector.turned(_tilt(values, device))
+            return projector.differentiable(self._positions(values, device))
         return self.projection({name: float(values[name]) for name in shaping})
 
     def _wave(self, values: Mapping[str, Value], dtype: torch.dtype) -> torch.Tensor:
         """The wave in the image plane, on the padded grid."""
-        grid = frequencies(self._padded, float(self.pixel_size_angstrom), dtype)  # type: ignore[attr-defined]
+        padded, device = self._padded, cast(torch.device, self.device)  # type: ignore[attr-defined]
+        grid = frequencies(padded, float(self.pixel_size_angstrom), dtype, device)
         # The padded grid is periodic: an atom that leaves it must not end in an edge, which would diffract far.
-        down, across = (
-            fade(padded, size, dtype)
-            for padded, size in zip(self._padded, self.shape, strict=True)  # type: ignore[attr-defined]
-        )
+        down, across = (fade(n, size, dtype, device) for n, size in zip(padded, self.shape, strict=True))
         phase = self._posed(values, dtype) * (interaction_constant(values["voltage_kv"]) * down)[:, None] * across
         w = values["amplitude_contrast"]
         # The part w of the contrast is amplitude contrast: arcsin w is the phase of 1 + i w / sqrt(1 - w^2).
@@ -385,8 +380,8 @@ class CryoET:
         return intensity * (values["dose_e_per_angstrom2"] * self.pixel_size_angstrom**2)
 
     def _counts(self, values: Mapping[str, Value], dtype: torch.dtype, seed: int | None) -> torch.Tensor:
-        camera = cast(Detector, self.detector)
-        transfer = detection.mtf_filter(camera, self._padded, dtype)  # type: ignore[attr-defined]
+        camera, device = cast(Detector, self.detector), cast(torch.device, self.device)
+        transfer = detection.mtf_filter(camera, self._padded, dtype, device)  # type: ignore[attr-defined]
         wave = self._wave(values, dtype)
         if transfer is None:
             rate = counts = self._rate(values, self._crop(wave))
@@ -396,15 +391,15 @@ class CryoET:
         if seed is not None:
             noise = detection.noise(rate, camera, seed, self.noise)
             # White noise may be filtered periodically: its correlations are right, and nothing of the signal wraps.
-            counts = counts + detection.filtered(noise, detection.mtf_filter(camera, self.output_shape, dtype))
+            counts = counts + detection.filtered(noise, detection.mtf_filter(camera, self.output_shape, dtype, device))
         counts = counts * camera.gain
         return detection.read_out(counts, camera) if self.mode == "hard" else counts
 
 
-def _tilt(values: Mapping[str, Value]) -> torch.Tensor:
+def _tilt(values: Mapping[str, Value], device: torch.device) -> torch.Tensor:
     """R_y(y-tilt) R_x(x-tilt), (3, 3) float64."""
-    (c, s), (d, t) = (cos_sin(torch.as_tensor(values[name], dtype=torch.float64)) for name in TILTS)
-    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    (c, s), (d, t) = (cos_sin(number(values[name], device)) for name in TILTS)
+    one, zero = (torch.full((), value, dtype=torch.float64, device=device) for value in (1.0, 0.0))
     rows = ((d, t * s, t * c), (zero, c, -s), (-t, d * s, d * c))
     return torch.stack([torch.as_tensor(v) * one for row in rows for v in row]).reshape(3, 3)
 
@@ -433,11 +428,11 @@ def padded_shape(
 
 
 @lru_cache(maxsize=32)
-def fade(padded: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+def fade(padded: int, size: int, dtype: torch.dtype, device: torch.device = CPU) -> torch.Tensor:
     """1, but a rise from 0 over the outermost pixels on both sides: eight, or all of the margin if that is less."""
     width = min(8, padded // 2 - size // 2, padded - size - (padded // 2 - size // 2))
     rise = torch.sin(0.5 * math.pi * (torch.arange(width, dtype=torch.float64) + 0.5) / max(width, 1)).square()
-    return torch.cat((rise, torch.ones(padded - 2 * width, dtype=torch.float64), rise.flip(0))).to(dtype)
+    return torch.cat((rise, torch.ones(padded - 2 * width, dtype=torch.float64), rise.flip(0))).to(device, dtype)
 
 
 def checked_shape(shape: Sequence[int]) -> tuple[int, int]:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from bridge.errors import InputError
 from bridge.simulator import Parameter, ParameterSpace
-from simulators.cryoet.detector import poisson_quantile
+from simulators.cryoet.detector import drawn, poisson_quantile
+from simulators.cryoet.device import CPU, checked_device
 from simulators.cryoet.files import read_micrograph, write_micrograph
 from simulators.cryoet.optics import check_range
 from simulators.cryoet.parameters import line
@@ -89,13 +90,13 @@ class Camera:
         if not self.mtf_a + self.mtf_b + self.mtf_c > 0:
             raise InputError("Expected mtf_a + mtf_b + mtf_c > 0, got 0. Set mtf_c=1 for a perfect detector.")
 
-    def mtf(self, shape: tuple[int, int]) -> torch.Tensor:
+    def mtf(self, shape: tuple[int, int], device: torch.device = CPU) -> torch.Tensor:
         """Of images of that shape, in the order of `torch.fft.rfft2`: (rows, columns // 2 + 1) float32."""
-        return _mtf(self, shape)
+        return _mtf(self, shape, device)
 
 
 @lru_cache(maxsize=16)
-def _mtf(camera: Camera, shape: tuple[int, int]) -> torch.Tensor:
+def _mtf(camera: Camera, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
     """In the order of `torch.fft.rfft2`."""
     xi2 = np.fft.fftfreq(shape[0])[:, None] ** 2 + np.fft.rfftfreq(shape[1]) ** 2
 
@@ -103,7 +104,8 @@ def _mtf(camera: Camera, shape: tuple[int, int]) -> torch.Tensor:
         return 2**n / (2 * (1 + slope * xi2) ** n + 2**n - 2)
 
     total = camera.mtf_a * part(camera.mtf_alpha, camera.mtf_p) + camera.mtf_b * part(camera.mtf_beta, camera.mtf_q)
-    return torch.from_numpy((total + camera.mtf_c) / (camera.mtf_a + camera.mtf_b + camera.mtf_c)).to(torch.float32)
+    values = (total + camera.mtf_c) / (camera.mtf_a + camera.mtf_b + camera.mtf_c)
+    return torch.from_numpy(values).to(device, torch.float32)
 
 
 _KNOWN = {
@@ -151,6 +153,8 @@ class TEMSim:
         bounds: (lower, upper) of some parameters.
         natural_scale: of some parameters.
         noise: "none", "poisson" (electrons are counted) or "full" (and the DQE adds to their variance).
+        device: where waves, images and counts are computed, see `CryoET`; projections and the tables of lens and
+            scattering are made by the processor for each parameter vector, and copied.
 
     Raises:
         InputError: a setting that is unknown or out of range, or a structure that cannot be read.
@@ -173,12 +177,14 @@ class TEMSim:
     bounds: Mapping[str, Sequence[float]] | None = None
     natural_scale: Mapping[str, float] | None = None
     noise: Literal["none", "poisson", "full"] = "none"
+    device: str | torch.device = "cpu"
 
     output_suffix: ClassVar[str] = ".mrc"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "shape", checked_shape(self.shape))
+        put(self, "device", checked_device("TEMSim", self.device))
         check_range("TEMSim", "voxel_size_nm", self.voxel_size_nm, 0.01, 10.0)
         check_range("TEMSim", "pixel_size_nm", self.pixel_size_nm, 0.01, 10.0)
         for name, kind in (("optics", Optics), ("sample", Sample), ("camera", Camera), ("placement", Placement)):
@@ -259,7 +265,7 @@ class TEMSim:
     def electrons(self, theta: Array) -> Array:
         """Expected electrons of each pixel before the MTF, without noise and padding (rows, columns) float64."""
         values = {**self._values, **self.space.mapping(self.space.vector(theta))}  # type: ignore[attr-defined]
-        return self._crop(self._electrons(values)).numpy()
+        return self._crop(self._electrons(values)).cpu().numpy()
 
     def read_output(self, path: str) -> NDArray[Any]:
         """A micrograph from an MRC file, for `bridge fit`; its pixel size must be the simulator's within 1 %."""
@@ -309,7 +315,7 @@ class TEMSim:
 
     def _electrons(self, values: Mapping[str, float]) -> torch.Tensor:
         """Expected electrons of each pixel of the padded image."""
-        kv, pixel = values["voltage_kv"], float(self.pixel_size_nm)
+        kv, pixel, device = values["voltage_kv"], float(self.pixel_size_nm), cast(torch.device, self.device)
         grid = Grid.of(self._padded, pixel)
         projected = self.projection()
         # Per V nm rather than V angstrom.
@@ -322,13 +328,16 @@ class TEMSim:
         wave[rows, columns] = np.expm1(1j * phase - loss)
         lost[rows, columns] = -np.expm1(-2 * loss)
         height = slice_of(values["z_nm"], kv, pixel)
-        at_detector = torch.fft.ifft2(torch.fft.fft2(torch.from_numpy(wave)).mul_(lens(values, height, grid)))
+        at_detector = torch.fft.ifft2(
+            torch.fft.fft2(torch.from_numpy(wave).to(device)).mul_(lens(values, height, grid, device))
+        )
         deviation = 2 * at_detector.real + at_detector.real.square() + at_detector.imag.square()
         scattering, defocus = Scattering.of(values, pixel), 1e3 * values["defocus_um"]
         particle, taken = scattering.at(defocus, grid)
         if height:
             particle, _ = scattering.at(defocus + height, grid)
-        spectrum = torch.fft.rfft2(torch.from_numpy(lost)).mul_(grid.half(torch.from_numpy(np.float32(particle))))
+        share = grid.half(torch.from_numpy(np.float32(particle)).to(device))
+        spectrum = torch.fft.rfft2(torch.from_numpy(lost).to(device)).mul_(share)
         spectrum += torch.fft.rfft2(deviation)
         sample = Sample(**{item.name: values[item.name] for item in fields(Sample)})
         beam, rest = Thickness.of(sample, kv, grid).blurred(spectrum, taken, grid)
@@ -339,37 +348,42 @@ class TEMSim:
         electrons = self._electrons({**self._values, **varied})  # type: ignore[attr-defined]
         if self.noise != "none":
             dqe = camera.dqe if self.noise == "full" else 1.0
-            electrons = torch.from_numpy(counted(electrons.numpy(), dqe, seed))
+            electrons = counted(electrons, dqe, seed)
         # The MTF keeps the mean.
         mean = float(electrons.mean())
-        spectrum = torch.fft.rfft2((electrons - mean).to(torch.float32)).mul_(_mtf(camera, self._padded))
-        return (
-            self._crop(torch.fft.irfft2(spectrum, s=self._padded)).to(torch.float64).add(mean).mul(camera.gain).numpy()
+        spectrum = torch.fft.rfft2((electrons - mean).to(torch.float32)).mul_(
+            camera.mtf(self._padded, electrons.device)
         )
+        deviation = self._crop(torch.fft.irfft2(spectrum, s=self._padded)).to(torch.float64)
+        return deviation.add(mean).mul(camera.gain).cpu().numpy()
 
 
-def counted(mean: Array, dqe: float, seed: int) -> Array:
+def counted(mean: torch.Tensor, dqe: float, seed: int) -> torch.Tensor:
     r"""Electrons as a detector of quantum efficiency DQE counts them: mean and variance mean / DQE.
 
     n ~ Poisson(mean); where n > 0, an inverse Gaussian number of mean n and variance n (1 / DQE - 1).
 
     Args:
-        mean: expected electrons; negative ones count as none.
+        mean: expected electrons, float64; negative ones count as none.
         dqe: in (0, 1].
-        seed: the result is a function of it and of each pixel's mean alone.
+        seed: the result is a function of it and of each pixel's mean alone, on any device: the stream is that of
+            numpy's Philox generator with the key `seed`.
+
+    Returns:
+        float64, of the shape of `mean` and on its device.
 
     Reference:
         Michael, Schucany & Haas (1976), Am. Stat. 30, 88.
     """
     random = np.random.Generator(np.random.Philox(key=seed))
-    n = poisson_quantile(random.standard_normal(mean.shape), np.maximum(mean, 0.0))
+    n = poisson_quantile(drawn(random, mean), mean.clamp_min(0.0))
     if dqe >= 1.0:
         return n
     # Mean n and shape n^3 / variance = n^2 / (1 / DQE - 1).
-    excess = 1 / dqe - 1
-    y = excess * random.standard_normal(mean.shape) ** 2
-    safe = np.maximum(n, 1.0)
+    y = (1 / dqe - 1) * drawn(random, mean).square()
+    safe = n.clamp_min(1.0)
     # The smaller root of a quadratic, without cancellation.
-    small = safe * 2 * safe / (2 * safe + y + np.sqrt(y * (4 * safe + y)))
-    other = random.random(mean.shape) * (safe + small) > safe
-    return np.where(n > 0, np.where(other, safe * safe / small, small), 0.0)
+    small = safe * 2 * safe / (2 * safe + y + (y * (4 * safe + y)).sqrt())
+    uniform = torch.from_numpy(random.random(tuple(mean.shape))).to(mean.device)
+    other = uniform * (safe + small) > safe
+    return torch.where(n > 0, torch.where(other, safe * safe / small, small), 0.0)

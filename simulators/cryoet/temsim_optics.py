@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +18,7 @@ import scipy.special
 import torch
 from numpy.typing import NDArray
 
+from simulators.cryoet.device import CPU
 from simulators.cryoet.optics import check_range
 from simulators.cryoet.physics import REST_ENERGY_EV
 from simulators.cryoet.temsim_potential import (
@@ -133,7 +134,7 @@ def slice_of(z_nm: float, voltage_kv: float, pixel_nm: float) -> float:
     return d * math.floor(z_nm / d + 0.5)
 
 
-def lens(values: Mapping[str, float], height_nm: float, grid: Grid) -> torch.Tensor:
+def lens(values: Mapping[str, float], height_nm: float, grid: Grid, device: torch.device = CPU) -> torch.Tensor:
     r"""Transfer function of elastically scattered electrons.
 
     T = exp(i (df q^2 / (2 k) - C_s q^4 / (4 k^3))) exp(c q^2 + d q^4 + e q^6) [q < min(pi / pixel, k ap / (2 f))],
@@ -144,6 +145,7 @@ def lens(values: Mapping[str, float], height_nm: float, grid: Grid) -> torch.Ten
         values: settings by the names of `Optics`.
         height_nm: added to the defocus.
         grid: frequencies.
+        device: of the result.
 
     Returns:
         (rows, columns) complex64, in the order of `torch.fft.fft2`; 1 at q = 0.
@@ -164,7 +166,7 @@ def lens(values: Mapping[str, float], height_nm: float, grid: Grid) -> torch.Ten
     amplitude = np.exp((q2 * (c + q2 * (d + e * q2))).astype(np.float32))
     amplitude *= grid.q < min(math.pi / grid.pixel_nm, k * collection_angle(values))
     quarter = torch.complex(torch.from_numpy(amplitude * np.cos(phase)), torch.from_numpy(amplitude * np.sin(phase)))
-    return grid.full(quarter)
+    return grid.full(quarter.to(device))
 
 
 def collection_angle(values: Mapping[str, float]) -> float:
@@ -248,6 +250,15 @@ class Thickness:
     step: float
     weights: tuple[torch.Tensor, ...]
     beyond: torch.Tensor | None
+    _elsewhere: dict[torch.device, Thickness] = field(default_factory=dict, init=False, repr=False)
+
+    def on(self, device: torch.device) -> Thickness:
+        """The same on a device; copied once."""
+        if device not in self._elsewhere:
+            beyond = None if self.beyond is None else self.beyond.to(device)
+            weights = tuple(weight.to(device) for weight in self.weights)
+            self._elsewhere[device] = Thickness(self.lowest, self.step, weights, beyond)
+        return self._elsewhere[device]
 
     @classmethod
     def of(cls, sample: Sample, voltage_kv: float, grid: Grid) -> Thickness:
@@ -300,15 +311,17 @@ class Thickness:
         """
         blur, further = (np.exp((-t * taken).astype(np.float32)) for t in (self.lowest, self.step))
         # The beam is where all the dose is, so it is kept in double precision.
-        beam = torch.zeros(grid.shape, dtype=torch.float64)
-        total = torch.zeros(grid.shape, dtype=torch.float32)
-        for level, weight in enumerate(self.weights):
-            image = torch.fft.irfft2(spectrum * grid.half(torch.from_numpy(blur)), s=grid.shape)
+        device = spectrum.device
+        here = self.on(device)
+        beam = torch.zeros(grid.shape, dtype=torch.float64, device=device)
+        total = torch.zeros(grid.shape, dtype=torch.float32, device=device)
+        for level, weight in enumerate(here.weights):
+            image = torch.fft.irfft2(spectrum * grid.half(torch.from_numpy(blur).to(device)), s=grid.shape)
             total.addcmul_(image, weight.to(torch.float32))
             beam.add_(weight, alpha=math.exp(-(self.lowest + level * self.step) * float(taken[0, 0])))
             blur = blur * further
-        if self.beyond is not None:
-            fall = torch.exp(-float(taken[0, 0]) * self.beyond)
+        if here.beyond is not None:
+            fall = torch.exp(-float(taken[0, 0]) * here.beyond)
             beam *= fall
             total *= fall
         return beam, total

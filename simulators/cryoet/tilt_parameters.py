@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bridge.errors import InputError
+from bridge.simulator import Parameter, ParameterSpace
+from simulators.cryoet.deformation import STRUCTURE
 from simulators.cryoet.optics import check_range
 from simulators.cryoet.parameters import line
 from simulators.cryoet.simulator import KNOWN, Pose
@@ -83,6 +86,47 @@ def split_name(name: str) -> tuple[str, int | None]:
     """A name without its number, and the number: ("defocus_um", 3) of "defocus_um[3]"."""
     match = re.fullmatch(r"(\w+)\[(\d+)\]", name)
     return (name, None) if match is None else (match[1], int(match[2]))
+
+
+def make_series_space(
+    names: Sequence[str],
+    bounds: Mapping[str, Sequence[float]] | None,
+    values: Mapping[str, float],
+    shape: Sequence[int],
+    pixel: float,
+) -> ParameterSpace:
+    """The space of these parameters.
+
+    Args:
+        names: of the parameters, in order.
+        bounds: (lower, upper) of some.
+        values: all that may be varied, by name.
+        shape: (rows, columns) of an image; with `pixel` [angstrom] it limits shifts.
+    """
+    for name in bounds or {}:
+        if name not in names:
+            raise InputError(f"Unknown parameter {name!r} in bounds. The parameters are: {', '.join(names)}.")
+    parameters = []
+    for name in names:
+        stem, _ = split_name(name)
+        if name not in values:
+            count = {kind: sum(split_name(other)[0] == kind for other in values) for kind in ("tilt_deg", "z_angstrom")}
+            hint = " mode_angstrom[k] and domain_deg[j] need deformation." if stem in STRUCTURE else ""
+            raise InputError(
+                f"Unknown parameter {name!r}. Known parameters: {', '.join(SERIES_PARAMETER_NAMES)}, with t below "
+                f"{count['tilt_deg']} and i below {count['z_angstrom']}.{hint}"
+            )
+        p = {**COMMON, **IMAGE, **PARTICLE, **STRUCTURE}[stem]
+        lower, upper = p.lower, p.upper
+        if stem.startswith("shift_"):
+            upper = 0.5 * pixel * shape[1 if stem == "shift_x_angstrom" else 0]
+            lower = -upper
+        pair = (bounds or {}).get(name, (lower, upper))
+        if isinstance(pair, str) or len(pair) != 2:
+            raise InputError(f"Expected bounds of {name} as (lower, upper), got {pair!r}.")
+        lower, upper = (float(v) for v in pair)
+        parameters.append(Parameter(name, p.unit, lower, upper, p.natural_scale, p.kind, p.description))
+    return ParameterSpace(tuple(parameters))
 
 
 def _axes(angle_deg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -14,36 +14,45 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
-from bridge.simulator import BlockStructure, Parameter, ParameterSpace
+from bridge.simulator import BlockStructure, ParameterSpace
 from simulators.cryoet import detector as detection
+from simulators.cryoet.deformation import Deformation
 from simulators.cryoet.detector import Detector
+from simulators.cryoet.device import checked_device, checked_theta
 from simulators.cryoet.files import read_stack, write_stack
 from simulators.cryoet.optics import Microscope, Value, check_range, frequencies, transfer_function, unfolded
+from simulators.cryoet.particle_volumes import ParticleVolumes
 from simulators.cryoet.physics import interaction_constant, wavelength_angstrom
 from simulators.cryoet.simulator import Mode, Noise, checked_shape, fade, made, padded_shape
-from simulators.cryoet.specimen import Specimen
 from simulators.cryoet.tilt_parameters import (
-    COMMON,
     IMAGE,
     LENS,
     PARTICLE,
     SERIES,
-    SERIES_PARAMETER_NAMES,
     Particle,
     about_x,
     about_y,
     about_z,
+    make_series_space,
     split_name,
 )
 from simulators.cryoet.tilt_scheme import TiltScheme, damage, transmission
-from simulators.cryoet.volume import Volume, slice_frequencies
+from simulators.cryoet.volume import Volume, projected, slice_frequencies
+
+
+class _Row(NamedTuple):
+    """One parameter vector: settings by name, 0-d tensors; each particle's volume; whether derivatives are wanted."""
+
+    values: dict[str, torch.Tensor]
+    volumes: list[Volume]
+    differentiable: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +77,8 @@ class TiltSeries:
         detector: a `Detector` or a table; its dose is that of one image.
         parameters: names of the inputs: of settings ("defocus_um", "tilt_axis_deg", ...), of one image's
             ("shift_x_angstrom[0]", "defocus_um[0]", ...: `defocus_um` is then that of the others) and of one particle's
-            ("x_angstrom[0]", "particle_rot_deg[0]", ...). All: `SERIES_PARAMETER_NAMES`.
+            ("x_angstrom[0]", "particle_rot_deg[0]", ...), and of `deformation` ("mode_angstrom[0]", "domain_deg[0]").
+            All but the last: `SERIES_PARAMETER_NAMES`.
         bounds: (lower, upper) of some of the parameters.
         mode: "hard" or "smooth", see `CryoET`.
         noise: "none", "poisson" or "full"; an image's noise depends on the seed and its own parameters only. Without
@@ -79,6 +89,9 @@ class TiltSeries:
         shifts_angstrom: (images, 2) shifts x, y; None for none.
         radiation_damage: weight the signal by the exposure.
         margin_pixels: see `CryoET`.
+        deformation: a `Deformation` or a table of its settings: how the structure may deform, the same in all images.
+        deformed: numbers of the particles that deform, all alike; None for all. They are of one specimen.
+        device: see `CryoET`.
 
     Raises:
         InputError: a setting that is unknown, out of range or of the wrong shape.
@@ -105,12 +118,16 @@ class TiltSeries:
     shifts_angstrom: Sequence[Sequence[float]] | None = None
     radiation_damage: bool = True
     margin_pixels: int | None = None
+    deformation: Deformation | Mapping[str, Any] = field(default_factory=Deformation)
+    deformed: Sequence[int] | None = None
+    device: str | torch.device = "cpu"
 
     output_suffix: ClassVar[str] = ".mrc"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "shape", checked_shape(self.shape))
+        put(self, "device", checked_device("TiltSeries", self.device))
         check_range("TiltSeries", "pixel_size_angstrom", self.pixel_size_angstrom, 0.1, 100.0)
         if not self.particles or isinstance(self.particles, Mapping):
             raise InputError(f"Expected particles as a list with at least one, got {self.particles!r}.")
@@ -118,6 +135,12 @@ class TiltSeries:
         put(self, "scheme", TiltScheme.from_options(self.scheme))
         put(self, "microscope", made(Microscope, self.microscope, "microscope"))
         put(self, "detector", made(Detector, self.detector, "detector"))
+        put(self, "deformation", made(Deformation, self.deformation, "deformation"))
+        numbers = tuple(range(len(self.particles)))
+        chosen = numbers if self.deformed is None else tuple(self.deformed)
+        if not chosen or not set(chosen) <= set(numbers):
+            raise InputError(f"Expected deformed as numbers of particles, 0 to {numbers[-1]}, got {self.deformed!r}.")
+        put(self, "deformed", chosen)
         for name, known in (("mode", ("hard", "smooth")), ("noise", ("none", "poisson", "full"))):
             if getattr(self, name) not in known:
                 raise InputError(f"Unknown {name}={getattr(self, name)!r}. Known: {', '.join(known)}.")
@@ -129,9 +152,11 @@ class TiltSeries:
         if self.margin_pixels is not None:
             check_range("TiltSeries", "margin_pixels", self.margin_pixels, 0, 4096)
         put(self, "_values", self._settings())
-        put(self, "_space", self._make_space())
+        sizes = dict(shape=self.shape, pixel=self.pixel_size_angstrom)
+        space = make_series_space(self.parameters, self.bounds, self._values, **sizes)  # type: ignore[attr-defined]
+        put(self, "_space", space)
         put(self, "_padded", self._padded_shape())
-        put(self, "_volumes", {})
+        put(self, "_volumes", self._make_volumes())
         self._check_tilt()
 
     @property
@@ -179,10 +204,10 @@ class TiltSeries:
         outputs = np.empty((len(inputs), *self.output_shape), dtype=np.float32)
         for row, seed, output in zip(inputs, seeds, outputs, strict=True):
             with torch.no_grad():
-                values = self._tensors(torch.from_numpy(row.astype(np.float32)))
+                settings = self._row(torch.from_numpy(row.astype(np.float32)).to(self.device), differentiable=False)
                 for t in range(len(output)):
                     noise_seed = None if self.noise == "none" else _image_seed(int(seed), t)
-                    output[t] = self._counts(values, t, noise_seed).numpy()
+                    output[t] = self._counts(settings, t, noise_seed).cpu().numpy()
         return outputs
 
     def image(self, theta: torch.Tensor) -> torch.Tensor:
@@ -194,11 +219,11 @@ class TiltSeries:
         Returns:
             (..., images, rows, columns) in the dtype of `theta`.
         """
-        return self._each(theta, lambda values, t: self._counts(values, t, None))
+        return self._each(theta, lambda row, t: self._counts(row, t, None))
 
     def electrons(self, theta: torch.Tensor) -> torch.Tensor:
         """Expected electrons of each pixel before the MTF, as `image`: the rate of the Poisson process."""
-        return self._each(theta, lambda values, t: self._crop(self._rate(values, t, self._wave(values, t))))
+        return self._each(theta, lambda row, t: self._crop(self._rate(row.values, t, self._wave(row, t))))
 
     def read_output(self, path: str) -> NDArray[Any]:
         """A stack from an MRC file; its pixel size must be the simulator's within 1 %."""
@@ -215,13 +240,9 @@ class TiltSeries:
         write_stack(path, output, self.pixel_size_angstrom)
 
     def volume(self, particle: int) -> Volume:
-        """The potential of a particle; built once, and shared by particles of the same specimen."""
-        specimen = cast(Specimen, cast(Particle, self.particles[particle]).specimen)
-        cache = self._volumes  # type: ignore[attr-defined]
-        if specimen.digest not in cache:
-            hard = self.mode == "hard"
-            cache[specimen.digest] = Volume.build(specimen, self.pixel_size_angstrom, hard_solvent=hard)
-        return cache[specimen.digest]
+        """The potential of a particle in the settings' structure; built once, and shared by particles alike."""
+        volumes = self._volumes.of(self._values, differentiable=False)  # type: ignore[attr-defined]
+        return cast(Volume, volumes[particle])
 
     def rotation(self, values: Mapping[str, torch.Tensor], image: int) -> torch.Tensor:
         """R_t (3, 3), from the specimen's frame to the image's; `values` by name, tensors of one dtype."""
@@ -246,6 +267,7 @@ class TiltSeries:
         scheme = cast(TiltScheme, self.scheme)
         values = {**microscope.values(), **{name: getattr(self, name) for name in SERIES}}
         values["dose_e_per_angstrom2"] = camera.dose_e_per_angstrom2
+        values |= cast(Deformation, self.deformation).values
         shifts = np.zeros((len(scheme), 2)) if self.shifts_angstrom is None else np.asarray(self.shifts_angstrom, float)
         if shifts.shape != (len(scheme), 2) or not np.isfinite(shifts).all():
             raise InputError(f"Expected shifts_angstrom of shape ({len(scheme)}, 2), finite, got {shifts.shape}.")
@@ -258,33 +280,6 @@ class TiltSeries:
                 values[f"{name}[{i}]"] = getattr(particle, name.removeprefix("particle_"))
         return {name: float(value) for name, value in values.items()}
 
-    def _make_space(self) -> ParameterSpace:
-        known = self._values  # type: ignore[attr-defined]
-        for name in self.bounds or {}:
-            if name not in self.parameters:
-                raise InputError(
-                    f"Unknown parameter {name!r} in bounds. The parameters are: {', '.join(self.parameters)}."
-                )
-        parameters = []
-        for name in self.parameters:
-            if name not in known:
-                raise InputError(
-                    f"Unknown parameter {name!r}. Known parameters: {', '.join(SERIES_PARAMETER_NAMES)}, with t below "
-                    f"{len(cast(TiltScheme, self.scheme))} and i below {len(self.particles)}."
-                )
-            stem, _ = split_name(name)
-            p = {**COMMON, **IMAGE, **PARTICLE}[stem]
-            lower, upper = p.lower, p.upper
-            if stem.startswith("shift_"):
-                upper = 0.5 * self.pixel_size_angstrom * self.shape[1 if stem == "shift_x_angstrom" else 0]
-                lower = -upper
-            pair = (self.bounds or {}).get(name, (lower, upper))
-            if isinstance(pair, str) or len(pair) != 2:
-                raise InputError(f"Expected bounds of {name} as (lower, upper), got {pair!r}.")
-            lower, upper = (float(v) for v in pair)
-            parameters.append(Parameter(name, p.unit, lower, upper, p.natural_scale, p.kind, p.description))
-        return ParameterSpace(tuple(parameters))
-
     def _extremes(self, name: str) -> list[float]:
         """The smallest and largest value of a setting, each image's or particle's included."""
         space, values = self.space, self._values  # type: ignore[attr-defined]
@@ -293,6 +288,19 @@ class TiltSeries:
             if split_name(p.name)[0] == name:
                 found += [p.lower, p.upper]
         return [min(found), max(found)]
+
+    def _make_volumes(self) -> ParticleVolumes:
+        bending = cast(Deformation, self.deformation)
+        ends = {p.name: (p.lower, p.upper) for p in self.space.parameters}
+        return ParticleVolumes(
+            cast(Sequence[Particle], self.particles),
+            float(self.pixel_size_angstrom),
+            self.mode == "hard",
+            bending,
+            cast(tuple[int, ...], self.deformed),
+            {name: max(map(abs, ends.get(name, (value,)))) for name, value in bending.values.items()},
+            cast(torch.device, self.device),
+        )
 
     def _padded_shape(self) -> tuple[int, int]:
         defocus, astigmatism = (max(map(abs, self._extremes(n))) for n in ("defocus_um", "astigmatism_um"))
@@ -320,7 +328,9 @@ class TiltSeries:
     def _tensors(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
         """All settings as 0-d tensors, with the inputs in their places (differentiable in them)."""
         varied = dict(zip(self.space.names, row.unbind(0), strict=True))
-        values = {name: row.new_tensor(value) for name, value in self._values.items()} | varied  # type: ignore[attr-defined]
+        settings = self._values  # type: ignore[attr-defined]
+        fixed = torch.from_numpy(np.array(list(settings.values()))).to(row.device, row.dtype).unbind(0)
+        values = dict(zip(settings, fixed, strict=True)) | varied
         for name in ("defocus_um", "dose_e_per_angstrom2"):
             if name in varied:
                 # The common value is that of every image that has none of its own.
@@ -329,21 +339,21 @@ class TiltSeries:
                         values[f"{name}[{t}]"] = varied[name]
         return values
 
-    def _each(
-        self, theta: torch.Tensor, compute: Callable[[dict[str, torch.Tensor], int], torch.Tensor]
-    ) -> torch.Tensor:
-        d = self.space.dimension
-        if not isinstance(theta, torch.Tensor) or theta.ndim == 0 or theta.shape[-1] != d:
-            got = tuple(theta.shape) if isinstance(theta, torch.Tensor) else type(theta).__name__
-            raise InputError(
-                f"Expected theta as a tensor of shape (..., {d}) ({', '.join(self.space.names)}), got {got}."
-            )
-        if theta.dtype not in (torch.float32, torch.float64):
-            raise InputError(f"Expected theta in float32 or float64, got {theta.dtype}. Convert it.")
+    def _row(self, row: torch.Tensor, *, differentiable: bool) -> _Row:
+        values = self._tensors(row)
+        # The hard mode's thresholds have no derivative, nor has a structure that is not varied.
+        varied = self.mode == "smooth" and any(
+            n in cast(Deformation, self.deformation).values for n in self.space.names
+        )
+        volumes = self._volumes.of(values, differentiable=differentiable and varied)  # type: ignore[attr-defined]
+        return _Row(values, volumes, differentiable)
+
+    def _each(self, theta: torch.Tensor, compute: Callable[[_Row, int], torch.Tensor]) -> torch.Tensor:
+        theta = checked_theta(self.space, theta, cast(torch.device, self.device))
         series = []
-        for row in theta.reshape(-1, d).unbind(0):
-            values = self._tensors(row)
-            series.append(torch.stack([compute(values, t) for t in range(self.output_shape[0])]))
+        for vector in theta.reshape(-1, self.space.dimension).unbind(0):
+            row = self._row(vector, differentiable=True)
+            series.append(torch.stack([compute(row, t) for t in range(self.output_shape[0])]))
         if not series:
             return theta.new_zeros((*theta.shape[:-1], *self.output_shape))
         return torch.stack(series).reshape(*theta.shape[:-1], *self.output_shape)
@@ -356,16 +366,16 @@ class TiltSeries:
         return 0.5 * values[f"dose_e_per_angstrom2[{image}]"] + sum(doses)
 
     def _projected(
-        self, values: Mapping[str, torch.Tensor], image: int, particle: int, turn: torch.Tensor, at: torch.Tensor
+        self, row: _Row, image: int, particle: int, turn: torch.Tensor, at: torch.Tensor
     ) -> tuple[torch.Tensor, int, int]:
         """A particle's projection in its box [V angstrom], and the box's first row and column in the padded grid.
 
         `at` is the particle's place in the image [angstrom].
         """
-        volume = self.volume(particle)
+        values, volume = row.values, row.volumes[particle]
         angles = [values[f"particle_{name}_deg[{particle}]"] for name in ("rot", "tilt", "psi")]
         own = (about_z(angles[0]) @ about_y(angles[1]) @ about_z(angles[2])).T
-        grid = slice_frequencies(volume.box, turn.dtype)
+        grid = slice_frequencies(volume.box, turn.dtype, turn.device)
         padded = self._padded  # type: ignore[attr-defined]
         pixels = at[:2] / self.pixel_size_angstrom
         whole = pixels.detach().round()
@@ -377,30 +387,33 @@ class TiltSeries:
             q2 = (grid.fx**2 + grid.fy**2) / self.pixel_size_angstrom**2
             voltage = float(self._values["voltage_kv"])  # type: ignore[attr-defined]
             weight = weight * damage(q2, self._exposure(values, image), voltage)
-        box = volume.project(turn @ own, weight)
+        # Images that are moved, or seen through another lens, show the same projections.
+        most = 2 * self.output_shape[0] * len(self.particles)
+        spectrum = volume.slice(turn @ own) if row.differentiable else volume.kept_slice(turn @ own, most)
+        box = projected(spectrum * weight, volume.box)
         # What rings at the box's edges fades out at fixed distances from the particle, wherever pixels begin.
         across, down = (_window(volume.box, offset) for offset in part.unbind(0))
-        column, row = (int(v) for v in whole.tolist())
-        first_row, first_column = (
-            place + size // 2 - volume.box // 2 for place, size in zip((row, column), padded, strict=True)
+        first_column, first_row = (
+            int(place) + size // 2 - volume.box // 2
+            for place, size in zip(whole.cpu().tolist(), padded[::-1], strict=True)
         )
         return box * down[:, None] * across, first_row, first_column
 
-    def _wave(self, values: Mapping[str, torch.Tensor], image: int) -> torch.Tensor:
+    def _wave(self, row: _Row, image: int) -> torch.Tensor:
         """The wave in the image plane, on the padded grid.
 
         Kept is the scattered part s of psi = 1 + s: a phase object 1 + t makes s + t (1 + s) of it, which differs from
         s in the particle's box alone, and the unscattered beam passes ice and lens as it is.
         """
+        values = row.values
         turn = self.rotation(values, image)
-        dtype = turn.dtype
+        dtype, device = turn.dtype, turn.device
         padded = self._padded  # type: ignore[attr-defined]
-        grid = frequencies(padded, float(self.pixel_size_angstrom), dtype)
-        down, across = (fade(p, n, dtype) for p, n in zip(padded, self.shape, strict=True))
+        grid = frequencies(padded, float(self.pixel_size_angstrom), dtype, device)
+        down, across = (fade(p, n, dtype, device) for p, n in zip(padded, self.shape, strict=True))
         sigma = interaction_constant(values["voltage_kv"])
-        shift = torch.stack(
-            (values[f"shift_x_angstrom[{image}]"], values[f"shift_y_angstrom[{image}]"], torch.zeros((), dtype=dtype))
-        )
+        height = turn.new_zeros(())
+        shift = torch.stack((values[f"shift_x_angstrom[{image}]"], values[f"shift_y_angstrom[{image}]"], height))
         places = []
         for i in range(len(self.particles)):
             own = torch.stack([values[f"{name}[{i}]"] for name in ("x_angstrom", "y_angstrom", "z_angstrom")])
@@ -410,9 +423,8 @@ class TiltSeries:
         # The phase of a free electron's wave on its way by dz: pi lambda dz q^2, as for the defocus.
         drift = (math.pi * wavelength_angstrom(values["voltage_kv"])) * grid.quadrant.q2
         spectrum: torch.Tensor | None = None
-        height = torch.zeros((), dtype=dtype)
         for i in sorted(range(len(places)), key=lambda i: -float(places[i][2].detach())):
-            box, top, left = self._projected(values, image, i, turn, places[i])
+            box, top, left = self._projected(row, image, i, turn, places[i])
             rows = slice(max(top, 0), min(top + len(box), padded[0]))
             columns = slice(max(left, 0), min(left + len(box), padded[1]))
             if rows.start >= rows.stop or columns.start >= columns.stop:
@@ -454,14 +466,15 @@ class TiltSeries:
         top, left = (p // 2 - n // 2 for p, n in zip(self._padded, self.shape, strict=True))  # type: ignore[attr-defined]
         return image[top : top + self.shape[0], left : left + self.shape[1]]
 
-    def _counts(self, values: Mapping[str, torch.Tensor], image: int, seed: int | None) -> torch.Tensor:
+    def _counts(self, row: _Row, image: int, seed: int | None) -> torch.Tensor:
         camera = cast(Detector, self.detector)
-        padded = self._rate(values, image, self._wave(values, image))
-        transfer = detection.mtf_filter(camera, self._padded, padded.dtype)  # type: ignore[attr-defined]
+        padded = self._rate(row.values, image, self._wave(row, image))
+        kind = padded.dtype, padded.device
+        transfer = detection.mtf_filter(camera, self._padded, *kind)  # type: ignore[attr-defined]
         counts = self._crop(detection.filtered(padded, transfer))
         if seed is not None:
             noise = detection.noise(self._crop(padded), camera, seed, self.noise)
-            own = detection.mtf_filter(camera, self.output_shape[1:], padded.dtype)
+            own = detection.mtf_filter(camera, self.output_shape[1:], *kind)
             counts = counts + detection.filtered(noise, own)
         counts = counts * camera.gain
         return detection.read_out(counts, camera) if self.mode == "hard" else counts
@@ -480,7 +493,7 @@ def _propagator(way: torch.Tensor, padded: tuple[int, int]) -> torch.Tensor:
 
 def _window(size: int, offset: torch.Tensor) -> torch.Tensor:
     """1 around the middle of a box, and 0 from one pixel before its edges on; six pixels wide, half a cosine."""
-    distance = (torch.arange(size, dtype=offset.dtype) - size // 2 - offset).abs()
+    distance = (torch.arange(size, dtype=offset.dtype, device=offset.device) - size // 2 - offset).abs()
     ramp = ((0.5 * size - 1 - distance) / 6).clamp(0, 1)
     return torch.sin(0.5 * math.pi * ramp).square()
 
