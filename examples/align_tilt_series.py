@@ -55,6 +55,9 @@ AFTER_CORRELATION = SCHEDULE[4:]
 # helix looks like itself a turn away.
 ACROSS = 7
 TRIALS = 1 + ACROSS**2
+# The last step is repeated, at most so many times, until shifts move by less than that part of their standard errors
+# (root mean square): where a fit has converged the last step moves them by a third.
+REPEATS, SETTLED = 4, 0.5
 
 
 OPTICS = Microscope(voltage_kv=300.0, defocus_um=3.0, cs_mm=2.7, amplitude_contrast=0.07)
@@ -413,7 +416,9 @@ def align(
     theta, path, losses, runs = first.copy(), [first.copy()], [], 0
     misfits = {factor: Misfit(target, factor) for factor, _ in schedule}
     normal = gradient = np.zeros(0)
-    for step, (factor, width) in enumerate(schedule):
+    for step, (factor, width) in enumerate((*schedule, *schedule[-1:] * REPEATS)):
+        if step >= len(schedule) and settled(layout, path[-1] - path[-2], normal):
+            break
         series, done = (larger, 2) if factor > 1 else (finest, 1)
         # The middle of two pixels is half a pixel from that of the first.
         columns = Columns(series, theta, 0.5 * (done - 1) * layout.pixel)
@@ -440,6 +445,12 @@ def align(
     # What is left of the gradient after the last step, to first order.
     left = gradient - normal @ (theta - path[-2])
     return Alignment(theta, normal, left, tuple(path), tuple(losses), runs)
+
+
+def settled(layout: Layout, move: Array, normal: Array) -> bool:
+    """Whether a step moved the shifts by no more than noise in the Jacobian makes it move them for ever."""
+    relative = (move / np.sqrt(np.diag(np.linalg.inv(normal))))[: 2 * layout.images]
+    return float(np.sqrt(np.mean(relative**2))) < SETTLED
 
 
 def black_box(columns: Columns, kinds: int) -> Simulator:
@@ -638,7 +649,10 @@ def compare(
             own = np.sqrt(np.diag(np.linalg.inv(found.normal)))
             runs = found.runs + (name == "correlation")
             rounds = len(schedule) + 1 + (name == "correlation")
-            add(name, found.theta, bound, runs, rounds, began, own)
+            more = len(found.path) - 1 - len(schedule)
+            if more:
+                add(f"{name}, first", found.path[len(schedule)], bound, runs - 8 * more, rounds, began, None)
+            add(name, found.theta, bound, runs, rounds + more, began, own)
             if name == "columns":
                 own = np.sqrt(np.diag(np.linalg.inv(found.normal + precision)))
                 add("with prior", found.with_prior(precision), bound_prior, runs, rounds, began, own)
@@ -663,8 +677,8 @@ def summary(results: Sequence[Errors]) -> str:
                                                                                                   "ratio"))  # fmt: skip
             worst = max(r.ratio[k] for r in mine)
             parts.append(f"{kind} {factor * rms:.3g} / {factor * bound:.3g} {unit} = {ratio:.2f} ({worst:.2f})")
-        cpu, runs = np.median([r.cpu_s for r in mine]), mine[0].runs
-        lines.append(f"{name:14}{len(mine):8}{runs:6}{cpu:8.1f}   " + ", ".join(parts))
+        cpu, runs = np.median([r.cpu_s for r in mine]), np.mean([r.runs for r in mine])
+        lines.append(f"{name:14}{len(mine):8}{runs:6.0f}{cpu:8.1f}   " + ", ".join(parts))
         if mine[0].own:
             own = [np.sqrt(np.mean([r.own[k] ** 2 for r in mine])) for k in range(4)]
             lines.append(f"{'':36}   error / own standard error: " + ", ".join(f"{v:.2f}" for v in own))
