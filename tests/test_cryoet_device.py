@@ -115,7 +115,7 @@ def test_images_are_the_same_and_stay_there(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("make", [micrograph, tilts])
 def test_gradients_are_the_same(make: Any, dtype: torch.dtype) -> None:
-    """On a GPU alone: torch's backward of pretended tensors gives other numbers."""
+    """On a GPU alone: through pretended tensors backward gave other numbers, and why was not found out."""
     results = []
     for where in ("cpu", "cuda"):
         sim = make(where, "smooth")
