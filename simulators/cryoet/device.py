@@ -2,6 +2,9 @@
 
 Tables that do not depend on the inputs are made on the processor, in double precision, and copied once; inputs, all
 that is computed of them, and outputs stay on the device.
+
+None of this has been run on a GPU: tests pretend one, which says what would be mixed; those that need one, of gradients
+among them, have not been run.
 """
 
 from __future__ import annotations
