@@ -8,7 +8,8 @@ from simulators.cryoet.maps import DensityMap
 from simulators.cryoet.optics import Microscope, contrast_transfer
 from simulators.cryoet.parameters import PARAMETER_NAMES, Pose
 from simulators.cryoet.potential import projected_potential
-from simulators.cryoet.relion import RelionParticles, RelionSeries, read_relion_particles, read_relion_series
+from simulators.cryoet.relion import RelionSeries, read_relion_series
+from simulators.cryoet.relion_particles import RelionParticles, read_relion_particles
 from simulators.cryoet.simulator import CryoET
 from simulators.cryoet.specimen import Residues, Specimen
 from simulators.cryoet.temsim import TEMSIM_PARAMETER_NAMES, Camera, Placement, TEMSim, counted

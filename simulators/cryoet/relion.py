@@ -1,14 +1,18 @@
-"""RELION's STAR tables: `read_relion_series`, `read_relion_particles`, the inverse of what `write_tilt_series` writes.
+"""RELION's tables of tilt series: `read_relion_series`, the inverse of what `write_tilt_series` writes.
 
-RELION 5 sees a point p of the specimen [angstrom, from the middle of the tomogram] at the pixel
+RELION sees a point p of the specimen [angstrom, from the point that it turns the specimen about] at the pixel
 
-    centre + (R_z(rlnTomoZRot) R_y(rlnTomoYTilt) R_x(rlnTomoXTilt) p + shift) / pixel,    centre = n / 2,
+    centre + (R_z(rlnTomoZRot) R_y(rlnTomoYTilt) R_x(rlnTomoXTilt) p + shift) / pixel
 
-with shift = (rlnTomoXShiftAngst, rlnTomoYShiftAngst), added and of the image; `TiltSeries` has centre = n // 2, so for
-an odd number n of pixels its shifts are half a pixel larger. (RELION's C++ programs round its centre down; this is
-the centre of its Python programs.) The defocus at this point is larger by rlnTomoHand times its height in the beam. A
-particle is turned by A = A_subtomogram A_particle, each the inverse of R_z(rot) R_y(tilt) R_z(psi), and is at
-coordinate - A_subtomogram origin.
+with shift = (rlnTomoXShiftAngst, rlnTomoYShiftAngst), added and of the image. Programs differ in the centre of an odd
+number n of pixels: "rounded", n // 2, in the C++ programs of RELION 5, which reconstruct and extract
+(`Tomogram::setProjectionMatrix`), as in `TiltSeries`; "exact", n / 2, in its Python code, so that `TiltSeries` has
+shifts half a pixel larger. A file does not tell which of them its shifts are for, so the reader asks.
+
+The underfocus at this point is larger by rlnTomoHand times its height, the z of the rotated p; in `TiltSeries` the
+height is always added. A series of hand -1 is one of hand 1 seen from the other side, which is exact: with
+Q = R_y(180), Q R_z(a) R_y(b) R_x(c) Q = R_z(-a) R_y(b) R_x(-c), and Q turns x and z round: columns run backwards, tilts
+stay, and the specimen is turned, not mirrored. `RelionSeries.turned_over` and `RelionParticles.turned_over` do this.
 
 Reference:
     Burt et al. (2024), FEBS Open Bio 14, 1788; Zivanov et al. (2022), eLife 11, e83724.
@@ -17,23 +21,23 @@ Reference:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
 from simulators.cryoet.files import YAxis, read_oriented
-from simulators.cryoet.specimen import Specimen
 from simulators.cryoet.star import LARGEST, Table, is_file, listed, read_star
 from simulators.cryoet.tilt_files import RecordedSeries
-from simulators.cryoet.tilt_parameters import Particle
 from simulators.cryoet.tilt_scheme import TiltScheme
 
 Array = NDArray[np.float64]
+Centre = Literal["rounded", "exact"]
+_OTHER_HAND = "The hand is -1, and that of TiltSeries 1: take turned_over() of the series and of the particles."
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +51,8 @@ class RelionSeries:
         voltage_kv: [kV].
         cs_mm: spherical aberration [mm].
         amplitude_contrast: the part of the contrast that is amplitude's.
-        hand: 1 where height adds to the underfocus, as it does in `TiltSeries`; -1 where it takes from it.
+        hand: 1 where height adds to the underfocus, as it does in `TiltSeries`; -1 where it takes from it: see
+            `turned_over`.
         nominal_deg: (images,) tilts of the stage [degree].
         x_tilt_deg: [degree].
         astigmatism_um: (images,) half the difference of the principal defoci.
@@ -71,48 +76,33 @@ class RelionSeries:
     size_pixels: tuple[float, float, float] | None
     assumed: tuple[str, ...]
 
+    def turned_over(self) -> RelionSeries:
+        """The same series seen from the other side, columns backwards: it has the other hand.
 
-@dataclass(frozen=True, eq=False)
-class RelionParticles:
-    """Where particles are, and how they are turned.
-
-    Args:
-        tomograms: (n,) the name of each particle's tomogram.
-        positions_angstrom: (n, 3) x, y, z from the middle of the tomogram [angstrom].
-        angles_deg: (n, 3) rot, tilt, psi as `Particle` has them [degree].
-        optics_groups: (n,) numbers, None where the file has none.
-        assumed: what was taken for granted, in sentences.
-    """
-
-    tomograms: tuple[str, ...]
-    positions_angstrom: Array
-    angles_deg: Array
-    optics_groups: NDArray[np.int64] | None
-    assumed: tuple[str, ...]
-
-    def particles(
-        self, specimen: Specimen | str | Path | Mapping[str, Any], tomogram: str | None = None
-    ) -> list[Particle]:
-        """The particles of one tomogram, for `TiltSeries`.
-
-        Args:
-            specimen: what each is, see `Specimen.from_options`.
-            tomogram: its name; needed where there are several.
-
-        Raises:
-            InputError: an unknown tomogram, or none named among several.
+        Where `hand` is -1 this is what `TiltSeries` wants, with particles that are turned over as well.
         """
-        known = sorted(set(self.tomograms))
-        if tomogram is None and len(known) > 1:
-            raise InputError(
-                f"Expected particles of one tomogram, got {len(known)}. Give tomogram=, one of {known[:9]}."
-            )
-        wanted = known[0] if tomogram is None else tomogram
-        if wanted not in known:
-            raise InputError(f"Unknown tomogram {wanted!r}. Known: {', '.join(known[:9])}.")
-        shared: Any = Specimen.from_options(specimen)
-        rows = zip(self.tomograms, self.positions_angstrom.tolist(), self.angles_deg.tolist(), strict=True)
-        return [Particle(shared, *place, *angles) for name, place, angles in rows if name == wanted]
+        recorded, shifts = self.recorded, self.recorded.shifts_angstrom
+        columns = recorded.images.shape[2]
+        if shifts is not None:
+            # Column j becomes n - 1 - j: the centre n // 2 becomes itself, or for an even n the column before it.
+            first = (columns - 1 - 2 * (columns // 2)) * recorded.pixel_size_angstrom
+            shifts = np.stack([first - shifts[:, 0], shifts[:, 1]], axis=1)
+        axis, angles = recorded.tilt_axis_deg, self.astigmatism_angle_deg
+        assumed = tuple(line for line in self.assumed if line != _OTHER_HAND)
+        turned = replace(
+            recorded,
+            images=np.ascontiguousarray(recorded.images[:, :, ::-1]),
+            tilt_axis_deg=None if axis is None else -axis,
+            shifts_angstrom=shifts,
+        )
+        return replace(
+            self,
+            recorded=turned,
+            hand=-self.hand,
+            x_tilt_deg=None if self.x_tilt_deg is None else -self.x_tilt_deg,
+            astigmatism_angle_deg=None if angles is None else -angles,
+            assumed=assumed if self.hand < 0 else (*assumed, _OTHER_HAND),
+        )
 
 
 def read_relion_series(
@@ -129,6 +119,7 @@ def read_relion_series(
     order: Sequence[int] | None = None,
     last_dose_e_per_angstrom2: float | None = None,
     y_axis: YAxis | None = None,
+    centre: Centre | None = None,
 ) -> RelionSeries:
     """Reads one tilt series of RELION 5, its images included. What tables leave open is asked for, never guessed.
 
@@ -146,6 +137,8 @@ def read_relion_series(
         last_dose_e_per_angstrom2: of the image taken last, in place of rlnTomoImportFractionalDose: the others' are the
             differences of rlnMicrographPreExposure. Without either there are no doses [e/angstrom^2].
         y_axis: see `read_stack`; the tables are those of the images as they then are.
+        centre: what rlnTomoXShiftAngst and YShiftAngst count from, "rounded" (n // 2; RELION 5's C++ programs, and
+            `write_tilt_series`) or "exact" (n / 2); needed where n, of the rows or columns, is odd.
 
     Returns:
         the series, sorted by tilt.
@@ -156,7 +149,7 @@ def read_relion_series(
     """
     path = Path(path)
     folder = path.parent if project is None else Path(project)
-    table = _with_names(path)
+    table = table_of_series(path)
     row = table.row_of(name)
     name = table.texts("rlnTomoName")[row]
     assumed: list[str] = []
@@ -228,8 +221,9 @@ def read_relion_series(
             assumed.append("The tilt axis is rlnTomoNominalTiltAxisAngle: there is no rlnTomoZRot.")
     shifts = tilts.together(("rlnTomoXShiftAngst", "rlnTomoYShiftAngst"))
     if shifts is not None:
-        rows, columns = images.shape[1:]
-        shifts = shifts - np.array([columns // 2 - columns / 2, rows // 2 - rows / 2]) * pixel
+        size = np.array(images.shape[:0:-1])
+        shifts = shifts + (middle(size, centre, f"rlnTomoXShiftAngst and YShiftAngst of {str(tilts.path)!r}")
+                           - size // 2) * pixel  # fmt: skip
     principal = tilts.together(("rlnDefocusU", "rlnDefocusV"))
     turned = tilts.optional("rlnDefocusAngle")
     if principal is not None and turned is None:
@@ -238,7 +232,9 @@ def read_relion_series(
                 f"Expected the column rlnDefocusAngle in {str(tilts.path)!r}: rlnDefocusU is not rlnDefocusV."
             )
         turned = np.zeros(n)
-    size = table.together(("rlnTomoSizeX", "rlnTomoSizeY", "rlnTomoSizeZ"))
+    if handedness < 0:
+        assumed.append(_OTHER_HAND)
+    whole = table.together(("rlnTomoSizeX", "rlnTomoSizeY", "rlnTomoSizeZ"))
     place = np.argsort(angles, kind="stable")
 
     def sort(values: Array | None) -> Array | None:
@@ -265,111 +261,26 @@ def read_relion_series(
         astigmatism_um=None if principal is None else sort(0.5e-4 * (principal[:, 0] - principal[:, 1])),
         astigmatism_angle_deg=None if principal is None else sort(turned),
         exposures_e_per_angstrom2=sort(exposures),
-        size_pixels=None if size is None else (float(size[row, 0]), float(size[row, 1]), float(size[row, 2])),
+        size_pixels=None if whole is None else (float(whole[row, 0]), float(whole[row, 1]), float(whole[row, 2])),
         assumed=tuple(assumed),
     )
 
 
-def read_relion_particles(
-    path: str | Path,
-    *,
-    tomograms: str | Path | None = None,
-    size_pixels: Sequence[float] | None = None,
-    pixel_size_angstrom: float | None = None,
-    angles_deg: Sequence[float] | None = None,
-) -> RelionParticles:
-    """Reads poses from a table of particles of RELION 3.1 to 5. What it leaves open is asked for, never guessed.
-
-    Args:
-        path: the file, with the block `particles`, and `optics` where particles have optics groups.
-        tomograms: the table of all series, for the tomograms' sizes and pixels.
-        size_pixels: x, y, z of the tomograms in place of the tables' rlnTomoSizeX, Y and Z; these are needed where the
-            places are rlnCoordinateX, Y and Z, which count from a corner, the middle being half the size.
-        pixel_size_angstrom: what rlnCoordinateX, Y and Z count in, in place of rlnTomoTiltSeriesPixelSize of the optics
-            group or of the table `tomograms` [angstrom].
-        angles_deg: rot, tilt, psi of all particles; needed where there is no rlnAngleRot, Tilt and Psi [degree].
-
-    Returns:
-        the particles in the order of the file.
-
-    Raises:
-        InputError: a file that is missing, damaged or contradicts itself; a column missing for which no argument is
-            given.
-    """
-    path = Path(path)
-    blocks = read_star(path)
-    table = blocks.get("particles") or (blocks.get("") if len(blocks) == 1 else None)
-    if table is None:
-        raise InputError(f"Expected the block data_particles in {str(path)!r}, got {listed(blocks)}.")
-    table.check_rows()
-    assumed: list[str] = []
-    namesake = "rlnTomoName" if "rlnTomoName" in table.columns else "rlnMicrographName"
-    if namesake not in table.columns:
-        raise InputError(f"Expected the column rlnTomoName (or rlnMicrographName) in {str(path)!r}, found neither.")
-    if namesake != "rlnTomoName":
-        assumed.append("Tomograms are named by rlnMicrographName: there is no rlnTomoName.")
-    names = tuple(table.texts(namesake))
-    groups = table.optional("rlnOpticsGroup")
-    optics = blocks.get("optics")
-    if optics is not None:
-        optics.check_rows()
-    if groups is not None:
-        _check_groups(groups, optics, path)
-
-    centred = table.together(tuple(f"rlnCenteredCoordinate{axis}Angst" for axis in "XYZ"))
-    corner = table.together(tuple(f"rlnCoordinate{axis}" for axis in "XYZ"))
-    if centred is not None:
-        places = centred
-        if corner is not None:
-            assumed.append("Places are rlnCenteredCoordinateXAngst, YAngst, ZAngst, not rlnCoordinateX, Y, Z.")
-    elif corner is not None:
-        pixels = _particle_pixels(table, names, groups, optics, tomograms, pixel_size_angstrom)
-        places = (corner - 0.5 * _sizes(table, names, tomograms, size_pixels)) * pixels[:, None]
-        assumed.append("rlnCoordinateX, Y, Z count from the corner, the middle being half the size, as in RELION 5.")
-    else:
+def middle(size: Array, centre: Centre | None, what: str) -> Array:
+    """Where the middle of so many pixels is, or the error that asks for `centre`."""
+    if centre is not None and centre not in get_args(Centre):
+        raise InputError(f"Unknown centre={centre!r}. Known: {', '.join(get_args(Centre))}.")
+    if centre is None and (size % 2 != 0).any():
+        odd = ", ".join(f"{n:g}" for n in np.unique(size[size % 2 != 0])[:3])
         raise InputError(
-            f"Expected the columns rlnCenteredCoordinateXAngst, YAngst and ZAngst, or rlnCoordinateX, Y and Z, in "
-            f"{str(path)!r}, found neither: particles of single images have no place in a slab."
+            f"Expected to be told the centre of an odd size ({odd}), from which {what} count. Give centre='rounded' "
+            "(n // 2, as RELION 5's C++ programs have it, which reconstruct and extract) or centre='exact' (n / 2, as "
+            "its Python code and others have it)."
         )
-
-    def angles(stem: str) -> Array | None:
-        return table.together(tuple(f"{stem}{angle}" for angle in ("Rot", "Tilt", "Psi")))
-
-    own = angles("rlnAngle")
-    if own is None or angles_deg is not None:
-        if angles_deg is None:
-            raise InputError(
-                f"Expected the columns rlnAngleRot, rlnAngleTilt and rlnAnglePsi in {str(path)!r}, found none. Give "
-                "angles_deg=(rot, tilt, psi) for all particles."
-            )
-        given = np.asarray(angles_deg, dtype=float)
-        if given.shape != (3,) or not np.isfinite(given).all():
-            raise InputError(f"Expected angles_deg as three numbers, got {angles_deg!r}.")
-        own = np.tile(given, (table.rows, 1))
-    origins = table.together(tuple(f"rlnOrigin{axis}Angst" for axis in "XYZ"))
-    if origins is None:
-        if old := [c for c in ("rlnOriginX", "rlnOriginY", "rlnOriginZ") if c in table.columns]:
-            raise InputError(
-                f"Expected rlnOriginXAngst, YAngst and ZAngst in {str(path)!r}, got {', '.join(old)} in pixels, of "
-                "before RELION 3.1. Multiply them by the pixel and rename them."
-            )
-        assumed.append("Origins are nought: there is no rlnOriginXAngst, YAngst, ZAngst.")
-        origins = np.zeros((table.rows, 3))
-    extracted = angles("rlnTomoSubtomogram")
-    if extracted is None:
-        places = places - origins
-    else:
-        # A_subtomogram is the transpose of what the angles give.
-        turn = _rotations(extracted)
-        places = places - np.einsum("nji,nj->ni", turn, origins)
-        own = _euler(_rotations(own) @ turn)
-    return RelionParticles(names, places, own, None if groups is None else groups.astype(np.int64), tuple(assumed))
+    return size / 2 if centre == "exact" else np.floor(size / 2)
 
 
-# --- of a series --------------------------------------------------------------------------------------------------
-
-
-def _with_names(path: Path) -> Table:
+def table_of_series(path: Path) -> Table:
     """The table of all series."""
     blocks = read_star(path)
     found = [table for table in blocks.values() if "rlnTomoName" in table.columns]
@@ -464,97 +375,3 @@ def _doses(
     doses = np.empty(len(steps))
     doses[sequence] = steps
     return doses
-
-
-# --- of particles -------------------------------------------------------------------------------------------------
-
-
-def _check_groups(groups: Array, optics: Table | None, path: Path) -> None:
-    if optics is None or "rlnOpticsGroup" not in optics.columns:
-        raise InputError(f"Expected the block data_optics with rlnOpticsGroup in {str(path)!r}: particles name groups.")
-    known = optics.numbers("rlnOpticsGroup")
-    if len(np.unique(known)) != len(known):
-        raise InputError(f"Expected each rlnOpticsGroup once in data_optics of {str(path)!r}, got some again.")
-    if unknown := sorted(set(groups.tolist()) - set(known.tolist())):
-        raise InputError(
-            f"Unknown optics groups {unknown[:5]} of particles in {str(path)!r}. Known: "
-            f"{', '.join(f'{group:g}' for group in known[:9])}."
-        )
-    if (groups != np.round(groups)).any():
-        raise InputError(f"Expected whole numbers as rlnOpticsGroup in {str(path)!r}.")
-
-
-def _of_tomograms(names: Sequence[str], tomograms: str | Path, columns: tuple[str, ...]) -> Array | None:
-    """Columns of the table of all series, for each particle (n, columns)."""
-    table = _with_names(Path(tomograms))
-    values = table.together(columns)
-    rows = {name: table.row_of(name) for name in set(names)}
-    return None if values is None else values[[rows[name] for name in names]]
-
-
-def _sizes(table: Table, names: Sequence[str], tomograms: str | Path | None, given: Sequence[float] | None) -> Array:
-    """(n, 3) of each particle's tomogram, or (3,) of all [pixels]."""
-    columns = ("rlnTomoSizeX", "rlnTomoSizeY", "rlnTomoSizeZ")
-    size = np.asarray(given, dtype=float) if given is not None else None
-    if size is None and tomograms is not None:
-        size = _of_tomograms(names, tomograms, columns)
-    if size is None:
-        raise InputError(
-            f"Expected rlnTomoSizeX, Y and Z: rlnCoordinateX, Y and Z in {str(table.path)!r} count from a corner of "
-            "the tomogram. Give tomograms='tomograms.star', or size_pixels=(x, y, z)."
-        )
-    if size.shape[-1] != 3 or size.ndim > 2 or not (np.isfinite(size).all() and (size > 0).all()):
-        raise InputError(f"Expected three sizes > 0 of tomograms, got {size.tolist()[:3]}. Give size_pixels=(x, y, z).")
-    return size
-
-
-def _particle_pixels(
-    table: Table,
-    names: Sequence[str],
-    groups: Array | None,
-    optics: Table | None,
-    tomograms: str | Path | None,
-    given: float | None,
-) -> Array:
-    """(n,) what rlnCoordinateX counts in [angstrom]."""
-    column = "rlnTomoTiltSeriesPixelSize"
-    pixels: Array | None = None
-    if given is not None:
-        pixels = np.full(table.rows, float(given))
-    elif groups is not None and optics is not None and column in optics.columns:
-        of = dict(zip(optics.numbers("rlnOpticsGroup").tolist(), optics.numbers(column).tolist(), strict=True))
-        pixels = np.array([of[group] for group in groups.tolist()])
-    elif tomograms is not None:
-        found = _of_tomograms(names, tomograms, (column,))
-        pixels = None if found is None else found[:, 0]
-    if pixels is None:
-        raise InputError(
-            f"Expected the column {column} for the optics groups of {str(table.path)!r}, found none: rlnCoordinateX, Y "
-            "and Z are in pixels of unknown size. Give pixel_size_angstrom=..., or tomograms='tomograms.star'."
-        )
-    if not (np.isfinite(pixels).all() and (pixels > 0).all()):
-        raise InputError(
-            f"Expected {column} > 0 for {str(table.path)!r}, got {pixels.min():g}. Give pixel_size_angstrom=..."
-        )
-    return pixels
-
-
-def _rotations(angles_deg: Array) -> Array:
-    """R_z(rot) R_y(tilt) R_z(psi), (n, 3, 3)."""
-    (a, b, c), (d, e, f) = np.cos(np.radians(angles_deg)).T, np.sin(np.radians(angles_deg)).T
-    rows = [
-        [a * b * c - d * f, -a * b * f - d * c, a * e],
-        [d * b * c + a * f, -d * b * f + a * c, d * e],
-        [-e * c, e * f, b],
-    ]
-    return np.moveaxis(np.array(rows), -1, 0)
-
-
-def _euler(matrices: Array) -> Array:
-    """The angles (n, 3) [degree] of `_rotations`, tilt from 0 to 180; psi is 0 where only its sum with rot counts."""
-    r = np.moveaxis(matrices, 0, -1)
-    sine = np.hypot(r[0, 2], r[1, 2])
-    along = sine < 1e-9
-    rot = np.where(along, np.arctan2(r[1, 0], r[1, 1]), np.arctan2(r[1, 2], r[0, 2]))
-    psi = np.where(along, 0.0, np.arctan2(r[2, 1], -r[2, 0]))
-    return np.degrees(np.stack([rot, np.arctan2(sine, r[2, 2]), psi], axis=1))

@@ -6,7 +6,10 @@ Of a series `name` are written:
 * `name.xf`: A11 A12 A21 A22 DX DY [pixels] of each image, which bring it to where the tilt axis is y and the specimen's
   origin in the middle, as IMOD counts it (n / 2 from the edge of the first pixel);
 * `name.mdoc`: pixel, voltage, and of each image tilt, rotation of the axis, doses, defocus (negative: underfocus);
-* `name_series.star`, `name_tilts.star`, `name_particles.star`: RELION 5's tables (defocus in angstrom, positive).
+* `name_series.star`, `name_tilts.star`, `name_particles.star`: RELION 5's tables (defocus in angstrom, positive), for
+  its C++ programs, whose centre of an image is n // 2 as in `TiltSeries`. rlnTomoHand is 1: height adds to the
+  underfocus. Tomograms have even sizes: those programs turn one of odd size, or of none, about a point half a pixel off
+  its middle.
 """
 
 from __future__ import annotations
@@ -144,9 +147,12 @@ def _star(block: str, columns: Sequence[str], rows: Sequence[Sequence[str | int 
 
 def _series_star(name: str, series: TiltSeries, values: Mapping[str, float]) -> str:
     columns = ["rlnTomoName", "rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast",
-               "rlnMicrographOriginalPixelSize", "rlnTomoTiltSeriesPixelSize", "rlnTomoHand",
-               "rlnTomoTiltSeriesStarFile"]  # fmt: skip
+               "rlnMicrographOriginalPixelSize", "rlnTomoTiltSeriesPixelSize", "rlnTomoHand", "rlnTomoSizeX",
+               "rlnTomoSizeY", "rlnTomoSizeZ", "rlnTomoTiltSeriesStarFile"]  # fmt: skip
     pixel = float(series.pixel_size_angstrom)
+    rows, columns_ = series.output_shape[1:]
+    heights = [abs(values[f"z_angstrom[{i}]"]) for i in range(len(series.particles))]
+    depth = max(1.0, 0.5 * values["thickness_angstrom"] / pixel, *(height / pixel for height in heights))
     row: list[str | int | float] = [
         name,
         values["voltage_kv"],
@@ -155,6 +161,9 @@ def _series_star(name: str, series: TiltSeries, values: Mapping[str, float]) -> 
         pixel,
         pixel,
         1.0,
+        columns_ + columns_ % 2,
+        rows + rows % 2,
+        2 * math.ceil(depth),
     ]
     return _star("global", columns, [[*row, f"{name}_tilts.star"]])
 
@@ -163,9 +172,7 @@ def _tilts_star(name: str, series: TiltSeries, values: Mapping[str, float]) -> s
     columns = ["rlnMicrographName", "rlnTomoNominalStageTiltAngle", "rlnMicrographPreExposure", "rlnDefocusU",
                "rlnDefocusV", "rlnDefocusAngle", "rlnTomoXTilt", "rlnTomoYTilt", "rlnTomoZRot", "rlnTomoXShiftAngst",
                "rlnTomoYShiftAngst"]  # fmt: skip
-    images, rows, columns_ = series.output_shape
-    # RELION's origin is n / 2 pixels, ours n // 2.
-    origin = [(n // 2 - n / 2) * series.pixel_size_angstrom for n in (columns_, rows)]
+    images = series.output_shape[0]
     astigmatism = 1e4 * values["astigmatism_um"]
     table: list[list[str | int | float]] = []
     for t in range(images):
@@ -174,7 +181,7 @@ def _tilts_star(name: str, series: TiltSeries, values: Mapping[str, float]) -> s
             [f"{t + 1}@{name}.mrc", float(series.nominal_deg[t]), float(_prior(series, values, t)),
              defocus + astigmatism, defocus - astigmatism, values["astigmatism_angle_deg"], values["x_tilt_deg"],
              values[f"tilt_deg[{t}]"] + values["pre_tilt_deg"], values["tilt_axis_deg"],
-             values[f"shift_x_angstrom[{t}]"] + origin[0], values[f"shift_y_angstrom[{t}]"] + origin[1]]
+             values[f"shift_x_angstrom[{t}]"], values[f"shift_y_angstrom[{t}]"]]
         )  # fmt: skip
     return _star(name, columns, table)
 
