@@ -1,9 +1,6 @@
-"""A fit: the parameters of a simulator from a target output, by descent along smoothed gradients.
+"""A fit: the parameters of a simulator from a target output.
 
 The module is not called `fit`, because the function `bridge.fit` is: a package attribute cannot be both.
-
-The noise shrinks geometrically during the run, so that the first steps see a landscape smooth over the distance to the
-solution and the last ones the simulator itself (coarse to fine).
 """
 
 from __future__ import annotations
@@ -11,106 +8,39 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from bridge.errors import EvaluationError, InputError
+from bridge.descent import FAILED, Descent, Method, Searching, plain_outputs
+from bridge.dispatch import SerialDispatcher
+from bridge.errors import BridgeError, EvaluationError, InputError
+from bridge.fit_result import FitResult, FitStep
+from bridge.misfit import Loss, Misfit, checked_target, checked_variance
+from bridge.progress import Observer, make_observers
+from bridge.reduced import ReducedSimulator, reduced
 from bridge.runs import Run
-from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name
+from bridge.search import Search
+from bridge.simulator import ParameterSpace, Simulator, Structured, as_simulator, simulator_name
 from bridge.smoothing import SmoothedSimulator, smooth
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
+__all__ = ["FitResult", "FitStep", "fit"]
+
 Array = NDArray[np.float64]
-Method = Literal["adam", "gauss-newton"]
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class FitStep:
-    """One line of the history.
-
-    Attributes:
-        step: its number. loss: at `parameters`, of the smoothed output. scale: of the noise, in natural units.
-        parameters: (d,) before the update. num_evaluations: simulator runs so far.
-        standard_error: of the parameters so far, as far as the method knows it.
-        gradient_error: standard error of the loss's gradient over its norm, as far as the method knows it.
-        num_failed: failed runs so far. note: what the method did, in words.
-    """
-
-    step: int
-    loss: float
-    scale: float
-    parameters: tuple[float, ...]
-    num_evaluations: int
-    standard_error: tuple[float, ...] | None = None
-    gradient_error: float | None = None
-    num_failed: int = 0
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """How a fit ended.
-
-    Attributes:
-        space: names and units of the parameters.
-        parameters: (d,) recovered values. start: (d,) where it began.
-        standard_error: (d,) statistical error of the recovered values, from the smoothed Jacobian J at the end and
-            the variance of the target: sqrt(diag((J^T V^-1 J)^-1)); None where a parameter does not act, or with a
-            loss of one's own.
-        loss: final value, smoothed at the last scale.
-        stop_reason: "converged", "max_steps" or "interrupted".
-        history: one `FitStep` a step.
-        num_evaluations: simulator runs, all ranks together.
-        wall_s: duration [s].
-        output, start_output: the simulator's (unperturbed) output at `parameters` and at `start`; NaN where that run
-            failed and failures are not raised.
-    """
-
-    space: ParameterSpace
-    parameters: Array
-    start: Array
-    standard_error: Array | None
-    loss: float
-    stop_reason: str
-    history: tuple[FitStep, ...] = field(repr=False)
-    num_evaluations: int
-    wall_s: float
-    output: NDArray[Any] = field(repr=False)
-    start_output: NDArray[Any] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: each parameter with unit, start and standard error, and how the run ended."""
-        parameters = {}
-        for i, p in enumerate(self.space.parameters):
-            entry: dict[str, Any] = {
-                "value": float(self.parameters[i]),
-                "unit": p.unit,
-                "start": float(self.start[i]),
-            }
-            if self.standard_error is not None:
-                entry["standard_error"] = float(self.standard_error[i])
-            parameters[p.name] = entry
-        return {
-            "parameters": parameters,
-            "stop_reason": self.stop_reason,
-            "loss": self.loss,
-            "steps": len(self.history),
-            "num_evaluations": self.num_evaluations,
-            "wall_s": round(self.wall_s, 3),
-        }
-
-
-def _geometric(first: float, last: float, fraction: float) -> float:
-    return float(first * (last / first) ** min(1.0, fraction))
+MethodName = Literal["auto", "kriging", "adam", "gauss-newton"]
+_METHODS = ("auto", "kriging", "adam", "gauss-newton")
+# More parameters than this, or a block structure, and a model of all runs has too little to go by.
+_MOST_PARAMETERS = 40
+_RUNS_A_PARAMETER = 60
+_DESIGN = ("distribution", "points", "antithetic", "covariate", "replicates", "forward", "surrogate")
 
 
 def fit(
@@ -119,15 +49,23 @@ def fit(
     start: Mapping[str, float] | ArrayLike,
     *,
     seed: int | None = None,
-    method: Method = "adam",
+    method: MethodName = "auto",
     steps: int | None = None,
-    num_samples: int = 32,
-    scale: float | tuple[float, float] = (2.0, 0.1),
+    num_samples: int | None = None,
+    scale: float | tuple[float, float] | None = None,
     learning_rate: float = 0.25,
     variance: float | ArrayLike | None = None,
     loss: Loss | None = None,
-    tolerance: float = 0.01,
+    prior: Mapping[str, tuple[float, float]] | None = None,
+    fixed: Sequence[str] = (),
+    tied: Mapping[str, str] | None = None,
+    max_runs: int | None = None,
+    max_seconds: float | None = None,
+    restarts: int = 2,
+    tolerance: float | None = None,
     on_step: Callable[[FitStep], None] | None = None,
+    progress: str | Sequence[Observer] = "off",
+    title: str = "",
     directory: str | os.PathLike[str] | None = None,
     resume: bool = True,
     overwrite: bool = False,
@@ -135,273 +73,367 @@ def fit(
     comm: Intracomm | None = None,
     **smoothing: Any,
 ) -> FitResult:
-    """Fits a simulator's parameters to a target by descent along smoothed gradients.
+    """Fits a simulator's parameters to a target, in few runs of the simulator.
 
-    The default loss is 1/2 mean((f_L(x) - target)^2 / variance), of the smoothed output.
+    Least squares: 1/2 sum((f(x) - target)^2 / variance), or a loss of one's own.
+
+    Methods:
+        "kriging" models all outputs by one Gaussian process through every run so far (`bridge.kriging`), and runs, a
+            round at a time, where the loss is or may be least (`bridge.search`). Rounds of a few runs, least squares
+            only, up to some forty parameters. It restarts where it ends in a minimum that the target's noise does not
+            explain (`variance` given).
+        "gauss-newton" solves with J^T V^-1 J of the smoothed Jacobian: many parameters, block structure, many runs at
+            once.
+        "adam" descends the smoothed gradient, of any loss, at `learning_rate` times the current scale.
+        "auto" takes adam with a loss of one's own, gauss-newton with a block structure or more than forty
+            parameters, and kriging otherwise; the result says which.
 
     Args:
         simulator: as in `bridge.smooth`; its parameter space gives bounds and natural units.
         target: of the simulator's output shape.
         start: name -> value, or (d,).
         seed: of all noise; required.
-        method: "adam" descends the gradient with Adam, at a rate of `learning_rate` times the current scale;
-            "gauss-newton" solves with J^T V^-1 J of the smoothed Jacobian: fewer simulations, least squares only.
-        steps: at most so many; default 150 for adam, 24 for gauss-newton.
-        num_samples: perturbations a step.
-        scale: of the noise in natural units, from the first to the last step; a number keeps it.
+        steps: at most so many; default 150 for adam, 24 for gauss-newton, no limit for kriging.
+        num_samples: runs a step. Descents: 32. Kriging: max(4, d / 2 + 1), and d + 1 in the first round; give what can
+            run at the same time if that is more.
+        scale: natural units. Descents: of the noise, from the first to the last step, default (2, 0.1); a number keeps
+            it. Kriging: how far from the start the first round looks, default 1.
         learning_rate: of adam, in units of the scale; decays by a cosine to a fifth.
-        variance: of the target's noise, a number or an array of its shape; 1 when left out.
+        variance: of the target's noise, a number or an array of its shape. Left out, 1 in the loss, and standard errors
+            come from the mean squared residual.
         loss: l(output, target) -> number, in place of least squares (adam only).
-        tolerance: converged when, at the last scale, the parameters move by less than this (natural units) over a
-            tenth of the steps.
-        on_step: called with each `FitStep`, on every rank.
+        prior: name -> (mean, standard deviation), Gaussian (kriging only).
+        fixed: names of parameters that keep their start. tied: name -> another that it is to equal.
+        max_runs: the budget; kriging's default is 60 (d + 1). A descent stops before the step that would exceed it.
+        max_seconds: stops after the step in which so much time has passed since this call. The result then depends on
+            the machine.
+        restarts: at most so many (kriging).
+        tolerance: descents: converged when, at the last scale, parameters move by less than this (natural units) over a
+            tenth of the steps, default 0.01. Kriging: when two rounds in turn promise less than this many
+            standard errors, default 0.1; without `variance` it goes on until steps are below 1e-4 natural scales.
+        on_step: called with each `FitStep`, on every rank; when resumed with the earlier ones first.
+        progress: what can be watched meanwhile, as in `bridge.progress.make_observers`: "auto", "lines", "off" or
+            observers. title: for these.
         directory: where the run is kept, so that it can go on after any interruption, on any number of ranks, to
             bitwise the same result; see `bridge.Run`, also for `resume`, `overwrite` and `every_s`.
-        comm, **smoothing: as in `bridge.smooth`.
+        comm, **smoothing: as in `bridge.smooth`. Kriging smooths nothing and takes those that say how runs are
+            carried out; by default each of its runs has simulator seeds of its own, and failed ones
+            (failures="drop") count as bad.
 
     Returns:
         a `FitResult`, the same on every rank. Collective under MPI. In one process an interrupt (Ctrl-C)
         ends the fit in good order.
 
     Raises:
-        InputError: target of another shape or not finite, start outside the bounds, unknown method.
-        EvaluationError: a simulation failed.
+        InputError: target of another shape or not finite, start outside the bounds, unknown method, or outputs that do
+            not change with the parameters.
+        EvaluationError: a simulation failed; with failures="drop", all did.
         SystemExit: with code 75, with a directory: stopped by a signal; start it again.
     """
-    sim = as_simulator(simulator)
+    whole = as_simulator(simulator)
     begin = time.monotonic()
-    if method not in ("adam", "gauss-newton"):
-        raise InputError(f"Unknown method {method!r}. Known: adam, gauss-newton.")
-    if method == "gauss-newton" and loss is not None:
-        raise InputError("Expected method='adam' with a loss of your own: Gauss-Newton needs least squares.")
-    if sim.space is None and isinstance(start, Mapping):
+    if method not in _METHODS:
+        raise InputError(f"Unknown method {method!r}. Known: {', '.join(_METHODS)}.")
+    if whole.space is None and isinstance(start, Mapping):
         raise InputError("Expected start values as a vector: the simulator does not name its parameters.")
-    space = sim.space or ParameterSpace.unnamed(len(np.atleast_1d(np.asarray(start))))
+    space = whole.space or ParameterSpace.unnamed(len(np.atleast_1d(np.asarray(start))))
     theta = space.vector(start)
     if outside := space.describe_outside(theta):
-        raise InputError(f"Expected a start inside the bounds, got {outside}.")
-    first, last = (scale, scale) if isinstance(scale, int | float) else scale
+        raise InputError(f"Expected a start inside the bounds, got {outside}. Move the start, or widen the bounds.")
+    sim = reduced(whole, space, theta, fixed, tied or {}) if fixed or tied else whole
+    free = sim.space if isinstance(sim, ReducedSimulator) else space
+    if method == "auto":
+        blocks = isinstance(sim, Structured) and sim.structure is not None
+        large = blocks or free.dimension > _MOST_PARAMETERS
+        method = "adam" if loss is not None else "gauss-newton" if large else "kriging"
+    if loss is not None and method != "adam":
+        raise InputError(f"Expected method='adam' with a loss of your own: {method} needs least squares.")
+    if prior and method != "kriging":
+        raise InputError(f"Expected method='kriging' with a prior, got {method!r}. Add it to a loss of your own.")
+    _check_limits(steps, max_runs, max_seconds, restarts, tolerance)
+    goal = checked_target(target, sim)
+    misfit = Misfit(goal, checked_variance(variance, goal), loss)
+    natural = free.natural_scale
+    origin = theta[[space.index(name) for name in free.names]] / natural
+    lower, upper = free.lower / natural, free.upper / natural
+    widths = (1.0, 1.0) if scale is None and method == "kriging" else (2.0, 0.1) if scale is None else scale
+    first, last = (widths, widths) if isinstance(widths, int | float) else widths
     if not (first > 0 and last > 0):
         raise InputError(f"Expected positive scales, got {scale!r}.")
-    if steps is None:
-        steps = 150 if method == "adam" else 24
-    if steps < 1:
-        raise InputError(f"Expected at least one step, got {steps!r}.")
-    goal = _target(target, sim)
-    misfit = _Misfit(goal, _variance(variance, goal), loss)
+    limit = steps
+    way: Method
     # First, since it checks its settings: a fit that is refused leaves nothing behind.
-    smoothed = smooth(sim, seed=seed, num_samples=num_samples, scale=first, comm=comm, **smoothing)
+    if method == "kriging":
+        smoothed = _plain(sim, seed, comm, smoothing)
+        budget = max_runs or _RUNS_A_PARAMETER * (free.dimension + 1)
+        search = Search(
+            *(origin, lower, upper),
+            spread=first,
+            seed=int(seed or 0),
+            batch=num_samples or max(4, free.dimension // 2 + 1),
+            prior=_prior(prior or {}, free),
+            known_noise=variance is not None,
+            tolerance=0.1 if tolerance is None else tolerance,
+            restarts=restarts,
+        )
+        way = Searching(smoothed, misfit, search, natural, budget)
+    else:
+        samples = num_samples or 32
+        smoothed = smooth(sim, seed=seed, num_samples=samples, scale=first, comm=comm, **smoothing)
+        limit = steps or (150 if method == "adam" else 24)
+        budget = max_runs or 10**15
+        if budget < smoothed.strategy.num_rows * smoothed.strategy.replicates:
+            raise InputError(f"Expected max_runs of at least a step's {samples} runs, got {max_runs}.")
+        way = Descent(
+            *(smoothed, misfit, origin),
+            natural=natural, lower=lower, upper=upper, scale=(first, last), steps=limit,
+            learning_rate=learning_rate if method == "adam" else None,
+            tolerance=0.01 if tolerance is None else tolerance,
+        )  # fmt: skip
     run: Run | None = None
     if directory is not None:
         settings = {
-            "simulator": simulator_name(sim), "seed": seed, "method": method, "steps": steps,
+            "simulator": simulator_name(sim), "seed": seed, "method": method, "steps": limit,
             "num_samples": num_samples, "scale": [first, last], "learning_rate": learning_rate,
-            "tolerance": tolerance, "start": theta.tolist(), "target": _digest(goal),
+            "tolerance": tolerance, "start": theta.tolist(), "target": _digest(goal), "max_runs": max_runs,
+            "restarts": restarts, "prior": {k: list(v) for k, v in sorted((prior or {}).items())},
             "variance": _digest(misfit.variance), "smoothing": {k: repr(v) for k, v in sorted(smoothing.items())},
         }  # fmt: skip
         run = Run(directory, settings=settings, every_s=every_s, resume=resume, overwrite=overwrite, comm=comm)
         if smoothed.execution.store is None:
             smoothed.execution = replace(smoothed.execution, store=run.store)
-    natural = space.natural_scale
-    lower, upper = space.lower / natural, space.upper / natural
-    window = max(2, steps // 10)
-    with nullcontext() if run is None else run:
-        now = _State.restored(run.state) if run is not None and run.state is not None else _State(theta / natural)
-        if on_step is not None:
-            for record in now.history:
-                on_step(record)
-        stop_reason = now.stop_reason
+    history: list[FitStep] = []
+    stop_reason: str | None = None
+
+    def whole_vector(x: Array) -> Array:
+        return sim.base + sim.lift @ (x * natural) if isinstance(sim, ReducedSimulator) else x * natural
+
+    def spent() -> int:
+        return history[-1].num_evaluations if history else 0
+
+    # Under a driver the other ranks follow its evaluations, not what it thinks of them.
+    dispatcher = smoothed.dispatcher if smoothed.dispatcher.driver is None else SerialDispatcher()
+    observers = make_observers(progress, root=dispatcher.rank == 0)
+    with nullcontext() if run is None else run, observers:
+        problem: BridgeError | None = None
         try:
-            while now.step < steps and now.stop_reason is None:
-                step = now.step
-                # The last fifth of the run stays at the last scale.
-                width = _geometric(first, last, step / max(1.0, 0.8 * (steps - 1)))
-                estimate = smoothed.estimate(torch.as_tensor(now.x * natural), step, scale=width)
-                value, gradient = misfit.value_and_gradient(estimate.value)
-                if method == "adam":
-                    g = estimate.vjp(gradient).numpy() * natural
-                    decay = 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * step / steps))
-                    x = now.x - learning_rate * width * decay * now.adam.direction(g)
-                else:
-                    x = now.x - misfit.gauss_newton(estimate.jacobian(), estimate.value, natural, limit=2 * width)
-                runs = now.num_evaluations + estimate.num_evaluations
-                record = FitStep(step, value, width, tuple((now.x * natural).tolist()), runs)
-                now.advance(record, np.clip(x, lower, upper))
+            observers.start(space, max_steps=limit, max_runs=budget if budget < 10**15 else None, title=title)
+        except BridgeError as refused:  # on rank 0 alone
+            problem = refused
+        dispatcher.agree(problem)
+        if run is not None and run.state is not None:
+            history = [FitStep(**{**entry, "parameters": tuple(entry["parameters"])}) for entry in run.state["history"]]
+            stop_reason = run.state["stop_reason"]
+            way.restore(run.state["method"])
+        for record in history:
+            observers.step(record)
+            if on_step is not None:
+                on_step(record)
+        try:
+            while stop_reason is None and (limit is None or len(history) < limit):
+                record = way.advance(len(history), spent())
+                if isinstance(sim, ReducedSimulator):
+                    record = replace(record, parameters=tuple(whole_vector(np.array(record.parameters) / natural)))
+                history.append(record)
+                observers.step(record)
                 if on_step is not None:
                     on_step(record)
-                past = [np.array(h.parameters) / natural for h in now.history[-window:]]
-                if step >= 0.8 * (steps - 1) + window and np.max(np.abs(np.array(past) - now.x)) < tolerance:
-                    now.stop_reason = "converged"
+                last_cost = spent() - (history[-2].num_evaluations if len(history) > 1 else 0)
+                if way.converged:
+                    stop_reason = "converged"
+                elif spent() >= budget or (method != "kriging" and spent() + last_cost > budget):
+                    stop_reason = "max_runs"
+                elif max_seconds is not None and dispatcher.first(time.monotonic() - begin > max_seconds):
+                    stop_reason = "max_time"
                 if run is not None:
-                    run.checkpoint(now.step, now.to_dict())
-            stop_reason = now.stop_reason or "max_steps"
+                    entries = [{**vars(h), "parameters": list(h.parameters)} for h in history]
+                    state = {"history": entries, "stop_reason": stop_reason, "method": way.to_dict()}
+                    run.checkpoint(len(history), state)
+            stop_reason = stop_reason or "max_steps"
         except KeyboardInterrupt:
-            if smoothed.dispatcher.size > 1:
+            if dispatcher.size > 1:
                 raise  # ranks are told at different places: this ends them all
             stop_reason = "interrupted"
             if run is not None:
                 run.set_aside()
-        theta_end = now.x * natural
-        final = smoothed.estimate(torch.as_tensor(theta_end), steps, scale=last)
-        outputs, runs = _plain_outputs(smoothed, np.stack([theta_end, space.vector(start)]), tuple(goal.shape))
-        error = misfit.standard_error(final.jacobian()) if loss is None else None
-    return FitResult(
-        space=space,
-        parameters=theta_end,
-        start=space.vector(start),
-        standard_error=error,
-        loss=misfit.value_and_gradient(final.value)[0],
-        stop_reason=stop_reason,
-        history=tuple(now.history),
-        num_evaluations=now.num_evaluations + final.num_evaluations + runs,
-        wall_s=time.monotonic() - begin,
-        output=outputs[0],
-        start_output=outputs[1],
-    )
+        theta_end = whole_vector(way.x)
+        outputs, runs = _last_outputs(smoothed, np.stack([way.x, origin]) * natural, len(history), tuple(goal.shape))
+        runs += spent()
+        covariance: Array | None = None
+        reused = 0
+        if isinstance(way, Searching):
+            end_loss, covariance = way.search.overall[0], _of_search(way, misfit, variance is not None)
+            covariance = dispatcher.broadcast(covariance)
+            reused = max(0, len(way.search.rows) - len(way.search.points))
+        else:
+            final = smoothed.estimate(torch.as_tensor(way.x * natural), limit or 0, scale=last)
+            end_loss = misfit.value_and_gradient(final.value)[0]
+            runs += final.num_evaluations
+            if loss is None:
+                covariance = misfit.covariance(final.jacobian(), None if variance is not None else final.value)
+        warnings = _doubts(covariance, free, way.x * natural, method)
+        error = None
+        if covariance is not None:
+            if isinstance(sim, ReducedSimulator):
+                covariance = _lifted(covariance, sim.lift)
+            error = np.sqrt(np.diag(covariance))
+        result = FitResult(
+            space=space,
+            parameters=theta_end,
+            start=theta,
+            standard_error=error,
+            loss=end_loss,
+            stop_reason=stop_reason,
+            history=tuple(history),
+            num_evaluations=runs,
+            wall_s=time.monotonic() - begin,
+            output=outputs[0],
+            start_output=outputs[1],
+            covariance=covariance,
+            warnings=warnings,
+            num_reused=reused,
+            num_failed=sum(h.num_failed for h in history)
+            if method != "kriging"
+            else history[-1].num_failed
+            if history
+            else 0,
+            method=method,
+        )
+        observers.end(result)
+    return result
 
 
-class _State:
-    """What a fit carries from step to step, and nothing else."""
+def _check_limits(
+    steps: int | None, max_runs: int | None, max_seconds: float | None, restarts: int, tolerance: float | None
+) -> None:
+    if steps is not None and steps < 1:
+        raise InputError(f"Expected at least one step, got {steps!r}.")
+    if max_runs is not None and max_runs < 2:
+        raise InputError(f"Expected max_runs of at least 2, got {max_runs!r}.")
+    if max_seconds is not None and not max_seconds > 0:
+        raise InputError(f"Expected a positive max_seconds, got {max_seconds!r}.")
+    if restarts < 0:
+        raise InputError(f"Expected restarts of 0 or more, got {restarts!r}.")
+    if tolerance is not None and not tolerance >= 0:
+        raise InputError(f"Expected a tolerance of 0 or more, got {tolerance!r}.")
 
-    def __init__(self, x: Array) -> None:
-        self.x, self.adam = x, _Adam(len(x))
-        self.history: list[FitStep] = []
-        self.stop_reason: str | None = None
 
-    @property
-    def step(self) -> int:
-        return len(self.history)
+def _prior(prior: Mapping[str, tuple[float, float]], space: ParameterSpace) -> tuple[Array, Array]:
+    """Precisions and means in natural units."""
+    precision, mean = np.zeros(space.dimension), np.zeros(space.dimension)
+    for name, (centre, deviation) in prior.items():
+        i, natural = space.index(name), space.parameters[space.index(name)].natural_scale
+        if not (np.isfinite(centre) and deviation > 0):
+            raise InputError(
+                f"Expected prior[{name!r}] = (mean, standard deviation > 0), got ({centre!r}, {deviation!r})."
+            )
+        precision[i], mean[i] = (natural / deviation) ** 2, centre / natural
+    return precision, mean
 
-    @property
-    def num_evaluations(self) -> int:
-        return self.history[-1].num_evaluations if self.history else 0
 
-    def advance(self, record: FitStep, x: Array) -> None:
-        self.history.append(record)
-        self.x = x
+def _plain(sim: Simulator, seed: int | None, comm: Intracomm | None, smoothing: Mapping[str, Any]) -> SmoothedSimulator:
+    """The simulator itself through the dispatch of a smoothed one: the one midpoint of a Latin set has eps = 0."""
+    if given := sorted(set(smoothing) & set(_DESIGN)):
+        raise InputError(f"Expected none of {given} with method='kriging', which smooths nothing. Leave them out.")
+    carried = {"simulator_seeds": "independent", **smoothing}
+    if carried.get("failures") == "drop":
+        carried.update(failures="penalty", penalty=FAILED, min_ok=0.0)
+    return smooth(sim, seed=seed, num_samples=1, points="qmc-latin", covariate="none", comm=comm, **carried)
 
-    def to_dict(self) -> dict[str, Any]:
-        steps = [(h.loss, h.scale, list(h.parameters), h.num_evaluations) for h in self.history]
-        adam = {"m": self.adam.m, "v": self.adam.v, "t": self.adam.t}
-        return {"x": self.x, "adam": adam, "history": steps, "stop_reason": self.stop_reason}
 
-    @classmethod
-    def restored(cls, saved: Mapping[str, Any]) -> _State:
-        state = cls(saved["x"])
-        state.adam.m, state.adam.v, state.adam.t = (saved["adam"][key] for key in "mvt")
-        state.history = [FitStep(i, a, b, tuple(c), n) for i, (a, b, c, n) in enumerate(saved["history"])]
-        state.stop_reason = saved["stop_reason"]
-        return state
+def _of_search(way: Searching, misfit: Misfit, known: bool) -> Array:
+    """Covariance of the free parameters, in their units: (J^T J / sigma^2 + prior)^-1.
+
+    sigma^2 has what the simulator's own noise leaves open, and is otherwise 1 where the variance is known, else the
+    mean squared residual.
+    """
+    search = way.search
+    z = search.overall[1]
+    model = search.model(z)
+    m, d = search.residuals.shape[1], len(z)
+    weights = model.at(z)[0]
+    noise = model.noise / m
+    sigma2 = 1.0 if known else max(2 * search.overall[0] / max(m - d, 1) - noise, 0.0)
+    variance = max(sigma2 + noise * float(weights @ weights), 1e-300)
+    covariance, width = np.eye(d), np.full(d, 0.1)
+    # Differences over the errors themselves: the slope between two steps of a staircase is not what counts.
+    for _ in range(3):
+        covariance = _inverse(model.normal_matrix(z, width) / variance + np.diag(search.prior[0]))
+        width = np.clip(np.sqrt(np.diag(covariance)), 1e-4, 1.0)
+    return np.asarray(covariance * np.outer(way.natural, way.natural))
+
+
+def _inverse(normal: Array) -> Array:
+    """Infinite variances where a direction is not determined, instead of numbers that mean nothing."""
+    size = np.sqrt(np.maximum(np.diag(normal), 0))
+    unseen = size <= 1e-9 * max(float(size.max()), 1e-300)
+    scaled = normal / np.outer(np.where(unseen, 1, size), np.where(unseen, 1, size))
+    scaled[unseen] = scaled[:, unseen] = 0
+    values, vectors = np.linalg.eigh(scaled)
+    good = values > 1e-10
+    inverse = (vectors[:, good] / values[good]) @ vectors[:, good].T
+    open_ = unseen | ((vectors[:, ~good] ** 2).sum(axis=1) > 1e-6)
+    result = inverse / np.outer(np.where(unseen, 1, size), np.where(unseen, 1, size))
+    result[open_] = result[:, open_] = 0
+    result[open_, open_] = np.inf
+    return np.asarray(result)
+
+
+def _lifted(covariance: Array, lift: Array) -> Array:
+    """E C E^T without inf * 0."""
+    free = [int(np.argmax(row)) if row.any() else -1 for row in lift]
+    padded = np.zeros((len(covariance) + 1, len(covariance) + 1))
+    padded[:-1, :-1] = covariance
+    return np.asarray(padded[np.ix_(free, free)])
+
+
+def _doubts(covariance: Array | None, space: ParameterSpace, theta: Array, method: str) -> tuple[str, ...]:
+    """What the target does not determine, and what to do about it."""
+    if covariance is None:
+        return ()
+    said = []
+    error = np.sqrt(np.diag(covariance))
+    advice = "Fix it (fixed=), give it a prior, or add data that depend on it."
+    for p, value, e in zip(space.parameters, theta, error, strict=True):
+        unit = f" {p.unit}" if p.unit else ""
+        if not np.isfinite(e):
+            said.append(f"{p.name} is not determined by the target: outputs do not depend on it by itself. {advice}")
+        elif e > 0.5 * min(p.upper - p.lower, 20 * p.natural_scale):
+            said.append(f"{p.name} is hardly determined by the target: its standard error is {e:.3g}{unit}. {advice}")
+        if value in (p.lower, p.upper):
+            said.append(f"{p.name} ended at its bound {value:g}{unit}: its standard error does not count there.")
+    if np.isfinite(error).all() and (error > 0).all():
+        correlation = covariance / np.outer(error, error)
+        for i, j in zip(*np.triu_indices(len(error), 1), strict=True):
+            if abs(correlation[i, j]) > 0.98:
+                a, b = space.names[i], space.names[j]
+                said.append(f"{a} and {b} are known together only: their correlation is {correlation[i, j]:+.3f}.")
+    return tuple(said)
+
+
+def _last_outputs(
+    smoothed: SmoothedSimulator, thetas: Array, step: int, shape: tuple[int, ...]
+) -> tuple[NDArray[Any], int]:
+    """(2, *shape) of the simulator itself at the end and at the start, and how many runs that took.
+
+    NaN where a run failed, unless failures="raise": a fit that has lived with failed runs must not end by one.
+    """
+    strategy = smoothed.strategy
+    once = smooth(
+        smoothed.simulator, seed=strategy.seed, num_samples=1, points="qmc-latin", covariate="none",
+        failures="raise" if strategy.failures == "raise" else "penalty",
+        penalty=None if strategy.failures == "raise" else FAILED, min_ok=0.0,
+    )  # fmt: skip
+    once.dispatcher, once.execution = smoothed.dispatcher, smoothed.execution
+    try:
+        outputs = plain_outputs(once, thetas, step)
+    except EvaluationError:
+        if strategy.failures == "raise":
+            raise
+        outputs = np.full((2, *shape), np.nan)
+    return outputs, len(thetas)
 
 
 def _digest(tensor: torch.Tensor) -> str:
     array = tensor.contiguous().numpy()
     return hashlib.blake2b(f"{array.shape}".encode() + array.tobytes(), digest_size=16).hexdigest()
-
-
-def _target(target: ArrayLike | torch.Tensor, sim: Simulator) -> torch.Tensor:
-    goal = torch.as_tensor(np.asarray(target, dtype=np.float64))
-    if sim.output_shape is not None and tuple(goal.shape) != sim.output_shape:
-        raise InputError(
-            f"Expected a target of shape {sim.output_shape}, as {simulator_name(sim)!r} gives, got {tuple(goal.shape)}."
-        )
-    if not bool(torch.isfinite(goal).all()):
-        raise InputError("Expected a finite target, got NaN or infinity. Mask or fill those pixels first.")
-    return goal
-
-
-def _variance(variance: float | ArrayLike | None, goal: torch.Tensor) -> torch.Tensor:
-    tensor = torch.as_tensor(np.asarray(1.0 if variance is None else variance, dtype=np.float64))
-    if tensor.ndim and tensor.shape != goal.shape:
-        raise InputError(f"Expected a variance that is a number or {tuple(goal.shape)}, got {tuple(tensor.shape)}.")
-    if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-        raise InputError("Expected a positive, finite variance of the target.")
-    return tensor
-
-
-@dataclass
-class _Misfit:
-    """The loss and what the two methods need of it."""
-
-    target: torch.Tensor
-    variance: torch.Tensor
-    loss: Loss | None
-
-    def value_and_gradient(self, output: torch.Tensor) -> tuple[float, torch.Tensor]:
-        if output.shape != self.target.shape:
-            raise InputError(f"Expected a target of shape {tuple(output.shape)}, got {tuple(self.target.shape)}.")
-        if self.loss is None:
-            residual = (output - self.target) / self.variance
-            value = 0.5 * torch.mean(residual * (output - self.target))
-            return float(value), residual / self.target.numel()
-        leaf = output.detach().requires_grad_(True)
-        value = self.loss(leaf, self.target)
-        (gradient,) = torch.autograd.grad(value, leaf)
-        return float(value.detach()), gradient
-
-    def _normal(self, jacobian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        d = jacobian.shape[-1]
-        J = jacobian.reshape(-1, d).to(torch.float64)
-        V = torch.broadcast_to(self.variance, self.target.shape).reshape(-1, 1)
-        return J, (J / V).T @ J
-
-    def gauss_newton(self, jacobian: torch.Tensor, output: torch.Tensor, natural: Array, limit: float) -> Array:
-        """(J^T V^-1 J + lambda diag)^-1 J^T V^-1 r in natural units, no longer than `limit` in any coordinate."""
-        J, normal = self._normal(jacobian)
-        residual = ((output - self.target) / self.variance).reshape(-1).to(torch.float64)
-        N = torch.as_tensor(natural)
-        H = normal.numpy() * np.outer(natural, natural)
-        g = (J.T @ residual * N).numpy()
-        damped = H + 1e-3 * np.diag(np.diag(H)) + 1e-12 * max(float(np.trace(H)), 1e-300) * np.eye(len(g))
-        direction = np.linalg.solve(damped, g)
-        return np.asarray(direction * min(1.0, limit / max(float(np.max(np.abs(direction))), 1e-300)))
-
-    def standard_error(self, jacobian: torch.Tensor) -> Array | None:
-        _, normal = self._normal(jacobian)
-        try:
-            variances = np.diag(np.linalg.inv(normal.numpy()))
-        except np.linalg.LinAlgError:
-            return None
-        return np.sqrt(variances) if (variances > 0).all() else None
-
-
-class _Adam:
-    """Adam's direction (Kingma and Ba 2015) in numpy float64: the same bits on every rank and thread count."""
-
-    def __init__(self, d: int, betas: tuple[float, float] = (0.7, 0.95)) -> None:
-        self.betas, self.m, self.v, self.t = betas, np.zeros(d), np.zeros(d), 0
-
-    def direction(self, g: Array) -> Array:
-        b1, b2 = self.betas
-        self.t += 1
-        self.m = b1 * self.m + (1 - b1) * g
-        self.v = b2 * self.v + (1 - b2) * g * g
-        m, v = self.m / (1 - b1**self.t), self.v / (1 - b2**self.t)
-        return np.asarray(m / (np.sqrt(v) + 1e-300))
-
-
-def _plain_outputs(smoothed: SmoothedSimulator, thetas: Array, shape: tuple[int, ...]) -> tuple[NDArray[Any], int]:
-    """The simulator itself at some parameters, through the same dispatch, and how many runs that cost.
-
-    NaN where a run failed, unless failures="raise".
-    """
-    once = smooth(
-        smoothed.simulator,
-        seed=smoothed.strategy.seed,
-        num_samples=1,
-        points="mc",
-        covariate="none",
-        forward="unsmoothed",
-    )
-    once.dispatcher, once.execution = smoothed.dispatcher, smoothed.execution
-    try:
-        estimate = once.estimate(torch.as_tensor(thetas))
-    except EvaluationError:  # the same on every rank
-        if smoothed.strategy.failures == "raise":
-            raise
-        # A fit that has lived with failed runs must not end by one.
-        if len(thetas) > 1:
-            parts = [_plain_outputs(smoothed, thetas[i : i + 1], shape) for i in range(len(thetas))]
-            return np.concatenate([outputs for outputs, _ in parts]), len(thetas)
-        return np.full((1, *shape), np.nan), 1
-    return np.asarray(estimate.value.numpy()), estimate.num_evaluations

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-    from bridge.fitting import FitResult, FitStep
+    from bridge.fit_result import FitResult, FitStep
 
 _log = logging.getLogger("bridge")
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bridge.errors import OutputError, SetupError
 from bridge.files import write_whole
-from bridge.fitting import FitResult
+from bridge.fit_result import FitResult
 from bridge.progress import describe_end, format_duration, format_value, printable
 
 

@@ -269,6 +269,10 @@ class BlockStructure:
         own = self.parameter_block[None, :]
         return np.asarray((g == -1) | (own == -1) | (g == own))
 
+    def of_parameters(self, parameter_block: ArrayLike) -> BlockStructure:
+        """The same blocks of outputs, for other parameters."""
+        return BlockStructure(parameter_block, self._output_block)
+
     def seen(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
         """(n, blocks) sums over each block to (n, d): the sum over what each parameter touches."""
         touched = self.touched(sums.shape[1])

@@ -203,7 +203,15 @@ def test_a_fit_that_drops_failed_runs_does_not_end_by_one():
             raise ValueError("the start")
         return x**2
 
-    settings = {"seed": 0, "steps": 20, "num_samples": 16, "scale": 0.3, "failures": "drop", "tolerance": 0.0}
+    settings = {
+        "seed": 0,
+        "method": "adam",
+        "steps": 20,
+        "num_samples": 16,
+        "scale": 0.3,
+        "failures": "drop",
+        "tolerance": 0.0,
+    }
     result = bridge.fit(f, target, [0.0, 0.0], **settings)
     assert np.isnan(result.start_output).all()
     assert np.isfinite(result.output).all()

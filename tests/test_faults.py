@@ -78,7 +78,7 @@ digest.update(result.parameters.tobytes() + result.standard_error.tobytes() + re
 if bridge.is_root():
     print("digest", digest.hexdigest())
 """
-RUNS = 6 * 16 + 16 + 4
+RUNS = 6 * 16 + 16 + 2
 
 
 class Fit:

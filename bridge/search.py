@@ -1,0 +1,339 @@
+"""The fewest simulations to a least-squares solution: rounds of runs, chosen by a model of all runs so far.
+
+Each round has one point where the model (see `bridge.kriging`) expects the least loss inside a trust region, and
+further points where the loss could well be less than expected. They are found one after another, each in the belief that the
+earlier ones turn out as predicted, so that they spread over what is unknown: along valleys, not across them.
+
+Nothing here evaluates anything. Parameters are in natural units throughout. Everything is a function of the seed and of
+the outputs seen, so that a search that is restored goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from bridge.errors import EvaluationError, InputError
+from bridge.kriging import Kriging, fit_kriging
+
+Array = NDArray[np.float64]
+
+# Rows that the model is made of: those nearest to the best.
+_WINDOW = 150
+# Standard deviations of the loss by which further points may be optimistic, and how cautious the first one is.
+_KAPPA, _CAUTION = 1.5, 0.3
+_FIRST_RADIUS, _LEAST_RADIUS = 2.0, 0.02
+_PROBES = 128
+# A step of less than this (natural units) that promises less than this part of the loss: nothing more to find.
+_STILL_STEP, _STILL_GAIN = 1e-4, 1e-6
+_RESCALINGS = 3
+
+
+@final
+class Search:
+    """The state between two rounds.
+
+    Args:
+        start: (d,) natural units. lower, upper: (d,) bounds. spread: of the first round's points about the start.
+        seed: of the points. batch: runs a round.
+        prior: (precision (d,), mean (d,)) of a Gaussian prior, precisions 0 where there is none.
+        known_noise: whether residuals are in units of the target's noise, so that chi-square tells when to stop.
+        restarts: begin again from another place, so many times, where a search has ended and the loss does not say
+            that the target is explained by its noise.
+
+    Attributes:
+        rows: (n, d). residuals: (n, m), whitened. failed: (n,) runs without an output.
+        best: (d,) where the loss is least as far as is known. note: what the last round did, in words.
+        stopped: "" or why there is nothing more to do.
+    """
+
+    def __init__(
+        self,
+        start: Array,
+        lower: Array,
+        upper: Array,
+        *,
+        spread: float,
+        seed: int,
+        batch: int,
+        prior: tuple[Array, Array],
+        known_noise: bool,
+        tolerance: float,
+        restarts: int,
+    ) -> None:
+        self.start, self.lower, self.upper = start, lower, upper
+        self.spread, self.seed, self.batch, self.prior = spread, seed, batch, prior
+        self.known_noise, self.tolerance, self.restarts_left = known_noise, tolerance, restarts
+        d = len(start)
+        self._length = np.sqrt(min(d, 4))
+        self.rows, self.residuals = np.zeros((0, d)), np.zeros((0, 0))
+        self.failed = np.zeros(0, dtype=bool)
+        self.gram = np.zeros((0, 0))
+        self.round, self.first_row = 0, 0
+        self.radius, self.kernel = _FIRST_RADIUS, np.zeros(0)
+        self.promise: tuple[float, float] | None = None  # loss at the base, and the gain expected of the next point
+        self.at_edge, self.still = False, 0
+        self.ends: list[tuple[float, Array]] = []
+        self.best, self.best_loss, self.scale = start, np.inf, spread
+        self.note, self.stopped = "", ""
+        self.points = self._first(start)
+
+    # -- rounds ----------------------------------------------------------------------------------------------------
+
+    def _rng(self) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=[self.seed, self.round]))
+
+    def _directions(self, rng: np.random.Generator, count: int) -> Array:
+        """Unit directions, orthogonal as far as they go."""
+        d = len(self.start)
+        blocks = [np.linalg.qr(rng.normal(size=(d, d)))[0].T for _ in range(-(-count // d))]
+        return np.concatenate(blocks)[:count] if blocks else np.zeros((0, d))
+
+    def _first(self, start: Array) -> Array:
+        d = len(start)
+        count = max(self.batch, min(d + 1, 2 * self.batch)) - 1
+        rng = self._rng()
+        away = self._directions(rng, count) * (self.spread * self._length * rng.choice([-1.0, 1.0], size=(count, 1)))
+        points = start + away
+        # Away from a bound, not onto it: two rows at the same place tell nothing.
+        outside = (points < self.lower) | (points > self.upper)
+        return np.clip(np.vstack([start, np.where(outside, start - away, points)]), self.lower, self.upper)
+
+    def told(self, residuals: Array, failed: NDArray[np.bool_]) -> None:
+        """Takes the whitened residuals (k, m) of `points`, and finds the next `points`.
+
+        Raises:
+            EvaluationError: all runs so far have failed.
+            InputError: the outputs do not change.
+        """
+        before = len(self.rows)
+        old = self.residuals if before else np.zeros((0, residuals.shape[1]))
+        self.rows = np.vstack([self.rows, self.points])
+        self.failed = np.concatenate([self.failed, failed])
+        self.residuals = np.vstack([old, np.where(failed[:, None], 0.0, residuals)])
+        new = self.residuals[before:] @ self.residuals.T
+        gram = np.zeros((len(self.rows), len(self.rows)))
+        gram[:before, :before] = self.gram
+        gram[before:], gram[:, before:] = new, new.T
+        self.gram = gram
+        self.round += 1
+        self.note = ""
+        if self._rescaled():
+            return
+        if self.failed[self.first_row :].all():
+            raise EvaluationError(
+                f"Expected outputs, got none: all {len(self.rows) - self.first_row} runs about the start failed. "
+                "Try the start by itself, and bounds that keep away from where the simulator fails."
+            )
+        self._choose(before)
+
+    def _rescaled(self) -> bool:
+        """Whether the first round has to be repeated with another spread, since its outputs do not change."""
+        if self.round > 1 + _RESCALINGS or self.first_row or self.kernel.size:
+            return False
+        good = np.flatnonzero(~self.failed)
+        if len(good) < 2:
+            return False
+        squared = np.diag(self.gram)[good]
+        least = 1e-24 * max(float(squared.max()), 1e-300)
+        apart = squared[:, None] + squared[None] - 2 * self.gram[np.ix_(good, good)]
+        if float(np.max(apart)) <= least:
+            factor, what = 10.0, "too small, or the simulator is constant there: nothing changes"
+        else:
+            others = good[good > 0]
+            last = others[others >= len(self.rows) - len(self.points)]
+            pairs = apart[np.ix_(np.searchsorted(good, last), np.searchsorted(good, last))]
+            if len(last) < 3 or self.failed[0] or float(np.max(pairs)) > least:
+                return False
+            factor, what = 0.25, "too large: all of its runs give the same output, the start another"
+        if self.round > _RESCALINGS:
+            raise InputError(
+                f"Expected outputs that change with the parameters, got the same output from all runs, also at "
+                f"{self.spread:.3g} natural scales from the start: the scale of the first round is {what}. Check the "
+                "natural scales of the parameters, the start, and that the simulator reads its parameters."
+            )
+        self.spread *= factor
+        self.note = f"the first scale was {what}; trying {self.spread:.3g}"
+        self.points = self._first(self.start)[1:]
+        return True
+
+    def _near(self, centre: Array | None = None) -> NDArray[np.intp]:
+        if centre is None:
+            own = np.arange(self.first_row, len(self.rows))
+            centre = self.rows[own[int(np.argmin(self._losses()[own]))]]
+        distance = ((self.rows - centre) ** 2).sum(axis=1)
+        return np.sort(np.argsort(distance, kind="stable")[:_WINDOW])
+
+    def _losses(self) -> Array:
+        """(n,) loss of each run by itself, with the prior; infinite where it failed."""
+        losses = 0.5 * np.diag(self.gram) + np.array([self._prior(z)[0] for z in self.rows])
+        return np.asarray(np.where(self.failed, np.inf, losses))
+
+    def _prior(self, z: Array) -> tuple[float, Array]:
+        precision, mean = self.prior
+        away = z - mean
+        return 0.5 * float(precision @ away**2), np.asarray(precision * away)
+
+    def model(self, centre: Array | None = None) -> Kriging:
+        """Of the rows about the best one, or about a centre. A failed run counts as the worst of the others."""
+        near = self._near(centre)
+        stand_in = near.copy()
+        losses = self._losses()[near]
+        worst = near[int(np.argmax(np.where(np.isfinite(losses), losses, -np.inf)))]
+        stand_in[self.failed[near]] = worst
+        gram = self.gram[np.ix_(stand_in, stand_in)]
+        thorough = len(self.rows) < 40 or self.round % 4 == 0
+        return fit_kriging(self.rows[near], gram, self.kernel if self.kernel.size else None, thorough)
+
+    def _least(self, model: Kriging, begin: Array, lower: Array, upper: Array, caution: float) -> Array:
+        def objective(z: Array) -> tuple[float, Array]:
+            value, slope = model.loss(z, caution)
+            more, slope_of_prior = self._prior(z)
+            return value + more, slope + slope_of_prior
+
+        return _minimum(objective, begin, lower, upper)
+
+    def _choose(self, before: int) -> None:
+        losses = self._losses()
+        if losses.min() <= 1e-28 * float(np.max(losses, where=~self.failed, initial=0.0)):
+            self.best, self.best_loss, self.stopped = (
+                self.rows[int(np.argmin(losses))],
+                float(losses.min()),
+                "converged",
+            )
+            return
+        model = self.model()
+        self.kernel = model.kernel
+        near = self._near()
+        expected = np.array([model.loss(z, 1.0)[0] + self._prior(z)[0] for z in self.rows[near]])
+        expected[self.failed[near]] = np.inf
+        own = np.arange(self.first_row, len(self.rows))
+        best = own[int(np.argmin(losses[own]))]
+        # Where runs are noisy the least of many is too low: what the model makes of all of them counts.
+        noisy = model.noise > 0.1 * losses[best]
+        if noisy:
+            base, loss = self.rows[near][int(np.argmin(expected))], float(expected.min())
+        else:
+            base, loss = self.rows[best], float(losses[best])
+        if self.promise is not None:
+            was, promised = self.promise
+            new = near >= before
+            got = float(expected[new].min(initial=np.inf)) if noisy else float(losses[before:].min())
+            ratio = (was - got) / max(promised, 1e-300)
+            if ratio < 0.1:
+                self.radius *= 0.5
+            elif ratio > 0.5 and self.at_edge:
+                self.radius *= 2.0
+                self.note = "the trust region grows"
+        self.radius = float(np.clip(self.radius, _LEAST_RADIUS, 1e3))
+        lower, upper = np.maximum(self.lower, base - self.radius), np.minimum(self.upper, base + self.radius)
+        target = self._least(model, base, lower, upper, _CAUTION)
+        gain = loss - model.loss(target, 0.0)[0] - self._prior(target)[0]
+        self.promise = (loss, max(gain, 1e-12 * loss))
+        step = float(np.max(np.abs(target - base)))
+        self.at_edge = step > 0.9 * self.radius
+        self.best, self.best_loss, self.scale = base, loss, max(step, 1e-12)
+        self._maybe_stop(model, target, step, gain)
+        if self.stopped:
+            return
+        if self.first_row == len(self.rows):  # a restart has chosen its points
+            return
+        points = [target]
+        reach = max(float(np.linalg.norm(target - base)) / self._length, 1e-3, 0.1 * self.radius)
+        rng = self._rng()
+        believed = model
+        while len(points) < self.batch:
+            believed = believed.believing(points[-1])
+            points.append(self._hopeful(rng, believed, target, lower, upper, reach))
+        self.points = np.array(points)
+
+    def _hopeful(
+        self, rng: np.random.Generator, model: Kriging, centre: Array, lower: Array, upper: Array, reach: float
+    ) -> Array:
+        away = rng.normal(size=(_PROBES, len(centre)))
+        away *= (reach * self._length * np.geomspace(0.05, 8.0, _PROBES) / np.linalg.norm(away, axis=1))[:, None]
+        probes = np.vstack([np.clip(centre + away, lower, upper), centre])
+        hopes = model.hopes(probes, _KAPPA) + np.array([self._prior(z)[0] for z in probes])
+
+        def objective(z: Array) -> tuple[float, Array]:
+            value, slope = model.hopeful(z, _KAPPA)
+            more, slope_of_prior = self._prior(z)
+            return value + more, slope + slope_of_prior
+
+        found = [_minimum(objective, probes[i], lower, upper) for i in np.argsort(hopes, kind="stable")[:2]]
+        return min(found, key=lambda z: objective(z)[0])
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _maybe_stop(self, model: Kriging, target: Array, step: float, gain: float) -> None:
+        still = step < _STILL_STEP and gain < _STILL_GAIN * self.best_loss
+        if self.known_noise:
+            # The step in standard errors: sqrt(2 gain) is its length in the metric of the normal matrix.
+            still |= gain < 0.5 * self.tolerance**2 and not self.at_edge
+        self.still = self.still + 1 if still else 0
+        if self.still < 2:
+            return
+        self.ends.append((self.best_loss, self.best))
+        m = self.residuals.shape[1]
+        explained = not self.known_noise or 2 * self.best_loss < m + 5 * np.sqrt(2 * m)
+        if explained or self.restarts_left == 0:
+            self.best_loss, self.best = min(self.ends, key=lambda end: end[0])
+            self.stopped = "converged"
+            return
+        self.restarts_left -= 1
+        rng = self._rng()
+        wide = np.all(np.isfinite(self.lower) & np.isfinite(self.upper))
+        start = (
+            rng.uniform(self.lower, self.upper)
+            if wide
+            else self.start + 3 * self.spread * rng.normal(size=len(self.start))
+        )
+        start = np.clip(start, self.lower, self.upper)
+        self.first_row, self.radius, self.promise, self.still = len(self.rows), _FIRST_RADIUS, None, 0
+        self.points = self._first(start)
+        self.note = f"restart {len(self.ends)}: a minimum with loss {self.best_loss:.4g} is found, and kept"
+
+    @property
+    def overall(self) -> tuple[float, Array]:
+        """The least loss and where, over all restarts."""
+        return min([*self.ends, (self.best_loss, self.best)], key=lambda end: end[0])
+
+    # -- between two jobs --------------------------------------------------------------------------------------------
+
+    _KEPT = (
+        *(
+            "rows",
+            "residuals",
+            "failed",
+            "gram",
+            "round",
+            "first_row",
+            "radius",
+            "kernel",
+            "promise",
+            "at_edge",
+            "still",
+        ),
+        *("ends", "best", "best_loss", "scale", "note", "stopped", "points", "spread", "restarts_left"),
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._KEPT}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        for name in self._KEPT:
+            setattr(self, name, saved[name])
+        self.promise = None if saved["promise"] is None else (saved["promise"][0], saved["promise"][1])
+        self.ends = [(float(loss), np.asarray(z)) for loss, z in saved["ends"]]
+
+
+def _minimum(objective: Any, begin: Array, lower: Array, upper: Array) -> Array:
+    found = minimize(
+        *(objective, np.clip(begin, lower, upper)),
+        jac=True, method="L-BFGS-B", bounds=np.stack([lower, upper], axis=1), options={"maxiter": 60},
+    )  # fmt: skip
+    return np.asarray(found.x)
