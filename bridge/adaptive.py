@@ -112,13 +112,7 @@ def estimate_to(
     if strategy.forward != "smoothed":
         raise InputError("Expected forward='smoothed' for an adaptive estimate, got 'unsmoothed'.")
     per_round = max(_LEAST_REPLICATES, strategy.replicates)
-    parts = type(smoothed)(
-        smoothed.simulator,
-        replace(strategy, replicates=per_round),
-        smoothed.scale,
-        smoothed.dispatcher,
-        smoothed.execution,
-    )
+    parts = smoothed.with_strategy(replace(strategy, replicates=per_round))
     theta = torch.as_tensor(theta)
     batch = tuple(theta.shape[:-1])
     cost = per_round * strategy.num_rows * math.prod(batch)

@@ -25,14 +25,14 @@ SimulatorSeeds = Literal["common", "independent"]
 COVARIATES = ("auto", "none", "f(x)", "loo", "mean", "block", "regression", "bq")
 
 # First word of every key, so that the streams of different purposes never meet.
-_PERTURBATIONS, _SIMULATOR = 0, 1
+_PERTURBATIONS, _SIMULATOR, _OTHER_PERTURBATIONS, _OTHER_SIMULATOR = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Strategy:
     """How a smoothed value and its gradients are estimated; see `bridge.smooth` for the meaning of each field.
 
-    `num_samples` counts the rows of one replicate.
+    `num_samples` counts the rows of one replicate. The rows of `stream` 1 are independent of those of 0.
     """
 
     seed: int
@@ -48,6 +48,7 @@ class Strategy:
     leaf_size: int
     penalty: float | None = None
     min_ok: float = 0.5
+    stream: Literal[0, 1] = 0
 
     @property
     def extra_row(self) -> bool:
@@ -184,13 +185,16 @@ def make_design(
         key = np.random.SeedSequence(strategy.seed, spawn_key=(purpose, step, problem, replicate))
         return np.random.Generator(np.random.Philox(key))
 
-    nodes = strategy.points.nodes(strategy.distribution, strategy.num_samples, dimension, generator(_PERTURBATIONS))
+    perturbations = _OTHER_PERTURBATIONS if strategy.stream else _PERTURBATIONS
+    nodes = strategy.points.nodes(strategy.distribution, strategy.num_samples, dimension, generator(perturbations))
     if atom is not None:
         eps = nodes.eps.copy()
         eps[:, atom[0]] = atom[1]
         nodes = replace(nodes, eps=eps)
-    draw = generator(_SIMULATOR)
-    if strategy.simulator_seeds == "common":
+    common = strategy.simulator_seeds == "common"
+    # Common seeds are those of all rows, of both streams.
+    draw = generator(_OTHER_SIMULATOR if strategy.stream and not common else _SIMULATOR)
+    if common:
         seeds = np.full(strategy.num_rows, draw.integers(0, 2**63, dtype=np.uint64))
     else:
         seeds = draw.integers(0, 2**63, size=strategy.num_rows, dtype=np.uint64)

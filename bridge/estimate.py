@@ -14,6 +14,7 @@ from scipy import special, stats
 
 from bridge.errors import InputError
 from bridge.evaluation import Evaluation
+from bridge.fidelity import Corrected
 from bridge.points import Auto
 from bridge.scale import pull_back_scale, pull_back_theta
 from bridge.weights import resolve_covariate
@@ -38,6 +39,8 @@ class Estimate:
     Attributes:
         value: (*batch, *output_shape), the smoothed value E[f(x + L eps)], or f(x) with forward="unsmoothed".
         num_evaluations: simulator runs paid for, the unperturbed row included.
+        num_surrogate_evaluations: runs of the surrogate; num_surrogate_failed: those of them that failed.
+        surrogate_weight: (*batch, R), alpha of each replicate; None without a surrogate.
         num_failed: runs that failed and were dropped, or have the penalty as output; the estimate is then that of the
             runs that succeed, which is another quantity unless failing has nothing to do with the perturbation.
         failures: how many of them failed how: "error", "timeout", "non-finite".
@@ -48,13 +51,22 @@ class Estimate:
     """
 
     def __init__(
-        self, evaluation: Evaluation, batch: tuple[int, ...], finish: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        evaluation: Evaluation | Corrected,
+        batch: tuple[int, ...],
+        finish: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self._evaluation, self._batch, self._finish = evaluation, batch, finish
         shape = (*batch, *evaluation.output_shape)
         self.value = finish(torch.stack([evaluation.value(b) for b in self._all]).reshape(shape))
         self.num_evaluations = evaluation.num_evaluations
         self.num_failed, self.failures = evaluation.num_failed, evaluation.failures
+        self.num_surrogate_evaluations = self.num_surrogate_failed = 0
+        self.surrogate_weight: torch.Tensor | None = None
+        if isinstance(evaluation, Corrected):
+            self.num_surrogate_evaluations = evaluation.num_surrogate_evaluations
+            self.num_surrogate_failed = evaluation.num_surrogate_failed
+            self.surrogate_weight = torch.as_tensor(evaluation.weights).reshape((*batch, -1))
         self.clipped_fraction = evaluation.clipped_fraction
         self.streamed = evaluation.streamed
         strategy, nodes = evaluation.strategy, evaluation.problems[0].design.nodes
@@ -67,6 +79,16 @@ class Estimate:
     @property
     def _all(self) -> range:
         return range(self._evaluation.num_vectors)
+
+    def _rows_for(self, what: str) -> Evaluation:
+        """The evaluation, where it has rows of its own."""
+        if isinstance(self._evaluation, Corrected):
+            raise InputError(
+                f"Expected no surrogate for {what}, got one: the estimate is then a sum of means over different rows. "
+                "Standard errors come from replicates (pass replicates=8); leave surrogate= out for the rest."
+            )
+        self._evaluation.require_rows(what)
+        return self._evaluation
 
     # -- derivatives ------------------------------------------------------------------------------------------------
 
@@ -144,7 +166,10 @@ class Estimate:
         """Half the width of the confidence interval that belongs to a standard error of this estimate."""
         return standard_error * float(stats.t.ppf(0.5 + level / 2, self.degrees_of_freedom))
 
-    def _require_independent_rows(self) -> None:
+    def _require_independent_rows(self) -> Evaluation:
+        what = "standard errors from single rows (replicates=4 needs none)"
+        if isinstance(self._evaluation, Corrected):
+            return self._rows_for(what)
         evaluation = self._evaluation
         nodes = evaluation.problems[0].design.nodes
         plain = self.covariate in ("none", "f(x)", "loo", "mean", "block")
@@ -154,7 +179,7 @@ class Estimate:
                 "rows are not independent of each other: pass replicates=4 (or 8) to smooth, which splits num_samples "
                 "into independent parts."
             )
-        evaluation.require_rows("standard errors from single rows (replicates=4 needs none)")
+        return self._rows_for(what)
 
     @property
     def standard_error(self) -> torch.Tensor:
@@ -164,7 +189,7 @@ class Estimate:
             values = torch.stack([evaluation.replicate_values(b) for b in self._all]).to(torch.float64)
             error = values.std(dim=1) / math.sqrt(evaluation.strategy.replicates)
             return self._finish(error.reshape(self.value.shape))
-        self._require_independent_rows()
+        evaluation = self._require_independent_rows()
         if evaluation.strategy.forward == "unsmoothed":
             return torch.zeros_like(self.value)
         errors = []
@@ -182,22 +207,21 @@ class Estimate:
             scale = math.sqrt(evaluation.strategy.replicates)
             errors = [torch.stack(evaluation.replicate_jacobians(b)).std(dim=0) / scale for b in self._all]
             return self._finish(self._shaped(errors))
-        self._require_independent_rows()
+        evaluation = self._require_independent_rows()
         errors = []
         for b in self._all:
             # Row i contributes (F_i - b) g_i^T, g = L^-T s.
             problem, good = evaluation.problems[b], evaluation.surviving(b)
             g = np.stack([pull_back_theta(problem.scale, s) for s in problem.design.nodes.score]) * good[:, None]
-            (squares,) = evaluation.second_moments(b, [(g * g).T], self._centre_of_rows(b))
+            (squares,) = evaluation.second_moments(b, [(g * g).T], self._centre_of_rows(evaluation, b))
             (jacobian,) = evaluation.replicate_jacobians(b)
             count = int(good.sum())
             variance = squares.T / count - jacobian.square()
             errors.append((variance.clamp(min=0) / (count - 1)).sqrt())
         return self._finish(self._shaped(errors))
 
-    def _centre_of_rows(self, b: int) -> torch.Tensor:
+    def _centre_of_rows(self, evaluation: Evaluation, b: int) -> torch.Tensor:
         """What the covariate subtracts from each row: (m,)."""
-        evaluation = self._evaluation
         if self.covariate == "none":
             return torch.zeros_like(evaluation.value(b))
         return evaluation.unperturbed(b) if self.covariate == "f(x)" else evaluation.mean_of_rows(b)
@@ -207,12 +231,14 @@ class Estimate:
         evaluation = self._evaluation
         if evaluation.strategy.replicates > 1:
             return self._finish(self._vjp(v, 0).std(dim=-2) / math.sqrt(evaluation.strategy.replicates))
-        self._require_independent_rows()
+        evaluation = self._require_independent_rows()
         errors = []
         for b, row in enumerate(self._rows(v)):
             problem, good = evaluation.problems[b], evaluation.surviving(b)
             (c,) = evaluation.row_products(b, row)
-            centre = float(torch.dot(self._centre_of_rows(b).to(torch.float64), row.to("cpu", torch.float64)))
+            centre = float(
+                torch.dot(self._centre_of_rows(evaluation, b).to(torch.float64), row.to("cpu", torch.float64))
+            )
             g = np.stack([pull_back_theta(problem.scale, s) for s in problem.design.nodes.score])
             contributions = ((c - centre)[:, None] * g)[good]
             errors.append(torch.as_tensor(contributions.std(axis=0, ddof=1) / math.sqrt(len(contributions))))
@@ -248,18 +274,18 @@ class Estimate:
     def _mean_over(self, b: int, function: Callable[[int], torch.Tensor]) -> torch.Tensor:
         return torch.stack([function(p) for p in self._evaluation.replicates(b)]).mean(dim=0)
 
-    def _require_rows_for(self, what: str) -> None:
-        evaluation = self._evaluation
-        evaluation.require_rows(what)
+    def _require_rows_for(self, what: str) -> Evaluation:
+        evaluation = self._rows_for(what)
         nodes = evaluation.problems[0].design.nodes
         if nodes.block != 1:
             raise InputError(
                 f"Expected independent rows for {what}, got {self.points}, under which it is biased. Use points='mc'."
             )
+        return evaluation
 
     def _covariance(self, p: int) -> torch.Tensor:
-        self._require_rows_for("the covariance")
-        F = self._evaluation.gather_rows(p)[torch.as_tensor(self._evaluation.surviving(p))]
+        evaluation = self._require_rows_for("the covariance")
+        F = evaluation.gather_rows(p)[torch.as_tensor(evaluation.surviving(p))]
         F = F - F.mean(dim=0)
         return F.T @ F / (len(F) - 1)
 
@@ -273,14 +299,14 @@ class Estimate:
 
     def _third(self, b: int, form: Callable[[torch.Tensor], torch.Tensor], which: int) -> torch.Tensor:
         """N / ((N-1)(N-2)) sum_i q_i (g_i - mean g), q_i = form(F_i - mean F), pulled back."""
-        self._require_rows_for("derivatives of the covariance")
+        evaluation = self._require_rows_for("derivatives of the covariance")
         results = []
-        for p in self._evaluation.replicates(b):
-            good = self._evaluation.surviving(p)
-            mean = self._evaluation.mean_of_rows(p).to("cpu", torch.float64)
+        for p in evaluation.replicates(b):
+            good = evaluation.surviving(p)
+            mean = evaluation.mean_of_rows(p).to("cpu", torch.float64)
             # (The forms get memory of torch's own, so that the bits do not depend on where it lies.)
-            q = self._evaluation.row_scalars(p, partial(_of_centred, form, mean))[good]
-            problem = self._evaluation.problems[p]
+            q = evaluation.row_scalars(p, partial(_of_centred, form, mean))[good]
+            problem = evaluation.problems[p]
             s, eps = problem.design.nodes.score[good], problem.design.nodes.eps[good]
             n = len(s)
             if n < 3:
@@ -310,8 +336,7 @@ class Estimate:
         Raises:
             InputError: rows that depend on each other, streamed outputs, or a covariate other than loo or block.
         """
-        evaluation = self._evaluation
-        self._require_rows_for("the bias correction of the squared error")
+        evaluation = self._require_rows_for("the bias correction of the squared error")
         if self.covariate not in ("loo", "block") or evaluation.strategy.forward != "smoothed":
             raise InputError(
                 "Expected covariate='loo' and forward='smoothed' for an unbiased squared error, got "
@@ -347,9 +372,10 @@ class Estimate:
 
     def _trace(self, weight: torch.Tensor, p: int) -> torch.Tensor:
         """sum_j w_j Var F_j, unbiased."""
-        good = self._evaluation.surviving(p)
-        mean = self._evaluation.mean_of_rows(p).to("cpu", torch.float64)
-        q = self._evaluation.row_scalars(p, partial(_of_centred, partial(_diagonal_form, weight), mean))[good]
+        evaluation = self._require_rows_for("the variance")
+        good = evaluation.surviving(p)
+        mean = evaluation.mean_of_rows(p).to("cpu", torch.float64)
+        q = evaluation.row_scalars(p, partial(_of_centred, partial(_diagonal_form, weight), mean))[good]
         return torch.as_tensor(q.sum() / (len(q) - 1))
 
     def median(self, k: int = 3) -> torch.Tensor:
@@ -371,11 +397,11 @@ class Estimate:
         return self._finish_batch([rows[b] @ self._mean_over(b, lambda p: self._median(p, k)[1]) for b in self._all])
 
     def _median(self, p: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        self._require_rows_for("the k-sample median")
-        good = self._evaluation.surviving(p)
-        problem = self._evaluation.problems[p]
+        evaluation = self._require_rows_for("the k-sample median")
+        good = evaluation.surviving(p)
+        problem = evaluation.problems[p]
         g = np.stack([pull_back_theta(problem.scale, s) for s in problem.design.nodes.score[good]])
-        both = self._evaluation.by_columns(p, partial(_median_columns, good, g, k))
+        both = evaluation.by_columns(p, partial(_median_columns, good, g, k))
         return both[0], both[1:].T
 
 

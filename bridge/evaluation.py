@@ -70,6 +70,7 @@ class Evaluation:
         num_vectors: B, parameter vectors; each has `strategy.replicates` problems, R of them, one after another.
         num_failed: rows that failed, over all problems; `failures` counts them by how: error, timeout, non-finite.
         owner: (units,) the rank that has each unit.
+        factors: (problems,) what `multiply` has multiplied the outputs by.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Evaluation:
             for r in range(first_replicate, first_replicate + strategy.replicates)
         ]
         self.structure = _structure(simulator, self.dimension, form)
+        self.factors = np.ones(len(self.problems))
 
         self.runs = _unit_runs(strategy)
         self.units = [Unit(p, i, *run) for p in range(len(self.problems)) for i, run in enumerate(self.runs)]
@@ -337,6 +339,22 @@ class Evaluation:
 
     # -- what is linear in the outputs ------------------------------------------------------------------------------
 
+    @collective
+    def multiply(self, factors: Array) -> None:
+        """Multiplies all that is linear in the outputs by a number for each problem, (problems,). Collective.
+
+        Not the rows themselves. The numbers are the first rank's.
+        """
+        self.dispatcher.begin("multiply", f"{len(factors)} problems")
+        factors = self.dispatcher.broadcast(factors)
+        self.factors = self.factors * factors
+        for p, factor in enumerate(factors.tolist()):
+            self._sums[p] *= factor
+            if not self.streamed:
+                w = self.weights[p]
+                scale = None if w.scale is None else w.scale * factor
+                self.weights[p] = Weights(w.value * factor, w.theta * factor, scale)
+
     def value(self, b: int) -> torch.Tensor:
         """F^T a of vector b, the mean over its replicates: (m,)."""
         return _mean([self._sums[p][0] for p in self.replicates(b)])
@@ -498,7 +516,7 @@ class Evaluation:
             scale = self.problems[p].scale
             nodes = self.problems[p].design.nodes
             W = second_weights(self.strategy, nodes, self._valid[p], push_theta(scale, u))
-            results.append(pull_back_theta(scale, (W * c[:, None]).sum(axis=0)))
+            results.append(pull_back_theta(scale, self.factors[p] * (W * c[:, None]).sum(axis=0)))
         R = self.strategy.replicates
         return [np.mean(results[i : i + R], axis=0) for i in range(0, len(results), R)]
 

@@ -60,6 +60,7 @@ class Execution:
         retries: further attempts at a run that raises.
         store: finished evaluations on disk.
         step_limit_s: after so long all ranks show where they are, and the job ends.
+        role: before the simulator's name in the store: two simulators of one name may be at work.
     """
 
     keep_bytes: int = 24_000_000
@@ -68,6 +69,7 @@ class Execution:
     retries: int = 0
     store: Store | None = None
     step_limit_s: float | None = None
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ class Runner:
         store = self._execution.store
         k, key = len(inputs), b""
         if store is not None:
-            key = store.key(self.name, inputs, seeds)
+            key = store.key(self._execution.role + self.name, inputs, seeds)
             known = store.get(key) if self._dispatcher.leads else None
             if self._dispatcher.group is not None:
                 # What the group's first rank has, none needs to evaluate; which file it is in is its own affair.

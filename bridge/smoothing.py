@@ -1,40 +1,31 @@
-"""Simulators as PyTorch functions: smoothing of the algorithm, f_L(x) = E[f(x + L eps)], and of a loss of it.
-
-Four `torch.autograd.Function`s: the forward, its VJP, which backward calls, its JVP, and the product with the Hessian,
-which the VJP's own derivatives call. Each is its own Function with `setup_context` and `vmap`, because a backward that
-runs numpy or MPI directly fails under `torch.func` transforms; the JVP is one for the same reason (jacfwd maps over
-tangents).
-
-An evaluation is known to the graph by a number, a tensor that batches as the parameters do: `vmap` over parameters,
-over upstream vectors or over both then finds, for each, the evaluation and the problem it belongs to.
-"""
+"""Simulators as PyTorch functions: smoothing of the algorithm, f_L(x) = E[f(x + L eps)], and of a loss of it."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.autograd import forward_ad
 
 from bridge.adaptive import AdaptiveEstimate, Quantity, estimate_to
+from bridge.autograd import Call, Smooth, has_tangent, to_numpy
 from bridge.design import Strategy, make_strategy
 from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.distributions import Distribution
 from bridge.environment import step_limit
 from bridge.errors import InputError
 from bridge.estimate import Estimate
-from bridge.evaluation import Evaluation
+from bridge.fidelity import Surrogate, make_surrogate
 from bridge.isolation import IsolatedSimulator, SimulatorPool
 from bridge.points import PointSet
 from bridge.running import Execution
-from bridge.scale import Form, ScaleLike, parse_scale, pull_back_theta, push_theta
+from bridge.scale import Form, ScaleLike, check_scale, parse_scale
 from bridge.simulator import (
     Parallel,
     ParameterSpace,
@@ -50,294 +41,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def _numpy(tensor: torch.Tensor) -> NDArray[np.float64]:
-    return tensor.detach().to("cpu", torch.float64).contiguous().numpy()
-
-
-@dataclass
-class _Call:
-    """One use of a smoothed function at one step: what the Functions need besides tensors."""
-
-    smoothed: SmoothedSimulator
-    step: int
-    problem: int
-    replicate: int
-    space: ParameterSpace
-    form: Form
-    need_theta: bool
-    need_scale: bool
-    evaluations: list[Evaluation] = field(default_factory=list)
-    atoms: dict[tuple[int, int, float], Evaluation] = field(default_factory=dict)
-
-    def evaluate(self, theta: torch.Tensor, scale: torch.Tensor) -> int:
-        """Evaluates theta (*batch, d); returns the number by which the evaluation is found again."""
-        rows = _numpy(theta).reshape(-1, theta.shape[-1])
-        core = 1 if self.form == "diagonal" else 2
-        scales = np.broadcast_to(_numpy(scale), (*theta.shape[:-1], *scale.shape[scale.ndim - core :]))
-        scales = np.ascontiguousarray(scales.reshape(len(rows), *scales.shape[scales.ndim - core :]))
-        self.evaluations.append(self._evaluation(rows, scales, None))
-        return len(self.evaluations) - 1
-
-    def _evaluation(
-        self, thetas: NDArray[np.float64], scales: NDArray[np.float64], atom: tuple[int, float] | None
-    ) -> Evaluation:
-        smoothed = self.smoothed
-        with smoothed.dispatcher.watched(smoothed.execution.step_limit_s):
-            return smoothed.dispatcher.make(
-                Evaluation,
-                smoothed.simulator,
-                self.space,
-                smoothed.strategy,
-                smoothed.dispatcher,
-                thetas,
-                scales,
-                self.form,
-                step=self.step,
-                first_problem=self.problem,
-                first_replicate=self.replicate,
-                need_theta=self.need_theta and atom is None,
-                need_scale=self.need_scale and atom is None,
-                execution=smoothed.execution,
-                spare=smoothed.spare,
-                atom=atom,
-                once=(smoothed.simulator, smoothed.execution.store, smoothed.execution, smoothed.spare),
-            )
-
-    def hvp(self, number: int, triples: list[tuple[int, torch.Tensor, NDArray[np.float64]]]) -> list[NDArray[Any]]:
-        """d^2<v, value>/dx^2 u for each (vector, v, u). Collective.
-
-        Where the density has kinks, f is also evaluated with one eps_i held at each of them: num_samples runs more for
-        each parameter and kink, once for an evaluation.
-        """
-        evaluation = self.evaluations[number]
-        products = evaluation.hvp(triples)
-        atoms = self.smoothed.strategy.distribution.atoms
-        if not atoms:
-            return products
-        results = []
-        replicates = self.smoothed.strategy.replicates
-        scales = np.stack([p.scale for p in evaluation.problems[::replicates]])
-        thetas = np.stack([p.theta for p in evaluation.problems[::replicates]])
-        for (b, v, u), product in zip(triples, products, strict=True):
-            pushed, more = push_theta(scales[b], u), np.zeros(evaluation.dimension)
-            for i in range(evaluation.dimension):
-                for place, mass in atoms:
-                    key = (number, i, place)
-                    if key not in self.atoms:
-                        self.atoms[key] = self._evaluation(thetas, scales, (i, place))
-                    value = self.atoms[key].value(b).to("cpu", torch.float64)
-                    more[i] += mass * float(torch.dot(v.reshape(-1).to("cpu", torch.float64), value)) * pushed[i]
-            results.append(product + pull_back_theta(scales[b], more))
-        return results
-
-    def find(self, handle: torch.Tensor) -> tuple[Evaluation, list[int]]:
-        """The evaluation and the problems behind a (*batch, 2) handle."""
-        pairs = handle.detach().to("cpu", torch.int64).reshape(-1, 2)
-        return self.evaluations[self.number(handle)], pairs[:, 1].tolist()
-
-    @staticmethod
-    def number(handle: torch.Tensor) -> int:
-        """The evaluation behind a handle."""
-        (number,) = set(handle.detach().to("cpu", torch.int64).reshape(-1, 2)[:, 0].tolist())
-        return int(number)
-
-
-def _front(tensor: torch.Tensor, dim: int | None, size: int, shared: bool = False) -> torch.Tensor:
-    """Brings the mapped dimension to the front; an unmapped tensor is repeated, or gets a front of one if shared."""
-    if dim is not None:
-        return tensor.movedim(dim, 0)
-    return tensor[None] if shared else tensor.expand(size, *tensor.shape)
-
-
-class _Smooth(torch.autograd.Function):
-    """(theta (*batch, d), scale (*batch or ones, d[, d])) -> (value (*batch, *output_shape), handle (*batch, 2))."""
-
-    @staticmethod
-    def forward(theta: torch.Tensor, scale: torch.Tensor, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
-        number = call.evaluate(theta, scale)
-        evaluation = call.evaluations[number]
-        batch = theta.shape[:-1]
-        values = torch.stack([evaluation.value(b) for b in range(evaluation.num_vectors)])
-        value = values.reshape((*batch, *evaluation.output_shape)).to(theta)
-        problems = torch.arange(evaluation.num_vectors)
-        handle = torch.stack([torch.full_like(problems, number), problems], dim=-1).reshape((*batch, 2))
-        return value, handle
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        theta, scale, call = inputs
-        ctx.call = call
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(theta, scale, output[1])
-        ctx.save_for_forward(theta, scale, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, v: torch.Tensor, _: Any) -> Any:
-        theta, scale, handle = ctx.saved_tensors
-        g_theta, g_scale = _VJP.apply(v, handle, theta, scale, ctx.call)
-        return g_theta, g_scale if ctx.call.need_scale else None, None
-
-    @staticmethod
-    def jvp(ctx: Any, t_theta: Any, t_scale: Any, _: Any) -> Any:
-        theta, scale, handle = ctx.saved_tensors
-        t_theta = torch.zeros_like(theta) if t_theta is None else t_theta
-        t_scale = torch.zeros_like(scale) if t_scale is None else t_scale
-        return _JVP.apply(t_theta, t_scale, handle, theta, scale, ctx.call), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, theta: torch.Tensor, scale: torch.Tensor, call: _Call) -> Any:
-        # The batch goes to the front and all problems into one dispatch. A scale that is not mapped stays shared.
-        theta = _front(theta, in_dims[0], info.batch_size)
-        scale = _front(scale, in_dims[1], info.batch_size, shared=True)
-        return _Smooth.apply(theta, scale, call), (0, 0)
-
-
-class _VJP(torch.autograd.Function):
-    """(v, handle, theta, scale) -> gradients of <v, value> in theta and in scale; linear in v."""
-
-    @staticmethod
-    def forward(
-        v: torch.Tensor, handle: torch.Tensor, theta: torch.Tensor, scale: torch.Tensor, call: _Call
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        evaluation, problems = call.find(handle)
-        rows = v.reshape(len(problems), evaluation.num_outputs)
-        results = evaluation.vjp(list(zip(problems, rows, strict=True)))
-        batch = handle.shape[:-1]
-        g_theta = torch.as_tensor(np.stack([x.mean(axis=0) for x, _ in results])).reshape(
-            (*batch, evaluation.dimension)
-        )
-        core = 1 if call.form == "diagonal" else 2
-        if not call.need_scale:
-            return g_theta.to(theta), torch.zeros_like(scale)
-        stacked = torch.as_tensor(np.stack([L.mean(axis=0) for _, L in results if L is not None]))
-        g_scale = stacked.reshape((*batch, *stacked.shape[1:]))
-        # A scale that several problems share gathers their gradients.
-        shared = [i for i in range(len(batch)) if scale.shape[: scale.ndim - core][i] == 1 and batch[i] != 1]
-        if shared:
-            g_scale = g_scale.sum(dim=shared, keepdim=True)
-        return g_theta.to(theta), g_scale.to(scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        v, handle, theta, scale, call = inputs
-        ctx.call = call
-        ctx.save_for_backward(v, handle, theta, scale)
-        ctx.save_for_forward(v, handle, theta, scale)
-
-    @staticmethod
-    def backward(ctx: Any, u_theta: torch.Tensor, u_scale: torch.Tensor) -> Any:
-        v, handle, theta, scale = ctx.saved_tensors
-        g_v = g_theta = None
-        if ctx.needs_input_grad[0]:
-            g_v = _JVP.apply(u_theta, u_scale, handle, theta, scale, ctx.call)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            _refuse_second_scale(ctx.call)
-            g_theta = _HVP.apply(u_theta, v, handle, theta, scale, ctx.call)
-        return g_v, None, g_theta, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, t_v: Any, _h: Any, t_theta: Any, t_scale: Any, _c: Any) -> Any:
-        v, handle, theta, scale = ctx.saved_tensors
-        _refuse_second_scale(ctx.call)
-        total = torch.zeros_like(theta)
-        if t_v is not None:
-            total = total + _VJP.apply(t_v, handle, theta, scale, ctx.call)[0]
-        if t_theta is not None:
-            # H is symmetric, so the same product serves both modes.
-            total = total + _HVP.apply(t_theta, v, handle, theta, scale, ctx.call)
-        return total, torch.zeros_like(scale)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, v: Any, handle: Any, theta: Any, scale: Any, call: _Call) -> Any:
-        n = info.batch_size
-        v, handle, theta = (_front(x, dim, n) for x, dim in zip((v, handle, theta), in_dims, strict=False))
-        # Each of the n products has a gradient of its own, also of a scale that is not mapped.
-        scale = _front(scale, in_dims[3], n)
-        return _VJP.apply(v, handle, theta, scale, call), (0, 0)
-
-
-def _refuse_second_scale(call: _Call) -> None:
-    if call.need_scale:
-        raise NotImplementedError(
-            "Second derivatives are available in the parameters, not in a scale that is learned. Detach the scale."
-        )
-
-
-class _HVP(torch.autograd.Function):
-    """(u, v, handle, theta, scale) -> d^2<v, value>/dx^2 u, by the second score; not differentiable again."""
-
-    @staticmethod
-    def forward(
-        u: torch.Tensor, v: torch.Tensor, handle: torch.Tensor, theta: torch.Tensor, scale: torch.Tensor, call: _Call
-    ) -> torch.Tensor:
-        evaluation, problems = call.find(handle)
-        rows = v.reshape(len(problems), evaluation.num_outputs)
-        triples = list(zip(problems, rows, _numpy(u).reshape(len(problems), -1), strict=True))
-        products = call.hvp(call.number(handle), triples)
-        return torch.as_tensor(np.stack(products)).reshape(u.shape).to(theta)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError("Third derivatives of a smoothed function are not available.")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        rows = [_front(x, dim, info.batch_size) for x, dim in zip(inputs[:4], in_dims, strict=False)]
-        scale = _front(inputs[4], in_dims[4], info.batch_size, shared=True)
-        return _HVP.apply(*rows, scale, inputs[5]), 0
-
-
-class _JVP(torch.autograd.Function):
-    """(tangents, handle, theta, scale) -> the derivative of the value along the tangents; linear in them."""
-
-    @staticmethod
-    def forward(
-        t_theta: torch.Tensor,
-        t_scale: torch.Tensor,
-        handle: torch.Tensor,
-        theta: torch.Tensor,
-        scale: torch.Tensor,
-        call: _Call,
-    ) -> torch.Tensor:
-        evaluation, problems = call.find(handle)
-        batch = handle.shape[:-1]
-        core = 1 if call.form == "diagonal" else 2
-        t_rows = _numpy(t_theta).reshape(len(problems), -1)
-        T_rows: list[Any] = [None] * len(problems)
-        if call.need_scale:
-            T = np.broadcast_to(_numpy(t_scale), (*batch, *t_scale.shape[t_scale.ndim - core :]))
-            T_rows = list(T.reshape(len(problems), *T.shape[T.ndim - core :]))
-        products = evaluation.jvp(list(zip(problems, t_rows, T_rows, strict=True)))
-        return torch.stack(products).reshape((*batch, *evaluation.output_shape)).to(theta)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        t_theta, _, handle, theta, scale, call = inputs
-        ctx.call = call
-        ctx.save_for_backward(t_theta, handle, theta, scale)
-
-    @staticmethod
-    def backward(ctx: Any, v: torch.Tensor) -> Any:
-        t_theta, handle, theta, scale = ctx.saved_tensors
-        g_theta, g_scale = _VJP.apply(v, handle, theta, scale, ctx.call)
-        h_theta = None
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            _refuse_second_scale(ctx.call)
-            h_theta = _HVP.apply(t_theta, v, handle, theta, scale, ctx.call)
-        return g_theta, g_scale if ctx.call.need_scale else None, None, h_theta, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        n, call = info.batch_size, inputs[5]
-        t_theta, t_scale, handle, theta = (_front(x, dim, n) for x, dim in zip(inputs[:4], in_dims, strict=False))
-        scale = _front(inputs[4], in_dims[4], n, shared=True)
-        return _JVP.apply(t_theta, t_scale, handle, theta, scale, call), 0
 
 
 def _outside_graphs(method: Callable[P, T]) -> Callable[P, T]:
@@ -366,9 +69,10 @@ class SmoothedSimulator:
         scale: ScaleLike,
         dispatcher: Dispatcher,
         execution: Execution,
+        surrogate: Surrogate | None = None,
     ) -> None:
         self.simulator, self.strategy, self.scale = simulator, strategy, scale
-        self.dispatcher, self.execution = dispatcher, execution
+        self.dispatcher, self.execution, self.surrogate = dispatcher, execution, surrogate
         self.spare: list[torch.Tensor] = []
         self._last: tuple[int, int, bytes] | None = None
         self._warned = False
@@ -379,6 +83,10 @@ class SmoothedSimulator:
             f"SmoothedSimulator({simulator_name(self.simulator)}, {s.distribution.name}, {s.points.name}, "
             f"num_samples={s.num_samples}, covariate={s.covariate!r}, seed={s.seed})"
         )
+
+    def with_strategy(self, strategy: Strategy) -> SmoothedSimulator:
+        """The same, estimated in another way; a surrogate has its rows of each replicate."""
+        return SmoothedSimulator(self.simulator, strategy, self.scale, self.dispatcher, self.execution, self.surrogate)
 
     @_outside_graphs
     def __call__(
@@ -403,9 +111,9 @@ class SmoothedSimulator:
         transformed = torch._C._functorch.maybe_current_level() is not None
         if not transformed:
             self._notice_frozen_noise(theta, step, problem)
-        tangents = _has_tangent(theta, tensor)
+        tangents = has_tangent(theta, tensor)
         need = torch.is_grad_enabled() or tangents
-        call = _Call(
+        call = Call(
             self,
             step,
             problem,
@@ -413,11 +121,11 @@ class SmoothedSimulator:
             space,
             form,
             need_theta=need and (transformed or tangents or theta.requires_grad or tensor.requires_grad),
-            need_scale=need and (tensor.requires_grad or _has_tangent(tensor)),
+            need_scale=need and (tensor.requires_grad or has_tangent(tensor)),
         )
         core = 1 if form == "diagonal" else 2
         shared = tensor.reshape((1,) * (theta.ndim - 1) + tuple(tensor.shape[tensor.ndim - core :]))
-        value: torch.Tensor = _Smooth.apply(theta, shared, call)[0]
+        value: torch.Tensor = Smooth.apply(theta, shared, call)[0]
         return value
 
     @_outside_graphs
@@ -442,7 +150,7 @@ class SmoothedSimulator:
             an `Estimate`. Collective under MPI, as are its methods.
         """
         theta, tensor, form, space = self._prepare(theta, step, scale, problem)
-        call = _Call(self, step, problem, replicate, space, form, need_theta=True, need_scale=scale_gradient)
+        call = Call(self, step, problem, replicate, space, form, need_theta=True, need_scale=scale_gradient)
         core = 1 if form == "diagonal" else 2
         shared = tensor.reshape((1,) * (theta.ndim - 1) + tuple(tensor.shape[tensor.ndim - core :]))
         number = call.evaluate(theta, shared)
@@ -466,8 +174,7 @@ class SmoothedSimulator:
         """
         centred = self
         if self.strategy.covariate == "auto":
-            strategy = replace(self.strategy, covariate="loo")
-            centred = SmoothedSimulator(self.simulator, strategy, self.scale, self.dispatcher, self.execution)
+            centred = self.with_strategy(replace(self.strategy, covariate="loo"))
         given, tensor, _, _ = centred._prepare(theta, step, scale, problem)
         estimate = centred.estimate(
             given.detach(), step, scale=scale, problem=problem, scale_gradient=tensor.requires_grad
@@ -520,7 +227,7 @@ class SmoothedSimulator:
         return theta, tensor, form, space
 
     def _notice_frozen_noise(self, theta: torch.Tensor, step: int, problem: int) -> None:
-        key = _numpy(theta).tobytes()
+        key = to_numpy(theta).tobytes()
         last, self._last = self._last, (step, problem, key)
         same_key = last is not None and last[:2] == (step, problem) and len(last[2]) == len(key)
         if self._warned or last is None or not same_key or last[2] == key:
@@ -531,13 +238,6 @@ class SmoothedSimulator:
             "iteration, smoothed(theta, step=i). (Shown once; frozen noise on purpose is fine.)",
             stacklevel=3,
         )
-
-
-def _has_tangent(*tensors: torch.Tensor) -> bool:
-    """Whether forward-mode differentiation is under way and reaches one of the tensors."""
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def smooth(
@@ -567,6 +267,9 @@ def smooth(
     keep_megabytes: float = 24.0,
     memory_megabytes: float | None = None,
     step_limit_s: float | None = None,
+    surrogate: Callable[..., Any] | Simulator | None = None,
+    surrogate_samples: int = 1024,
+    surrogate_weight: float | Literal["auto"] = 1.0,
     comm: Intracomm | None = None,
 ) -> SmoothedSimulator:
     """Makes a black box differentiable by smoothing the algorithm: f_L(x) = E[f(x + L eps)].
@@ -616,6 +319,12 @@ def smooth(
         memory_megabytes: outputs that a rank keeps beyond this are written to its local disk (TMPDIR).
         step_limit_s: when an evaluation, forward or backward, takes longer, every rank prints its stack and the job
             ends; by default BRIDGE_STEP_LIMIT_S, or no limit.
+        surrogate: g, a cheap stand-in for f (the same code on a coarser grid, an emulator): the estimate becomes that
+            of f - alpha g at the same num_samples rows plus alpha times that of g at others. As unbiased as without,
+            whatever g is; see `bridge.fidelity`. Same parameters and shape of output; runs as f does (isolate, store).
+        surrogate_samples: M, runs of g at rows of its own; it runs at the num_samples rows as well.
+        surrogate_weight: alpha. 1 suits a g close to f in value. "auto" estimates for each replicate, from the others,
+            the one of least variance, and so needs replicates (8, or 4).
         comm: an mpi4py communicator; by default all ranks that the launcher started.
 
     Returns:
@@ -652,25 +361,20 @@ def smooth(
         if limit is not None and not limit > 0:
             raise InputError(f"Expected a positive {name}, got {limit!r}.")
     dispatcher = get_dispatcher(comm, ranks_per_evaluation)
-    if ranks_per_evaluation > 1:
-        if isolate is not None or workers is not None:
-            raise InputError("Expected ranks_per_evaluation without isolate and workers: the ranks run the simulator.")
-        if not isinstance(wrapped, Parallel):
-            raise InputError(
-                f"Expected a simulator that takes a communicator, with ranks_per_evaluation, got "
-                f"{simulator_name(wrapped)!r}. Use as_simulator(f, parallel=True), or give it a method bound(comm)."
-            )
-        wrapped = wrapped.bound(dispatcher.group)
+    if ranks_per_evaluation > 1 and (isolate is not None or workers is not None):
+        raise InputError("Expected ranks_per_evaluation without isolate and workers: the ranks run the simulator.")
     if isolate not in (None, "process"):
         raise InputError(f"Unknown isolate={isolate!r}. Known: process, or None.")
-    if workers is not None:
-        wrapped = SimulatorPool(wrapped, workers, timeout_s)
-    elif isolate is not None:
-        wrapped = IsolatedSimulator(wrapped, timeout_s)
-    elif timeout_s is not None:
+    if timeout_s is not None and isolate is None and workers is None:
         raise InputError(
             "Expected isolate='process' or workers with timeout_s: a run inside this process cannot be ended."
         )
+    stand_in = None
+    if surrogate is not None:
+        cheap = as_simulator(surrogate)
+        stand_in = make_surrogate(cheap, wrapped, strategy, surrogate_samples, surrogate_weight)
+        stand_in = replace(stand_in, simulator=_placed(cheap, dispatcher, isolate, workers, timeout_s))
+    wrapped = _placed(wrapped, dispatcher, isolate, workers, timeout_s)
     if wrapped.space is not None:
         _validate_scale(scale, wrapped.space, strategy)
     if not keep_megabytes >= 0:
@@ -683,14 +387,28 @@ def smooth(
         store=store,
         step_limit_s=step_limit() if step_limit_s is None else float(step_limit_s),
     )
-    return SmoothedSimulator(wrapped, strategy, scale, dispatcher, execution)
+    return SmoothedSimulator(wrapped, strategy, scale, dispatcher, execution, stand_in)
+
+
+def _placed(
+    simulator: Simulator, dispatcher: Dispatcher, isolate: str | None, workers: int | None, timeout_s: float | None
+) -> Simulator:
+    """The simulator where it is to run: in this process, in others, or over several ranks."""
+    if dispatcher.group is not None:
+        if not isinstance(simulator, Parallel):
+            raise InputError(
+                f"Expected a simulator that takes a communicator, with ranks_per_evaluation, got "
+                f"{simulator_name(simulator)!r}. Use as_simulator(f, parallel=True), or give it a method bound(comm)."
+            )
+        return simulator.bound(dispatcher.group)
+    if workers is not None:
+        return SimulatorPool(simulator, workers, timeout_s)
+    return simulator if isolate is None else IsolatedSimulator(simulator, timeout_s)
 
 
 def _validate_scale(scale: ScaleLike, space: ParameterSpace, strategy: Strategy) -> None:
-    from bridge.scale import check_scale
-
     tensor, form = parse_scale(scale, space.natural_scale, strategy.distribution)
-    check_scale(_numpy(tensor), form)
+    check_scale(to_numpy(tensor), form)
 
 
 @dataclass(frozen=True)
@@ -743,6 +461,8 @@ def smooth_loss(
     Args:
         simulator: as in `smooth`.
         loss: l: a tensor of one output -> one number; called without gradients.
-        **settings: the other arguments of `smooth`.
+        **settings: the other arguments of `smooth`; the loss is taken of a surrogate's outputs, too.
     """
+    if settings.get("surrogate") is not None:
+        settings["surrogate"] = LossSimulator(as_simulator(settings["surrogate"]), loss)
     return smooth(LossSimulator(as_simulator(simulator), loss), **settings)
