@@ -136,7 +136,8 @@ class Searching:
         search, dispatcher = self.search, self.plain.dispatcher
         if dispatcher.driver is not None:
             dispatcher = SerialDispatcher()  # the other ranks follow its evaluations alone
-        search.points = search.points[: max(1, self.budget - num_evaluations)]
+        # One run is kept for the end.
+        search.points = search.points[: max(1, self.budget - 1 - num_evaluations)]
         points = search.points
         outputs = plain_outputs(self.plain, points * self.natural, step)
         shape = tuple(self.misfit.target.shape)
@@ -164,6 +165,19 @@ class Searching:
         place = tuple((best * self.natural).tolist())
         runs = num_evaluations + len(points)
         return FitStep(step, loss, search.scale, place, runs, None, None, int(search.failed.sum()), search.note)
+
+    def outputs_at(self, points: Array, step: int) -> tuple[Array, int]:
+        """(k, *shape) outputs at points: of rows that have been run, else of a run more; and how many of these."""
+        outputs, runs = [], 0
+        for z in points:
+            rows = np.flatnonzero((self.search.rows == z).all(axis=1))
+            if len(rows):
+                row = self.search.residuals[rows[0]] * self.misfit.deviation + self.misfit.target.numpy().reshape(-1)
+                outputs.append(np.where(self.search.failed[rows[0]], np.nan, row).reshape(self.misfit.target.shape))
+            else:
+                outputs.append(plain_outputs(self.plain, z[None] * self.natural, step + runs)[0])
+                runs += 1
+        return np.stack(outputs), runs
 
     def to_dict(self) -> dict[str, Any]:
         return self.search.to_dict()

@@ -61,7 +61,7 @@ def fit(
     tied: Mapping[str, str] | None = None,
     max_runs: int | None = None,
     max_seconds: float | None = None,
-    restarts: int = 2,
+    restarts: int = 10,
     tolerance: float | None = None,
     on_step: Callable[[FitStep], None] | None = None,
     progress: str | Sequence[Observer] = "off",
@@ -80,8 +80,8 @@ def fit(
     Methods:
         "kriging" models all outputs by one Gaussian process through every run so far (`bridge.kriging`), and runs, a
             round at a time, where the loss is or may be least (`bridge.search`). Rounds of a few runs, least squares
-            only, up to some forty parameters. It restarts where it ends in a minimum that the target's noise does not
-            explain (`variance` given).
+            only, up to some forty parameters. It restarts where it ends in a minimum that does not explain the
+            target: by chi-square where `variance` is given, else if more than a fiftieth of the first loss is left.
         "gauss-newton" solves with J^T V^-1 J of the smoothed Jacobian: many parameters, block structure, many runs at
             once.
         "adam" descends the smoothed gradient, of any loss, at `learning_rate` times the current scale.
@@ -104,7 +104,7 @@ def fit(
         loss: l(output, target) -> number, in place of least squares (adam only).
         prior: name -> (mean, standard deviation), Gaussian (kriging only).
         fixed: names of parameters that keep their start. tied: name -> another that it is to equal.
-        max_runs: the budget; kriging's default is 60 (d + 1). A descent stops before the step that would exceed it.
+        max_runs: the budget, with what is run at the end; kriging's default is 60 (d + 1).
         max_seconds: stops after the step in which so much time has passed since this call. The result then depends on
             the machine.
         restarts: at most so many (kriging).
@@ -182,8 +182,10 @@ def fit(
         smoothed = smooth(sim, seed=seed, num_samples=samples, scale=first, comm=comm, **smoothing)
         limit = steps or (150 if method == "adam" else 24)
         budget = max_runs or 10**15
-        if budget < smoothed.strategy.num_rows * smoothed.strategy.replicates:
-            raise InputError(f"Expected max_runs of at least a step's {samples} runs, got {max_runs}.")
+        if budget < (least := 2 * smoothed.strategy.num_rows * smoothed.strategy.replicates + 2):
+            raise InputError(
+                f"Expected max_runs of at least {least}, for a step and what is run at the end, got {max_runs}."
+            )
         way = Descent(
             *(smoothed, misfit, origin),
             natural=natural, lower=lower, upper=upper, scale=(first, last), steps=limit,
@@ -241,7 +243,7 @@ def fit(
                 last_cost = spent() - (history[-2].num_evaluations if len(history) > 1 else 0)
                 if way.converged:
                     stop_reason = "converged"
-                elif spent() >= budget or (method != "kriging" and spent() + last_cost > budget):
+                elif spent() + (2 if method == "kriging" else 2 * last_cost + 2) > budget:
                     stop_reason = "max_runs"
                 elif max_seconds is not None and dispatcher.first(time.monotonic() - begin > max_seconds):
                     stop_reason = "max_time"
@@ -257,7 +259,11 @@ def fit(
             if run is not None:
                 run.set_aside()
         theta_end = whole_vector(way.x)
-        outputs, runs = _last_outputs(smoothed, np.stack([way.x, origin]) * natural, len(history), tuple(goal.shape))
+        ends = np.stack([way.x, origin])
+        if isinstance(way, Searching) and history:
+            outputs, runs = way.outputs_at(ends, len(history))
+        else:
+            outputs, runs = _last_outputs(smoothed, ends * natural, len(history), tuple(goal.shape))
         runs += spent()
         covariance: Array | None = None
         reused = 0

@@ -1,8 +1,8 @@
 """The fewest simulations to a least-squares solution: rounds of runs, chosen by a model of all runs so far.
 
 Each round has one point where the model (see `bridge.kriging`) expects the least loss inside a trust region, and
-further points where the loss could well be less than expected. They are found one after another, each in the belief that the
-earlier ones turn out as predicted, so that they spread over what is unknown: along valleys, not across them.
+further points where the loss could well be less than expected. They are found one after another, each in the belief
+that the earlier ones turn out as predicted, so that they spread over what is unknown: along valleys, not across them.
 
 Nothing here evaluates anything. Parameters are in natural units throughout. Everything is a function of the seed and of
 the outputs seen, so that a search that is restored goes on as if nothing had happened.
@@ -29,7 +29,9 @@ _KAPPA, _CAUTION = 1.5, 0.3
 _FIRST_RADIUS, _LEAST_RADIUS = 2.0, 0.02
 _PROBES = 128
 # A step of less than this (natural units) that promises less than this part of the loss: nothing more to find.
-_STILL_STEP, _STILL_GAIN = 1e-4, 1e-6
+_STILL_STEP, _STILL_GAIN, _STILL_HOPE = 1e-4, 1e-6, 0.01
+# Without a known noise: a loss of less than this part of the first runs' is no reason to look elsewhere.
+_LITTLE = 0.02
 _RESCALINGS = 3
 
 
@@ -42,8 +44,8 @@ class Search:
         seed: of the points. batch: runs a round.
         prior: (precision (d,), mean (d,)) of a Gaussian prior, precisions 0 where there is none.
         known_noise: whether residuals are in units of the target's noise, so that chi-square tells when to stop.
-        restarts: begin again from another place, so many times, where a search has ended and the loss does not say
-            that the target is explained by its noise.
+        restarts: begin again from another place, at most so many times, where a search has ended and the loss does not
+            say that the target is explained.
 
     Attributes:
         rows: (n, d). residuals: (n, m), whitened. failed: (n,) runs without an output.
@@ -237,11 +239,6 @@ class Search:
         step = float(np.max(np.abs(target - base)))
         self.at_edge = step > 0.9 * self.radius
         self.best, self.best_loss, self.scale = base, loss, max(step, 1e-12)
-        self._maybe_stop(model, target, step, gain)
-        if self.stopped:
-            return
-        if self.first_row == len(self.rows):  # a restart has chosen its points
-            return
         points = [target]
         reach = max(float(np.linalg.norm(target - base)) / self._length, 1e-3, 0.1 * self.radius)
         rng = self._rng()
@@ -250,6 +247,8 @@ class Search:
             believed = believed.believing(points[-1])
             points.append(self._hopeful(rng, believed, target, lower, upper, reach))
         self.points = np.array(points)
+        hope = min(believed.hopeful(z, _KAPPA)[0] + self._prior(z)[0] for z in points)
+        self._maybe_stop(step, gain, loss - hope)
 
     def _hopeful(
         self, rng: np.random.Generator, model: Kriging, centre: Array, lower: Array, upper: Array, reach: float
@@ -269,18 +268,19 @@ class Search:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def _maybe_stop(self, model: Kriging, target: Array, step: float, gain: float) -> None:
-        still = step < _STILL_STEP and gain < _STILL_GAIN * self.best_loss
+    def _maybe_stop(self, step: float, gain: float, hope: float) -> None:
+        """Ends or restarts where neither what is expected of the next point nor what is hoped for is worth a round."""
+        nothing = 1e-9 * self._first_loss()
+        still = gain < max(_STILL_GAIN * self.best_loss, nothing) and hope < max(_STILL_HOPE * self.best_loss, nothing)
+        still &= step < _STILL_STEP or self.best_loss < nothing
         if self.known_noise:
             # The step in standard errors: sqrt(2 gain) is its length in the metric of the normal matrix.
-            still |= gain < 0.5 * self.tolerance**2 and not self.at_edge
+            still |= gain < 0.5 * self.tolerance**2 and hope < 0.5 and not self.at_edge
         self.still = self.still + 1 if still else 0
         if self.still < 2:
             return
         self.ends.append((self.best_loss, self.best))
-        m = self.residuals.shape[1]
-        explained = not self.known_noise or 2 * self.best_loss < m + 5 * np.sqrt(2 * m)
-        if explained or self.restarts_left == 0:
+        if self._explained() or self.restarts_left == 0:
             self.best_loss, self.best = min(self.ends, key=lambda end: end[0])
             self.stopped = "converged"
             return
@@ -296,6 +296,18 @@ class Search:
         self.first_row, self.radius, self.promise, self.still = len(self.rows), _FIRST_RADIUS, None, 0
         self.points = self._first(start)
         self.note = f"restart {len(self.ends)}: a minimum with loss {self.best_loss:.4g} is found, and kept"
+
+    def _explained(self) -> bool:
+        """Whether the loss is that of noise: by chi-square where its size is known, else if little of the start's is
+        left."""
+        if self.known_noise:
+            m = self.residuals.shape[1]
+            return bool(2 * self.best_loss < m + 5 * np.sqrt(2 * m))
+        return bool(self.best_loss < _LITTLE * self._first_loss())
+
+    def _first_loss(self) -> float:
+        losses = self._losses()
+        return float(np.median(losses[np.isfinite(losses)][: self.batch]))
 
     @property
     def overall(self) -> tuple[float, Array]:
