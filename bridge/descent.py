@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.dispatch import SerialDispatcher
-from bridge.errors import EvaluationError, InputError
+from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.fit_result import FitStep
 from bridge.misfit import Misfit
 from bridge.search import Search
@@ -153,14 +153,13 @@ class Searching:
         if dispatcher.rank == 0:
             try:
                 search.told(residuals, failed)
-            except Exception as problem:
+            except BridgeError as problem:
                 error = problem
-            saved = {k: v for k, v in search.to_dict().items() if k != "residuals"}
+            saved = {name: value for name, value in search.to_dict().items() if name != "residuals"}
         dispatcher.agree(error)
-        if dispatcher.size > 1:
-            saved = dispatcher.broadcast_object(saved)
-            if dispatcher.rank != 0:
-                search.restore({**saved, "residuals": search.residuals})
+        saved = dispatcher.broadcast_object(saved)
+        if dispatcher.rank != 0 and saved is not None:
+            search.restore({**saved, "residuals": search.with_rows(residuals, failed)})
         loss, best = search.overall
         place = tuple((best * self.natural).tolist())
         runs = num_evaluations + len(points)

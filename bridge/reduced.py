@@ -68,8 +68,8 @@ def reduced(
     """The simulator with `fixed` parameters held at the start and each of `tied` equal to another.
 
     Raises:
-        InputError: an unknown name, nothing left to fit, a parameter tied to one that is not free, or bounds and natural
-            scales that differ.
+        InputError: an unknown name, nothing left to fit, a parameter tied to one that is not free, or with other
+            bounds or another natural scale.
     """
     if isinstance(fixed, str):
         raise InputError(f"Expected a list of names, fixed=[{fixed!r}], got a text.")

@@ -113,10 +113,9 @@ class Search:
             InputError: the outputs do not change.
         """
         before = len(self.rows)
-        old = self.residuals if before else np.zeros((0, residuals.shape[1]))
         self.rows = np.vstack([self.rows, self.points])
         self.failed = np.concatenate([self.failed, failed])
-        self.residuals = np.vstack([old, np.where(failed[:, None], 0.0, residuals)])
+        self.residuals = self.with_rows(residuals, failed)
         new = self.residuals[before:] @ self.residuals.T
         gram = np.zeros((len(self.rows), len(self.rows)))
         gram[:before, :before] = self.gram
@@ -132,6 +131,11 @@ class Search:
                 "Try the start by itself, and bounds that keep away from where the simulator fails."
             )
         self._choose(before)
+
+    def with_rows(self, residuals: Array, failed: NDArray[np.bool_]) -> Array:
+        """The residuals so far and those of new rows, 0 where a run failed."""
+        new = np.where(failed[:, None], 0.0, residuals)
+        return np.vstack([self.residuals, new]) if len(self.residuals) else new
 
     def _rescaled(self) -> bool:
         """Whether the first round has to be repeated with another spread, since its outputs do not change."""

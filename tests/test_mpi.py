@@ -87,7 +87,7 @@ bounds = [(-1, 1), (-1, 1), (0.05, 1)]
 sim = bridge.as_simulator(f, names=["a", "b", "w"], bounds=bounds, natural_scale=[0.1, 0.1, 0.05])
 target = f([0.3, -0.2, 0.3])
 digest = hashlib.sha256()
-for method, steps in (("adam", 60), ("gauss-newton", 12)):
+for method, steps in (("adam", 60), ("gauss-newton", 12), ("kriging", 12)):
     result = bridge.fit(sim, target, {"a": 0.0, "b": 0.1, "w": 0.4}, seed=0, method=method, steps=steps)
     digest.update(json.dumps([h.parameters for h in result.history]).encode())
     digest.update(result.parameters.tobytes() + result.standard_error.tobytes() + result.output.tobytes())

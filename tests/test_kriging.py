@@ -1,0 +1,102 @@
+"""The model of all outputs from their Gram matrix, against what it replaces: one Gaussian process for each output."""
+
+import numpy as np
+import pytest
+from scipy.optimize import check_grad
+
+from bridge.kriging import Kriging, fit_kriging
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(3)
+    rows = rng.normal(size=(9, 3))
+    outputs = np.stack([np.sin(rows @ rng.normal(size=3) + k) for k in range(40)], axis=1)
+    return rows, outputs
+
+
+def of_numbers(rows, outputs, kernel):
+    return Kriging(rows, outputs @ outputs.T, np.array(kernel), 5.0, 2.0)
+
+
+KERNEL = [0.5, 0.8, 0.2, -2.0, -4.0]
+
+
+def one_by_one(rows, y, z, kernel):
+    """Ordinary kriging of one output, written out as its textbook system with a Lagrange multiplier."""
+    n = len(rows)
+    lengths, rough, nugget = np.exp(kernel[:3]), np.exp(kernel[3]), np.exp(kernel[4])
+
+    def k(a, b):
+        r2 = (((a[:, None] - b[None]) / lengths) ** 2).sum(axis=2)
+        return np.exp(-r2 / 2) + rough * np.exp(-np.sqrt(r2 + 1e-12) / 3)
+
+    system = np.block([[k(rows, rows) + nugget * np.eye(n), np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
+    right = np.append(k(rows, z[None])[:, 0], 1.0)
+    solution = np.linalg.solve(system, right)
+    return solution[:n] @ y, 1 + rough - solution @ right
+
+
+def test_the_prediction_of_every_output_is_that_of_a_process_of_its_own(data):
+    rows, outputs = data
+    model, z = of_numbers(rows, outputs, KERNEL), np.array([0.3, -0.2, 0.1])
+    w, variance, _, _ = model.at(z)
+    assert w.sum() == pytest.approx(1, abs=1e-12)
+    for o in range(outputs.shape[1]):
+        mean, own = one_by_one(rows, outputs[:, o], z, KERNEL)
+        assert w @ outputs[:, o] == pytest.approx(mean, abs=1e-10)
+        assert variance / model.amplitude == pytest.approx(own, abs=1e-10)
+    value, _ = model.loss(z, 0.0)
+    assert value == pytest.approx(0.5 * ((w @ outputs) ** 2).sum(), rel=1e-10)
+
+
+@pytest.mark.parametrize("what", ["loss", "hopeful"])
+def test_gradients_against_differences(data, what):
+    rows, outputs = data
+    model = of_numbers(rows, outputs, KERNEL)
+    function = getattr(model, what)
+    for z in (np.array([0.3, -0.2, 0.1]), np.array([2.0, 1.0, -1.5])):
+        error = check_grad(lambda x: function(x, 0.7)[0], lambda x: function(x, 0.7)[1], z)
+        assert error < 1e-5 * np.linalg.norm(function(z, 0.7)[1])
+    wrong = check_grad(lambda x: function(x, 0.7)[0], lambda x: 1.01 * function(x, 0.7)[1], z)
+    assert wrong > 1e-3 * np.linalg.norm(function(z, 0.7)[1])
+
+
+def test_many_points_at_once(data):
+    model = of_numbers(*data, KERNEL)
+    points = np.random.default_rng(0).normal(size=(7, 3))
+    expected = [model.hopeful(z, 1.5)[0] for z in points]
+    np.testing.assert_allclose(model.hopes(points, 1.5), expected, rtol=1e-6)
+
+
+def test_a_believed_row_changes_the_variance_and_not_the_prediction(data):
+    rows, outputs = data
+    model, z, other = of_numbers(rows, outputs, KERNEL), np.array([0.4, 0.1, 0.0]), np.array([0.7, -0.3, 0.2])
+    believing = model.believing(z)
+    assert believing.loss(other, 0.0)[0] == pytest.approx(model.loss(other, 0.0)[0], rel=1e-9)
+    assert believing.at(z)[1] < 0.5 * model.at(z)[1]
+    assert believing.at(other)[1] < model.at(other)[1]
+
+
+def test_a_linear_simulator_gives_its_normal_matrix():
+    rng = np.random.default_rng(1)
+    rows, J = rng.normal(size=(12, 3)), rng.normal(size=(50, 3))
+    outputs = rows @ J.T + 1
+    model = fit_kriging(rows, outputs @ outputs.T)
+    np.testing.assert_allclose(model.normal_matrix(np.zeros(3), np.full(3, 0.1)), J.T @ J, rtol=2e-3, atol=0.1)
+
+
+def test_the_nugget_finds_the_simulators_noise():
+    rng = np.random.default_rng(2)
+    rows, J = rng.normal(size=(40, 2)), rng.normal(size=(60, 2))
+    for sigma in (0.3, 1.0):
+        outputs = rows @ J.T + sigma * rng.normal(size=(40, 60))
+        model = fit_kriging(rows, outputs @ outputs.T)
+        assert model.noise / 60 == pytest.approx(sigma**2, rel=0.15)
+
+
+def test_lengths_tell_which_parameter_matters():
+    rows = np.random.default_rng(4).uniform(-1, 1, size=(30, 2))
+    outputs = np.sin(3 * rows[:, :1] + np.arange(10)) + 1e-3 * rows[:, 1:]
+    model = fit_kriging(rows, outputs @ outputs.T)
+    assert model.kernel[1] > model.kernel[0] + 1
