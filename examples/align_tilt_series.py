@@ -8,8 +8,9 @@
 The simulator is `TiltSeries` in its hard mode, a black box here: thresholds, a hard aperture, integers. An image
 depends on its own shifts and defocus and on the axis alone, so four columns hold all that is not zero of the Jacobian:
 one run moves every image's x at once (and y, defocus, axis), as Curtis, Powell & Reid (1974, J. Inst. Math. Appl. 13,
-117) do for sparse Jacobians, and smoothing has 4 dimensions instead of 124. Eight runs, four pairs of orthogonal
-directions, make a step of Gauss-Newton. Coarse to fine: images are binned and the smoothing is wide at first.
+117) do for sparse Jacobians, and smoothing has 4 dimensions instead of 124. Eight runs, a pair for each of four
+orthogonal directions, make a step of Gauss-Newton; twelve, where astigmatism adds two dimensions. Coarse to fine:
+images are binned and the smoothing is wide at first.
 
 The images come from another code: atoms turned one by one, projected in slices on a grid twice as fine, Fresnel
 propagation between the slices, square pixels that collect what falls on them, and electrons counted
@@ -98,6 +99,11 @@ class Layout:
     def kinds(self) -> int:
         """Columns of the Jacobian: three kinds of each image's own parameters, and the common ones."""
         return 6 if self.astigmatic else 4
+
+    @property
+    def runs_a_step(self) -> int:
+        """An antithetic pair for each column: with fewer, orthogonal directions leave columns out at random."""
+        return 2 * self.kinds
 
     def spread(self, of: Array) -> Array:
         """A value for each kind to one for each of the d parameters."""
@@ -408,11 +414,11 @@ class Alignment:
 
 def align(
     layout: Layout, target: Array, first: Array, seed: int,
-    schedule: Sequence[tuple[int, float]] = SCHEDULE, samples: int = 8,
+    schedule: Sequence[tuple[int, float]] = SCHEDULE,
 ) -> Alignment:  # fmt: skip
     """Gauss-Newton on the smoothed Jacobian, a few columns for all parameters, coarse to fine."""
     finest, larger = (layout.series(larger=k) for k in (1, 2))
-    k, spread = layout.kinds, layout.spread(START)
+    k, spread, samples = layout.kinds, layout.spread(START), layout.runs_a_step
     theta, path, losses, runs = first.copy(), [first.copy()], [], 0
     misfits = {factor: Misfit(target, factor) for factor, _ in schedule}
     normal = gradient = np.zeros(0)
@@ -574,9 +580,13 @@ def adam(layout: Layout, target: Array, first: Array, seed: int, budget: int, st
 # --- tables and pictures ------------------------------------------------------------------------------------------
 
 
+# Name, unit and factor of each kind of error.
+PRINTED = (("x", "nm", 0.1), ("y", "nm", 0.1), ("defocus", "nm", 1e3), ("axis", "deg", 1.0), ("astigmatism", "nm", 1e3))
+
+
 @dataclass(frozen=True)
 class Errors:
-    """How one method did on one target, by kind: shift x, shift y, defocus, axis.
+    """How one method did on one target, by kind: shift x, shift y, defocus, axis, and astigmatism where it is fitted.
 
     rms: root mean square error. bound: that of the Cramer-Rao bounds. ratio: root mean square of error / bound.
     """
@@ -592,15 +602,16 @@ class Errors:
     own: list[float]  # root mean square of error / the fit's own standard error; empty where it has none
 
     def line(self) -> str:
-        kinds = zip(("x", "y", "defocus", "axis"), self.rms, self.ratio, strict=True)
+        kinds = zip((name for name, *_ in PRINTED), self.rms, self.ratio, strict=False)
         figures = "  ".join(f"{name} {rms:.4g} ({ratio:.2f})" for name, rms, ratio in kinds)
         return f"{self.target:3} {self.method:12} {self.runs:4} runs {self.cpu_s:6.1f} s  {figures}"
 
 
 def by_kind(layout: Layout, values: Array) -> list[float]:
-    """Root mean square of each image's own kinds, and of the axis."""
+    """Root mean square of each image's own kinds, of the axis, and of both parts of a fitted astigmatism."""
     n = layout.images
-    parts = (values[:n], values[n : 2 * n], values[2 * n : 3 * n], values[3 * n : 3 * n + 1])
+    parts = [values[:n], values[n : 2 * n], values[2 * n : 3 * n], values[3 * n : 3 * n + 1], values[3 * n + 1 :]]
+    parts = parts[: 5 if layout.astigmatic else 4]
     return [float(np.sqrt(np.mean(np.square(part)))) for part in parts]
 
 
@@ -637,7 +648,7 @@ def compare(
             print(results[-1].line(), flush=True)
 
     add("start", first, bound, 0, 0, time.process_time(), None)
-    budget = 8 * len(SCHEDULE) + TRIALS
+    budget = layout.runs_a_step * len(SCHEDULE) + TRIALS
     for name in methods:
         began = time.process_time()
         if name in ("columns", "clean", "correlation"):
@@ -651,7 +662,15 @@ def compare(
             rounds = len(schedule) + 1 + (name == "correlation")
             more = len(found.path) - 1 - len(schedule)
             if more:
-                add(f"{name}, first", found.path[len(schedule)], bound, runs - 8 * more, rounds, began, None)
+                add(
+                    f"{name}, first",
+                    found.path[len(schedule)],
+                    bound,
+                    runs - layout.runs_a_step * more,
+                    rounds,
+                    began,
+                    None,
+                )
             add(name, found.theta, bound, runs, rounds + more, began, own)
             if name == "columns":
                 own = np.sqrt(np.diag(np.linalg.inv(found.normal + precision)))
@@ -671,8 +690,7 @@ def summary(results: Sequence[Errors]) -> str:
     for name in dict.fromkeys(r.method for r in results):
         mine = [r for r in results if r.method == name]
         parts = []
-        for k, (kind, unit, factor) in enumerate((("x", "nm", 0.1), ("y", "nm", 0.1), ("defocus", "nm", 1e3),
-                                                  ("axis", "deg", 1.0))):  # fmt: skip
+        for k, (kind, unit, factor) in enumerate(PRINTED[: len(mine[0].rms)]):
             rms, bound, ratio = (np.sqrt(np.mean([getattr(r, f)[k] ** 2 for r in mine])) for f in ("rms", "bound",
                                                                                                   "ratio"))  # fmt: skip
             worst = max(r.ratio[k] for r in mine)
@@ -680,7 +698,7 @@ def summary(results: Sequence[Errors]) -> str:
         cpu, runs = np.median([r.cpu_s for r in mine]), np.mean([r.runs for r in mine])
         lines.append(f"{name:14}{len(mine):8}{runs:6.0f}{cpu:8.1f}   " + ", ".join(parts))
         if mine[0].own:
-            own = [np.sqrt(np.mean([r.own[k] ** 2 for r in mine])) for k in range(4)]
+            own = [np.sqrt(np.mean([r.own[k] ** 2 for r in mine])) for k in range(len(mine[0].rms))]
             lines.append(f"{'':36}   error / own standard error: " + ", ".join(f"{v:.2f}" for v in own))
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,45 @@ def test_without_noise_the_truth_is_found(example: ModuleType, layout: Any) -> N
     assert errors[1] < 0.3, errors
     assert errors[2] < 0.06, errors  # um, from up to 0.3
     assert errors[3] < 0.2, errors  # degrees, from up to 2
+
+
+@pytest.mark.slow
+def test_astigmatism_is_found(example: ModuleType, layout: Any) -> None:
+    """From none. An orthogonal direction for each column is needed: with four for six the shifts diverge."""
+    same = replace(layout, thresholded=True, astigmatic=True)
+    true = example.truth(same, 5)
+    first = example.coarse(same, true, 5)
+    np.testing.assert_array_equal(true[-2:], [0.03, 0.05])
+    np.testing.assert_array_equal(first[-2:], 0.0)
+    found = example.align(same, example.DQE * example.expected(same, true), first, 5)
+    errors = example.by_kind(same, found.theta - true)
+    assert found.runs == 12 * len(example.SCHEDULE) + example.TRIALS
+    assert errors[0] < 0.3, errors
+    assert errors[1] < 0.3, errors
+    assert errors[2] < 0.06, errors
+    assert errors[3] < 0.2, errors
+    assert errors[4] < 0.01, errors  # um, from 0.041
+
+
+@pytest.mark.parametrize(("option", "kinds"), [("--gain=1", 4), ("--astigmatism", 5)])
+def test_the_options_of_the_command_line(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    option: str, kinds: int,
+) -> None:  # fmt: skip
+    """With noise, in units of the Cramer-Rao bounds; with a gain of 1 expected counts are rounded to electrons."""
+    arguments = ["--images=3", "--size=64", "--pixel=8", "--subunits=98", "--single", "--targets=20:21"]
+    monkeypatch.setattr("sys.argv", ["align", *arguments, option, f"--output={tmp_path / 'errors.json'}"])
+    layouts = []
+    monkeypatch.setattr(example, "align", lambda layout, *rest, inner=example.align: (
+        layouts.append(layout) or inner(layout, *rest)))  # fmt: skip
+    example.main()
+    assert {(layout.gain, layout.astigmatic) for layout in layouts} == {(1.0, False) if kinds == 4 else (1000.0, True)}
+    start, *_, found, _ = json.loads((tmp_path / "errors.json").read_text())
+    assert (start["method"], found["method"]) == ("start", "columns")
+    assert len(found["ratio"]) == kinds
+    assert max(start["ratio"]) > 30
+    assert max(found["ratio"]) < 3, found
+    assert ("astigmatism" in capsys.readouterr().out) == (kinds == 5)
 
 
 @pytest.mark.mpi
