@@ -429,11 +429,15 @@ def test_a_series_is_written_for_other_programs(tmp_path: Path) -> None:
     assert [float(v) for v in tilts["rlnDefocusU"]] == [30000] * 4 + [25000]
     assert [float(v) for v in tilts["rlnTomoYTilt"]] == [-35, -15, 5, 25, 45]
     assert [float(v) for v in tilts["rlnTomoXShiftAngst"]] == [0, 16, 0, 0, 0]
-    assert [float(v) for v in tilts["rlnTomoYShiftAngst"]] == [-0.5 * PIXEL] * 5  # an odd number of rows
+    assert [float(v) for v in tilts["rlnTomoYShiftAngst"]] == [0] * 5  # of n // 2, as RELION's C++ programs have it
     assert tilts["rlnMicrographName"][0] == "1@ts_01.mrc"
     (particle,) = zip(*list(_star(text["_particles.star"]).values())[1:], strict=True)
     assert [float(v) for v in particle] == [10, 20, 30, 40, 50, 60]
-    assert _star(text["_series.star"])["rlnTomoTiltSeriesStarFile"] == ["ts_01_tilts.star"]
+    tomogram = _star(text["_series.star"])
+    assert tomogram["rlnTomoTiltSeriesStarFile"] == ["ts_01_tilts.star"]
+    assert [tomogram[f"rlnTomoSize{axis}"] for axis in "XY"] == [["56"], ["48"]]  # even
+    assert int(tomogram["rlnTomoSizeZ"][0]) % 2 == 0
+    assert [float(v) for v in tomogram["rlnTomoHand"]] == [1]
     np.testing.assert_array_equal(series.read_output(str(files[0])), images)
     for name in ("", "../x", "a b", ".x"):
         with pytest.raises(InputError, match="name"):
