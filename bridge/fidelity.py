@@ -99,12 +99,9 @@ def make_surrogate(
         check_shape(simulator, simulator.output_shape or (), surrogate, surrogate.output_shape or ())
     samples = int(num_samples) // R
     # What the points cannot do is refused here, as it is for the simulator's rows.
-    strategy.points.nodes(strategy.distribution, samples, 1 if fine is None else fine.dimension, _any_generator())
+    d = 1 if fine is None else fine.dimension
+    strategy.points.nodes(strategy.distribution, samples, d, np.random.default_rng(0))
     return Surrogate(surrogate, samples, "auto" if isinstance(weight, str) else float(weight))
-
-
-def _any_generator() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 def _check_space(fine: ParameterSpace, coarse: ParameterSpace) -> None:
