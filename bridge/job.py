@@ -26,18 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge import registry
-from bridge.dispatch import get_dispatcher, is_root
-from bridge.errors import BridgeError, InputError, SetupError
+from bridge.dispatch import is_root
+from bridge.errors import InputError, SetupError
 from bridge.files import write_json, write_whole
 from bridge.fitting import FitResult, fit
-from bridge.progress import Observer, make_observers
+from bridge.progress import Observer
 from bridge.report import draw_fit
 from bridge.simulator import FileFormat, Simulator
 
 _log = logging.getLogger("bridge")
 _SECTIONS = ("simulator", "target", "start", "fit", "output")
 _NOT_IN_A_FILE = (
-    *("simulator", "target", "start", "loss", "on_step", "comm", "smoothing", "store"),
+    *("simulator", "target", "start", "loss", "on_step", "comm", "smoothing", "store", "progress", "title"),
     *("directory", "resume", "overwrite"),
 )
 
@@ -161,27 +161,17 @@ def run_job(
 ) -> tuple[FitResult, list[Path]]:
     """Fits and writes parameters.json, history.json, the fitted output and fit.png, and, so that it can be resumed, the
     run (`bridge.Run`) in run/. Collective under MPI; rank 0 prints and writes. `progress`: as in `make_observers`."""
-    space = job.simulator.space
-    assert space is not None  # load_job made sure
-    steps = job.settings.get("steps") or (150 if job.settings.get("method", "adam") == "adam" else 24)
-    with make_observers(progress, root=is_root()) as observers:
-        problem = None
-        try:
-            observers.start(space, max_steps=steps, max_runs=None, title=job.title)
-        except BridgeError as error:  # on rank 0 alone
-            problem = error
-        get_dispatcher().agree(problem)
-        result = fit(
-            job.simulator,
-            job.target,
-            job.start,
-            on_step=observers.step,
-            directory=job.directory / "run",
-            resume=resume,
-            overwrite=overwrite,
-            **job.settings,
-        )
-        observers.end(result)
+    result = fit(
+        job.simulator,
+        job.target,
+        job.start,
+        progress=progress,
+        title=job.title,
+        directory=job.directory / "run",
+        resume=resume,
+        overwrite=overwrite,
+        **job.settings,
+    )
     return result, write_results(job, result) if is_root() else []
 
 
