@@ -166,14 +166,14 @@ def write_report(
     heading = title or "A fit"
     target = np.asarray(target, dtype=np.float64)
     parts = [f"<h1>{escape(heading)}</h1>", f"<p>{escape(_story(result))}</p>"]
-    parts += [f'<p class="warn">{escape(w)}</p>' for w in _known(result, "warnings", ())]
+    parts += [f'<p class="warn">{escape(w)}</p>' for w in result.warnings]
     parts += ["<h2>Parameters</h2>", _parameter_table(result), _correlation_table(result)]
     try:
         parts += ["<h2>Outputs</h2>", _outputs(result, target, simulator)]
         parts += ["<h2>Convergence</h2>", _convergence(result)]
     except SetupError as error:
         parts.append(f'<p class="warn">No pictures. {escape(str(error))}</p>')
-    told = {"method": _known(result, "method", ""), **(settings or {})}
+    told = {"method": result.method, **(settings or {})}
     parts += ["<h2>Settings</h2>", _table(["setting", "value"], [[k, str(v)] for k, v in told.items() if v != ""])]
     parts += ["<h2>To repeat and to cite</h2>"]
     if command:
@@ -191,20 +191,11 @@ def write_report(
     return write_whole(path, lambda p: p.write_text(page, encoding="utf-8", errors="replace"))
 
 
-def _known(result: FitResult, name: str, otherwise: Any) -> Any:
-    """A field that results of older fits lack."""
-    return getattr(result, name, otherwise)
-
-
 def _story(result: FitResult) -> str:
     d = result.space.dimension
     words = f"{d} parameter{'s' if d > 1 else ''}. The fit {describe_end(result.stop_reason)} after "
     words += f"{len(result.history)} steps and {result.num_evaluations:,} simulations"
-    extra = [
-        f"{n:,} {what}"
-        for n, what in ((_known(result, "num_failed", 0), "failed"), (_known(result, "num_reused", 0), "used again"))
-        if n
-    ]
+    extra = [f"{n:,} {what}" for n, what in ((result.num_failed, "failed"), (result.num_reused, "used again")) if n]
     words += (f" ({', '.join(extra)})" if extra else "") + f", in {format_duration(result.wall_s)}. "
     if result.history:
         words += f"The loss went from {result.history[0].loss:.5g} to {result.loss:.5g}."
@@ -222,7 +213,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
 
 
 def _correlation(result: FitResult) -> NDArray[np.float64] | None:
-    covariance = _known(result, "covariance", None)
+    covariance = result.covariance
     if covariance is None:
         return None
     deviation = np.sqrt(np.diag(covariance))

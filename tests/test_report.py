@@ -6,9 +6,7 @@ import base64
 import io
 import re
 import sys
-from dataclasses import dataclass
 from html.parser import HTMLParser
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,15 +19,6 @@ from bridge.simulator import Parameter, ParameterSpace
 
 pytest.importorskip("matplotlib", reason="matplotlib is optional (extra `report`)")
 EVIL = "<script>alert('$1')</script> & \"$\\frac\" 名 \x1b[2J"
-
-
-@dataclass(frozen=True)
-class Result(FitResult):
-    covariance: Any = None
-    warnings: tuple[str, ...] = ()
-    num_reused: int = 0
-    num_failed: int = 0
-    method: str = ""
 
 
 def make(target, names=("a", "b"), **changes):
@@ -45,7 +34,7 @@ def make(target, names=("a", "b"), **changes):
         "loss": 1e-3, "stop_reason": "converged", "history": history, "num_evaluations": 1234, "wall_s": 200.0,
         "output": target + 0.5, "start_output": target - 1.0,
     } | changes  # fmt: skip
-    return Result(**fields)
+    return FitResult(**fields)
 
 
 class Page(HTMLParser):
