@@ -22,8 +22,9 @@ from bridge.kriging import Kriging, fit_kriging
 
 Array = NDArray[np.float64]
 
-# Rows that the model is made of: those nearest to the best.
-_WINDOW = 150
+# Rows that the model is made of: those nearest to the best, but for those of a loss so many times that of the best
+# 2 (d + 1).
+_WINDOW, _CLIFF = 150, 30.0
 # Standard deviations of the loss by which further points may be optimistic, and how cautious the first one is.
 _KAPPA, _CAUTION = 1.5, 0.3
 _FIRST_RADIUS, _LEAST_RADIUS = 2.0, 0.02
@@ -172,7 +173,13 @@ class Search:
             own = np.arange(self.first_row, len(self.rows))
             centre = self.rows[own[int(np.argmin(self._losses()[own]))]]
         distance = ((self.rows - centre) ** 2).sum(axis=1)
-        return np.sort(np.argsort(distance, kind="stable")[:_WINDOW])
+        losses, enough = self._losses(), 2 * (len(self.start) + 1)
+        if len(losses) > enough:
+            # One kernel cannot do justice to cliffs far off and to what matters here.
+            cliffs = np.isfinite(losses) & (losses > _CLIFF * np.sort(losses)[enough - 1])
+            distance[cliffs] = np.inf
+        order = np.argsort(distance, kind="stable")[:_WINDOW]
+        return np.sort(order[np.isfinite(distance[order])])
 
     def _losses(self) -> Array:
         """(n,) loss of each run by itself, with the prior; infinite where it failed."""
