@@ -288,6 +288,7 @@ def test_auto_finds_the_weight_of_least_variance_and_leaves_a_useless_surrogate_
     assert worse > 1.5 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weight", "points"), [(1.0, "auto"), ("auto", "mc")])
 def test_intervals_cover(weight, points):
     smoothed = smooth(
