@@ -200,7 +200,7 @@ def sparkline(values: Sequence[float], width: int, blocks: str = _BLOCKS) -> str
     span = high / 2 - low / 2  # halved: the difference itself may overflow
     top = len(blocks) - 1
     return "".join(
-        " " if m is None else blocks[round(top * (m / 2 - low / 2) / span) if span > 0 else 0] for m in means
+        " " if m is None else blocks[round(top * ((m / 2 - low / 2) / span)) if span > 0 else 0] for m in means
     )
 
 

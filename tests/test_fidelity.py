@@ -64,8 +64,8 @@ T = torch.tensor([1.0, -2.0], dtype=torch.float64)
     ("weight", "covariate", "settings"),
     [
         (1.0, "none", {"num_samples": 8}),
-        (-0.3, "loo", {"num_samples": 8}),
-        ("auto", "loo", {"num_samples": 16, "replicates": 4}),
+        pytest.param(-0.3, "loo", {"num_samples": 8}, marks=pytest.mark.slow),
+        pytest.param("auto", "loo", {"num_samples": 16, "replicates": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_any_weight_is_unbiased(weight, covariate, settings):
