@@ -34,8 +34,8 @@ def ours(counter: Counter, seed: int) -> list[int]:
     import bridge
 
     problem = counter.problem
-    result = bridge.fit(Watched(counter), problem.target, problem.start, variance=problem.variance, seed=seed,
-                        max_runs=counter.budget)  # fmt: skip
+    result = bridge.fit(Watched(counter), problem.target, problem.start, seed=seed, max_runs=counter.budget,
+                        variance=problem.variance if problem.noisy_target else None)  # fmt: skip
     return [step.num_evaluations for step in result.history]
 
 

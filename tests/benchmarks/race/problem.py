@@ -32,6 +32,7 @@ class Problem:
     Attributes:
         simulator: of the project's kind; its space has bounds and natural scales.
         target, variance: of the solver's loss, 1/2 sum (simulator - target)^2 / variance.
+        noisy_target: the variance is that of noise, of the target (and of a run); else a mere unit.
         start: (d,).
         distance: (inputs (k, d), outputs (k, *shape)) -> (k,), see above.
         from_outputs: the distance is of the outputs, so it is taken as they come; else of the inputs alone.
@@ -56,6 +57,7 @@ class Problem:
     least: float | None = 0.0
     truth: Array | None = None
     noisy: bool = False
+    noisy_target: bool = False
     runs_a_dimension: int = RUNS_A_DIMENSION
     from_outputs: bool = False
 

@@ -26,7 +26,8 @@ def disc(seed: int) -> Problem:
     start = within(space, truth + rng.uniform(-1, 1, 3) * [10, 10, 4])
     target = image(truth[None])[0] + 0.3 * rng.standard_normal((64, 64))
     simulator = FunctionSimulator(image, space, (64, 64), vectorized=True)
-    return Problem("disc", "simulators", seed, simulator, target, 0.09, start, near(truth, 0.5), "fixed", truth=truth)
+    return Problem("disc", "simulators", seed, simulator, target, 0.09, start, near(truth, 0.5), "fixed", truth=truth,
+                   noisy_target=True)  # fmt: skip
 
 
 def noisy_sines(seed: int) -> Problem:
@@ -46,7 +47,7 @@ def noisy_sines(seed: int) -> Problem:
     simulator = FunctionSimulator(sines, space, (20,), vectorized=True, seeded=True)
     # Noise of the run and of the target.
     return Problem("noisy-sines", "simulators", seed, simulator, target, 2 * 0.02**2, start, near(truth, 0.03),
-                   "fixed", truth=truth, noisy=True)  # fmt: skip
+                   "fixed", truth=truth, noisy=True, noisy_target=True)  # fmt: skip
 
 
 def staircase(seed: int) -> Problem:
@@ -121,4 +122,5 @@ def predators(seed: int) -> Problem:
     simulator = FunctionSimulator(populations, space, (2 * TIMES,), vectorized=True, seeded=True)
     loss = half_squares(lambda inputs: populations(inputs, None), clean, variance)
     return Problem("predators", "simulators", seed, simulator, target, variance, start,
-                   lambda inputs, outputs: loss(inputs, outputs) / 4, "fixed", truth=truth, noisy=True)  # fmt: skip
+                   lambda inputs, outputs: loss(inputs, outputs) / 4, "fixed", truth=truth, noisy=True,
+                   noisy_target=True)  # fmt: skip
