@@ -3,8 +3,8 @@
 Tables that do not depend on the inputs are made on the processor, in double precision, and copied once; inputs, all
 that is computed of them, and outputs stay on the device.
 
-None of this has been run on a GPU: tests pretend one, which says what would be mixed; those that need one, of gradients
-among them, have not been run.
+None of this has been run on a GPU: tests pretend one, on which images, counts, and derivatives in both directions are
+those of the processor. That says what would be mixed, not what a GPU rounds differently.
 """
 
 from __future__ import annotations
