@@ -18,6 +18,7 @@ import pytest
 
 from bridge.errors import InputError
 from simulators.cryoet import DensityMap, Specimen, read_micrograph, read_stack
+from simulators.cryoet.temsim_potential import read_structure
 from simulators.cryoet.tilt_files import read_tilt_series
 
 gemmi = pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
@@ -156,6 +157,17 @@ def test_structures(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     whole = _pdb() if ".pdb" in name else _cif()
     run(path, whole, lambda: Specimen.from_file(path, assembly=None), text=True, packed=name.endswith(".gz"))
+
+
+TRANSFORMS = b"# copies\n6 4\n1 0 0 0\n0 1 0 0\n0 0 1 0\n0 -1 0 5.5\n1 0 0 0\n0 0 1 -2\n"
+
+
+@pytest.mark.parametrize("name", ["model.pdb", "copies.txt"])
+def test_structures_as_tem_simulator_reads_them(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.pdb").write_bytes(_pdb())
+    (tmp_path / "copies.txt").write_bytes(TRANSFORMS)
+    path = tmp_path / name
+    run(path, path.read_bytes(), lambda: read_structure(tmp_path / "model.pdb", tmp_path / "copies.txt"), text=True)
 
 
 @pytest.mark.parametrize("kind", ["micrograph", "stack", "map", "map.gz"])

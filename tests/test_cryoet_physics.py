@@ -28,10 +28,12 @@ from simulators.cryoet.physics import (
 from simulators.cryoet.potential import (
     displaced_thickness,
     displaced_volume,
+    displaced_voxels,
     ice_potential,
     peng_coefficients,
     scattering_factor,
 )
+from simulators.cryoet.tilt_parameters import about_z
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
@@ -161,6 +163,38 @@ def test_hard_solvent_displaces_the_same_volume() -> None:
     volume = (specimen.weights * (own + specimen.hydrogens * displaced_volume(1))).sum()
     assert thickness.sum() * 1.5**2 == pytest.approx(volume, rel=1e-3)
     assert 0 <= thickness.min() < thickness.max() < 190
+
+
+@pytest.mark.parametrize("weight", [20.0, 150.0, 3000.0])
+def test_a_beads_solvent_is_a_ball_of_its_volume(weight: float) -> None:
+    """However many atoms it stands for, and however sharp it is."""
+    place = np.array([0.3, -0.2, 0.1])
+    bead = Specimen.from_atoms([place], [6], weights=weight, b_factors=20.0)
+    ((full, low),) = displaced_voxels(bead, 1.0)
+    volume = weight * displaced_volume(6)
+    radius = (0.75 * volume / np.pi) ** (1 / 3)
+    away = np.linalg.norm(np.moveaxis(np.indices(full.shape), 0, -1) + low - place, axis=-1)
+    assert full.sum() == round(volume)
+    assert away[full].max() < radius + 0.9 < away.max()
+    assert away[~full].min() > radius - 0.9
+
+
+def test_dense_beads_displace_the_same_volume_wherever_they_turn() -> None:
+    """Beads of several times what fits between them: the region follows them, and not a box around them."""
+    random = np.random.default_rng(0)
+    beads = Specimen.from_atoms(random.uniform(-12, 12, (24, 3)), [6] * 24, weights=150.0, b_factors=200.0)
+    (straight, low), *_ = displaced_voxels(beads, 1.5)
+    spread = np.cov((np.argwhere(straight) + low).T)
+    for degrees in (20.0, 45.0):
+        turn = about_z(torch.tensor(degrees, dtype=torch.float64)).numpy()
+        (turned, _), *_ = displaced_voxels(beads.transformed(turn), 1.5)
+        assert turned.sum() == straight.sum() == round(24 * 150 * displaced_volume(6) / 1.5**3)
+        np.testing.assert_allclose(np.cov(np.argwhere(turned).T), turn @ spread @ turn.T, atol=0.02 * np.trace(spread))
+
+
+def test_atoms_without_room_for_what_they_displace_are_refused() -> None:
+    with pytest.raises(InputError, match=r"room for the 8\d+ angstrom\^3.*weights"):
+        list(displaced_voxels(Specimen.from_atoms([[0.0, 0.0, 0.0]] * 60, [6] * 60, weights=90.0), 1.5))
 
 
 def test_transfer_equals_abtem(abtem: dict[str, np.ndarray]) -> None:

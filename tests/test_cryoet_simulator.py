@@ -397,11 +397,13 @@ def test_from_the_plain_data_of_a_job_file() -> None:
         detector={"dose_e_per_angstrom2": 20, "mtf": [[0.0, 1.0], [0.5, 0.4], [0.71, 0.2]]},
         parameters=["defocus_um", "x_angstrom"],
         bounds={"defocus_um": [0.5, 3.0]},
+        natural_scale={"x_angstrom": 1.0},
         pose={"rotation_deg": 30.0},
         noise="full",
     )
     assert sim(np.array([[2.0, 1.0]]), np.array([0])).shape == (1, 48, 64)
     assert (sim.space.lower[0], sim.space.upper[0]) == (0.5, 3.0)
+    assert sim.space.natural_scale.tolist() == [0.1, 1.0]
     assert isinstance(CryoET(specimen="helix", shape=(16, 16)), Simulator)
 
 
@@ -412,6 +414,8 @@ def test_from_the_plain_data_of_a_job_file() -> None:
         ({"parameters": "defocus_um"}, "Use a list"),
         ({"parameters": ["defocus_um", "defocus_um"]}, "more than once"),
         ({"bounds": {"dose": (1, 2)}}, "in bounds"),
+        ({"natural_scale": {"dose": 1.0}}, "in natural_scale"),
+        ({"natural_scale": {"defocus_um": 0.0}}, "positive, finite natural_scale"),
         ({"bounds": {"defocus_um": (2, 1)}}, "lower < upper"),
         ({"bounds": {"defocus_um": (2,)}}, "lower, upper"),
         ({"shape": (0, 5)}, "shape"),

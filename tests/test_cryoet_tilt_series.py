@@ -501,6 +501,7 @@ def test_every_name_is_a_parameter() -> None:
         ({"parameters": ("x_angstrom[1]",)}, "i below 1"),
         ({"parameters": "defocus_um"}, "list"),
         ({"bounds": {"cs_mm": (0, 1)}}, "cs_mm"),
+        ({"natural_scale": {"cs_mm": 1.0}}, "cs_mm.*in natural_scale"),
         ({"bounds": {"defocus_um": (0,)}}, "lower, upper"),
         ({"shifts_angstrom": [[0, 0]]}, r"\(3, 2\)"),
         ({"mode": "soft"}, "hard, smooth"),

@@ -79,6 +79,7 @@ def make_space(
     shape: tuple[int, int],
     pixel: float,
     structure: tuple[str, ...],
+    natural_scale: Mapping[str, float] | None = None,
 ) -> ParameterSpace:
     """The space of these parameters.
 
@@ -87,6 +88,7 @@ def make_space(
         bounds: (lower, upper) of some.
         shape: (rows, columns) of the image; with `pixel` [angstrom] it limits shifts.
         structure: names of a deformation's parameters.
+        natural_scale: of some.
     """
     known = {**KNOWN, **{name: STRUCTURE[name.partition("[")[0]] for name in structure}}
     for name in names:
@@ -96,9 +98,8 @@ def make_space(
             )
             raise InputError(f"Unknown parameter {name!r}. Known parameters: {', '.join(known)}.{hint}")
     limits = {"x_angstrom": 0.5 * shape[1] * pixel, "y_angstrom": 0.5 * shape[0] * pixel}
+    check_names(names, {"bounds": bounds, "natural_scale": natural_scale})
     for name, pair in (bounds or {}).items():
-        if name not in names:
-            raise InputError(f"Unknown parameter {name!r} in bounds. The parameters are: {', '.join(names)}.")
         if isinstance(pair, str) or len(pair) != 2:
             raise InputError(f"Expected bounds of {name} as (lower, upper), got {pair!r}.")
     parameters = []
@@ -106,5 +107,14 @@ def make_space(
         p = known[name]
         lower, upper = (-limits[name], limits[name]) if name in limits else (p.lower, p.upper)
         lower, upper = (bounds or {}).get(name, (lower, upper))
-        parameters.append(Parameter(name, p.unit, float(lower), float(upper), p.natural_scale, p.kind, p.description))
+        scale = float((natural_scale or {}).get(name, p.natural_scale))
+        parameters.append(Parameter(name, p.unit, float(lower), float(upper), scale, p.kind, p.description))
     return ParameterSpace(tuple(parameters))
+
+
+def check_names(names: Sequence[str], tables: Mapping[str, Mapping[str, object] | None]) -> None:
+    """Raises `InputError` where a table of some parameters' settings, by the argument's name, has others."""
+    for table, entries in tables.items():
+        for name in entries or {}:
+            if name not in names:
+                raise InputError(f"Unknown parameter {name!r} in {table}. The parameters are: {', '.join(names)}.")

@@ -238,31 +238,52 @@ def displaced_voxels(
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
     """For each copy the voxels (x, y, z) that hold no solvent, and the index of the first one; see above.
 
+    A bead that stands for many atoms is as wide as its volume at least: a narrower Gaussian would hold several times
+    what fits, and its rim, where it is all but nought, would decide.
+
     Args:
         specimen: the atoms.
         voxel_angstrom: edge of a voxel; voxel i of an axis is at i edges from the origin [angstrom].
+
+    Raises:
+        InputError: atoms lie so densely that their volume finds no place around them.
     """
     volume = np.array([displaced_volume(int(z)) for z in range(1, 1 + int(specimen.atomic_numbers.max()))])
-    own = volume[specimen.atomic_numbers - 1]
-    mean_square = (own ** (2 / 3) / (2 * np.pi) + specimen.b_factors / (8 * np.pi**2)) * specimen.weights
-    blur = np.sqrt(mean_square.sum() / specimen.weights.sum() + 1.4**2) / voxel_angstrom
+    own, weights = volume[specimen.atomic_numbers - 1], specimen.weights
+    mean_square = own ** (2 / 3) / (2 * np.pi) + specimen.b_factors / (8 * np.pi**2)
+    # A Gaussian of this mean square, and of a sphere's volume, is 1 in its middle.
+    least = (weights * (own + specimen.hydrogens * _DISPLACED[1])) ** (2 / 3) / (2 * np.pi)
+    square = max((mean_square * weights).sum() / weights.sum() + 1.4**2, (least * weights).sum() / weights.sum())
+    blur = np.sqrt(square) / voxel_angstrom
     for label in np.unique(specimen.labels):
         mine = specimen.labels == label
         xyz = specimen.positions[mine] / voxel_angstrom
-        filled = specimen.weights[mine] * (own[mine] + specimen.hydrogens[mine] * _DISPLACED[1])
-        # Two standard deviations from the last atom a voxel is far from full.
-        margin = int(np.ceil(2 * blur)) + 1
-        low = np.floor(xyz.min(axis=0)).astype(np.int64) - margin
-        size = np.ceil(xyz.max(axis=0)).astype(np.int64) + margin - low + 1
-        density = np.zeros(size)
-        add_linear(density, xyz - low, filled / voxel_angstrom**3)
-        density = scipy.ndimage.gaussian_filter(density, blur, mode="constant")
+        filled = weights[mine] * (own[mine] + specimen.hydrogens[mine] * _DISPLACED[1])
         # As many voxels as the atoms' volume fills: the threshold comes out near one half for a protein.
-        count = min(max(round(filled.sum() / voxel_angstrom**3), 1), density.size)
-        # The threshold is sought among the fuller voxels, if they are enough: the others are many.
-        fuller = density[density > 0.25 * density.max()]
-        fuller = density.reshape(-1) if len(fuller) < count else fuller
-        yield density >= np.partition(fuller, len(fuller) - count)[len(fuller) - count], low
+        count = max(round(filled.sum() / voxel_angstrom**3), 1)
+        # Two standard deviations from the last atom a voxel is far from full, unless atoms are too dense; at four the
+        # blur ends.
+        for deviations in (2, 3, 4):
+            margin = int(np.ceil(deviations * blur)) + 1
+            low = np.floor(xyz.min(axis=0)).astype(np.int64) - margin
+            density = np.zeros(np.ceil(xyz.max(axis=0)).astype(np.int64) + margin - low + 1)
+            add_linear(density, xyz - low, filled / voxel_angstrom**3)
+            density = scipy.ndimage.gaussian_filter(density, blur, mode="constant")
+            # The threshold is sought among the fuller voxels, if they are enough: the others are many.
+            fuller = density[density > 0.25 * density.max()]
+            fuller = density.reshape(-1) if len(fuller) < count else fuller
+            if len(fuller) >= count:
+                threshold = np.partition(fuller, len(fuller) - count)[len(fuller) - count]
+                rim = max(density.take((0, -1), axis=axis).max() for axis in range(3))
+                if threshold > rim:
+                    break
+        else:
+            raise InputError(
+                f"Expected atoms with room for the {filled.sum():.0f} angstrom^3 of solvent that they displace, got "
+                f"{specimen.name} within {' x '.join(f'{x:.0f}' for x in voxel_angstrom * np.ptp(xyz, axis=0))} "
+                "angstrom. Are weights right (atoms that each stands for), and coordinates in angstrom?"
+            )
+        yield density >= threshold, low
 
 
 def add_linear(grid: NDArray[np.float64], points: NDArray[np.float64], values: NDArray[np.float64]) -> None:

@@ -69,6 +69,9 @@ class CryoET:
         parameters: names of the d inputs, in order; the other settings keep the values given here. All:
             `PARAMETER_NAMES`, and those of `deformation`.
         bounds: (lower, upper) of some of the parameters, instead of the defaults.
+        natural_scale: of some of the parameters: steps that change the image about as much as those of the others do.
+            Methods that smooth move all parameters by so much at once. The defaults are for images of a few angstrom a
+            pixel; where standard errors differ from parameter to parameter by far in these units, say so here.
         mode: "hard" (solvent by threshold, hard aperture, integer counts, saturation, dead pixels) or "smooth" (none of
             these; differentiable by autograd).
         noise: "none", "poisson" (counting) or "full" (counting and DQE).
@@ -97,6 +100,7 @@ class CryoET:
     detector: Detector | Mapping[str, Any] = field(default_factory=Detector)
     parameters: Sequence[str] = ("defocus_um", "x_angstrom", "y_angstrom", "rotation_deg")
     bounds: Mapping[str, Sequence[float]] | None = None
+    natural_scale: Mapping[str, float] | None = None
     mode: Mode = "hard"
     noise: Noise = "none"
     pose: Pose | Mapping[str, Any] = field(default_factory=Pose)
@@ -128,7 +132,11 @@ class CryoET:
         names = tuple(self.parameters)
         put(self, "parameters", names)
         structure = cast(Deformation, self.deformation).values
-        put(self, "_space", make_space(names, self.bounds, shape, self.pixel_size_angstrom, tuple(structure)))
+        put(
+            self,
+            "_space",
+            make_space(names, self.bounds, shape, self.pixel_size_angstrom, tuple(structure), self.natural_scale),
+        )
         put(self, "_values", self._settings())
         put(self, "_shaping", (*structure, *TILTS))
         if self.margin_pixels is not None:

@@ -101,6 +101,10 @@ def read_structure(path: str | Path, transforms: str | Path | None = None, *, ad
         raise InputError(f"Expected a PDB file at {str(path)!r}, got {error}. Check the path and the file.") from error
     table = np.array(rows).reshape(-1, 7)
     table = table[table[:, 3] > 0]
+    if not np.isfinite(table).all():
+        raise InputError(
+            f"Expected finite numbers of all atoms in {str(path)!r}, got NaN or infinity. Correct the file."
+        )
     if not len(table):
         raise InputError(f"Expected atoms with elements in columns 77 and 78 of {str(path)!r}, got none.")
     matrices = np.eye(3, 4)[None] if transforms is None else _read_transforms(Path(transforms))
@@ -115,12 +119,18 @@ def _read_transforms(path: Path) -> Array:
     try:
         words = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
         (count, width), *rows = [[float(w) for w in line] for line in words if line]
-        table = np.array(rows[: int(count)])
-        return table.reshape(-1, 3, int(width))[:, :, :4].reshape(-1, 3, 4)
+        table = np.array(rows)
     except (OSError, ValueError) as error:
         raise InputError(
             f"Expected a table of 3 x 4 matrices ('rows 4', then the rows) at {str(path)!r}, got {error}."
         ) from error
+    if width != 4 or table.shape != (count, 4) or len(table) % 3 or not np.isfinite(table).all():
+        raise InputError(
+            f"Expected {count:g} rows of 4 finite numbers in {str(path)!r}, three rows a copy, as its first line says "
+            f"('rows 4'), got {width:g} columns announced and a table of shape {table.shape}. Is it cut short? "
+            "Shifts and angles, six columns, are not read: write matrices."
+        )
+    return table.reshape(-1, 3, 4)
 
 
 def wave_number(voltage_kv: float) -> float:

@@ -14,7 +14,7 @@ from bridge.errors import InputError
 from bridge.simulator import Parameter, ParameterSpace
 from simulators.cryoet.deformation import STRUCTURE
 from simulators.cryoet.optics import check_range
-from simulators.cryoet.parameters import line
+from simulators.cryoet.parameters import check_names, line
 from simulators.cryoet.simulator import KNOWN, Pose
 from simulators.cryoet.specimen import Specimen
 
@@ -94,6 +94,7 @@ def make_series_space(
     values: Mapping[str, float],
     shape: Sequence[int],
     pixel: float,
+    natural_scale: Mapping[str, float] | None = None,
 ) -> ParameterSpace:
     """The space of these parameters.
 
@@ -102,10 +103,9 @@ def make_series_space(
         bounds: (lower, upper) of some.
         values: all that may be varied, by name.
         shape: (rows, columns) of an image; with `pixel` [angstrom] it limits shifts.
+        natural_scale: of some.
     """
-    for name in bounds or {}:
-        if name not in names:
-            raise InputError(f"Unknown parameter {name!r} in bounds. The parameters are: {', '.join(names)}.")
+    check_names(names, {"bounds": bounds, "natural_scale": natural_scale})
     parameters = []
     for name in names:
         stem, _ = split_name(name)
@@ -125,7 +125,8 @@ def make_series_space(
         if isinstance(pair, str) or len(pair) != 2:
             raise InputError(f"Expected bounds of {name} as (lower, upper), got {pair!r}.")
         lower, upper = (float(v) for v in pair)
-        parameters.append(Parameter(name, p.unit, lower, upper, p.natural_scale, p.kind, p.description))
+        scale = float((natural_scale or {}).get(name, p.natural_scale))
+        parameters.append(Parameter(name, p.unit, lower, upper, scale, p.kind, p.description))
     return ParameterSpace(tuple(parameters))
 
 

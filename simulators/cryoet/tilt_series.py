@@ -80,6 +80,7 @@ class TiltSeries:
             ("x_angstrom[0]", "particle_rot_deg[0]", ...), and of `deformation` ("mode_angstrom[0]", "domain_deg[0]").
             All but the last: `SERIES_PARAMETER_NAMES`.
         bounds: (lower, upper) of some of the parameters.
+        natural_scale: of some of the parameters, see `CryoET`.
         mode: "hard" or "smooth", see `CryoET`.
         noise: "none", "poisson" or "full"; an image's noise depends on the seed and its own parameters only. Without
             noise the hard mode rounds expected counts, of which a few tens a pixel hold a contrast below one: give the
@@ -108,6 +109,7 @@ class TiltSeries:
     detector: Detector | Mapping[str, Any] = field(default_factory=lambda: Detector(dose_e_per_angstrom2=3.0))
     parameters: Sequence[str] = ("defocus_um", "tilt_axis_deg")
     bounds: Mapping[str, Sequence[float]] | None = None
+    natural_scale: Mapping[str, float] | None = None
     mode: Mode = "hard"
     noise: Noise = "none"
     tilt_axis_deg: float = 0.0
@@ -152,7 +154,7 @@ class TiltSeries:
         if self.margin_pixels is not None:
             check_range("TiltSeries", "margin_pixels", self.margin_pixels, 0, 4096)
         put(self, "_values", self._settings())
-        sizes = dict(shape=self.shape, pixel=self.pixel_size_angstrom)
+        sizes = dict(shape=self.shape, pixel=self.pixel_size_angstrom, natural_scale=self.natural_scale)
         space = make_series_space(self.parameters, self.bounds, self._values, **sizes)  # type: ignore[attr-defined]
         put(self, "_space", space)
         put(self, "_padded", self._padded_shape())
