@@ -90,11 +90,16 @@ class Call:
                 once=(simulator, smoothed.execution.store, smoothed.execution, smoothed.spare),
             )
 
+        made: Evaluation | Corrected
         with smoothed.dispatcher.watched(smoothed.execution.step_limit_s):
             given = smoothed.simulator, smoothed.strategy, smoothed.execution
             if smoothed.surrogate is None:
-                return evaluate(*given)
-            return Corrected(*given, smoothed.surrogate, evaluate, weights)
+                made = evaluate(*given)
+            else:
+                made = Corrected(*given, smoothed.surrogate, evaluate, weights)
+                smoothed.spent.surrogate += made.num_surrogate_evaluations
+        smoothed.spent.cached += made.num_cached
+        return made
 
     def hvp(self, number: int, triples: list[tuple[int, torch.Tensor, NDArray[np.float64]]]) -> list[NDArray[Any]]:
         """d^2<v, value>/dx^2 u for each (vector, v, u). Collective.

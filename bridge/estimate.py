@@ -38,7 +38,8 @@ class Estimate:
 
     Attributes:
         value: (*batch, *output_shape), the smoothed value E[f(x + L eps)], or f(x) with forward="unsmoothed".
-        num_evaluations: simulator runs paid for, the unperturbed row included.
+        num_evaluations: simulator runs, the unperturbed row included. num_cached: those of them that were found in the
+            store, and so not carried out.
         num_surrogate_evaluations: runs of the surrogate; num_surrogate_failed: those of them that failed.
         surrogate_weight: (*batch, R), alpha of each replicate; None without a surrogate.
         num_failed: runs that failed and were dropped, or have the penalty as output; the estimate is then that of the
@@ -61,6 +62,7 @@ class Estimate:
         self.value = finish(torch.stack([evaluation.value(b) for b in self._all]).reshape(shape))
         self.num_evaluations = evaluation.num_evaluations
         self.num_failed, self.failures = evaluation.num_failed, evaluation.failures
+        self.num_cached = evaluation.num_cached
         self.num_surrogate_evaluations = self.num_surrogate_failed = 0
         self.surrogate_weight: torch.Tensor | None = None
         if isinstance(evaluation, Corrected):

@@ -69,6 +69,7 @@ class Evaluation:
     Attributes:
         num_vectors: B, parameter vectors; each has `strategy.replicates` problems, R of them, one after another.
         num_failed: rows that failed, over all problems; `failures` counts them by how: error, timeout, non-finite.
+        num_cached: rows whose outputs were in the store.
         owner: (units,) the rank that has each unit.
         factors: (problems,) what `multiply` has multiplied the outputs by.
     """
@@ -171,17 +172,18 @@ class Evaluation:
         mine = None
         if like is not None:
             mine = (like.shape[1], str(like.dtype), self.output_shape, streams, self._large)
-        told = np.zeros(units + 2 + dispatcher.size)
+        told = np.zeros(units + 3 + dispatcher.size)
         told[:units] = owner_map(units, self.runner.own, rank)
-        told[units : units + 2] = error is not None, self.runner.clipped
-        told[units + 2 + rank] = 0 if mine is None else 1 + zlib.crc32(repr(mine).encode())
+        told[units : units + 3] = error is not None, self.runner.clipped, self.runner.found
+        told[units + 3 + rank] = 0 if mine is None else 1 + zlib.crc32(repr(mine).encode())
         told = dispatcher.scatter_add(told)
         if told[units]:
             dispatcher.agree(error)
         self.owner = told[:units].astype(np.int64) - 1
         self.clipped_fraction = float(told[units + 1]) / (len(self.problems) * self.strategy.num_rows)
+        self.num_cached = int(told[units + 2])
         layout = mine
-        seen = told[units + 2 :]
+        seen = told[units + 3 :]
         if layout is None or (seen != seen[0]).any():
             # A rank without rows learns from the first that has some what an output looks like.
             layouts = [layout for layout in dispatcher.each(mine) if layout is not None]

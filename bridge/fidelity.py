@@ -175,7 +175,7 @@ class Corrected:
         self.dimension, self.num_outputs, self.output_shape = fine.dimension, fine.num_outputs, fine.output_shape
         self.streamed, self.has_scale = fine.streamed, fine.has_scale
         self.num_evaluations, self.clipped_fraction = fine.num_evaluations, fine.clipped_fraction
-        self.num_failed, self.failures = fine.num_failed, fine.failures
+        self.num_failed, self.failures, self.num_cached = fine.num_failed, fine.failures, fine.num_cached
         self.num_surrogate_evaluations = paired.num_evaluations + others.num_evaluations
         self.num_surrogate_failed = paired.num_failed + others.num_failed
 

@@ -91,6 +91,9 @@ class IsolatedSimulator:
     def row_by_row(self) -> bool:
         return computes_row_by_row(self.inner)
 
+    def forwarded(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+        return inputs
+
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         if not self.row_by_row:
             return self._rows(inputs, seeds)
@@ -209,6 +212,9 @@ class SimulatorPool:
     @property
     def row_by_row(self) -> bool:
         return computes_row_by_row(self.inner)
+
+    def forwarded(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+        return inputs
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         """Evaluates in whichever child is free; waits for one."""

@@ -41,8 +41,15 @@ class ReducedSimulator:
         return self.simulator.output_shape
 
     @property
+    def inner(self) -> Simulator:
+        return self.simulator
+
+    def forwarded(self, inputs: Array) -> Array:
+        return np.ascontiguousarray(self.base + inputs @ self.lift.T)
+
+    @property
     def name(self) -> str:
-        # What is fixed belongs to the name, by which finished evaluations are found again.
+        # What is fixed belongs to the name: a run goes on with the same only.
         tied = [int(np.argmax(row)) if row.any() else -1 for row in self.lift]
         return f"{simulator_name(self.simulator)} with {self.base.tolist()} and free {tied}"
 
@@ -59,7 +66,7 @@ class ReducedSimulator:
         return whole.of_parameters([int(blocks[0]) if len(blocks) == 1 else -1 for blocks in own])
 
     def __call__(self, inputs: Array, seeds: NDArray[np.uint64]) -> Any:
-        return self.simulator(np.ascontiguousarray(self.base + inputs @ self.lift.T), seeds)
+        return self.simulator(self.forwarded(inputs), seeds)
 
 
 def reduced(

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from bridge.design import Design, Strategy
 from bridge.dispatch import Dispatcher
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError
+from bridge.identity import identity_of, innermost
 from bridge.isolation import IsolatedSimulator, SimulatorPool
 from bridge.scale import perturb
 from bridge.simulator import ParameterSpace, Simulator, computes_row_by_row, simulator_name
@@ -91,6 +92,7 @@ class _Call:
     shape: tuple[int, ...] = ()
     failures: dict[int, Failure] = field(default_factory=dict)
     seconds: float = 0.0
+    found: int = 0
 
 
 class Runner:
@@ -99,7 +101,7 @@ class Runner:
     Attributes:
         own: numbers of the units that this rank has evaluated.
         failures: row (over all problems) -> how it failed.
-        clipped: rows that lay outside the bounds.
+        clipped: rows that lay outside the bounds. found: rows whose outputs were in the store.
         output_shape: of one output, once one is there.
     """
 
@@ -119,7 +121,8 @@ class Runner:
         self._row_by_row = computes_row_by_row(simulator)
         self.own: list[int] = []
         self.failures: dict[int, Failure] = {}
-        self.clipped = 0
+        self.clipped = self.found = 0
+        self._filed_as = "" if execution.store is None else execution.role + identity_of(simulator)
         self.output_shape: tuple[int, ...] = ()
         self._shape = simulator.output_shape
         self._rows_done = 0
@@ -137,6 +140,7 @@ class Runner:
             self._rows_done, self._seconds = self._rows_done + len(call.inputs), self._seconds + call.seconds
             if not self._dispatcher.leads:
                 continue
+            self.found += call.found
             first = call.problem * self._strategy.num_rows + call.start
             self.failures |= {first + i: failure for i, failure in call.failures.items()}
             if F is not None:
@@ -263,9 +267,9 @@ class Runner:
         """Some rows of a call, from the store or the simulator: (k, m)."""
         inputs, seeds = call.inputs[rows], call.seeds[rows]
         store = self._execution.store
-        k, key = len(inputs), b""
+        k, key = len(inputs), None
         if store is not None:
-            key = store.key(self._execution.role + self.name, inputs, seeds)
+            key = store.key(self._filed_as, innermost(self._simulator, inputs)[1], seeds)
             known = store.get(key) if self._dispatcher.leads else None
             if self._dispatcher.group is not None:
                 # What the group's first rank has, none needs to evaluate; which file it is in is its own affair.
@@ -274,13 +278,14 @@ class Runner:
                 else:
                     known = None
             if known is not None:
+                call.found += k
                 F, call.shape = as_rows(known, k, None, self.name)
                 return F
         begin = time.perf_counter()
         outputs = self._attempt(inputs, seeds)
         F, call.shape = as_rows(outputs, k, self._shape, self.name)
         # A run that failed is not finished: what made it fail, a full disk or a bad node, may be gone the next time.
-        if store is not None and self._dispatcher.leads and bool(torch.isfinite(F).all()):
+        if store is not None and key is not None and self._dispatcher.leads and bool(torch.isfinite(F).all()):
             store.put(key, F.reshape(k, *call.shape), time.perf_counter() - begin)
         return F
 

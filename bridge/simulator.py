@@ -344,6 +344,7 @@ class _With:
     def __init__(self, function: Callable[..., Any], last: Any) -> None:
         self.function, self.last = function, last
         self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.__wrapped__ = function
 
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments, self.last)

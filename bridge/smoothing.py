@@ -59,6 +59,18 @@ def _outside_graphs(method: Callable[P, T]) -> Callable[P, T]:
     return inner
 
 
+@dataclass
+class Spent:
+    """What a smoothed simulator has cost so far, on all ranks together.
+
+    Attributes:
+        cached: runs of the simulator whose outputs were found in the store. surrogate: runs of its surrogate.
+    """
+
+    cached: int = 0
+    surrogate: int = 0
+
+
 class SmoothedSimulator:
     """A simulator as a differentiable function; made by `bridge.smooth` and `bridge.smooth_loss`."""
 
@@ -74,6 +86,7 @@ class SmoothedSimulator:
         self.simulator, self.strategy, self.scale = simulator, strategy, scale
         self.dispatcher, self.execution, self.surrogate = dispatcher, execution, surrogate
         self.spare: list[torch.Tensor] = []
+        self.spent = Spent()
         self._last: tuple[int, int, bytes] | None = None
         self._warned = False
 
@@ -86,7 +99,9 @@ class SmoothedSimulator:
 
     def with_strategy(self, strategy: Strategy) -> SmoothedSimulator:
         """The same, estimated in another way; a surrogate has its rows of each replicate."""
-        return SmoothedSimulator(self.simulator, strategy, self.scale, self.dispatcher, self.execution, self.surrogate)
+        other = SmoothedSimulator(self.simulator, strategy, self.scale, self.dispatcher, self.execution, self.surrogate)
+        other.spent = self.spent
+        return other
 
     @_outside_graphs
     def __call__(
@@ -417,6 +432,10 @@ class LossSimulator:
 
     inner: Simulator
     loss: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        return f"loss of {simulator_name(self.inner)}"
 
     @property
     def space(self) -> ParameterSpace | None:
