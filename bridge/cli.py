@@ -49,6 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fit.add_argument("-q", "--quiet", action="store_true", help="no progress: --progress off")
     fit.add_argument("--jsonl", metavar="FILE", help="one JSON object a step, while it runs")
     fit.add_argument("--tensorboard", metavar="DIRECTORY", help="scalars for TensorBoard, while it runs")
+    fit.add_argument(
+        "--reuse",
+        metavar="DIRECTORY",
+        action="append",
+        default=[],
+        help="begin with the evaluations of an earlier fit of the same simulator (may be repeated)",
+    )
     again = fit.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in the directory, if there is one")
     again.add_argument("--fresh", action="store_true", help="begin anew, even where an unfinished run is lost")
@@ -111,6 +118,7 @@ def _info(name: str) -> int:
 
 def _fit(options: argparse.Namespace) -> int:
     import shlex
+    from dataclasses import replace
 
     from bridge.dispatch import is_root
     from bridge.job import load_job, run_job
@@ -124,10 +132,13 @@ def _fit(options: argparse.Namespace) -> int:
     if options.tensorboard:
         observers.append(TensorBoard(options.tensorboard))
     job = load_job(options.file, options.output)
+    if options.reuse:
+        job = replace(job, settings={**job.settings, "reuse": options.reuse})
     result, written = run_job(job, observers, resume=options.resume, overwrite=options.fresh)
     if is_root():
         settings = {"simulator": simulator_name(job.simulator), "target": job.target_file.name, **job.settings}
-        command = shlex.join(["python", "-m", "bridge", "fit", options.file])
+        earlier = [word for directory in options.reuse for word in ("--reuse", directory)]
+        command = shlex.join(["python", "-m", "bridge", "fit", options.file, *earlier])
         written.append(
             write_report(
                 result,

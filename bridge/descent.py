@@ -6,7 +6,7 @@ distance to the solution and the last ones the simulator itself (coarse to fine)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -133,9 +133,7 @@ class Searching:
         return bool(self.search.stopped)
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
-        search, dispatcher = self.search, self.plain.dispatcher
-        if dispatcher.driver is not None:
-            dispatcher = SerialDispatcher()  # the other ranks follow its evaluations alone
+        search = self.search
         # One run is kept for the end.
         search.points = search.points[: max(1, self.budget - 1 - num_evaluations)]
         points = search.points
@@ -147,23 +145,48 @@ class Searching:
         failed = np.asarray(~np.isfinite(outputs).all(axis=1))
         if failed.all():  # and perhaps without a shape
             outputs = np.full((len(points), int(np.prod(shape))), np.nan)
-        residuals = (outputs - self.misfit.target.numpy().reshape(1, -1)) / self.misfit.deviation
-        # One rank thinks for all: sums of its linear algebra need not have the same last bits elsewhere.
-        error, saved = None, None
-        if dispatcher.rank == 0:
-            try:
-                search.told(residuals, failed)
-            except BridgeError as problem:
-                error = problem
-            saved = {name: value for name, value in search.to_dict().items() if name != "residuals"}
-        dispatcher.agree(error)
-        saved = dispatcher.broadcast_object(saved)
-        if dispatcher.rank != 0 and saved is not None:
-            search.restore({**saved, "residuals": search.with_rows(residuals, failed)})
+        residuals = self.residuals(outputs)
+        self._think(lambda: search.told(residuals, failed), lambda: search.with_rows(residuals, failed))
+        note = search.note
+        if step == 0 and search.reused:
+            note = "; ".join(filter(None, [f"begins with {search.reused} evaluations of earlier runs", note]))
         loss, best = search.overall
         place = tuple((best * self.natural).tolist())
         runs = num_evaluations + len(points)
-        return FitStep(step, loss, search.scale, place, runs, None, None, int(search.failed.sum()), search.note)
+        return FitStep(step, loss, search.scale, place, runs, None, None, int(search.failed.sum()), note)
+
+    def residuals(self, outputs: Array) -> Array:
+        """(k, m) whitened, of outputs (k, m)."""
+        return np.asarray((outputs - self.misfit.target.numpy().reshape(1, -1)) / self.misfit.deviation)
+
+    def loss_of_rows(self, outputs: Array) -> Array:
+        """(k,) losses of single runs, without the prior, of outputs (k, m)."""
+        return np.asarray(0.5 * (self.residuals(outputs) ** 2).sum(axis=1))
+
+    def begin_with(self, parameters: Array, outputs: Array) -> None:
+        """Takes earlier runs at (n, d) parameters, with outputs (n, m), into the model. Collective."""
+        rows, residuals = parameters / self.natural, self.residuals(outputs)
+        self._think(lambda: self.search.begin_with(rows, residuals), lambda: residuals)
+
+    def _think(self, change: Callable[[], None], residuals: Callable[[], Array]) -> None:
+        """Changes the search on one rank and hands it to the others, which know all `residuals` afterwards.
+
+        One rank thinks for all: sums of its linear algebra need not have the same last bits elsewhere.
+        """
+        dispatcher = self.plain.dispatcher
+        if dispatcher.driver is not None:
+            dispatcher = SerialDispatcher()  # the other ranks follow its evaluations alone
+        error, saved = None, None
+        if dispatcher.rank == 0:
+            try:
+                change()
+            except BridgeError as problem:
+                error = problem
+            saved = {name: value for name, value in self.search.to_dict().items() if name != "residuals"}
+        dispatcher.agree(error)
+        saved = dispatcher.broadcast_object(saved)
+        if dispatcher.rank != 0 and saved is not None:
+            self.search.restore({**saved, "residuals": residuals()})
 
     def outputs_at(self, points: Array, step: int) -> tuple[Array, int]:
         """(k, *shape) outputs at points: of rows that have been run, else of a run more; and how many of these."""

@@ -22,7 +22,8 @@ class FitStep:
         parameters: (d,) before the update. num_evaluations: simulator runs so far.
         standard_error: of the parameters so far, as far as the method knows it.
         gradient_error: standard error of the loss's gradient over its norm, as far as the method knows it.
-        num_failed: failed runs so far. note: what the method did, in words.
+        num_failed: failed runs so far. num_cached: of `num_evaluations`, found in a store instead of run anew.
+        num_surrogate: runs of the surrogate so far. note: what the method did, in words.
     """
 
     step: int
@@ -34,6 +35,8 @@ class FitStep:
     gradient_error: float | None = None
     num_failed: int = 0
     note: str = ""
+    num_cached: int = field(default=0, compare=False)  # another cost, not another fit
+    num_surrogate: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,15 @@ class FitResult:
             the end, 1/2 sum.
         stop_reason: "converged", "max_steps", "max_runs", "max_time" or "interrupted".
         history: one `FitStep` a step.
-        num_evaluations: simulator runs, all ranks together.
+        num_evaluations: simulator runs, all ranks together, those of the surrogate apart (`num_surrogate`).
+        num_cached: of these, found in a store instead of run anew: what was finished before an interruption, or is in a
+            `store=` of one's own. The result does not depend on it.
         wall_s: duration [s].
         covariance: (d, d) of the recovered values, (J^T V^-1 J)^-1, V the variance of the target: the one given, or
             else the mean squared residual.
         warnings: what the target does not determine, in words.
-        num_reused: earlier evaluations that the last step made use of. num_failed: runs that failed.
+        num_reused: evaluations of earlier runs that it began with (`reuse=`), not among `num_evaluations`.
+        num_failed: runs that failed.
         method: that was used.
         output, start_output: the simulator's (unperturbed) output at `parameters` and at `start`; NaN where that run
             failed and failures are not raised.
@@ -77,6 +83,8 @@ class FitResult:
     num_reused: int = 0
     num_failed: int = 0
     method: str = ""
+    num_cached: int = 0
+    num_surrogate: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: each parameter with unit, start and standard error, and how the run ended."""
@@ -98,6 +106,9 @@ class FitResult:
             "steps": len(self.history),
             "num_evaluations": self.num_evaluations,
             "num_failed": self.num_failed,
+            "num_reused": self.num_reused,
+            "num_cached": self.num_cached,
+            "num_surrogate": self.num_surrogate,
             "method": self.method,
             "warnings": list(self.warnings),
             "wall_s": round(self.wall_s, 3),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,8 +25,9 @@ from bridge.fit_result import FitResult, FitStep
 from bridge.misfit import Loss, Misfit, checked_target, checked_variance
 from bridge.progress import Observer, make_observers
 from bridge.reduced import ReducedSimulator, reduced
+from bridge.reuse import Earlier, Source, described, earlier_rows, sources
 from bridge.runs import Run
-from bridge.search import Search
+from bridge.search import MOST_ROWS, Search
 from bridge.simulator import ParameterSpace, Simulator, Structured, as_simulator, simulator_name
 from bridge.smoothing import SmoothedSimulator, smooth
 
@@ -63,6 +65,7 @@ def fit(
     max_seconds: float | None = None,
     restarts: int = 10,
     tolerance: float | None = None,
+    reuse: Source | Sequence[Source] = (),
     on_step: Callable[[FitStep], None] | None = None,
     progress: str | Sequence[Observer] = "off",
     title: str = "",
@@ -111,6 +114,9 @@ def fit(
         tolerance: descents: converged when, at the last scale, parameters move by less than this (natural units) over a
             tenth of the steps, default 0.01. Kriging: when two rounds in turn promise less than this many
             standard errors, default 0.1; without `variance` it goes on until steps are below 1e-4 natural scales.
+        reuse: earlier evaluations of the same simulator to begin with (kriging): directories of earlier fits by
+            kriging, or `bridge.Store`s (which earlier fits by any method were given as `store=`) or their directories.
+            They become part of this run, which does not need them again.
         on_step: called with each `FitStep`, on every rank; when resumed with the earlier ones first.
         progress: what can be watched meanwhile, as in `bridge.progress.make_observers`: "auto", "lines", "off" or
             observers. title: for these.
@@ -150,6 +156,12 @@ def fit(
         raise InputError(f"Expected method='adam' with a loss of your own: {method} needs least squares.")
     if prior and method != "kriging":
         raise InputError(f"Expected method='kriging' with a prior, got {method!r}. Add it to a loss of your own.")
+    known = sources(reuse)
+    if known and method != "kriging":
+        raise InputError(
+            f"Expected method='kriging' with reuse, got {method!r}: a smoothed gradient takes rows drawn about where "
+            "it is, and earlier ones count for next to nothing there. To find the very same runs again, pass store=."
+        )
     _check_limits(steps, max_runs, max_seconds, restarts, tolerance)
     goal = checked_target(target, sim)
     misfit = Misfit(goal, checked_variance(variance, goal), loss)
@@ -192,16 +204,42 @@ def fit(
             learning_rate=learning_rate if method == "adam" else None,
             tolerance=0.01 if tolerance is None else tolerance,
         )  # fmt: skip
+
+    # Under a driver the other ranks follow its evaluations, not what it thinks of them.
+    dispatcher = smoothed.dispatcher if smoothed.dispatcher.driver is None else SerialDispatcher()
+
+    def earlier() -> Earlier | None:
+        if not isinstance(way, Searching):
+            return None
+        found, refused = None, None
+        if dispatcher.rank == 0:
+            try:
+                shape = tuple(goal.shape)
+                found = earlier_rows(known, sim, free, shape, way.loss_of_rows, MOST_ROWS, but=directory)
+            except BridgeError as problem:
+                refused = problem
+        dispatcher.agree(refused)
+        return dispatcher.broadcast_object(found)
+
     run: Run | None = None
+    # Before there is a run: one that is refused leaves nothing behind.
+    begun = directory is not None and resume and any(Path(directory).glob("checkpoint-*.npz"))
+    already = None if not known or dispatcher.broadcast_object(begun) else earlier()
     if directory is not None:
         settings = {
             "simulator": simulator_name(sim), "seed": seed, "method": method, "steps": limit,
             "num_samples": num_samples, "scale": [first, last], "learning_rate": learning_rate,
             "tolerance": tolerance, "start": theta.tolist(), "target": _digest(goal), "max_runs": max_runs,
             "restarts": restarts, "prior": {k: list(v) for k, v in sorted((prior or {}).items())},
-            "variance": _digest(misfit.variance), "smoothing": {k: repr(v) for k, v in sorted(smoothing.items())},
+            "variance": _digest(misfit.variance), "smoothing": _described(smoothing),
+            "reuse": list(map(described, known)),
         }  # fmt: skip
-        run = Run(directory, settings=settings, every_s=every_s, resume=resume, overwrite=overwrite, comm=comm)
+        # Few runs, each of use to other fits: not to be thrown away.
+        keep = method == "kriging"
+        run = Run(
+            directory, settings=settings, every_s=every_s, resume=resume, overwrite=overwrite, comm=comm,
+            keep_evaluations=keep, journal_above_s=0.0 if keep else 0.01,
+        )  # fmt: skip
         if smoothed.execution.store is None:
             smoothed.execution = replace(smoothed.execution, store=run.store)
     history: list[FitStep] = []
@@ -213,8 +251,6 @@ def fit(
     def spent() -> int:
         return history[-1].num_evaluations if history else 0
 
-    # Under a driver the other ranks follow its evaluations, not what it thinks of them.
-    dispatcher = smoothed.dispatcher if smoothed.dispatcher.driver is None else SerialDispatcher()
     observers = make_observers(progress, root=dispatcher.rank == 0)
     with nullcontext() if run is None else run, observers:
         problem: BridgeError | None = None
@@ -227,6 +263,11 @@ def fit(
             history = [FitStep(**{**entry, "parameters": tuple(entry["parameters"])}) for entry in run.state["history"]]
             stop_reason = run.state["stop_reason"]
             way.restore(run.state["method"])
+        elif isinstance(way, Searching) and already is not None:
+            way.begin_with(*already)
+            if run is not None:  # what it begins with is its own from here on, whatever becomes of those directories
+                run.checkpoint(0, _state(history, None, way), at_once=True)
+        before = history[-1] if history else None
         for record in history:
             observers.step(record)
             if on_step is not None:
@@ -236,6 +277,12 @@ def fit(
                 record = way.advance(len(history), spent())
                 if isinstance(sim, ReducedSimulator):
                     record = replace(record, parameters=tuple(whole_vector(np.array(record.parameters) / natural)))
+                cost = smoothed.spent
+                record = replace(
+                    record,
+                    num_cached=cost.cached + (before.num_cached if before else 0),
+                    num_surrogate=cost.surrogate + (before.num_surrogate if before else 0),
+                )
                 history.append(record)
                 observers.step(record)
                 if on_step is not None:
@@ -248,9 +295,7 @@ def fit(
                 elif max_seconds is not None and dispatcher.first(time.monotonic() - begin > max_seconds):
                     stop_reason = "max_time"
                 if run is not None:
-                    entries = [{**vars(h), "parameters": list(h.parameters)} for h in history]
-                    state = {"history": entries, "stop_reason": stop_reason, "method": way.to_dict()}
-                    run.checkpoint(len(history), state)
+                    run.checkpoint(len(history), _state(history, stop_reason, way))
             stop_reason = stop_reason or "max_steps"
         except KeyboardInterrupt:
             if dispatcher.size > 1:
@@ -270,7 +315,7 @@ def fit(
         if isinstance(way, Searching):
             end_loss, covariance = way.search.overall[0], _of_search(way, misfit, variance is not None)
             covariance = dispatcher.broadcast(covariance)
-            reused = max(0, len(way.search.rows) - len(way.search.points))
+            reused = way.search.reused
         else:
             final = smoothed.estimate(torch.as_tensor(way.x * natural), limit or 0, scale=last)
             end_loss = misfit.value_and_gradient(final.value)[0]
@@ -298,6 +343,8 @@ def fit(
             covariance=covariance,
             warnings=warnings,
             num_reused=reused,
+            num_cached=smoothed.spent.cached + (before.num_cached if before else 0),
+            num_surrogate=smoothed.spent.surrogate + (before.num_surrogate if before else 0),
             num_failed=sum(h.num_failed for h in history)
             if method != "kriging"
             else history[-1].num_failed
@@ -430,7 +477,7 @@ def _last_outputs(
         failures="raise" if strategy.failures == "raise" else "penalty",
         penalty=None if strategy.failures == "raise" else FAILED, min_ok=0.0,
     )  # fmt: skip
-    once.dispatcher, once.execution = smoothed.dispatcher, smoothed.execution
+    once.dispatcher, once.execution, once.spent = smoothed.dispatcher, smoothed.execution, smoothed.spent
     try:
         outputs = plain_outputs(once, thetas, step)
     except EvaluationError:
@@ -438,6 +485,19 @@ def _last_outputs(
             raise
         outputs = np.full((2, *shape), np.nan)
     return outputs, len(thetas)
+
+
+def _state(history: Sequence[FitStep], stop_reason: str | None, way: Method) -> dict[str, Any]:
+    entries = [{**vars(h), "parameters": list(h.parameters)} for h in history]
+    return {"history": entries, "stop_reason": stop_reason, "method": way.to_dict()}
+
+
+def _described(smoothing: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as text that is the same in another process; where finished evaluations are kept is none of them."""
+    words = {k: repr(v) for k, v in sorted(smoothing.items()) if k != "store"}
+    if smoothing.get("surrogate") is not None:
+        words["surrogate"] = simulator_name(as_simulator(smoothing["surrogate"]))
+    return words
 
 
 def _digest(tensor: torch.Tensor) -> str:

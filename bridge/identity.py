@@ -50,7 +50,8 @@ class Identified(Protocol):
 def innermost(simulator: Simulator, inputs: Array) -> tuple[Simulator, Array]:
     """The simulator that does the work, and its (k, d') inputs for those (k, d) of `simulator`."""
     while isinstance(simulator, Forwarding):
-        simulator, inputs = simulator.inner, simulator.forwarded(inputs)
+        inputs = simulator.forwarded(inputs)
+        simulator = simulator.inner
     return simulator, inputs
 
 
@@ -110,7 +111,9 @@ def _add(update: Callable[[bytes], None], value: Any, above: tuple[int, ...]) ->
         _add(update, _wrapped(value), inside)
     else:
         kind = value if isinstance(value, type) else type(value)
-        update(f"{kind.__module__}.{kind.__qualname__};".encode())
+        # Functions of C have a name and nothing else.
+        name = getattr(value, "__name__", "") if callable(value) else ""
+        update(f"{kind.__module__}.{kind.__qualname__} {name};".encode())
 
 
 def _wrapped(value: Any) -> Any:

@@ -9,22 +9,30 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import datetime
-import json
 import logging
 import math
-import os
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol, TextIO, final, runtime_checkable
 
-from bridge.errors import InputError, SetupError
-from bridge.simulator import Parameter, ParameterSpace
+from bridge.errors import InputError
+from bridge.recording import JSONLines, TensorBoard
+from bridge.simulator import ParameterSpace
+from bridge.wording import (
+    ASCII_BLOCKS,
+    BLOCKS,
+    describe_end,
+    format_duration,
+    format_rate,
+    format_value,
+    gauge,
+    printable,
+    sparkline,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -35,8 +43,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("bridge")
 
+__all__ = ["JSONLines", "Lines", "LiveView", "Observer", "Observers", "Pace", "TensorBoard", "make_observers", "view"]
+
 CHOICES = ("auto", "lines", "off")
-_BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "._-=+*%#"
 _NOTES = 3
 
 
@@ -132,90 +141,6 @@ class Observers:
         self.end(None)
 
 
-# --- numbers and words ----------------------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """Text of others on one line of a terminal: escape sequences and other control characters become `?`."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
-
-
-def format_value(value: float, error: float | None = None) -> str:
-    """A number to six digits; with a standard error to the second digit of that error."""
-    if error is None or not (math.isfinite(error) and error > 0 and math.isfinite(value)):
-        return f"{value:.6g}"
-    decimals = 1 - math.floor(math.log10(float(f"{error:.1e}")))
-    if -3 <= decimals <= 9 and abs(value) < 1e9:
-        return f"{value:.{max(0, decimals)}f}"
-    digits = max(0, min(15, decimals + math.floor(math.log10(abs(value))))) if value else 0
-    return f"{value:.{digits}e}"
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as people say them: 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
-    if not math.isfinite(seconds):
-        return "?"
-    if seconds < 9.95:
-        return f"{max(0.0, seconds):.1f} s"
-    whole = round(seconds)
-    for size, name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            rest = whole % size // small
-            return f"{whole // size} {name}" + (f" {rest} {small_name}" if rest else "")
-    return f"{whole} s"
-
-
-def format_rate(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def describe_end(stop_reason: str) -> str:
-    """The reason for which a fit ended, in words."""
-    known = {
-        "max_steps": "stopped at the largest number of steps",
-        "max_runs": "stopped at the largest number of runs",
-        "max_time": "stopped at the time limit",
-        "interrupted": "was interrupted",
-    }
-    return known.get(stop_reason, printable(stop_reason).replace("_", " "))
-
-
-def sparkline(values: Sequence[float], width: int, blocks: str = _BLOCKS) -> str:
-    """A series as `width` characters at most, each the mean over a stretch of it; blank where nothing is finite.
-
-    Heights are logarithmic where all values are positive and differ by more than a factor of 20.
-    """
-    finite = [v for v in values if math.isfinite(v)]
-    if not finite or width < 1:
-        return ""
-    logarithmic = min(finite) > 0 and max(finite) > 20 * min(finite)
-    n = min(width, len(values))
-    means: list[float | None] = []
-    for i in range(n):
-        part = [v for v in values[i * len(values) // n : (i + 1) * len(values) // n] if math.isfinite(v)]
-        heights = [math.log(v) if logarithmic else v for v in part]
-        means.append(math.fsum(h / len(heights) for h in heights) if heights else None)
-    known = [m for m in means if m is not None]
-    low, high = min(known), max(known)
-    span = high / 2 - low / 2  # halved: the difference itself may overflow
-    top = len(blocks) - 1
-    return "".join(
-        " " if m is None else blocks[round(top * ((m / 2 - low / 2) / span)) if span > 0 else 0] for m in means
-    )
-
-
-def gauge(value: float, parameter: Parameter, width: int = 11, ascii_only: bool = False) -> str:
-    """Where a value lies between its bounds, as a small scale; "" where a bound is missing."""
-    lower, upper = parameter.lower, parameter.upper
-    if not (math.isfinite(lower) and math.isfinite(upper) and math.isfinite(value)):
-        return ""
-    line, left, right, mark = ("-", "|", "|", "o") if ascii_only else ("─", "├", "┤", "●")
-    fraction = (value / 2 - lower / 2) / (upper / 2 - lower / 2)
-    cells = [left, *line * (width - 2), right]
-    cells[max(0, min(width - 1, round(fraction * (width - 1))))] = mark
-    return "".join(cells)
-
-
 @final
 class Pace:
     """How fast a fit goes, over its last steps, and how long it may still take. Times are of one clock [s].
@@ -297,6 +222,10 @@ class Lines:
             parts[-1] += f" ({format_rate(rate)}/s)"
         if record.num_failed:
             parts.append(f"{record.num_failed} failed")
+        if record.num_cached:
+            parts.append(f"{record.num_cached} found in the store")
+        if record.num_surrogate:
+            parts.append(f"{record.num_surrogate} of the surrogate")
         parts += [
             f"{printable(p.name)} {v:.4g}"
             for p, v in tuple(zip(self._space.parameters, record.parameters, strict=True))[:6]
@@ -486,7 +415,7 @@ class LiveView:
         elif (left := self._pace.left_s(now)) is not None:
             pieces.append((f"at most {format_duration(left)} left", "cyan"))
         loss = [(f"loss {record.loss:.5g}", "bold" if math.isfinite(record.loss) else "bold red")]
-        if trace := sparkline(self._losses, max(8, min(40, width - 60)), _ASCII_BLOCKS if self._ascii else _BLOCKS):
+        if trace := sparkline(self._losses, max(8, min(40, width - 60)), ASCII_BLOCKS if self._ascii else BLOCKS):
             loss.append((trace, "cyan"))
         if record.gradient_error is not None:
             noisy = record.gradient_error > 1
@@ -499,6 +428,10 @@ class LiveView:
             runs.append((f"{format_rate(rate)} runs/s", ""))
         if record.num_failed:
             runs.append((f"{record.num_failed:,} failed", "red"))
+        if record.num_cached:
+            runs.append((f"{record.num_cached:,} found in the store", "dim"))
+        if record.num_surrogate:
+            runs.append((f"{record.num_surrogate:,} of the surrogate", "dim"))
         return [title, *_packed(pieces, width), *_packed(loss, width), *_packed(runs, width)]
 
     def _table(self, record: FitStep, width: int, rows: int) -> Table:
@@ -540,150 +473,3 @@ def _packed(pieces: Sequence[tuple[str, str]], width: int) -> list[RenderableTyp
             lines[-1].append("  ")
         lines[-1].append(text, style=style or None)
     return list(lines)
-
-
-# --- programs -------------------------------------------------------------------------------------------------
-
-
-def _number(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-@final
-class JSONLines:
-    """One JSON object a step, written out at once: the file is the history of the fit, however often it was resumed.
-
-    Keys: step, loss, scale, parameters (name -> value), standard_error (name -> value, or null), gradient_error,
-    num_evaluations, num_failed, note, time (UTC, when it was written). Numbers that are not finite are null.
-
-    A file of the same fit is continued: steps in it are not written again, and a line that a kill cut short is
-    completed. From the first step that differs on, the file is replaced: it then belongs to another fit.
-
-    Args:
-        path: the file; its directory is made.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
-        self._known: list[tuple[int, dict[str, Any]]] = []  # of the file: where each line begins, and what it says
-
-    def start(self, space: ParameterSpace, *, max_steps: int | None, max_runs: int | None, title: str) -> None:
-        """Raises InputError where the file is something else, or cannot be written."""
-        self._names = space.names
-        self._at = 0
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.touch()
-            self._file = self._path.open("r+b")
-        except OSError as error:
-            raise InputError(f"Expected a file that can be written for the history, got: {error}.") from error
-        content = self._file.read()
-        self._known, end = _history(content)
-        if content and not self._known and b"\n" in content:
-            self._file.close()
-            raise InputError(
-                f"Expected the history of an earlier fit or a new file, got something else: {self._path}. "
-                "Name another file."
-            )
-        self._file.truncate(end)
-
-    def step(self, record: FitStep) -> None:
-        errors = record.standard_error
-        entry = {
-            "step": record.step,
-            "loss": _number(record.loss),
-            "scale": _number(record.scale),
-            "parameters": dict(zip(self._names, map(_number, record.parameters), strict=True)),
-            "standard_error": None if errors is None else dict(zip(self._names, map(_number, errors), strict=True)),
-            "gradient_error": _number(record.gradient_error),
-            "num_evaluations": record.num_evaluations,
-            "num_failed": record.num_failed,
-            "note": record.note,
-        }
-        if self._at < len(self._known):
-            begin, known = self._known[self._at]
-            if {k: v for k, v in known.items() if k != "time"} == entry:
-                self._at += 1
-                return
-            self._cut(begin)
-        begin = self._file.seek(0, os.SEEK_END)
-        entry["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        self._file.write(json.dumps(entry, allow_nan=False, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        self._known.append((begin, entry))
-        self._at += 1
-
-    def end(self, result: FitResult | None) -> None:
-        # Of an interrupted fit the steps that lie ahead are still right: they are told again when it is resumed.
-        if result is not None and result.stop_reason != "interrupted" and self._at < len(self._known):
-            self._cut(self._known[self._at][0])
-        self._file.close()
-
-    def _cut(self, begin: int) -> None:
-        self._file.truncate(begin)
-        del self._known[self._at :]
-
-
-def _history(content: bytes) -> tuple[list[tuple[int, dict[str, Any]]], int]:
-    """The whole lines from step 0 on, with where each begins; and where the last of them ends."""
-    known: list[tuple[int, dict[str, Any]]] = []
-    begin = 0
-    while (end := content.find(b"\n", begin)) >= 0:
-        try:
-            entry = json.loads(content[begin:end])
-        except ValueError:
-            break
-        if not isinstance(entry, dict) or entry.get("step") != len(known):
-            break
-        known.append((begin, entry))
-        begin = end + 1
-    return known, begin
-
-
-@final
-class TensorBoard:
-    """Scalars for TensorBoard: loss, scale, gradient_error, runs, failed, parameters/NAME and standard_error/NAME.
-
-    A resumed fit takes the place of what the directory says of it.
-
-    Args:
-        directory: of the event files.
-
-    Raises:
-        SetupError: TensorBoard is not installed.
-    """
-
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self._directory = os.fspath(directory)
-        try:  # here, where every rank comes by, and before anything is paid for
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise SetupError(
-                "Expected TensorBoard for its scalars. Install it: pip install 'simulation-bridge[tensorboard]'."
-            ) from error
-        self._make = SummaryWriter
-
-    def start(self, space: ParameterSpace, *, max_steps: int | None, max_runs: int | None, title: str) -> None:
-        self._names = space.names
-        # Whatever an earlier process has written from step 0 on is void: the whole history is told again.
-        self._writer: Any = self._make(log_dir=self._directory, purge_step=0)
-
-    def step(self, record: FitStep) -> None:
-        scalars: dict[str, float | None] = {
-            "loss": record.loss,
-            "scale": record.scale,
-            "gradient_error": record.gradient_error,
-            "runs": record.num_evaluations,
-            "failed": record.num_failed,
-        }
-        scalars |= {f"parameters/{n}": v for n, v in zip(self._names, record.parameters, strict=True)}
-        if record.standard_error is not None:
-            scalars |= {f"standard_error/{n}": v for n, v in zip(self._names, record.standard_error, strict=True)}
-        for tag, value in scalars.items():
-            if value is not None:
-                self._writer.add_scalar(tag, value, record.step)
-        if record.note:
-            self._writer.add_text("notes", record.note, record.step)
-
-    def end(self, result: FitResult | None) -> None:
-        self._writer.close()

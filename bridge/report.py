@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from bridge.errors import OutputError, SetupError
 from bridge.files import write_whole
 from bridge.fit_result import FitResult
-from bridge.progress import describe_end, format_duration, format_value, printable
+from bridge.wording import describe_end, format_duration, format_value, printable
 
 
 def _smooth_for_eyes(image: NDArray[Any], sigma: float) -> NDArray[np.float64]:
@@ -101,6 +101,8 @@ def summary(result: FitResult) -> str:
         f"{result.stop_reason} after {len(result.history)} steps, {result.num_evaluations} simulations, "
         f"{result.wall_s:.1f} s"
     )
+    if counts := _counts(result):
+        lines.append("; ".join(counts))
     return "\n".join(lines)
 
 
@@ -195,11 +197,23 @@ def _story(result: FitResult) -> str:
     d = result.space.dimension
     words = f"{d} parameter{'s' if d > 1 else ''}. The fit {describe_end(result.stop_reason)} after "
     words += f"{len(result.history)} steps and {result.num_evaluations:,} simulations"
-    extra = [f"{n:,} {what}" for n, what in ((result.num_failed, "failed"), (result.num_reused, "used again")) if n]
-    words += (f" ({', '.join(extra)})" if extra else "") + f", in {format_duration(result.wall_s)}. "
+    counts = _counts(result)
+    words += (f" ({'; '.join(counts)})" if counts else "") + f", in {format_duration(result.wall_s)}. "
     if result.history:
         words += f"The loss went from {result.history[0].loss:.5g} to {result.loss:.5g}."
     return words
+
+
+def _counts(result: FitResult) -> list[str]:
+    """What there is to say of the runs besides their number."""
+    found = result.num_cached
+    words = (
+        (result.num_failed, f"{result.num_failed:,} failed"),
+        (found, f"{found:,} found in the store, {result.num_evaluations - found:,} carried out"),
+        (result.num_reused, f"{result.num_reused:,} of earlier runs used again"),
+        (result.num_surrogate, f"{result.num_surrogate:,} of the surrogate besides"),
+    )
+    return [text for number, text in words if number]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:

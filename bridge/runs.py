@@ -71,6 +71,8 @@ class Run:
         resume: True goes on with what is there, if anything is. False begins anew, and refuses where a run that is not
             done would be lost, unless `overwrite`.
         journal_above_s: evaluations that took less [s] are not journalled.
+        keep_evaluations: for other fits to use again (`bridge.fit(reuse=...)`); else those of a step are removed with
+            the checkpoint after it.
         comm: as in `bridge.smooth`.
 
     Attributes:
@@ -93,9 +95,10 @@ class Run:
         resume: bool = True,
         overwrite: bool = False,
         journal_above_s: float = 0.01,
+        keep_evaluations: bool = False,
         comm: Intracomm | None = None,
     ) -> None:
-        self.directory, self.every_s = Path(directory), every_s
+        self.directory, self.every_s, self._keep = Path(directory), every_s, keep_evaluations
         self._dispatcher = get_dispatcher(comm)
         # Under a driver the other ranks follow its evaluations, not its checkpoints.
         self._all: Dispatcher = self._dispatcher if self._dispatcher.driver is None else SerialDispatcher()
@@ -133,7 +136,7 @@ class Run:
             _log.warning(
                 "the last job in %s %s ended without a word: killed, or its machine failed; this one goes on from "
                 "step %d with %d evaluations finished since",
-                *(self.directory, self._died, self.step, len(self.store)),
+                *(self.directory, self._died, self.step, self.store.count(self.step)),
             )
         if self.store.damaged and self._all.rank == 0:
             _log.warning("%d bytes of torn records in %s are ignored", self.store.damaged, self.store.directory)
@@ -202,8 +205,8 @@ class Run:
 
     # -- going on ---------------------------------------------------------------------------------------------------
 
-    def checkpoint(self, step: int, state: Any) -> None:
-        """Hands over the state after `step` steps; written when that is due. Collective.
+    def checkpoint(self, step: int, state: Any, at_once: bool = False) -> None:
+        """Hands over the state after `step` steps; written when that is due, or at once. Collective.
 
         Args:
             step: where to go on.
@@ -224,7 +227,7 @@ class Run:
         flags[0] = Dispatcher.stopping
         flags[1] = self._all.rank == 0 and ends is not None and ends < 1.5 * self._longest + 5.0
         flags[2] = self._all.rank == 0 and (
-            now - self._written_at >= self.every_s or self.store.written * self._all.size > _MUCH
+            at_once or now - self._written_at >= self.every_s or self.store.written * self._all.size > _MUCH
         )
         flags = self._all.scatter_add(flags)
         if flags[2] or flags[:2].any():
@@ -255,11 +258,12 @@ class Run:
         if self._all.scatter_add(failed)[0]:
             return
         self._written = step
-        if between_steps:
+        if between_steps and not self._keep:
             with self._dispatcher.led(self.store, "clear", (step,), {}):
                 self.store.clear(step)
         else:
-            self.store.sync()
+            with self._dispatcher.led(self.store, "sync", (), {}):
+                self.store.sync()
         self._tell("running", None)
 
     def _save(self, step: int, packed: tuple[str, list[NDArray[Any]]]) -> None:

@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 
 # Rows that the model is made of: those nearest to the best, but for those of a loss so many times that of the best
 # 2 (d + 1).
-_WINDOW, _CLIFF = 150, 30.0
+MOST_ROWS, _CLIFF = 150, 30.0
 # Standard deviations of the loss by which further points may be optimistic, and how cautious the first one is.
 _KAPPA, _CAUTION = 1.5, 0.3
 _FIRST_RADIUS, _LEAST_RADIUS = 2.0, 0.02
@@ -49,7 +49,8 @@ class Search:
             say that the target is explained.
 
     Attributes:
-        rows: (n, d). residuals: (n, m), whitened. failed: (n,) runs without an output.
+        rows: (n, d). residuals: (n, m), whitened. failed: (n,) runs without an output. reused: how many of the first
+            are of earlier fits.
         best: (d,) where the loss is least as far as is known. note: what the last round did, in words.
         stopped: "" or why there is nothing more to do.
     """
@@ -76,7 +77,7 @@ class Search:
         self.rows, self.residuals = np.zeros((0, d)), np.zeros((0, 0))
         self.failed = np.zeros(0, dtype=bool)
         self.gram = np.zeros((0, 0))
-        self.round, self.first_row = 0, 0
+        self.round, self.first_row, self.reused = 0, 0, 0
         self.radius, self.kernel = _FIRST_RADIUS, np.zeros(0)
         self.promise: tuple[float, float] | None = None  # loss at the base, and the gain expected of the next point
         self.at_edge, self.still = False, 0
@@ -105,6 +106,30 @@ class Search:
         # Away from a bound, not onto it: two rows at the same place tell nothing.
         outside = (points < self.lower) | (points > self.upper)
         return np.clip(np.vstack([start, np.where(outside, start - away, points)]), self.lower, self.upper)
+
+    def begin_with(self, rows: Array, residuals: Array) -> None:
+        """Takes runs that were made before, (n, d) and their whitened residuals (n, m), before the first round.
+
+        Where they tell enough about the outputs, the first round is one of the model's, with the start in it; else it
+        is smaller by as many runs.
+        """
+        if len(rows) == 0:
+            return
+        self.rows, self.residuals, self.reused = rows, residuals, len(rows)
+        self.failed = np.zeros(len(rows), dtype=bool)
+        self.gram = residuals @ residuals.T
+        squared = np.diag(self.gram)
+        changes = squared[:, None] + squared[None] - 2 * self.gram > 1e-24 * max(float(squared.max()), 1e-300)
+        if len(rows) <= len(self.start) or not changes.any():
+            self.points = self.points[: max(1, len(self.points) - len(rows))]
+            return
+        known = (rows == self.start).all(axis=1).any()
+        self._choose(len(rows))
+        if self.stopped:
+            # Nothing is left of the target: one run confirms it.
+            self.stopped, self.points = "", self.best[None] if known else self.start[None]
+        elif not known and len(self.points) > 1:
+            self.points[-1] = self.start
 
     def told(self, residuals: Array, failed: NDArray[np.bool_]) -> None:
         """Takes the whitened residuals (k, m) of `points`, and finds the next `points`.
@@ -142,6 +167,8 @@ class Search:
         """Whether the first round has to be repeated with another spread, since its outputs do not change."""
         if self.round > 1 + _RESCALINGS or self.first_row or self.kernel.size:
             return False
+        if self.reused and (self.residuals[~self.failed] != self.residuals[0]).any():
+            return False
         good = np.flatnonzero(~self.failed)
         if len(good) < 2:
             return False
@@ -178,7 +205,7 @@ class Search:
             # One kernel cannot do justice to cliffs far off and to what matters here.
             cliffs = np.isfinite(losses) & (losses > _CLIFF * np.sort(losses)[enough - 1])
             distance[cliffs] = np.inf
-        order = np.argsort(distance, kind="stable")[:_WINDOW]
+        order = np.argsort(distance, kind="stable")[:MOST_ROWS]
         return np.sort(order[np.isfinite(distance[order])])
 
     def _losses(self) -> Array:
@@ -318,6 +345,8 @@ class Search:
 
     def _first_loss(self) -> float:
         losses = self._losses()
+        if self.reused:  # many of them may be near to where an earlier fit has ended
+            return float(np.percentile(losses[: self.reused], 75))
         return float(np.median(losses[np.isfinite(losses)][: self.batch]))
 
     @property
@@ -335,6 +364,7 @@ class Search:
             "gram",
             "round",
             "first_row",
+            "reused",
             "radius",
             "kernel",
             "promise",

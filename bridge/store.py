@@ -131,6 +131,10 @@ class Store:
     def __len__(self) -> int:
         return len(self._index)
 
+    def count(self, step: int) -> int:
+        """How many calls of this step, or a later one, there are."""
+        return sum(place.step >= step for place in self._index.values())
+
     def get(self, key: Key) -> torch.Tensor | None:
         """The outputs (k, *output_shape) of a call, in memory of their own; None where they are missing or damaged."""
         place = self._index.get(key.digest)
@@ -175,7 +179,7 @@ class Store:
         return {call[0] for call in map(_call, self._index.values()) if call is not None}
 
     def records(self, name: str) -> Iterator[Record]:
-        """What is known of a simulator, a call at a time, on the CPU, in no particular order; damaged ones are left out."""
+        """What is known of a simulator, a call at a time, on the CPU, in any order; damaged ones are left out."""
         for place in list(self._index.values()):
             call = _call(place)
             if call is None or call[0] != name:

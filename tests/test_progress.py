@@ -29,13 +29,10 @@ from bridge.progress import (
     Observers,
     Pace,
     TensorBoard,
-    format_duration,
-    format_value,
-    gauge,
     make_observers,
-    sparkline,
 )
 from bridge.simulator import Parameter, ParameterSpace
+from bridge.wording import format_duration, format_value, gauge, sparkline
 
 SPACE = ParameterSpace((Parameter("defocus_um", "um", 0.5, 4.0), Parameter("[red]\x1b[2Jx", "angstrom")))
 STEP = FitStep(0, 0.5, 1.0, (1.7, 3.0), 64)

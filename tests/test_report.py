@@ -92,11 +92,12 @@ def test_numbers_and_words(tmp_path):
     covariance = 4e-4 * np.array([[1.0, -0.98], [-0.98, 1.0]])
     result = make(
         [1.0, 2.0], covariance=covariance, warnings=("b acts like a",), num_failed=7, num_reused=30,
-        parameters=np.array([1.0, 5.0]), method="gauss-newton",
+        num_cached=1000, num_surrogate=50, parameters=np.array([1.0, 5.0]), method="gauss-newton",
     )  # fmt: skip
     seen = page(result, [1.0, 2.0], tmp_path, title="My fit", settings={"seed": 3}, command="python -m bridge fit a b")
     assert (
-        "The fit converged after 5 steps and 1,234 simulations (7 failed, 30 used again), in 3 min 20 s." in seen.text
+        "The fit converged after 5 steps and 1,234 simulations (7 failed; 1,000 found in the store, 234 carried out; "
+        "30 of earlier runs used again; 50 of the surrogate besides), in 3 min 20 s." in seen.text
     )
     assert "The loss went from 10 to 0.001." in seen.text
     assert "b acts like a" in seen.text
