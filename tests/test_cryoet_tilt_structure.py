@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import bridge
 from bridge.errors import InputError
 from simulators.cryoet import Deformation, Detector, Domain, Particle, Residues, Specimen, TiltScheme, TiltSeries
 from simulators.cryoet.volume import Volume, VolumeBuilder
@@ -133,15 +134,47 @@ def test_structure_and_projections_are_computed_when_they_change_alone(monkeypat
     assert spent(start + np.array([0, 1, 0, 0, 0, 0, 0])) == (1, 6)  # the structure
 
 
+# An arm opened by 15 degrees; wanted are its angle and the particle's place, from 40 electrons an angstrom^2.
+OPENING = dict(
+    particles=[Particle(clamp(), 0.0, 0.0, 0.0, 10.0, 20.0, 30.0)], shape=(28, 28), deformation=Deformation(
+        domains=[HINGE]), parameters=("domain_deg[0]", "x_angstrom[0]", "y_angstrom[0]"),
+    detector=Detector(dose_e_per_angstrom2=40.0, gain=100.0, bits=None), bounds={"domain_deg[0]": (-35.0, 35.0)},
+    # The place is known a hundred times better than the angle in the usual units; with them smoothing moves the image
+    # by so much that what is left of that hides the angle.
+    natural_scale={"domain_deg[0]": 5.0, "x_angstrom[0]": 1.0, "y_angstrom[0]": 1.0},
+)  # fmt: skip
+
+
+def opened(mode: str, seed: int) -> tuple[TiltSeries, np.ndarray, np.ndarray]:
+    """A series, the truth, and its images with electrons counted."""
+    truth = np.array([15.0, 4.0, -3.0])
+    counts = series(mode, noise="poisson", **OPENING)(truth[None], np.full(1, seed, dtype=np.uint64))[0]
+    return series(mode, **OPENING), truth, counts.astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "gauss-newton", "steps": 6, "num_samples": 8, "scale": (1.0, 0.5)}]
+)
+def test_fit_recovers_a_domains_opening_in_hard_mode(settings: dict) -> None:
+    """A black box with thresholds and integers; the errors that are stated are those of the information in it."""
+    sim, truth, target = opened("hard", 1)
+    variance = 100 * target.mean()  # 100 counts an electron
+    result = bridge.fit(sim, target, np.zeros(3), seed=1, variance=variance, **settings)
+    assert result.num_evaluations < 80
+    slopes = [
+        sim(np.stack((truth + step, truth - step)), np.zeros(2, dtype=np.uint64)).astype(np.float64)
+        for step in np.diag([4.0, 0.5, 0.5])
+    ]
+    jacobian = np.stack([(up - down) / (2 * h) for (up, down), h in zip(slopes, (4.0, 0.5, 0.5), strict=True)])
+    bound = np.sqrt(np.diag(np.linalg.inv(np.einsum("ithw,jthw->ij", jacobian, jacobian) / variance)))
+    np.testing.assert_allclose(result.standard_error, bound, rtol=0.2)
+    assert (np.abs(result.parameters - truth) < 4 * bound).all(), (result.parameters, bound)
+
+
 def test_a_domains_opening_is_recovered_from_three_counted_images() -> None:
-    """An arm opened by 15 degrees; wanted are its angle and the particle's place, from 40 electrons an angstrom^2."""
-    settings = dict(
-        particles=[Particle(clamp(), 0.0, 0.0, 0.0, 10.0, 20.0, 30.0)], shape=(28, 28), deformation=Deformation(
-            domains=[HINGE]), parameters=("domain_deg[0]", "x_angstrom[0]", "y_angstrom[0]"),
-        detector=Detector(dose_e_per_angstrom2=40.0, gain=100.0, bits=None), bounds={"domain_deg[0]": (-35.0, 35.0)},
-    )  # fmt: skip
-    sim, truth = series(**settings), torch.tensor([15.0, 4.0, -3.0], dtype=torch.float64)
-    target = series(noise="poisson", **settings)(truth.numpy()[None], np.ones(1, dtype=np.uint64))[0]
+    """By Gauss-Newton with the smooth mode's exact derivatives."""
+    sim, true, target = opened("smooth", 1)
+    truth = torch.from_numpy(true)
     theta = torch.zeros(3, dtype=torch.float64)
     for _ in range(6):  # Gauss-Newton, residuals in units of the electrons' noise
         jacobian, image = torch.func.jacfwd(lambda t: (sim.image(t),) * 2, has_aux=True)(theta)
