@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import signal
@@ -163,6 +164,50 @@ def one_thread() -> Iterator[None]:
     with threadpool_limits(1):
         yield
     torch.set_num_threads(before)
+
+
+# --- one process ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def run_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """`run_alone(script, *args, timeout=120, env=None)`: runs a Python script, a Path or a program's text, in a fresh
+    process that has torch imported already, and returns what came out; `env` is added to this process's environment.
+    """
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "forking_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def run(
+        script: Path | str, *args: object, timeout: float = 120, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        directory = tmp_path_factory.mktemp("alone-")
+        path = script
+        if not isinstance(path, Path):
+            path = directory / "script.py"
+            path.write_text(textwrap.dedent(str(script)), encoding="utf-8")
+        arguments = [str(argument) for argument in args]
+        out, err = directory / "stdout.txt", directory / "stderr.txt"
+        asked = {"script": str(path.resolve()), "arguments": arguments, "environment": {**os.environ, **(env or {})}}
+        asked |= {"directory": str(directory), "out": str(out), "err": str(err), "timeout_s": timeout}
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        said, complained = (file.read_text(encoding="utf-8", errors="replace") for file in (out, err))
+        status = json.loads(answer)["status"]
+        if status is None:
+            pytest.fail(f"{path} did not end within {timeout} s.\n--- stdout ---\n{said}\n--- stderr ---\n{complained}")
+        return subprocess.CompletedProcess([str(path), *arguments], status, said, complained)
+
+    yield run
+    server.stdin.close()
+    server.wait(30)
+    server.stdout.close()
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -84,9 +82,9 @@ RUNS = 6 * 16 + 16 + 2
 class Fit:
     """One fit in a directory, with what it has paid."""
 
-    def __init__(self, folder: Path, run_ranks, method: str = "adam") -> None:
-        self.method = method
-        self.directory, self.paid_file, self._run_ranks = folder / "run", folder / "paid", run_ranks
+    def __init__(self, folder: Path, run_ranks, run_alone, method: str = "adam") -> None:
+        self.method, self._run_ranks, self._run_alone = method, run_ranks, run_alone
+        self.directory, self.paid_file = folder / "run", folder / "paid"
         self.script = folder / "script.py"
         self.script.write_text(SCRIPT, encoding="utf-8")
 
@@ -100,22 +98,19 @@ class Fit:
 
     def start(self, ranks, fault="", env=None, **kwargs) -> subprocess.CompletedProcess[str]:
         environment = {"PAID": str(self.paid_file), **(env or {})}
+        arguments = (self.script, fault, self.directory, self.method)
         if ranks:
-            arguments = (self.script, fault, self.directory, self.method)
             return self._run_ranks(ranks, *arguments, env=environment, timeout=90, **kwargs)
-        command = [sys.executable, self.script, fault, self.directory, self.method]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=90, env={**os.environ, **environment}, check=False
-        )
+        return self._run_alone(*arguments, env=environment, timeout=90)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, run_alone):
     """What a fit by some method prints that nothing stops."""
 
     @functools.cache
     def prints(method):
-        fit = Fit(tmp_path_factory.mktemp("whole"), None, method)
+        fit = Fit(tmp_path_factory.mktemp("whole"), None, run_alone, method)
         done = fit.start(0)
         assert done.returncode == 0, done.stderr
         assert fit.paid == RUNS
@@ -130,8 +125,8 @@ def whole(undisturbed):
 
 
 @pytest.fixture
-def fit(tmp_path, run_ranks):
-    return Fit(tmp_path, run_ranks)
+def fit(tmp_path, run_ranks, run_alone):
+    return Fit(tmp_path, run_ranks, run_alone)
 
 
 def goes_on(fit, whole, ranks=0, twice=2):
@@ -255,9 +250,9 @@ def test_a_launcher_that_is_told_usr1_tells_the_ranks(fit, whole):
 @pytest.mark.parametrize(
     ("method", "kills"), [("adam", 3), ("gauss-newton", 3), pytest.param("adam", 20, marks=pytest.mark.slow)]
 )
-def test_the_whole_job_is_killed_at_random_moments(tmp_path, run_ranks, undisturbed, method, kills):
+def test_the_whole_job_is_killed_at_random_moments(tmp_path, run_ranks, run_alone, undisturbed, method, kills):
     """Launcher and ranks at once, as a power cut would, each time on another number of ranks."""
-    fit = Fit(tmp_path, run_ranks, method)
+    fit = Fit(tmp_path, run_ranks, run_alone, method)
     draw = random.Random(f"{method} {kills}")
     twice = killed = 0
     for i in range(kills):
@@ -307,10 +302,10 @@ if bridge.is_root():
 """
 
 
-def test_isolated_runs_fail_in_every_way_and_the_ranks_live(run_ranks, tmp_path):
+def test_isolated_runs_fail_in_every_way_and_the_ranks_live(run_ranks, run_alone, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(ISOLATED, encoding="utf-8")
-    alone = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    alone = run_alone(script)
     assert alone.returncode == 0, alone.stderr
     done = run_ranks(2, script, timeout=120)
     assert done.returncode == 0, done.stderr

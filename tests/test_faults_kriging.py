@@ -7,10 +7,7 @@ itself by SIGKILL at the n-th of them; the next one goes on.
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 
@@ -145,17 +142,15 @@ def script(tmp_path):
     return path
 
 
-def alone(script, mode, *numbers):
-    done = subprocess.run(
-        [sys.executable, script, mode, script.parent, *map(str, numbers)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "PAID": str(script.parent / "paid")},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def alone(run_alone):
+    def run(script, mode, *numbers):
+        paid = {"PAID": str(script.parent / "paid")}
+        done = run_alone(script, mode, script.parent, *numbers, timeout=300, env=paid)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 def checked(printed, chains):
@@ -171,7 +166,7 @@ def checked(printed, chains):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, alone):
     """What a fit prints that nothing stops; on the way there, two fits have been killed again and again."""
     path = tmp_path_factory.mktemp("forks") / "script.py"
     path.write_text(SCRIPT, encoding="utf-8")
@@ -185,14 +180,14 @@ def test_killed_again_and_again_in_one_process(whole):
 
 
 @pytest.mark.slow
-def test_killed_at_many_more_moments(script):
+def test_killed_at_many_more_moments(script, alone):
     checked(alone(script, "forks", 1, 25), 24)
 
 
 @pytest.mark.mpi
 @pytest.mark.every_mpi
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
-def test_one_rank_of_several_is_killed(script, run_ranks, whole, kills):
+def test_one_rank_of_several_is_killed(script, run_ranks, alone, whole, kills):
     """Each time on another number of ranks, another of which dies; the launcher ends the others."""
     paid = script.parent / "paid"
     draw, most = random.Random(kills), 0

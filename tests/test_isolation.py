@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from isolation_lab import crash, fail, hang, leave, smooth_one
 
 import bridge
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
@@ -23,35 +23,6 @@ from bridge.isolation import IsolatedSimulator
 from bridge.simulator import as_simulator
 
 THETA = torch.tensor([0.3, -0.2], dtype=torch.float64)
-
-
-def smooth_one(x):
-    return np.sin(np.outer(x, np.arange(1.0, 200.0))).sum(axis=0)
-
-
-def crash(x):
-    if x[0] > 1.0:
-        ctypes.string_at(0)
-    return smooth_one(x)
-
-
-def leave(x):
-    if x[0] > 1.0:
-        os._exit(7)
-    return smooth_one(x)
-
-
-def hang(x):
-    if x[0] > 1.0:
-        while True:
-            pass
-    return smooth_one(x)
-
-
-def fail(x):
-    if x[0] > 1.0:
-        raise ValueError("no convergence")
-    return smooth_one(x)
 
 
 def isolated(function, **kwargs):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -124,12 +121,10 @@ def test_list_info_and_unknown_names(capsys):
 
 
 @pytest.mark.mpi
-def test_the_example_is_bitwise_the_same_under_ranks(run_ranks, tmp_path):
+def test_the_example_is_bitwise_the_same_under_ranks(run_ranks, run_alone):
     script = EXAMPLES / "recover_microscope.py"
     arguments = ["--steps", "4", "--samples", "8"]
-    alone = subprocess.run(
-        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=300, env=dict(os.environ)
-    )
+    alone = run_alone(script, *arguments, timeout=300)
     assert alone.returncode == 0, alone.stderr
     assert "0x1." in alone.stdout  # the parameters, every bit of them
     for ranks in (2, 3, 4):

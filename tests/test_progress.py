@@ -131,7 +131,7 @@ def test_nothing_is_said_where_there_is_no_terminal(monkeypatch, capfd):
 
 PROGRAM = """
 import sys, time
-from bridge.fitting import FitStep
+from bridge.fit_result import FitStep  # not bridge.fitting, which takes torch along
 from bridge.progress import make_observers
 from bridge.simulator import ParameterSpace
 with make_observers("auto") as observers:

@@ -318,13 +318,11 @@ for _ in range(2):
 
 
 @pytest.mark.mpi
-def test_many_writers_and_any_number_of_ranks(run_ranks, tmp_path):
+def test_many_writers_and_any_number_of_ranks(run_ranks, run_alone, tmp_path):
     """Each rank writes evaluations of its own; rank 0 reads all of them, and hands on what it has read."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    alone = subprocess.run(
-        [sys.executable, script, tmp_path / "alone"], capture_output=True, text=True, timeout=120, check=False
-    )
+    alone = run_alone(script, tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr
     first, second, third = (line.split() for line in alone.stdout.splitlines())
     assert (first[1:], second[1:], third[1:]) == (["10", "0", "40"], ["10", "0", "0"], ["10", "10", "0"])
