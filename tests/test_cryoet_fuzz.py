@@ -66,8 +66,8 @@ def _mrc(path: Path, shape: tuple[int, ...]) -> bytes:
     return path.read_bytes()
 
 
-MDOC = b"PixelSpacing = 3\nVoltage = 300\n\n" + b"\n".join(
-    f"[ZValue = {t}]\nTiltAngle = {3 * t - 3}\nRotationAngle = 85\nExposureDose = 3\nPriorRecordDose = {3 * t}\n"
+MDOC = b"PixelSpacing = 3\nVoltage = 300\n\n[T =     Tilt axis angle = 85.0, binning = 1]\n\n" + b"\n".join(
+    f"[ZValue = {t}]\nTiltAngle = {3 * t - 3}\nRotationAngle = 175\nExposureDose = 3\nPriorRecordDose = {3 * t}\n"
     f"Defocus = -3\n".encode()
     for t in range(3)
 )

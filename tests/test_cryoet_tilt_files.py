@@ -74,6 +74,50 @@ def test_axis_and_shifts_come_back_at_any_angle_and_parity(
     np.testing.assert_allclose(found.shifts_angstrom, SHIFTS, atol=5e-3)
 
 
+# As SerialEM wrote one of EMPIAR-10164, whose axis is at 85.3 degrees; without calibration it writes doses of 0.
+SERIAL_EM = """PixelSpacing = 4.5
+ImageFile = t.mrc
+ImageSize = 13 10
+DataMode = 1
+
+[T = SerialEM: Digitized on a Krios at München]
+
+[T =     Tilt axis angle = 85.3, binning = 1  spot = 8  camera = 2]
+""" + "".join(f"""
+[ZValue = {t}]
+TiltAngle = {tilt}
+StagePosition = 20.7936 155.287
+ExposureDose = 0
+RotationAngle = 175.3
+TargetDefocus = -4
+SubFramePath = D:\\Müller\\frames\\t_{t}.mrc
+""" for t, tilt in enumerate((-39.9981, 2.00099, 44.0003)))  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "utf-8-sig"])
+@pytest.mark.parametrize("title", [True, False])
+def test_an_mdoc_of_serial_em(folder: Path, encoding: str, title: bool) -> None:
+    """Its rotation is that of the axis and 90 degrees; the title that IMOD goes by comes first, where there is one."""
+    text = SERIAL_EM if title else SERIAL_EM.replace("Tilt axis angle = 85.3,", "TiltAxisAngle = -94.7 ")
+    (folder / "s.mdoc").write_bytes(text.encode(encoding))
+    found = read_tilt_series(folder / "t.mrc", mdoc=folder / "s.mdoc", order=[1, 0, 2])
+    assert found.tilt_axis_deg == pytest.approx(85.3, abs=1e-9)
+    assert found.doses_e_per_angstrom2 is found.defocus_um is None
+    np.testing.assert_array_equal(found.scheme.angles_deg, [-39.9981, 2.00099, 44.0003])
+
+
+@given(st.floats(-360.0, 360.0))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_title_and_rotation_of_an_mdoc_tell_the_same_axis(tmp_path: Path, axis: float) -> None:
+    write_tilt_series(tmp_path, "v", series(axis=axis), IMAGES)
+    lines = (tmp_path / "v.mdoc").read_text().splitlines()
+    for left_out in ("[T", "Rotation"):
+        (tmp_path / "v.mdoc").write_text("\n".join(line for line in lines if not line.startswith(left_out)))
+        found = read_tilt_series(tmp_path / "v.mrc", mdoc=tmp_path / "v.mdoc").tilt_axis_deg
+        assert (found - axis + 180) % 360 - 180 == pytest.approx(0.0, abs=1e-4)
+        assert -180 <= found <= 180
+
+
 def test_images_are_sorted_by_tilt(folder: Path) -> None:
     (folder / "t.rawtlt").write_text("44\n-40\n2\n")
     found = read_tilt_series(folder / "t.mrc", tilts=folder / "t.rawtlt", order=[2, 0, 1])
@@ -145,7 +189,9 @@ def test_an_unusual_y_axis_is_asked_about(folder: Path, how: str) -> None:
         ("t.mdoc", "[ZValue = 2]", "[ZValue = 5]", "ZValue = 0"),
         ("t.mdoc", "TiltAngle = 2.0000", "TiltAngle = two", "number in line"),
         ("t.mdoc", "TiltAngle = 2.0000\n", "", "TiltAngle in all 3"),
-        ("t.mdoc", "RotationAngle = 85.3000", "RotationAngle = 25", "one RotationAngle"),
+        ("t.mdoc", "RotationAngle = 175.3000", "RotationAngle = 25", "one RotationAngle"),
+        ("t.mdoc", "angle = 85.3000,", "angle = east,", "number in line 7 of .*'east'"),
+        ("t.mdoc", "angle = 85.3000, binning = 1", "angle =", "number in line 7"),
         ("t.xf", "\n", " 7\n", "6 numbers in line 1"),
     ],
 )  # fmt: skip
@@ -170,5 +216,5 @@ def test_numbers_of_images_agree(folder: Path) -> None:
     with pytest.raises(InputError, match="Check the path"):
         read_tilt_series(**files(folder, mdoc=folder / "absent.mdoc"))
     (folder / "t.xf").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="text file"):
+    with pytest.raises(InputError, match="6 numbers in line 1"):
         read_tilt_series(**files(folder))

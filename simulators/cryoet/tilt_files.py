@@ -5,7 +5,8 @@ Of a series `name` are written:
 * `name.mrc`: the stack; `name.rawtlt`: nominal tilts; `name.tlt`, `name.xtilt`: tilts with the pre-tilt, and x-tilts;
 * `name.xf`: A11 A12 A21 A22 DX DY [pixels] of each image, which bring it to where the tilt axis is y and the specimen's
   origin in the middle, as IMOD counts it (n / 2 from the edge of the first pixel);
-* `name.mdoc`: pixel, voltage, and of each image tilt, rotation of the axis, doses, defocus (negative: underfocus);
+* `name.mdoc`: pixel, voltage, the axis as a title, and of each image tilt, rotation (the axis and 90 degrees, as
+  SerialEM counts it), doses, defocus (negative: underfocus);
 * `name_series.star`, `name_tilts.star`, `name_particles.star`: RELION 5's tables (defocus in angstrom, positive), for
   its C++ programs, whose centre of an image is n // 2 as in `TiltSeries`. rlnTomoHand is 1: height adds to the
   underfocus. Tomograms have even sizes: those programs turn one of odd size, or of none, about a point half a pixel off
@@ -120,14 +121,14 @@ def _mdoc(name: str, series: TiltSeries, values: Mapping[str, float]) -> str:
         f"ImageSize = {columns} {rows}",
         "DataMode = 2",
         "",
-        f"[T = Tilt axis angle = {values['tilt_axis_deg']:.2f}]",
+        f"[T =     Tilt axis angle = {_within_half_a_turn(values['tilt_axis_deg']):.4f}, binning = 1]",
         "",
     ]
     for t in range(images):
         lines += [
             f"[ZValue = {t}]",
             f"TiltAngle = {values[f'tilt_deg[{t}]']:.4f}",
-            f"RotationAngle = {values['tilt_axis_deg']:.4f}",
+            f"RotationAngle = {_within_half_a_turn(values['tilt_axis_deg'] + 90.0):.4f}",
             f"PixelSpacing = {series.pixel_size_angstrom:g}",
             f"ExposureDose = {values[f'dose_e_per_angstrom2[{t}]']:.6g}",
             f"PriorRecordDose = {_prior(series, values, t):.6g}",
@@ -135,6 +136,10 @@ def _mdoc(name: str, series: TiltSeries, values: Mapping[str, float]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _within_half_a_turn(degrees: float) -> float:
+    return (degrees + 180.0) % 360.0 - 180.0
 
 
 def _star(block: str, columns: Sequence[str], rows: Sequence[Sequence[str | int | float]]) -> str:
@@ -237,7 +242,9 @@ def read_tilt_series(
     Args:
         stack: MRC.
         tilts: `.rawtlt` or `.tlt`, a tilt a line in the order of the stack; by default those of `mdoc` [degree].
-        mdoc: SerialEM's `.mdoc`: tilts, axis, doses, defocus (negative is underfocus), pixel.
+        mdoc: SerialEM's `.mdoc`: tilts, axis, doses (where all are 0 they are not known), defocus (negative is
+            underfocus), pixel. The axis is that of the title "Tilt axis angle = ..." which IMOD reads, or RotationAngle
+            less 90 degrees.
         transforms: `.xf`: the shifts, and the axis in place of that in `mdoc`.
         order: (images,) when each image of the stack was taken, 0 for the first; by default from the doses in `mdoc`.
         pixel_size_angstrom: in place of the files'; needed where they have none, or a stack's header says exactly 1
@@ -270,8 +277,10 @@ def read_tilt_series(
     axis = doses = defocus = shifts = None
     if sections is not None:
         path = Path(cast(str, mdoc))
-        axis = _single(sections, "RotationAngle", path)
+        axis = _axis(sections, path)
         doses, defocus = _optional(sections, "ExposureDose", path), _optional(sections, "Defocus", path)
+        if doses is not None and not doses.any():
+            doses = None
         if defocus is not None:
             if (defocus > 0).any():
                 raise InputError(
@@ -324,8 +333,9 @@ def _pixel(
 
 def _text(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        # Comments and paths may be in any encoding; what is used is ASCII.
+        return path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    except OSError as error:
         raise InputError(f"Expected a text file at {str(path)!r}, got: {error}. Check the path.") from error
 
 
@@ -350,6 +360,7 @@ def _read_table(path: Path, columns: int) -> NDArray[np.float64]:
 
 
 _MDOC = ("PixelSpacing", "TiltAngle", "RotationAngle", "ExposureDose", "PriorRecordDose", "Defocus")
+_TITLE = "Tilt axis angle"
 
 
 def _read_mdoc(path: Path) -> list[dict[str, float]]:
@@ -359,7 +370,9 @@ def _read_mdoc(path: Path) -> list[dict[str, float]]:
     current = common
     for i, line in enumerate(_text(path), start=1):
         key, equals, value = (part.strip() for part in line.strip("[] ").partition("="))
-        if key == "ZValue":
+        if key == "T" and value.startswith(_TITLE):
+            common[_TITLE] = _number((value.partition("=")[2].replace(",", " ").split() or [""])[0], path, i)
+        elif key == "ZValue":
             z = int(_number(value, path, i))
             if z in sections:
                 raise InputError(f"Expected each ZValue once in {str(path)!r}, got {z} again in line {i}.")
@@ -385,11 +398,16 @@ def _column(sections: Sequence[Mapping[str, float]], key: str, path: Path) -> ND
     return values
 
 
-def _single(sections: Sequence[Mapping[str, float]], key: str, path: Path) -> float | None:
-    values = _optional(sections, key, path)
-    if values is not None and np.ptp(values) > 0.5:
-        raise InputError(f"Expected one {key} in {str(path)!r}, got {values.min():g} to {values.max():g}.")
-    return None if values is None else float(values.mean())
+def _axis(sections: Sequence[Mapping[str, float]], path: Path) -> float | None:
+    """The tilt axis from +y through -x [degree]; None where the file does not say."""
+    rotations = _optional(sections, "RotationAngle", path)
+    if rotations is not None:
+        around = rotations[0] + np.array([_within_half_a_turn(angle - rotations[0]) for angle in rotations])
+        if np.ptp(around) > 0.5:
+            raise InputError(f"Expected one RotationAngle in {str(path)!r}, got {around.min():g} to {around.max():g}.")
+    if _TITLE in sections[0]:
+        return sections[0][_TITLE]
+    return None if rotations is None else _within_half_a_turn(float(around.mean()) - 90.0)
 
 
 def _geometry(
