@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=("auto", "lines", "off"),
         help="a live view on a terminal; lines for logs; off",
     )
+    fit.add_argument("--method", help="in place of the file's: auto, kriging, gauss-newton, adam, torch or natural")
+    fit.add_argument("--max-runs", type=int, metavar="N", help="simulator runs to spend, in place of the file's")
     fit.add_argument("-q", "--quiet", action="store_true", help="no progress: --progress off")
     fit.add_argument("--jsonl", metavar="FILE", help="one JSON object a step, while it runs")
     fit.add_argument("--tensorboard", metavar="DIRECTORY", help="scalars for TensorBoard, while it runs")
@@ -132,13 +134,15 @@ def _fit(options: argparse.Namespace) -> int:
     if options.tensorboard:
         observers.append(TensorBoard(options.tensorboard))
     job = load_job(options.file, options.output)
-    if options.reuse:
-        job = replace(job, settings={**job.settings, "reuse": options.reuse})
+    given = {"method": options.method, "max_runs": options.max_runs, "reuse": options.reuse}
+    job = replace(job, settings={**job.settings, **{name: value for name, value in given.items() if value}})
     result, written = run_job(job, observers, resume=options.resume, overwrite=options.fresh)
     if is_root():
         settings = {"simulator": simulator_name(job.simulator), "target": job.target_file.name, **job.settings}
-        earlier = [word for directory in options.reuse for word in ("--reuse", directory)]
-        command = shlex.join(["python", "-m", "bridge", "fit", options.file, *earlier])
+        more = [word for directory in options.reuse for word in ("--reuse", directory)]
+        for name in ("method", "max_runs"):
+            more += [f"--{name.replace('_', '-')}", str(given[name])] if given[name] else []
+        command = shlex.join(["python", "-m", "bridge", "fit", options.file, *more])
         written.append(
             write_report(
                 result,

@@ -1,211 +1,272 @@
-"""The methods of a fit, one step at a time: descents along smoothed gradients, and the search by a model of all runs.
+"""Descents along smoothed gradients, from one start or from several at once.
 
-The noise of a descent shrinks geometrically during the run, so that the first steps see a landscape smooth over the
-distance to the solution and the last ones the simulator itself (coarse to fine).
+The noise of a descent shrinks during the run, so that the first steps see a landscape smooth over the distance to the
+solution and the last ones the simulator itself (coarse to fine). How a step is made of what has been evaluated is a
+`Rule` (see `bridge.rules`); everything else is here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.coarse import stage_of
 from bridge.dispatch import SerialDispatcher
-from bridge.errors import BridgeError, EvaluationError, InputError
-from bridge.fit_result import FitStep
-from bridge.misfit import Misfit
-from bridge.search import Search
-from bridge.smoothing import SmoothedSimulator
+from bridge.errors import EvaluationError
+from bridge.fit_result import End, FitEnd, FitStep
+from bridge.misfit import LinearMap, Misfit
+from bridge.smoothing import SmoothedSimulator, smooth
+from bridge.uncertainty import of_descent
 
 Array = NDArray[np.float64]
 
 # What stands for a failed run until it is told apart: no simulator's output.
 FAILED = 1e300
+# The share of the steps in which the worse half of several starts is dropped again and again.
+_RACE = 0.5
+# Steps of less than this part of the errors asked for are small against them.
+_SMALL = 0.25
 
 
-class Method(Protocol):
-    """What `bridge.fit` asks of a method. Its state is plain data, and all that the next step depends on."""
+@final
+@dataclass(frozen=True)
+class Schedule:
+    """What changes with the step alone.
 
-    @property
-    def x(self) -> Array:
-        """(d,) natural units: the best so far."""
+    Attributes:
+        first, last: scale of the noise, natural units. steps: of the whole run.
+        stages: maps of the outputs, from coarse to fine; None in the last.
+    """
 
-    def advance(self, step: int, num_evaluations: int) -> FitStep:
-        """One step: evaluates, moves x. Collective."""
+    first: float
+    last: float
+    steps: int
+    stages: tuple[LinearMap | None, ...] = (None,)
 
-    @property
-    def converged(self) -> bool: ...
+    def width(self, step: int) -> float:
+        """Geometric; the last fifth of the run stays at the last scale."""
+        return float(self.first * (self.last / self.first) ** min(1.0, step / max(1.0, 0.8 * (self.steps - 1))))
+
+    def decay(self, step: int) -> float:
+        """Of learning rates: a cosine from 1 to a fifth."""
+        return float(0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * step / self.steps)))
+
+    def misfit(self, misfit: Misfit, step: int) -> Misfit:
+        stage = self.stages[stage_of(len(self.stages), step, self.steps)]
+        return misfit if stage is None else replace(misfit, blur=stage)
+
+    def settled(self, step: int) -> bool:
+        return step >= 0.8 * (self.steps - 1)
+
+
+class Look(NamedTuple):
+    """One step of k starts.
+
+    loss: (k,) where they were. x: (k, d) where they go. width: scale of the noise, natural units. settled: whether
+    that and the outputs' stage are the last ones. known: of each start, natural units, where asked for: the covariance
+    (d, d), and the step (d,) to where the loss is expected to be least.
+    """
+
+    loss: Array
+    x: Array
+    width: float
+    settled: bool
+    num_evaluations: int
+    num_failed: int
+    known: list[tuple[Array, Array]] | None = None
+    note: str = ""
+
+
+class Rule(Protocol):
+    """What a step is made of. Its state is plain data."""
+
+    def look(self, x: Array, step: int) -> Look:
+        """Evaluates all starts x (k, d), natural units, in one dispatch, and steps. Collective."""
+
+    def keep(self, which: NDArray[np.intp]) -> None:
+        """Forgets the other starts."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
     def restore(self, saved: Mapping[str, Any]) -> None: ...
 
 
+@final
 class Descent:
-    """Adam, or Gauss-Newton, on the smoothed output.
+    """Steps by a rule from k starts; the worse half of them is dropped again and again (successive halving).
 
     Args:
-        start, lower, upper: (d,) natural units; natural: their size.
-        scale: of the noise, first and last. learning_rate: of Adam; None for Gauss-Newton.
+        smoothed: gives the output and its Jacobian at the end.
+        starts: (k, d), lower, upper: (d,), natural units; natural: their size.
+        halving: whether starts are dropped: in rounds spread evenly over the first half of the steps.
+        tolerance: converged when nothing moves by more, over a tenth of the steps, once the rule has settled.
+        known_noise: whether the target's variance is known.
+        asked: (d,) standard errors that suffice, natural units; None to go on.
+
+    Reference: successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identification", AISTATS 2016.
     """
 
     def __init__(
         self,
         smoothed: SmoothedSimulator,
         misfit: Misfit,
-        start: Array,
+        starts: Array,
+        rule: Rule,
         *,
         natural: Array,
         lower: Array,
         upper: Array,
-        scale: tuple[float, float],
-        steps: int,
-        learning_rate: float | None,
+        schedule: Schedule,
+        halving: bool,
         tolerance: float,
+        known_noise: bool,
+        asked: Array | None,
     ) -> None:
-        self.smoothed, self.misfit, self.natural = smoothed, misfit, natural
-        self.lower, self.upper, self.scale, self.steps = lower, upper, scale, steps
-        self.learning_rate, self.tolerance = learning_rate, tolerance
-        self._x, self.adam = start, _Adam(len(start))
-        self.window = max(2, steps // 10)
+        self.smoothed, self.misfit, self.starts, self.rule = smoothed, misfit, starts, rule
+        self.natural, self.lower, self.upper, self.schedule = natural, lower, upper, schedule
+        self.tolerance, self.known_noise, self.asked = tolerance, known_noise, asked
+        self.window = max(2, schedule.steps // 10)
+        rounds = int(np.ceil(np.log2(len(starts)))) if halving else 0
+        self.races = {max(0, round(_RACE * schedule.steps * (i + 1) / rounds) - 1) for i in range(rounds)}
+        self._x, self.active = starts, np.arange(len(starts))
         self.past: list[Array] = []
-        self._converged = False
+        self.dropped: list[tuple[int, Array, float, int]] = []
+        self.best, self.done = 0, ""
+        self.calm, self.precise, self.last_runs, self.failed = 0, 0, 0, 0
 
     @property
     def x(self) -> Array:
-        return self._x
+        """(d,) natural units: of the start whose loss was the least."""
+        return np.asarray(self._x[self.best])
 
     @property
-    def converged(self) -> bool:
-        return self._converged
-
-    def width(self, step: int) -> float:
-        """The last fifth of the run stays at the last scale."""
-        first, last = self.scale
-        return float(first * (last / first) ** min(1.0, step / max(1.0, 0.8 * (self.steps - 1))))
+    def next_runs(self) -> int:
+        """What the next step and the end may take."""
+        return 2 * self.last_runs + 2
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
-        width = self.width(step)
-        estimate = self.smoothed.estimate(torch.as_tensor(self._x * self.natural), step, scale=width)
-        value, gradient = self.misfit.value_and_gradient(estimate.value)
-        if self.learning_rate is not None:
-            g = estimate.vjp(gradient).numpy() * self.natural
-            decay = 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * step / self.steps))
-            x = self._x - self.learning_rate * width * decay * self.adam.direction(g)
-        else:
-            x = self._x - self.misfit.gauss_newton(estimate.jacobian(), estimate.value, self.natural, limit=2 * width)
-        before = tuple((self._x * self.natural).tolist())
-        runs = num_evaluations + estimate.num_evaluations
+        look = self.rule.look(self._x, step)
+        best = int(np.argmin(look.loss))
+        before = self._x[best]
+        self.last_runs = look.num_evaluations
+        self.failed += look.num_failed
+        dispatcher = thinking(self.smoothed)
         self.past = [*self.past, self._x][-self.window :]
-        self._x = np.clip(x, self.lower, self.upper)
-        still = float(np.max(np.abs(np.array(self.past) - self._x))) < self.tolerance
-        self._converged = still and step >= 0.8 * (self.steps - 1) + self.window
-        return FitStep(step, value, width, before, runs, num_failed=estimate.num_failed)
+        self._x = np.clip(dispatcher.broadcast(look.x), self.lower, self.upper)
+        self._judge(look, best)
+        error = None
+        if look.known is not None:
+            error = tuple((np.sqrt(np.diag(look.known[best][0])) * self.natural).tolist())
+        self.best, note = best, look.note
+        if step in self.races and len(self.active) > 1:
+            note = self._drop(look.loss, step)
+        return FitStep(
+            step,
+            float(look.loss[best]),
+            look.width,
+            tuple((before * self.natural).tolist()),
+            num_evaluations + look.num_evaluations,
+            standard_error=error,
+            num_failed=self.failed,
+            note=note,
+        )
+
+    def _judge(self, look: Look, best: int) -> None:
+        """Whether there is nothing more to do."""
+        moved = np.abs(np.array(self.past) - self._x)
+        self.calm = self.calm + 1 if look.settled else 0
+        if self.calm > self.window and float(moved.max()) < self.tolerance:
+            self.done = "converged"
+        if self.asked is None or look.known is None:
+            return
+        covariance, step = look.known[best]
+        error = np.sqrt(np.diag(covariance))
+        near = look.settled or look.width <= float(self.asked.min())
+        small = (np.abs(step) <= _SMALL * self.asked).all()
+        self.precise = self.precise + 1 if near and small and (error <= self.asked).all() else 0
+        if self.precise >= 2:
+            self.done = "standard_error"
+
+    def _drop(self, loss: Array, step: int) -> str:
+        order = np.argsort(loss, kind="stable")
+        keep, out = np.sort(order[: -(-len(order) // 2)]), np.sort(order[-(-len(order) // 2) :])
+        self.dropped += [(int(self.active[i]), self._x[i], float(loss[i]), step) for i in out]
+        said = ", ".join(str(self.active[i]) for i in out)
+        self.best = int(np.flatnonzero(keep == order[0])[0])
+        self._x, self.active, self.past = self._x[keep], self.active[keep], [p[keep] for p in self.past]
+        self.rule.keep(keep)
+        return f"the starts {said} are dropped: their losses were the largest"
+
+    def finish(self, step: int) -> End:
+        """The loss, the Jacobian and the simulator's own outputs where the starts have come to. Collective."""
+        final = self.smoothed.estimate(
+            torch.as_tensor(self._x * self.natural), self.schedule.steps, scale=self.schedule.last
+        )
+        losses = np.array([self.misfit.value(y, z) for y, z in zip(final.value, self._x, strict=True)])
+        best = int(np.argmin(losses))
+        covariance = None
+        if self.misfit.loss is None:
+            at = final.jacobian()[best], final.value[best]
+            covariance = of_descent(self.misfit, *at, self.natural, self.known_noise)
+            covariance = thinking(self.smoothed).broadcast(covariance)
+        ends = np.stack([self._x[best], self.starts[self.active[best]]])
+        outputs, runs = last_outputs(self.smoothed, ends * self.natural, step, tuple(self.misfit.target.shape))
+        table = list(self.dropped)
+        table += [(int(a), x, float(v), step) for a, x, v in zip(self.active, self._x, losses, strict=True)]
+        return End(
+            *(ends[0], ends[1], float(losses[best]), covariance, outputs[0], outputs[1]),
+            num_evaluations=runs + final.num_evaluations,
+            num_failed=self.failed,
+            ends=tuple(FitEnd(self.starts[i], x, loss, steps) for i, x, loss, steps in sorted(table, key=_number)),
+        )
+
+    _KEPT = ("_x", "active", "past", "dropped", "best", "done", "calm", "precise", "last_runs", "failed")
 
     def to_dict(self) -> dict[str, Any]:
-        adam = {"m": self.adam.m, "v": self.adam.v, "t": self.adam.t}
-        return {"x": self._x, "adam": adam, "past": self.past, "converged": self._converged}
+        return {"rule": self.rule.to_dict(), **{name: getattr(self, name) for name in self._KEPT}}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        self._x, self.past, self._converged = saved["x"], saved["past"], saved["converged"]
-        self.adam.m, self.adam.v, self.adam.t = (saved["adam"][key] for key in "mvt")
+        for name in self._KEPT:
+            setattr(self, name, saved[name])
+        self.rule.keep(self.active)
+        self.rule.restore(saved["rule"])
 
 
-class Searching:
-    """`bridge.search.Search` on a simulator: evaluates what it asks for.
+def _number(entry: tuple[int, Array, float, int]) -> int:
+    return entry[0]
 
-    Attributes:
-        plain: the simulator itself, as a smoothed one of one run a point, see `as_plain`.
+
+def thinking(smoothed: SmoothedSimulator) -> Any:
+    """Whose numbers count. Under a driver the other ranks follow its evaluations, not what it thinks of them."""
+    return smoothed.dispatcher if smoothed.dispatcher.driver is None else SerialDispatcher()
+
+
+def last_outputs(
+    smoothed: SmoothedSimulator, thetas: Array, step: int, shape: tuple[int, ...]
+) -> tuple[NDArray[Any], int]:
+    """(k, *shape) of the simulator itself, and how many runs that took.
+
+    NaN where a run failed, unless failures="raise": a fit that has lived with failed runs must not end by one.
     """
-
-    def __init__(self, plain: SmoothedSimulator, misfit: Misfit, search: Search, natural: Array, budget: int) -> None:
-        self.plain, self.misfit, self.search, self.natural, self.budget = plain, misfit, search, natural, budget
-
-    @property
-    def x(self) -> Array:
-        return self.search.overall[1]
-
-    @property
-    def converged(self) -> bool:
-        return bool(self.search.stopped)
-
-    def advance(self, step: int, num_evaluations: int) -> FitStep:
-        search = self.search
-        # One run is kept for the end.
-        search.points = search.points[: max(1, self.budget - 1 - num_evaluations)]
-        points = search.points
-        outputs = plain_outputs(self.plain, points * self.natural, step)
-        shape = tuple(self.misfit.target.shape)
-        if step == 0 and outputs.shape[1:] != shape:
-            raise InputError(f"Expected a target of shape {outputs.shape[1:]}, got {shape}.")
-        outputs = outputs.reshape(len(points), -1)
-        failed = np.asarray(~np.isfinite(outputs).all(axis=1))
-        if failed.all():  # and perhaps without a shape
-            outputs = np.full((len(points), int(np.prod(shape))), np.nan)
-        residuals = self.residuals(outputs)
-        self._think(lambda: search.told(residuals, failed), lambda: search.with_rows(residuals, failed))
-        note = search.note
-        if step == 0 and search.reused:
-            note = "; ".join(filter(None, [f"begins with {search.reused} evaluations of earlier runs", note]))
-        loss, best = search.overall
-        place = tuple((best * self.natural).tolist())
-        runs = num_evaluations + len(points)
-        return FitStep(step, loss, search.scale, place, runs, None, None, int(search.failed.sum()), note)
-
-    def residuals(self, outputs: Array) -> Array:
-        """(k, m) whitened, of outputs (k, m)."""
-        return np.asarray((outputs - self.misfit.target.numpy().reshape(1, -1)) / self.misfit.deviation)
-
-    def loss_of_rows(self, outputs: Array) -> Array:
-        """(k,) losses of single runs, without the prior, of outputs (k, m)."""
-        return np.asarray(0.5 * (self.residuals(outputs) ** 2).sum(axis=1))
-
-    def begin_with(self, parameters: Array, outputs: Array) -> None:
-        """Takes earlier runs at (n, d) parameters, with outputs (n, m), into the model. Collective."""
-        rows, residuals = parameters / self.natural, self.residuals(outputs)
-        self._think(lambda: self.search.begin_with(rows, residuals), lambda: residuals)
-
-    def _think(self, change: Callable[[], None], residuals: Callable[[], Array]) -> None:
-        """Changes the search on one rank and hands it to the others, which know all `residuals` afterwards.
-
-        One rank thinks for all: sums of its linear algebra need not have the same last bits elsewhere.
-        """
-        dispatcher = self.plain.dispatcher
-        if dispatcher.driver is not None:
-            dispatcher = SerialDispatcher()  # the other ranks follow its evaluations alone
-        error, saved = None, None
-        if dispatcher.rank == 0:
-            try:
-                change()
-            except BridgeError as problem:
-                error = problem
-            saved = {name: value for name, value in self.search.to_dict().items() if name != "residuals"}
-        dispatcher.agree(error)
-        saved = dispatcher.broadcast_object(saved)
-        if dispatcher.rank != 0 and saved is not None:
-            self.search.restore({**saved, "residuals": residuals()})
-
-    def outputs_at(self, points: Array, step: int) -> tuple[Array, int]:
-        """(k, *shape) outputs at points: of rows that have been run, else of a run more; and how many of these."""
-        outputs, runs = [], 0
-        for z in points:
-            rows = np.flatnonzero((self.search.rows == z).all(axis=1))
-            if len(rows):
-                row = self.search.residuals[rows[0]] * self.misfit.deviation + self.misfit.target.numpy().reshape(-1)
-                outputs.append(np.where(self.search.failed[rows[0]], np.nan, row).reshape(self.misfit.target.shape))
-            else:
-                outputs.append(plain_outputs(self.plain, z[None] * self.natural, step + runs)[0])
-                runs += 1
-        return np.stack(outputs), runs
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.search.to_dict()
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        self.search.restore(saved)
+    strategy = smoothed.strategy
+    once = smooth(
+        smoothed.simulator, seed=strategy.seed, num_samples=1, points="qmc-latin", covariate="none",
+        failures="raise" if strategy.failures == "raise" else "penalty",
+        penalty=None if strategy.failures == "raise" else FAILED, min_ok=0.0,
+    )  # fmt: skip
+    once.dispatcher, once.execution, once.spent = smoothed.dispatcher, smoothed.execution, smoothed.spent
+    try:
+        outputs = plain_outputs(once, thetas, step)
+    except EvaluationError:
+        if strategy.failures == "raise":
+            raise
+        outputs = np.full((len(thetas), *shape), np.nan)
+    return outputs, len(thetas)
 
 
 def plain_outputs(plain: SmoothedSimulator, thetas: Array, step: int) -> Array:
@@ -220,18 +281,3 @@ def plain_outputs(plain: SmoothedSimulator, thetas: Array, step: int) -> Array:
     outputs = value.to("cpu", torch.float64).numpy().copy()
     outputs[outputs >= FAILED] = np.nan
     return np.asarray(outputs)
-
-
-class _Adam:
-    """Adam's direction (Kingma and Ba 2015) in numpy float64: the same bits on every rank and thread count."""
-
-    def __init__(self, d: int, betas: tuple[float, float] = (0.7, 0.95)) -> None:
-        self.betas, self.m, self.v, self.t = betas, np.zeros(d), np.zeros(d), 0
-
-    def direction(self, g: Array) -> Array:
-        b1, b2 = self.betas
-        self.t += 1
-        self.m = b1 * self.m + (1 - b1) * g
-        self.v = b2 * self.v + (1 - b2) * g * g
-        m, v = self.m / (1 - b1**self.t), self.v / (1 - b2**self.t)
-        return np.asarray(m / (np.sqrt(v) + 1e-300))

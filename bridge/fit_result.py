@@ -40,29 +40,70 @@ class FitStep:
 
 
 @dataclass(frozen=True)
+class FitEnd:
+    """Where one of several starts has come to.
+
+    Attributes:
+        start, parameters: (d,). loss: the last one that is known: of those that were kept to the end the final one.
+        steps: that it was given.
+    """
+
+    start: Array
+    parameters: Array
+    loss: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class End:
+    """What a method says at its end, of the free parameters in natural units.
+
+    Attributes:
+        x, start: (d,) the best, and where that began. covariance: (d, d), None where there is none.
+        output, start_output: of the simulator itself at these. num_evaluations: that the end has taken.
+        num_failed: of all runs. num_reused: evaluations of earlier fits that it began with.
+        ends: of all starts, where there are several that go on side by side.
+    """
+
+    x: Array
+    start: Array
+    loss: float
+    covariance: Array | None
+    output: NDArray[Any]
+    start_output: NDArray[Any]
+    num_evaluations: int
+    num_failed: int
+    num_reused: int = 0
+    ends: tuple[FitEnd, ...] = ()
+
+
+@dataclass(frozen=True)
 class FitResult:
     """How a fit ended.
 
     Attributes:
         space: names and units of the parameters.
-        parameters: (d,) recovered values. start: (d,) where it began.
+        parameters: (d,) recovered values. start: (d,) where it began; of several starts, that of the best.
         standard_error: (d,) statistical error of the recovered values: the square roots of the covariance's diagonal;
-            None with a loss of one's own, or where a parameter does not act on the smoothed output; with
-            method="kriging" that parameter's error is infinite. 0 where a parameter was fixed.
+            None with a loss of one's own; infinite where a parameter is not determined; 0 where it was fixed.
         loss: final value: of the smoothed output at the last scale, 1/2 mean, or with method="kriging" of the model at
             the end, 1/2 sum.
-        stop_reason: "converged", "max_steps", "max_runs", "max_time" or "interrupted".
+        stop_reason: "converged", "standard_error" (they are as small as was asked), "max_steps", "max_runs",
+            "max_time" or "interrupted".
         history: one `FitStep` a step.
         num_evaluations: simulator runs, all ranks together, those of the surrogate apart (`num_surrogate`).
         num_cached: of these, found in a store instead of run anew: what was finished before an interruption, or is in a
             `store=` of one's own. The result does not depend on it.
         wall_s: duration [s].
-        covariance: (d, d) of the recovered values, (J^T V^-1 J)^-1, V the variance of the target: the one given, or
-            else the mean squared residual.
+        covariance: (d, d) of the recovered values, (J^T V^-1 J + P)^-1, V the variance of the target: the one given,
+            or else the mean squared residual; P the precision of the prior. With a robust loss the sandwich of
+            `bridge.uncertainty.of_robust`.
         warnings: what the target does not determine, in words.
         num_reused: evaluations of earlier runs that it began with (`reuse=`), not among `num_evaluations`.
         num_failed: runs that failed.
-        method: that was used.
+        method: that was used. method_reason: why.
+        ends: one `FitEnd` for each of several starts, in the order given; empty for one, and for kriging, whose one
+            model takes the runs of all.
         output, start_output: the simulator's (unperturbed) output at `parameters` and at `start`; NaN where that run
             failed and failures are not raised.
     """
@@ -85,6 +126,8 @@ class FitResult:
     method: str = ""
     num_cached: int = 0
     num_surrogate: int = 0
+    method_reason: str = ""
+    ends: tuple[FitEnd, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: each parameter with unit, start and standard error, and how the run ended."""
@@ -110,6 +153,11 @@ class FitResult:
             "num_cached": self.num_cached,
             "num_surrogate": self.num_surrogate,
             "method": self.method,
+            "method_reason": self.method_reason,
             "warnings": list(self.warnings),
+            "ends": [
+                {"start": e.start.tolist(), "parameters": e.parameters.tolist(), "loss": e.loss, "steps": e.steps}
+                for e in self.ends
+            ],
             "wall_s": round(self.wall_s, 3),
         }

@@ -12,60 +12,63 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from bridge.descent import FAILED, Descent, Method, Searching, plain_outputs
-from bridge.dispatch import SerialDispatcher
-from bridge.errors import BridgeError, EvaluationError, InputError
-from bridge.fit_result import FitResult, FitStep
-from bridge.misfit import Loss, Misfit, checked_target, checked_variance
-from bridge.progress import Observer, make_observers
-from bridge.reduced import ReducedSimulator, reduced
+from bridge.descent import thinking
+from bridge.errors import BridgeError, InputError
+from bridge.fit_problem import FitProblem, Start, make_problem
+from bridge.fit_result import FitEnd, FitResult, FitStep
+from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
+from bridge.misfit import LinearMap, Loss
+from bridge.progress import Observer, Observers, make_observers
 from bridge.reuse import Earlier, Source, described, earlier_rows, sources
 from bridge.runs import Run
-from bridge.search import MOST_ROWS, Search
-from bridge.simulator import ParameterSpace, Simulator, Structured, as_simulator, simulator_name
-from bridge.smoothing import SmoothedSimulator, smooth
+from bridge.search import MOST_ROWS
+from bridge.searching import Searching
+from bridge.simulator import Simulator, as_simulator, simulator_name
+from bridge.uncertainty import doubts, in_units
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
-__all__ = ["FitResult", "FitStep", "fit"]
+__all__ = ["FitEnd", "FitResult", "FitStep", "fit"]
 
-Array = NDArray[np.float64]
-MethodName = Literal["auto", "kriging", "adam", "gauss-newton"]
-_METHODS = ("auto", "kriging", "adam", "gauss-newton")
-# More parameters than this, or a block structure, and a model of all runs has too little to go by.
-_MOST_PARAMETERS = 40
-_RUNS_A_PARAMETER = 60
-_DESIGN = ("distribution", "points", "antithetic", "covariate", "replicates", "forward", "surrogate")
+_UNLIMITED = 10**15
 
 
 def fit(
     simulator: Callable[..., Any] | Simulator,
     target: ArrayLike | torch.Tensor,
-    start: Mapping[str, float] | ArrayLike,
+    start: Start,
     *,
     seed: int | None = None,
     method: MethodName = "auto",
     steps: int | None = None,
     num_samples: int | None = None,
+    num_starts: int | None = None,
+    halving: bool = True,
     scale: float | tuple[float, float] | None = None,
-    learning_rate: float = 0.25,
+    full_scale: bool | None = None,
+    learning_rate: float | None = None,
+    optimiser: str | Callable[..., torch.optim.Optimizer] | None = None,
     variance: float | ArrayLike | None = None,
+    whiten: LinearMap | None = None,
+    robust: str | tuple[str, float] | None = None,
+    coarse: Sequence[float | LinearMap] | None = None,
     loss: Loss | None = None,
     prior: Mapping[str, tuple[float, float]] | None = None,
     fixed: Sequence[str] = (),
     tied: Mapping[str, str] | None = None,
     max_runs: int | None = None,
     max_seconds: float | None = None,
-    restarts: int = 10,
+    restarts: int | None = None,
     tolerance: float | None = None,
     reuse: Source | Sequence[Source] = (),
+    stop_at_error: float | Mapping[str, float] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
     progress: str | Sequence[Observer] = "off",
     title: str = "",
@@ -88,35 +91,58 @@ def fit(
         "gauss-newton" solves with J^T V^-1 J of the smoothed Jacobian: many parameters, block structure, many runs at
             once.
         "adam" descends the smoothed gradient, of any loss, at `learning_rate` times the current scale.
-        "auto" takes adam with a loss of one's own, gauss-newton with a block structure or more than forty
-            parameters, and kriging otherwise; the result says which.
+        "torch" does so by any optimiser of `torch.optim`, or one like them: `optimiser`.
+        "natural" descends the smoothed loss, of any kind, by natural gradients in the mean and in the scale matrix L of
+            the noise (`bridge.natural`): an evolution strategy that learns which parameters go together.
+        "auto" takes torch where an optimiser is given, adam with a loss of one's own, gauss-newton with a block
+            structure, with `coarse` or with more than forty parameters, and kriging otherwise; the result says which
+            and why.
 
     Args:
         simulator: as in `bridge.smooth`; its parameter space gives bounds and natural units.
         target: of the simulator's output shape.
-        start: name -> value, or (d,).
+        start: name -> value, or (d,); or several: a list of mappings, or (k, d). Descents go on from all of them side
+            by side, all runs of a step in one dispatch; kriging runs all in its first round.
         seed: of all noise; required.
-        steps: at most so many; default 150 for adam, 24 for gauss-newton, no limit for kriging.
-        num_samples: runs a step. Descents: 32. Kriging: max(4, d / 2 + 1), and d + 1 in the first round; give what can
-            run at the same time if that is more.
+        steps: at most so many; default 150 for descents, 24 for gauss-newton, no limit for kriging.
+        num_samples: runs a step, of each start. Descents: 32. Kriging: max(4, d / 2 + 1), and d + 1 in the first round;
+            give what can run at the same time if that is more.
+        num_starts: so many starts: those given, and others uniform in the bounds (about the first start where there are
+            none). halving: the worse half of several starts is dropped again and again, until one is left at half of
+            the steps; False keeps all to the end.
         scale: natural units. Descents: of the noise, from the first to the last step, default (2, 0.1); a number keeps
-            it. Kriging: how far from the start the first round looks, default 1.
-        learning_rate: of adam, in units of the scale; decays by a cosine to a fifth.
-        variance: of the target's noise, a number or an array of its shape. Left out, 1 in the loss, and standard errors
-            come from the mean squared residual.
-        loss: l(output, target) -> number, in place of least squares (adam only).
-        prior: name -> (mean, standard deviation), Gaussian (kriging only).
+            it. natural: the first, and the least that is learned. Kriging: how far from the start the first round
+            looks, default 1.
+        full_scale: of natural: whether L is a full matrix or diagonal; default full up to twenty parameters.
+        learning_rate: of adam, in units of the scale, default 0.25; decays by a cosine to a fifth. Of a class given as
+            `optimiser` likewise, without that decay. Of natural, default 1.
+        optimiser: a class of `torch.optim` or its name, or a function that makes an optimiser of a list of parameters:
+            `lambda p: torch.optim.SGD(p, lr=0.1)`. They are in natural units, and the rate goes down with the scale.
+        variance: of the target's noise: a number, an array of its shape, or the covariance (m, m) of its m numbers.
+            Left out, 1 in the loss, and standard errors come from the mean squared residual.
+        whiten: a linear map of torch tensors, of one output and of the target before they are compared; `variance` is
+            then that of its result.
+        robust: "huber", "cauchy" or "soft-l1", or (name, width in standard deviations), in place of squares of
+            residuals; needs `variance`.
+        coarse: from coarse to fine, widths [pixels] of Gaussian blurs of what is compared, along the last two axes, or
+            linear maps; equal shares of the first four fifths of the steps, then none (gauss-newton, adam, torch).
+        loss: l(output, target) -> number, in place of least squares (adam, torch, natural).
+        prior: name -> (mean, standard deviation), Gaussian; it counts against `variance`. A loss of one's own is taken
+            for a negative log likelihood.
         fixed: names of parameters that keep their start. tied: name -> another that it is to equal.
         max_runs: the budget, with what is run at the end; kriging's default is 60 (d + 1).
         max_seconds: stops after the step in which so much time has passed since this call. The result then depends on
             the machine.
-        restarts: at most so many (kriging).
+        restarts: at most so many (kriging), default 10.
         tolerance: descents: converged when, at the last scale, parameters move by less than this (natural units) over a
             tenth of the steps, default 0.01. Kriging: when two rounds in turn promise less than this many
             standard errors, default 0.1; without `variance` it goes on until steps are below 1e-4 natural scales.
         reuse: earlier evaluations of the same simulator to begin with (kriging): directories of earlier fits by
             kriging, or `bridge.Store`s (which earlier fits by any method were given as `store=`) or their directories.
             They become part of this run, which does not need them again.
+        stop_at_error: natural units, or name -> in its unit: stops when, twice in turn, all standard errors are at most
+            these and the next step is less than a quarter of them; descents at the last scale, or where the scale is
+            smaller than these.
         on_step: called with each `FitStep`, on every rank; when resumed with the earlier ones first.
         progress: what can be watched meanwhile, as in `bridge.progress.make_observers`: "auto", "lines", "off" or
             observers. title: for these.
@@ -131,166 +157,74 @@ def fit(
         ends the fit in good order.
 
     Raises:
-        InputError: target of another shape or not finite, start outside the bounds, unknown method, or outputs that do
-            not change with the parameters.
+        InputError: target of another shape or not finite, start outside the bounds, unknown method, a setting that the
+            method has no use for, or outputs that do not change with the parameters.
         EvaluationError: a simulation failed; with failures="drop", all did.
         SystemExit: with code 75, with a directory: stopped by a signal; start it again.
     """
-    whole = as_simulator(simulator)
     begin = time.monotonic()
-    if method not in _METHODS:
-        raise InputError(f"Unknown method {method!r}. Known: {', '.join(_METHODS)}.")
-    if whole.space is None and isinstance(start, Mapping):
-        raise InputError("Expected start values as a vector: the simulator does not name its parameters.")
-    space = whole.space or ParameterSpace.unnamed(len(np.atleast_1d(np.asarray(start))))
-    theta = space.vector(start)
-    if outside := space.describe_outside(theta):
-        raise InputError(f"Expected a start inside the bounds, got {outside}. Move the start, or widen the bounds.")
-    sim = reduced(whole, space, theta, fixed, tied or {}) if fixed or tied else whole
-    free = sim.space if isinstance(sim, ReducedSimulator) else space
-    if method == "auto":
-        blocks = isinstance(sim, Structured) and sim.structure is not None
-        large = blocks or free.dimension > _MOST_PARAMETERS
-        method = "adam" if loss is not None else "gauss-newton" if large else "kriging"
-    if loss is not None and method != "adam":
-        raise InputError(f"Expected method='adam' with a loss of your own: {method} needs least squares.")
-    if prior and method != "kriging":
-        raise InputError(f"Expected method='kriging' with a prior, got {method!r}. Add it to a loss of your own.")
-    known = sources(reuse)
-    if known and method != "kriging":
-        raise InputError(
-            f"Expected method='kriging' with reuse, got {method!r}: a smoothed gradient takes rows drawn about where "
-            "it is, and earlier ones count for next to nothing there. To find the very same runs again, pass store=."
-        )
-    _check_limits(steps, max_runs, max_seconds, restarts, tolerance)
-    goal = checked_target(target, sim)
-    misfit = Misfit(goal, checked_variance(variance, goal), loss)
-    natural = free.natural_scale
-    origin = theta[[space.index(name) for name in free.names]] / natural
-    lower, upper = free.lower / natural, free.upper / natural
-    widths = (1.0, 1.0) if scale is None and method == "kriging" else (2.0, 0.1) if scale is None else scale
-    first, last = (widths, widths) if isinstance(widths, int | float) else widths
-    if not (first > 0 and last > 0):
-        raise InputError(f"Expected positive scales, got {scale!r}.")
-    limit = steps
-    way: Method
-    # First, since it checks its settings: a fit that is refused leaves nothing behind.
-    if method == "kriging":
-        smoothed = _plain(sim, seed, comm, smoothing)
-        budget = max_runs or _RUNS_A_PARAMETER * (free.dimension + 1)
-        search = Search(
-            *(origin, lower, upper),
-            spread=first,
-            seed=int(seed or 0),
-            batch=num_samples or max(4, free.dimension // 2 + 1),
-            prior=_prior(prior or {}, free),
-            known_noise=variance is not None,
-            tolerance=0.1 if tolerance is None else tolerance,
-            restarts=restarts,
-        )
-        way = Searching(smoothed, misfit, search, natural, budget)
-    else:
-        samples = num_samples or 32
-        smoothed = smooth(sim, seed=seed, num_samples=samples, scale=first, comm=comm, **smoothing)
-        limit = steps or (150 if method == "adam" else 24)
-        budget = max_runs or 10**15
-        if budget < (least := 2 * smoothed.strategy.num_rows * smoothed.strategy.replicates + 2):
-            raise InputError(
-                f"Expected max_runs of at least {least}, for a step and what is run at the end, got {max_runs}."
-            )
-        way = Descent(
-            *(smoothed, misfit, origin),
-            natural=natural, lower=lower, upper=upper, scale=(first, last), steps=limit,
-            learning_rate=learning_rate if method == "adam" else None,
-            tolerance=0.01 if tolerance is None else tolerance,
-        )  # fmt: skip
-
-    # Under a driver the other ranks follow its evaluations, not what it thinks of them.
-    dispatcher = smoothed.dispatcher if smoothed.dispatcher.driver is None else SerialDispatcher()
-
-    def earlier() -> Earlier | None:
-        if not isinstance(way, Searching):
-            return None
-        found, refused = None, None
-        if dispatcher.rank == 0:
-            try:
-                shape = tuple(goal.shape)
-                found = earlier_rows(known, sim, free, shape, way.loss_of_rows, MOST_ROWS, but=directory)
-            except BridgeError as problem:
-                refused = problem
-        dispatcher.agree(refused)
-        return dispatcher.broadcast_object(found)
-
-    run: Run | None = None
+    if max_seconds is not None and not max_seconds > 0:
+        raise InputError(f"Expected a positive max_seconds, got {max_seconds!r}.")
+    problem = make_problem(
+        *(simulator, target, start),
+        seed=seed, num_starts=num_starts, spread=_spread(scale), variance=variance, whiten=whiten, loss=loss,
+        robust=robust, prior=prior, fixed=fixed, tied=tied,
+    )  # fmt: skip
+    method_, reason = choose(
+        *(method, problem.simulator, problem.free.dimension),
+        loss=loss is not None, optimiser=optimiser is not None, coarse=coarse is not None,
+    )  # fmt: skip
+    settings = MethodSettings(
+        method_, steps, num_samples, scale, learning_rate, optimiser, full_scale, coarse, halving, stop_at_error,
+        restarts, tolerance, max_runs,
+    )  # fmt: skip
+    # It checks its settings: a fit that is refused leaves nothing behind.
+    chosen = make_method(problem, settings, seed, comm, smoothing)
     # Before there is a run: one that is refused leaves nothing behind.
     begun = directory is not None and resume and any(Path(directory).glob("checkpoint-*.npz"))
-    already = None if not known or dispatcher.broadcast_object(begun) else earlier()
+    earlier = _earlier(sources(reuse), problem, chosen, directory, begun)
+    run: Run | None = None
     if directory is not None:
-        settings = {
-            "simulator": simulator_name(sim), "seed": seed, "method": method, "steps": limit,
-            "num_samples": num_samples, "scale": [first, last], "learning_rate": learning_rate,
-            "tolerance": tolerance, "start": theta.tolist(), "target": _digest(goal), "max_runs": max_runs,
-            "restarts": restarts, "prior": {k: list(v) for k, v in sorted((prior or {}).items())},
-            "variance": _digest(misfit.variance), "smoothing": _described(smoothing),
-            "reuse": list(map(described, known)),
-        }  # fmt: skip
+        described_ = _described(problem, settings, chosen, seed, smoothing)
+        described_["reuse"] = list(map(described, sources(reuse)))
         # Few runs, each of use to other fits: not to be thrown away.
-        keep = method == "kriging"
+        keep = method_ == "kriging"
         run = Run(
-            directory, settings=settings, every_s=every_s, resume=resume, overwrite=overwrite, comm=comm,
+            directory, settings=described_, every_s=every_s, resume=resume, overwrite=overwrite, comm=comm,
             keep_evaluations=keep, journal_above_s=0.0 if keep else 0.01,
         )  # fmt: skip
-        if smoothed.execution.store is None:
-            smoothed.execution = replace(smoothed.execution, store=run.store)
-    history: list[FitStep] = []
-    stop_reason: str | None = None
-
-    def whole_vector(x: Array) -> Array:
-        return sim.base + sim.lift @ (x * natural) if isinstance(sim, ReducedSimulator) else x * natural
-
-    def spent() -> int:
-        return history[-1].num_evaluations if history else 0
-
+        for smoothed in chosen.smoothed:
+            if smoothed.execution.store is None:
+                smoothed.execution = replace(smoothed.execution, store=run.store)
+    way, dispatcher = chosen.way, thinking(chosen.smoothed[0])
     observers = make_observers(progress, root=dispatcher.rank == 0)
     with nullcontext() if run is None else run, observers:
-        problem: BridgeError | None = None
-        try:
-            observers.start(space, max_steps=limit, max_runs=budget if budget < 10**15 else None, title=title)
-        except BridgeError as refused:  # on rank 0 alone
-            problem = refused
-        dispatcher.agree(problem)
-        if run is not None and run.state is not None:
-            history = [FitStep(**{**entry, "parameters": tuple(entry["parameters"])}) for entry in run.state["history"]]
-            stop_reason = run.state["stop_reason"]
-            way.restore(run.state["method"])
-        elif isinstance(way, Searching) and already is not None:
-            way.begin_with(*already)
+        _start(observers, problem, chosen, title)
+        history, stop_reason = _restored(run, chosen)
+        if earlier is not None and isinstance(way, Searching) and (run is None or run.state is None):
+            way.begin_with(*earlier)
             if run is not None:  # what it begins with is its own from here on, whatever becomes of those directories
-                run.checkpoint(0, _state(history, None, way), at_once=True)
-        before = history[-1] if history else None
+                run.checkpoint(0, _state(history, stop_reason, way), at_once=True)
+        found, ran = (history[-1].num_cached, history[-1].num_surrogate) if history else (0, 0)
+        cost = chosen.smoothed[0].spent
         for record in history:
             observers.step(record)
             if on_step is not None:
                 on_step(record)
         try:
-            while stop_reason is None and (limit is None or len(history) < limit):
-                record = way.advance(len(history), spent())
-                if isinstance(sim, ReducedSimulator):
-                    record = replace(record, parameters=tuple(whole_vector(np.array(record.parameters) / natural)))
-                cost = smoothed.spent
-                record = replace(
-                    record,
-                    num_cached=cost.cached + (before.num_cached if before else 0),
-                    num_surrogate=cost.surrogate + (before.num_surrogate if before else 0),
-                )
+            while not stop_reason and (chosen.limit is None or len(history) < chosen.limit):
+                spent = history[-1].num_evaluations if history else 0
+                record = problem.record(way.advance(len(history), spent))
+                record = replace(record, num_cached=found + cost.cached, num_surrogate=ran + cost.surrogate)
+                if not history and method == "auto":
+                    record = replace(record, note=f"{method_}: {reason}" + ("; " * bool(record.note)) + record.note)
                 history.append(record)
                 observers.step(record)
                 if on_step is not None:
                     on_step(record)
-                last_cost = spent() - (history[-2].num_evaluations if len(history) > 1 else 0)
-                if way.converged:
-                    stop_reason = "converged"
-                elif spent() + (2 if method == "kriging" else 2 * last_cost + 2) > budget:
+                if way.done:
+                    stop_reason = way.done
+                elif record.num_evaluations + way.next_runs > chosen.budget:
                     stop_reason = "max_runs"
                 elif max_seconds is not None and dispatcher.first(time.monotonic() - begin > max_seconds):
                     stop_reason = "max_time"
@@ -303,196 +237,117 @@ def fit(
             stop_reason = "interrupted"
             if run is not None:
                 run.set_aside()
-        theta_end = whole_vector(way.x)
-        ends = np.stack([way.x, origin])
-        if isinstance(way, Searching) and history:
-            outputs, runs = way.outputs_at(ends, len(history))
-        else:
-            outputs, runs = _last_outputs(smoothed, ends * natural, len(history), tuple(goal.shape))
-        runs += spent()
-        covariance: Array | None = None
-        reused = 0
-        if isinstance(way, Searching):
-            end_loss, covariance = way.search.overall[0], _of_search(way, misfit, variance is not None)
-            covariance = dispatcher.broadcast(covariance)
-            reused = way.search.reused
-        else:
-            final = smoothed.estimate(torch.as_tensor(way.x * natural), limit or 0, scale=last)
-            end_loss = misfit.value_and_gradient(final.value)[0]
-            runs += final.num_evaluations
-            if loss is None:
-                covariance = misfit.covariance(final.jacobian(), None if variance is not None else final.value)
-        warnings = _doubts(covariance, free, way.x * natural, method)
-        error = None
-        if covariance is not None:
-            if isinstance(sim, ReducedSimulator):
-                covariance = _lifted(covariance, sim.lift)
-            error = np.sqrt(np.diag(covariance))
+        end = way.finish(len(history))
+        covariance = None if end.covariance is None else problem.covariance(end.covariance)
+        of_free = None if end.covariance is None else in_units(end.covariance, problem.natural)
         result = FitResult(
-            space=space,
-            parameters=theta_end,
-            start=theta,
-            standard_error=error,
-            loss=end_loss,
+            space=problem.space,
+            parameters=problem.whole(end.x),
+            start=problem.whole(end.start),
+            standard_error=None if covariance is None else np.sqrt(np.diag(covariance)),
+            loss=end.loss,
             stop_reason=stop_reason,
             history=tuple(history),
-            num_evaluations=runs,
+            num_evaluations=(history[-1].num_evaluations if history else 0) + end.num_evaluations,
             wall_s=time.monotonic() - begin,
-            output=outputs[0],
-            start_output=outputs[1],
+            output=end.output,
+            start_output=end.start_output,
             covariance=covariance,
-            warnings=warnings,
-            num_reused=reused,
-            num_cached=smoothed.spent.cached + (before.num_cached if before else 0),
-            num_surrogate=smoothed.spent.surrogate + (before.num_surrogate if before else 0),
-            num_failed=sum(h.num_failed for h in history)
-            if method != "kriging"
-            else history[-1].num_failed
-            if history
-            else 0,
-            method=method,
+            warnings=doubts(of_free, problem.free, end.x * problem.natural),
+            num_reused=end.num_reused,
+            num_cached=found + cost.cached,
+            num_surrogate=ran + cost.surrogate,
+            num_failed=end.num_failed,
+            method=method_,
+            method_reason=reason,
+            ends=problem.ends(end) if len(problem.starts) > 1 else (),
         )
         observers.end(result)
     return result
 
 
-def _check_limits(
-    steps: int | None, max_runs: int | None, max_seconds: float | None, restarts: int, tolerance: float | None
-) -> None:
-    if steps is not None and steps < 1:
-        raise InputError(f"Expected at least one step, got {steps!r}.")
-    if max_runs is not None and max_runs < 2:
-        raise InputError(f"Expected max_runs of at least 2, got {max_runs!r}.")
-    if max_seconds is not None and not max_seconds > 0:
-        raise InputError(f"Expected a positive max_seconds, got {max_seconds!r}.")
-    if restarts < 0:
-        raise InputError(f"Expected restarts of 0 or more, got {restarts!r}.")
-    if tolerance is not None and not tolerance >= 0:
-        raise InputError(f"Expected a tolerance of 0 or more, got {tolerance!r}.")
+def _spread(scale: float | tuple[float, float] | None) -> float:
+    """Of starts that are drawn about a given one, natural units."""
+    return 1.0 if scale is None else float(scale if isinstance(scale, int | float) else scale[0])
 
 
-def _prior(prior: Mapping[str, tuple[float, float]], space: ParameterSpace) -> tuple[Array, Array]:
-    """Precisions and means in natural units."""
-    precision, mean = np.zeros(space.dimension), np.zeros(space.dimension)
-    for name, (centre, deviation) in prior.items():
-        i, natural = space.index(name), space.parameters[space.index(name)].natural_scale
-        if not (np.isfinite(centre) and deviation > 0):
-            raise InputError(
-                f"Expected prior[{name!r}] = (mean, standard deviation > 0), got ({centre!r}, {deviation!r})."
-            )
-        precision[i], mean[i] = (natural / deviation) ** 2, centre / natural
-    return precision, mean
-
-
-def _plain(sim: Simulator, seed: int | None, comm: Intracomm | None, smoothing: Mapping[str, Any]) -> SmoothedSimulator:
-    """The simulator itself through the dispatch of a smoothed one: the one midpoint of a Latin set has eps = 0."""
-    if given := sorted(set(smoothing) & set(_DESIGN)):
-        raise InputError(f"Expected none of {given} with method='kriging', which smooths nothing. Leave them out.")
-    carried = {"simulator_seeds": "independent", **smoothing}
-    if carried.get("failures") == "drop":
-        carried.update(failures="penalty", penalty=FAILED, min_ok=0.0)
-    return smooth(sim, seed=seed, num_samples=1, points="qmc-latin", covariate="none", comm=comm, **carried)
-
-
-def _of_search(way: Searching, misfit: Misfit, known: bool) -> Array:
-    """Covariance of the free parameters, in their units: (J^T J / sigma^2 + prior)^-1.
-
-    sigma^2 has what the simulator's own noise leaves open, and is otherwise 1 where the variance is known, else the
-    mean squared residual.
-    """
-    search = way.search
-    z = search.overall[1]
-    model = search.model(z)
-    m, d = search.residuals.shape[1], len(z)
-    weights = model.at(z)[0]
-    noise = model.noise / m
-    sigma2 = 1.0 if known else max(2 * search.overall[0] / max(m - d, 1) - noise, 0.0)
-    variance = max(sigma2 + noise * float(weights @ weights), 1e-300)
-    covariance, width = np.eye(d), np.full(d, 0.1)
-    # Differences over the errors themselves: the slope between two steps of a staircase is not what counts.
-    for _ in range(3):
-        covariance = _inverse(model.normal_matrix(z, width) / variance + np.diag(search.prior[0]))
-        width = np.clip(np.sqrt(np.diag(covariance)), 1e-4, 1.0)
-    return np.asarray(covariance * np.outer(way.natural, way.natural))
-
-
-def _inverse(normal: Array) -> Array:
-    """Infinite variances where a direction is not determined, instead of numbers that mean nothing."""
-    size = np.sqrt(np.maximum(np.diag(normal), 0))
-    unseen = size <= 1e-9 * max(float(size.max()), 1e-300)
-    scaled = normal / np.outer(np.where(unseen, 1, size), np.where(unseen, 1, size))
-    scaled[unseen] = scaled[:, unseen] = 0
-    values, vectors = np.linalg.eigh(scaled)
-    good = values > 1e-10
-    inverse = (vectors[:, good] / values[good]) @ vectors[:, good].T
-    open_ = unseen | ((vectors[:, ~good] ** 2).sum(axis=1) > 1e-6)
-    result = inverse / np.outer(np.where(unseen, 1, size), np.where(unseen, 1, size))
-    result[open_] = result[:, open_] = 0
-    result[open_, open_] = np.inf
-    return np.asarray(result)
-
-
-def _lifted(covariance: Array, lift: Array) -> Array:
-    """E C E^T without inf * 0."""
-    free = [int(np.argmax(row)) if row.any() else -1 for row in lift]
-    padded = np.zeros((len(covariance) + 1, len(covariance) + 1))
-    padded[:-1, :-1] = covariance
-    return np.asarray(padded[np.ix_(free, free)])
-
-
-def _doubts(covariance: Array | None, space: ParameterSpace, theta: Array, method: str) -> tuple[str, ...]:
-    """What the target does not determine, and what to do about it."""
-    if covariance is None:
-        return ()
-    said = []
-    error = np.sqrt(np.diag(covariance))
-    advice = "Fix it (fixed=), give it a prior, or add data that depend on it."
-    for p, value, e in zip(space.parameters, theta, error, strict=True):
-        unit = f" {p.unit}" if p.unit else ""
-        if not np.isfinite(e):
-            said.append(f"{p.name} is not determined by the target: outputs do not depend on it by itself. {advice}")
-        elif e > 0.5 * min(p.upper - p.lower, 20 * p.natural_scale):
-            said.append(f"{p.name} is hardly determined by the target: its standard error is {e:.3g}{unit}. {advice}")
-        if value in (p.lower, p.upper):
-            said.append(f"{p.name} ended at its bound {value:g}{unit}: its standard error does not count there.")
-    if np.isfinite(error).all() and (error > 0).all():
-        correlation = covariance / np.outer(error, error)
-        for i, j in zip(*np.triu_indices(len(error), 1), strict=True):
-            if abs(correlation[i, j]) > 0.98:
-                a, b = space.names[i], space.names[j]
-                said.append(f"{a} and {b} are known together only: their correlation is {correlation[i, j]:+.3f}.")
-    return tuple(said)
-
-
-def _last_outputs(
-    smoothed: SmoothedSimulator, thetas: Array, step: int, shape: tuple[int, ...]
-) -> tuple[NDArray[Any], int]:
-    """(2, *shape) of the simulator itself at the end and at the start, and how many runs that took.
-
-    NaN where a run failed, unless failures="raise": a fit that has lived with failed runs must not end by one.
-    """
-    strategy = smoothed.strategy
-    once = smooth(
-        smoothed.simulator, seed=strategy.seed, num_samples=1, points="qmc-latin", covariate="none",
-        failures="raise" if strategy.failures == "raise" else "penalty",
-        penalty=None if strategy.failures == "raise" else FAILED, min_ok=0.0,
-    )  # fmt: skip
-    once.dispatcher, once.execution, once.spent = smoothed.dispatcher, smoothed.execution, smoothed.spent
+def _start(observers: Observers, problem: FitProblem, chosen: Chosen, title: str) -> None:
+    refusal: BridgeError | None = None
     try:
-        outputs = plain_outputs(once, thetas, step)
-    except EvaluationError:
-        if strategy.failures == "raise":
-            raise
-        outputs = np.full((2, *shape), np.nan)
-    return outputs, len(thetas)
+        max_runs = chosen.budget if chosen.budget < _UNLIMITED else None
+        observers.start(problem.space, max_steps=chosen.limit, max_runs=max_runs, title=title)
+    except BridgeError as refused:  # on rank 0 alone
+        refusal = refused
+    thinking(chosen.smoothed[0]).agree(refusal)
 
 
-def _state(history: Sequence[FitStep], stop_reason: str | None, way: Method) -> dict[str, Any]:
+def _restored(run: Run | None, chosen: Chosen) -> tuple[list[FitStep], str]:
+    """The history so far and why it has stopped, if it has; the method goes on from there."""
+    if run is None or run.state is None:
+        return [], ""
+    chosen.way.restore(run.state["method"])
+    history = [FitStep(**{**entry, "parameters": tuple(entry["parameters"])}) for entry in run.state["history"]]
+    return history, run.state["stop_reason"]
+
+
+def _state(history: Sequence[FitStep], stop_reason: str, way: Way) -> dict[str, Any]:
     entries = [{**vars(h), "parameters": list(h.parameters)} for h in history]
     return {"history": entries, "stop_reason": stop_reason, "method": way.to_dict()}
 
 
-def _described(smoothing: Mapping[str, Any]) -> dict[str, str]:
+def _earlier(
+    reuse: Sequence[Source],
+    problem: FitProblem,
+    chosen: Chosen,
+    directory: str | os.PathLike[str] | None,
+    begun: bool,
+) -> Earlier | None:
+    """Evaluations of earlier fits; nothing where this one has begun already. Collective."""
+    way, dispatcher = chosen.way, thinking(chosen.smoothed[0])
+    if not reuse:
+        return None
+    if not isinstance(way, Searching):
+        raise InputError(
+            "Expected method='kriging' with reuse, got a descent: a smoothed gradient takes rows drawn about where it "
+            "is, and earlier ones count for next to nothing there. To find the very same runs again, pass store=."
+        )
+    if dispatcher.broadcast_object(begun):
+        return None
+    found, refused = None, None
+    if dispatcher.rank == 0:
+        try:
+            shape = tuple(problem.misfit.target.shape)
+            found = earlier_rows(
+                *(reuse, problem.simulator, problem.free, shape, way.loss_of_rows, MOST_ROWS),
+                but=directory,
+            )
+        except BridgeError as problem_:
+            refused = problem_
+    dispatcher.agree(refused)
+    return dispatcher.broadcast_object(found)
+
+
+def _described(
+    problem: FitProblem, s: MethodSettings, chosen: Chosen, seed: int | None, smoothing: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the result depends on: a run goes on under the same settings alone."""
+    misfit, prior = problem.misfit, problem.misfit.prior
+    probe = torch.linspace(-1.0, 1.0, misfit.target.numel(), dtype=torch.float64).reshape(misfit.target.shape)
+    stages: list[Any] = []
+    for given in s.coarse or ():
+        stages.append(given if isinstance(given, int | float) else _digest(given(_whitened(misfit.whiten, probe))))
+    return {
+        "simulator": simulator_name(problem.simulator), "seed": seed, "method": s.method, "steps": chosen.limit,
+        "num_samples": s.num_samples, "tolerance": s.tolerance, "start": problem.starts.tolist(),
+        "halving": s.halving, "target": _digest(misfit.target), "max_runs": s.max_runs, "restarts": s.restarts,
+        "prior": [prior.precision.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
+        "variance": _digest(misfit.variance), "whiten": _digest(_whitened(misfit.whiten, probe)), "coarse": stages,
+        "stop_at_error": s.stop_at_error, "smoothing": _words(smoothing),
+        **chosen.described,
+    }  # fmt: skip
+
+
+def _words(smoothing: Mapping[str, Any]) -> dict[str, str]:
     """Settings as text that is the same in another process; where finished evaluations are kept is none of them."""
     words = {k: repr(v) for k, v in sorted(smoothing.items()) if k != "store"}
     if smoothing.get("surrogate") is not None:
@@ -500,6 +355,10 @@ def _described(smoothing: Mapping[str, Any]) -> dict[str, str]:
     return words
 
 
+def _whitened(whiten: LinearMap | None, x: torch.Tensor) -> torch.Tensor:
+    return x if whiten is None else whiten(x)
+
+
 def _digest(tensor: torch.Tensor) -> str:
-    array = tensor.contiguous().numpy()
+    array = tensor.detach().contiguous().numpy()
     return hashlib.blake2b(f"{array.shape}".encode() + array.tobytes(), digest_size=16).hexdigest()

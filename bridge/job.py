@@ -38,7 +38,7 @@ _log = logging.getLogger("bridge")
 _SECTIONS = ("simulator", "target", "start", "fit", "output")
 _NOT_IN_A_FILE = (
     *("simulator", "target", "start", "loss", "on_step", "comm", "smoothing", "store", "progress", "title"),
-    *("directory", "resume", "overwrite"),
+    *("directory", "resume", "overwrite", "whiten"),
 )
 
 

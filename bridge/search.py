@@ -19,6 +19,7 @@ from scipy.optimize import minimize
 
 from bridge.errors import EvaluationError, InputError
 from bridge.kriging import Kriging, fit_kriging
+from bridge.robust import Robust
 
 Array = NDArray[np.float64]
 
@@ -47,11 +48,14 @@ class Search:
         known_noise: whether residuals are in units of the target's noise, so that chi-square tells when to stop.
         restarts: begin again from another place, at most so many times, where a search has ended and the loss does not
             say that the target is explained.
+        robust: rho in place of r^2 / 2. Each round takes the least squares that touch this loss from above at the best
+            run so far: outputs are weighted by psi(r) / r of that run, and the Gram matrix is made anew.
 
     Attributes:
         rows: (n, d). residuals: (n, m), whitened. failed: (n,) runs without an output. reused: how many of the first
             are of earlier fits.
-        best: (d,) where the loss is least as far as is known. note: what the last round did, in words.
+        best: (d,) where the loss is least as far as is known. step: (d,) from there to where it is expected to be.
+        note: what the last round did, in words.
         stopped: "" or why there is nothing more to do.
     """
 
@@ -68,10 +72,12 @@ class Search:
         known_noise: bool,
         tolerance: float,
         restarts: int,
+        robust: Robust | None = None,
     ) -> None:
         self.start, self.lower, self.upper = start, lower, upper
         self.spread, self.seed, self.batch, self.prior = spread, seed, batch, prior
         self.known_noise, self.tolerance, self.restarts_left = known_noise, tolerance, restarts
+        self.robust, self.offset = robust, 0.0  # what the loss is above the weighted squares
         d = len(start)
         self._length = np.sqrt(min(d, 4))
         self.rows, self.residuals = np.zeros((0, d)), np.zeros((0, 0))
@@ -81,6 +87,7 @@ class Search:
         self.radius, self.kernel = _FIRST_RADIUS, np.zeros(0)
         self.promise: tuple[float, float] | None = None  # loss at the base, and the gain expected of the next point
         self.at_edge, self.still = False, 0
+        self.step = np.full(d, np.inf)  # to where the least loss is expected
         self.ends: list[tuple[float, Array]] = []
         self.best, self.best_loss, self.scale = start, np.inf, spread
         self.note, self.stopped = "", ""
@@ -117,7 +124,7 @@ class Search:
             return
         self.rows, self.residuals, self.reused = rows, residuals, len(rows)
         self.failed = np.zeros(len(rows), dtype=bool)
-        self.gram = residuals @ residuals.T
+        self.gram = self._gram(0)
         squared = np.diag(self.gram)
         changes = squared[:, None] + squared[None] - 2 * self.gram > 1e-24 * max(float(squared.max()), 1e-300)
         if len(rows) <= len(self.start) or not changes.any():
@@ -142,11 +149,7 @@ class Search:
         self.rows = np.vstack([self.rows, self.points])
         self.failed = np.concatenate([self.failed, failed])
         self.residuals = self.with_rows(residuals, failed)
-        new = self.residuals[before:] @ self.residuals.T
-        gram = np.zeros((len(self.rows), len(self.rows)))
-        gram[:before, :before] = self.gram
-        gram[before:], gram[:, before:] = new, new.T
-        self.gram = gram
+        self.gram = self._gram(before)
         self.round += 1
         self.note = ""
         if self._rescaled():
@@ -157,6 +160,26 @@ class Search:
                 "Try the start by itself, and bounds that keep away from where the simulator fails."
             )
         self._choose(before)
+
+    def _gram(self, before: int) -> Array:
+        if self.robust is not None:
+            own = self.first_row + np.flatnonzero(~self.failed[self.first_row :])
+            if not len(own):
+                return self.residuals @ self.residuals.T
+            losses = [self.robust.rho(self.residuals[i]).sum() + self._prior(self.rows[i])[0] for i in own]
+            r = self.residuals[own[int(np.argmin(losses))]]
+            weight = self.robust.weight(r)
+            self.offset = float(self.robust.rho(r).sum() - 0.5 * (weight * r) @ r)
+            return np.asarray((self.residuals * weight) @ self.residuals.T)
+        new = self.residuals[before:] @ self.residuals.T
+        gram = np.zeros((len(self.rows), len(self.rows)))
+        gram[:before, :before] = self.gram
+        gram[before:], gram[:, before:] = new, new.T
+        return gram
+
+    def residual_at(self, z: Array) -> Array:
+        """(m,) of the run at z, which has been made."""
+        return np.asarray(self.residuals[int(np.argmin(((self.rows - z) ** 2).sum(axis=1) + 1e300 * self.failed))])
 
     def with_rows(self, residuals: Array, failed: NDArray[np.bool_]) -> Array:
         """The residuals so far and those of new rows, 0 where a run failed."""
@@ -218,14 +241,19 @@ class Search:
         away = z - mean
         return 0.5 * float(precision @ away**2), np.asarray(precision * away)
 
-    def model(self, centre: Array | None = None) -> Kriging:
-        """Of the rows about the best one, or about a centre. A failed run counts as the worst of the others."""
+    def model(self, centre: Array | None = None, weighted: bool = True) -> Kriging:
+        """Of the rows about the best one, or about a centre. A failed run counts as the worst of the others.
+
+        weighted: by the weights of a robust loss.
+        """
         near = self._near(centre)
         stand_in = near.copy()
         losses = self._losses()[near]
         worst = near[int(np.argmax(np.where(np.isfinite(losses), losses, -np.inf)))]
         stand_in[self.failed[near]] = worst
         gram = self.gram[np.ix_(stand_in, stand_in)]
+        if self.robust is not None and not weighted:
+            gram = self.residuals[stand_in] @ self.residuals[stand_in].T
         thorough = len(self.rows) < 40 or self.round % 4 == 0
         return fit_kriging(self.rows[near], gram, self.kernel if self.kernel.size else None, thorough)
 
@@ -245,6 +273,7 @@ class Search:
                 float(losses.min()),
                 "converged",
             )
+            self.step = np.zeros(len(self.start))
             return
         model = self.model()
         self.kernel = model.kernel
@@ -260,7 +289,7 @@ class Search:
         else:
             base, loss = self.rows[best], float(losses[best])
         if self.promise is not None:
-            was, promised = self.promise
+            was, promised = self.promise[0] - self.offset, self.promise[1]
             new = near >= before
             got = float(expected[new].min(initial=np.inf)) if noisy else float(losses[before:].min())
             ratio = (was - got) / max(promised, 1e-300)
@@ -273,10 +302,11 @@ class Search:
         lower, upper = np.maximum(self.lower, base - self.radius), np.minimum(self.upper, base + self.radius)
         target = self._least(model, base, lower, upper, _CAUTION)
         gain = loss - model.loss(target, 0.0)[0] - self._prior(target)[0]
-        self.promise = (loss, max(gain, 1e-12 * loss))
+        self.promise = (loss + self.offset, max(gain, 1e-12 * loss))
         step = float(np.max(np.abs(target - base)))
         self.at_edge = step > 0.9 * self.radius
-        self.best, self.best_loss, self.scale = base, loss, max(step, 1e-12)
+        self.best, self.best_loss, self.scale = base, loss + self.offset, max(step, 1e-12)
+        self.step = target - base
         points = [target]
         reach = max(float(np.linalg.norm(target - base)) / self._length, 1e-3, 0.1 * self.radius)
         rng = self._rng()
@@ -372,6 +402,7 @@ class Search:
             "still",
         ),
         *("ends", "best", "best_loss", "scale", "note", "stopped", "points", "spread", "restarts_left"),
+        *("offset", "step"),
     )
 
     def to_dict(self) -> dict[str, Any]:

@@ -153,6 +153,7 @@ class SmoothedSimulator:
         problem: int = 0,
         replicate: int = 0,
         scale_gradient: bool = False,
+        scales: torch.Tensor | None = None,
     ) -> Estimate:
         """Value, Jacobian and products with it, outside autograd.
 
@@ -160,14 +161,23 @@ class SmoothedSimulator:
             theta, step, scale, problem: as in a call.
             replicate: key of the first replicate: other ones are independent of these.
             scale_gradient: also prepare derivatives in L (`Estimate.vjp_scale`).
+            scales: one L for each problem of the batch, (*batch, d) diagonals or (*batch, d, d), in parameter units.
 
         Returns:
             an `Estimate`. Collective under MPI, as are its methods.
         """
-        theta, tensor, form, space = self._prepare(theta, step, scale, problem)
+        own = None if scales is None else torch.as_tensor(scales, dtype=torch.float64)
+        first = scale if own is None else own.reshape(-1, *own.shape[torch.as_tensor(theta).ndim - 1 :])[0]
+        theta, tensor, form, space = self._prepare(theta, step, first, problem)
         call = Call(self, step, problem, replicate, space, form, need_theta=True, need_scale=scale_gradient)
         core = 1 if form == "diagonal" else 2
         shared = tensor.reshape((1,) * (theta.ndim - 1) + tuple(tensor.shape[tensor.ndim - core :]))
+        if own is not None:
+            if own.shape != (*theta.shape[:-1], *tensor.shape):
+                raise InputError(
+                    f"Expected a scale for each problem, {(*theta.shape[:-1], *tensor.shape)}, got {tuple(own.shape)}."
+                )
+            shared = own
         number = call.evaluate(theta, shared)
         return Estimate(call.evaluations[number], tuple(theta.shape[:-1]), lambda x: x.to(theta))
 

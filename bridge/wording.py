@@ -50,6 +50,7 @@ def describe_end(stop_reason: str) -> str:
         "max_steps": "stopped at the largest number of steps",
         "max_runs": "stopped at the largest number of runs",
         "max_time": "stopped at the time limit",
+        "standard_error": "ended with standard errors as small as asked",
         "interrupted": "was interrupted",
     }
     return known.get(stop_reason, printable(stop_reason).replace("_", " "))

@@ -92,6 +92,16 @@ for method, steps in (("adam", 60), ("gauss-newton", 12), ("kriging", 12)):
     digest.update(json.dumps([h.parameters for h in result.history]).encode())
     digest.update(result.parameters.tobytes() + result.standard_error.tobytes() + result.output.tobytes())
     assert np.abs(result.parameters - [0.3, -0.2, 0.3]).max() < 0.01, result
+variance, start = 4.0, [[0.0, 0.1, 0.4], [0.2, 0.0, 0.3], [0.5, -0.5, 0.3]]
+for settings in (
+    {"method": "natural", "robust": "huber"},
+    {"optimiser": "AdamW", "coarse": [2]},
+    {"method": "gauss-newton", "coarse": [2], "robust": "cauchy", "prior": {"w": (0.3, 0.1)}, "stop_at_error": 0.1},
+    {"method": "kriging", "robust": "huber", "stop_at_error": 0.01, "max_runs": 24},
+):
+    result = bridge.fit(sim, target, start, seed=0, variance=variance, steps=4, num_samples=6, **settings)
+    digest.update(json.dumps([(h.parameters, h.standard_error) for h in result.history]).encode())
+    digest.update(result.parameters.tobytes() + result.covariance.tobytes() + result.output.tobytes())
 if bridge.is_root():
     print("digest", digest.hexdigest())
 """

@@ -1,0 +1,159 @@
+"""What is to be fitted: which parameters, from which starts, to which target. All is checked here, at the door."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from bridge.errors import InputError
+from bridge.fit_result import End, FitEnd, FitStep
+from bridge.misfit import LinearMap, Loss, Misfit, checked_noise, checked_target, make_prior
+from bridge.reduced import ReducedSimulator, reduced
+from bridge.robust import make_robust
+from bridge.simulator import ParameterSpace, Simulator, as_simulator
+from bridge.uncertainty import in_units, lifted
+
+Array = NDArray[np.float64]
+Start = Mapping[str, float] | Sequence[Mapping[str, float]] | ArrayLike
+
+
+@final
+@dataclass(frozen=True)
+class FitProblem:
+    """The free parameters z in natural units, and how they belong to all parameters.
+
+    Attributes:
+        space: of all parameters. simulator: of the free ones.
+        starts: (k, d) of all parameters. misfit: of the free ones.
+        known_noise: whether the target's variance is given.
+    """
+
+    space: ParameterSpace
+    simulator: Simulator
+    free: ParameterSpace
+    starts: Array
+    misfit: Misfit
+    known_noise: bool
+
+    @property
+    def natural(self) -> Array:
+        return self.free.natural_scale
+
+    @property
+    def lower(self) -> Array:
+        return self.free.lower / self.natural
+
+    @property
+    def upper(self) -> Array:
+        return self.free.upper / self.natural
+
+    @property
+    def free_starts(self) -> Array:
+        """(k, free) natural units."""
+        return np.asarray(self.starts[:, [self.space.index(name) for name in self.free.names]] / self.natural)
+
+    def whole(self, z: Array) -> Array:
+        """All parameters, (d,), in their units."""
+        sim = self.simulator
+        x = z * self.natural
+        return np.asarray(sim.base + sim.lift @ x) if isinstance(sim, ReducedSimulator) else x
+
+    def covariance(self, of_free: Array) -> Array:
+        """(d, d) of all parameters in their units, of that of the free ones in natural units."""
+        covariance = in_units(of_free, self.natural)
+        return lifted(covariance, self.simulator.lift) if isinstance(self.simulator, ReducedSimulator) else covariance
+
+    def record(self, step: FitStep) -> FitStep:
+        """A step of the free parameters as one of all of them."""
+        sim = self.simulator
+        if not isinstance(sim, ReducedSimulator):
+            return step
+        error = step.standard_error
+        whole = tuple((sim.base + sim.lift @ np.array(step.parameters)).tolist())
+        if error is not None:
+            error = tuple(np.sqrt(np.diag(lifted(np.diag(np.square(error)), sim.lift))).tolist())
+        return replace(step, parameters=whole, standard_error=error)
+
+    def ends(self, end: End) -> tuple[FitEnd, ...]:
+        return tuple(FitEnd(self.whole(e.start), self.whole(e.parameters), e.loss, e.steps) for e in end.ends)
+
+
+def make_problem(
+    simulator: Any,
+    target: ArrayLike | torch.Tensor,
+    start: Start,
+    *,
+    seed: int | None,
+    num_starts: int | None,
+    spread: float,
+    variance: float | ArrayLike | None,
+    whiten: LinearMap | None,
+    loss: Loss | None,
+    robust: Any,
+    prior: Mapping[str, tuple[float, float]] | None,
+    fixed: Sequence[str],
+    tied: Mapping[str, str] | None,
+) -> FitProblem:
+    """Raises `InputError` where something is unknown, of the wrong shape, or contradicts something else."""
+    whole = as_simulator(simulator)
+    starts, space = _given_starts(whole.space, start)
+    for theta in starts:
+        if outside := space.describe_outside(theta):
+            raise InputError(f"Expected a start inside the bounds, got {outside}. Move the start, or widen the bounds.")
+    sim = reduced(whole, space, starts[0], fixed, tied or {}) if fixed or tied else whole
+    for name in fixed:
+        if np.ptp(starts[:, space.index(name)]) > 0:
+            raise InputError(f"Expected one value of {name!r}, which is fixed, in all starts, got several.")
+    free = sim.space if isinstance(sim, ReducedSimulator) else space
+    goal = checked_target(target, sim)
+    if loss is not None and (variance is not None or robust is not None):
+        what = "robust=" if variance is None else "variance="
+        raise InputError(f"Expected no {what} with a loss of your own, which has no use for it. Leave it out.")
+    if robust is not None and variance is None:
+        raise InputError(
+            "Expected variance= with robust=, whose width is in standard deviations of the target's noise."
+        )
+    noise, whitening = checked_noise(variance, whiten, goal)
+    misfit = Misfit(goal, noise, loss, make_prior(prior, free), whitening, make_robust(robust))
+    return FitProblem(
+        *(space, sim, free),
+        starts=_more_starts(starts, num_starts, space, seed, spread),
+        misfit=misfit,
+        known_noise=variance is not None,
+    )
+
+
+def _given_starts(space: ParameterSpace | None, start: Start) -> tuple[Array, ParameterSpace]:
+    """(k, d), and the space."""
+    named = isinstance(start, Mapping)
+    several = isinstance(start, Sequence) and len(start) > 0 and isinstance(start[0], Mapping)
+    if space is None and (named or several):
+        raise InputError("Expected start values as a vector: the simulator does not name its parameters.")
+    if space is not None and (named or several):
+        return np.stack([space.vector(one) for one in (start if several else [start])]), space  # type: ignore
+    rows = np.asarray(start, dtype=np.float64)
+    if rows.ndim > 2 or rows.size == 0:
+        raise InputError(f"Expected a start of shape (d,), or (k, d) for several, got {rows.shape}.")
+    space = space or ParameterSpace.unnamed(np.atleast_1d(rows).shape[-1])
+    return np.stack([space.vector(row) for row in (rows if rows.ndim == 2 else [np.atleast_1d(rows)])]), space
+
+
+def _more_starts(given: Array, count: int | None, space: ParameterSpace, seed: int | None, spread: float) -> Array:
+    """`count` starts: those given, and others uniform in the bounds; where there are none, within about two spreads of
+    the first start."""
+    if count is None:
+        return given
+    if count < len(given):
+        raise InputError(f"Expected num_starts of at least the {len(given)} starts that are given, got {count!r}.")
+    rng = np.random.Generator(np.random.Philox(key=[int(seed or 0), 1 << 40]))
+    shape = (count - len(given), space.dimension)
+    u, normal = rng.uniform(size=shape), rng.normal(size=shape)
+    bounded = np.isfinite(space.lower) & np.isfinite(space.upper)
+    lower, upper = np.where(bounded, space.lower, 0), np.where(bounded, space.upper, 0)
+    about = np.clip(given[0] + 2 * spread * space.natural_scale * normal, space.lower, space.upper)
+    return np.vstack([given, np.where(bounded, lower + u * (upper - lower), about)])

@@ -1,0 +1,289 @@
+"""From the name of a method and its settings to what carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bridge.coarse import make_stages
+from bridge.descent import FAILED, Descent, Schedule
+from bridge.errors import InputError
+from bridge.fit_problem import FitProblem
+from bridge.fit_result import End, FitStep
+from bridge.misfit import LinearMap
+from bridge.natural import LossAndSquare, Natural
+from bridge.rules import Adam, FirstOrder, GaussNewton, TorchMover, describe, make_optimiser
+from bridge.search import Search
+from bridge.searching import Searching
+from bridge.simulator import Simulator, Structured, as_simulator
+from bridge.smoothing import SmoothedSimulator, smooth
+
+Array = NDArray[np.float64]
+MethodName = Literal["auto", "kriging", "gauss-newton", "adam", "torch", "natural"]
+METHODS = ("auto", "kriging", "gauss-newton", "adam", "torch", "natural")
+# More parameters than this, or a block structure, and a model of all runs has too little to go by.
+_MOST_PARAMETERS = 40
+_RUNS_A_PARAMETER = 60
+# More parameters than this, and the full L of a natural gradient has more numbers than there are runs to learn from.
+_MOST_OF_FULL = 20
+_DESIGN = ("distribution", "points", "antithetic", "covariate", "replicates", "forward", "surrogate")
+_STEPS = {"gauss-newton": 24, "adam": 150, "torch": 150, "natural": 150}
+_RATES = {"adam": 0.25, "torch": 0.25, "natural": 1.0}
+
+
+class Way(Protocol):
+    """What `bridge.fit` asks of a method. Its state is plain data, and all that the next step depends on."""
+
+    @property
+    def x(self) -> Array:
+        """(d,) natural units: the best so far."""
+
+    @property
+    def done(self) -> str:
+        """Why there is nothing more to do, or nothing."""
+
+    @property
+    def next_runs(self) -> int:
+        """Runs that the next step and the end may take."""
+
+    def advance(self, step: int, num_evaluations: int) -> FitStep:
+        """One step: evaluates, moves x. Collective."""
+
+    def finish(self, step: int) -> End:
+        """Collective."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def restore(self, saved: Mapping[str, Any]) -> None: ...
+
+
+@final
+@dataclass(frozen=True)
+class MethodSettings:
+    """The arguments of `bridge.fit` that belong to a method; see there."""
+
+    method: str
+    steps: int | None
+    num_samples: int | None
+    scale: float | tuple[float, float] | None
+    learning_rate: float | None
+    optimiser: str | Callable[..., torch.optim.Optimizer] | None
+    full_scale: bool | None
+    coarse: Sequence[float | LinearMap] | None
+    halving: bool
+    stop_at_error: float | Mapping[str, float] | None
+    restarts: int | None
+    tolerance: float | None
+    max_runs: int | None
+
+    def widths(self) -> tuple[float, float]:
+        """First and last scale."""
+        default = (1.0, 1.0) if self.method == "kriging" else (2.0, 0.1)
+        given = default if self.scale is None else self.scale
+        first, last = (given, given) if isinstance(given, int | float) else given
+        if not (first > 0 and last > 0):
+            raise InputError(f"Expected positive scales, got {self.scale!r}.")
+        return float(first), float(last)
+
+
+@final
+@dataclass(frozen=True)
+class Chosen:
+    """A method ready to go.
+
+    Attributes:
+        smoothed: what it evaluates, the first for its dispatcher. limit: of steps. budget: of runs.
+        described: settings that the result depends on, for `bridge.Run`.
+    """
+
+    way: Way
+    smoothed: list[SmoothedSimulator]
+    limit: int | None
+    budget: int
+    described: dict[str, Any]
+
+
+def choose(
+    method: str, simulator: Simulator, dimension: int, *, loss: bool, optimiser: bool, coarse: bool
+) -> tuple[str, str]:
+    """The method that "auto" stands for, and why."""
+    if method not in METHODS:
+        raise InputError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.")
+    if method != "auto":
+        return method, "as asked"
+    if optimiser:
+        return "torch", "an optimiser is given"
+    if loss:
+        return "adam", "a loss of one's own: its smoothed gradient is followed"
+    if isinstance(simulator, Structured) and simulator.structure is not None:
+        return "gauss-newton", "the simulator says which outputs depend on which parameters"
+    if coarse:
+        return "gauss-newton", "outputs are compared from coarse to fine"
+    if dimension > _MOST_PARAMETERS:
+        return "gauss-newton", f"{dimension} parameters: more than the {_MOST_PARAMETERS} that suit a model of all runs"
+    return (
+        "kriging",
+        f"least squares, {dimension} parameter{'s' * (dimension > 1)}: a model of all runs takes the fewest",
+    )
+
+
+def make_method(
+    problem: FitProblem, settings: MethodSettings, seed: int | None, comm: Any, smoothing: Mapping[str, Any]
+) -> Chosen:
+    """Makes what carries out a method.
+
+    Raises:
+        InputError: a setting that the method has no use for, or cannot keep.
+    """
+    _check(problem, settings, smoothing)
+    if settings.method == "kriging":
+        return _kriging(problem, settings, seed, comm, smoothing)
+    return _descent(problem, settings, seed, comm, smoothing)
+
+
+def _kriging(
+    problem: FitProblem, s: MethodSettings, seed: int | None, comm: Any, smoothing: Mapping[str, Any]
+) -> Chosen:
+    plain = _plain(problem.simulator, seed, comm, smoothing)
+    d, starts, misfit = problem.free.dimension, problem.free_starts, problem.misfit
+    budget = s.max_runs or _RUNS_A_PARAMETER * (d + 1)
+    search = Search(
+        *(starts[0], problem.lower, problem.upper),
+        spread=s.widths()[0],
+        seed=int(seed or 0),
+        batch=s.num_samples or max(4, d // 2 + 1),
+        prior=(misfit.prior.precision, misfit.prior.mean),
+        known_noise=problem.known_noise,
+        tolerance=0.1 if s.tolerance is None else s.tolerance,
+        restarts=10 if s.restarts is None else s.restarts,
+        robust=misfit.robust,
+    )
+    way = Searching(plain, misfit, search, problem.natural, budget, problem.known_noise, starts, _asked(problem, s))
+    return Chosen(way, [plain], s.steps, budget, {"scale": list(s.widths())})
+
+
+def _descent(
+    problem: FitProblem, s: MethodSettings, seed: int | None, comm: Any, smoothing: Mapping[str, Any]
+) -> Chosen:
+    steps, samples = s.steps or _STEPS[s.method], s.num_samples or 32
+    first, last = s.widths()
+    misfit, natural, starts = problem.misfit, problem.natural, problem.free_starts
+    smoothed = smooth(problem.simulator, seed=seed, num_samples=samples, scale=first, comm=comm, **smoothing)
+    budget = s.max_runs or 10**15
+    rows = len(starts) * smoothed.strategy.num_rows * smoothed.strategy.replicates
+    if budget < 2 * rows + 2:
+        raise InputError(
+            f"Expected max_runs of at least {2 * rows + 2}, for a step and what is run at the end, got {s.max_runs}."
+        )
+    compared = misfit.target if misfit.whiten is None else misfit.whiten(misfit.target)
+    keeps = "noise" if misfit.loss is None else "mean"
+    schedule = Schedule(first, last, steps, make_stages(s.coarse, tuple(compared.shape), keeps))
+    asked = _asked(problem, s)
+    known = None if asked is None else problem.known_noise
+    rate = _RATES.get(s.method, 0.0) if s.learning_rate is None else s.learning_rate
+    described: dict[str, Any] = {"scale": [first, last], "learning_rate": rate}
+    seen, used = (smoothed, misfit, natural, schedule), [smoothed]
+    if s.method == "gauss-newton":
+        rule: Any = GaussNewton(*seen, known)
+    elif s.method == "adam":
+        rule = FirstOrder(*seen, Adam(starts.shape, rate), known)
+    elif s.method == "torch":
+        assert s.optimiser is not None
+        make = make_optimiser(s.optimiser, rate * first, starts.shape[1])
+        rule = FirstOrder(*seen, TorchMover(make, starts.shape, first), known)
+        described["optimiser"] = describe(make)
+    else:
+        full = starts.shape[1] <= _MOST_OF_FULL if s.full_scale is None else s.full_scale
+        carried = {**smoothing, "surrogate": _loss_of(smoothing.get("surrogate"), problem)}
+        of_loss = smooth(
+            LossAndSquare(problem.simulator, misfit, natural),
+            seed=seed, num_samples=samples, scale=first, comm=comm, **carried,
+        )  # fmt: skip
+        of_loss.dispatcher, of_loss.spent = smoothed.dispatcher, smoothed.spent
+        used.append(of_loss)
+        rule = Natural(of_loss, natural, schedule, len(starts), full, rate)
+        described["full_scale"] = full
+    way = Descent(
+        *(smoothed, misfit, starts, rule),
+        natural=natural, lower=problem.lower, upper=problem.upper, schedule=schedule, halving=s.halving,
+        tolerance=0.01 if s.tolerance is None else s.tolerance, known_noise=problem.known_noise, asked=asked,
+    )  # fmt: skip
+    return Chosen(way, used, steps, budget, described)
+
+
+def _loss_of(surrogate: Any, problem: FitProblem) -> LossAndSquare | None:
+    if surrogate is None:
+        return None
+    return LossAndSquare(as_simulator(surrogate), problem.misfit, problem.natural)
+
+
+def _asked(problem: FitProblem, s: MethodSettings) -> Array | None:
+    """(d,) standard errors that suffice, natural units."""
+    given, free = s.stop_at_error, problem.free
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        asked = np.full(free.dimension, np.inf)
+        for name, error in given.items():
+            asked[free.index(name)] = error / free.parameters[free.index(name)].natural_scale
+    else:
+        asked = np.full(free.dimension, float(given))
+    if not (asked > 0).all() or not np.isfinite(asked).any():
+        raise InputError(f"Expected positive standard errors in stop_at_error, got {given!r}.")
+    return asked
+
+
+def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any]) -> None:
+    """Refuses what a method has no use for: a setting that is silently ignored misleads."""
+    method, own_loss = s.method, problem.misfit.loss is not None
+    limits = (
+        ("at least one step", s.steps is None or s.steps >= 1, s.steps),
+        ("max_runs of at least 2", s.max_runs is None or s.max_runs >= 2, s.max_runs),
+        ("restarts of 0 or more", s.restarts is None or s.restarts >= 0, s.restarts),
+        ("a tolerance of 0 or more", s.tolerance is None or s.tolerance >= 0, s.tolerance),
+        ("a positive learning_rate", s.learning_rate is None or s.learning_rate > 0, s.learning_rate),
+    )
+    for what, good, given in limits:
+        if not good:
+            raise InputError(f"Expected {what}, got {given!r}.")
+    if own_loss and method in ("kriging", "gauss-newton"):
+        raise InputError(f"Expected adam, torch or natural with a loss of your own: {method} needs least squares.")
+    if (s.optimiser is not None) != (method == "torch"):
+        raise InputError(
+            f"Expected optimiser= with method='torch', and only then, got method={method!r} and {s.optimiser!r}."
+        )
+    unused = (
+        ("learning_rate", s.learning_rate is not None, ("adam", "torch", "natural")),
+        ("full_scale", s.full_scale is not None, ("natural",)),
+        ("restarts", s.restarts is not None, ("kriging",)),
+        ("coarse", s.coarse is not None, ("gauss-newton", "adam", "torch")),
+        ("stop_at_error", s.stop_at_error is not None, ("kriging", "gauss-newton", "adam", "torch")),
+    )
+    for name, given, methods in unused:
+        if given and method not in methods:
+            raise InputError(f"Expected {name} with method {' or '.join(methods)} alone, got method={method!r}.")
+    if s.stop_at_error is not None and own_loss:
+        raise InputError("Expected least squares with stop_at_error: a loss of your own has no standard errors.")
+    if method == "natural":
+        if smoothing.get("distribution", "gaussian") != "gaussian":
+            raise InputError(
+                f"Expected Gaussian noise with method='natural', whose steps are natural for it, got "
+                f"{smoothing['distribution']!r}."
+            )
+        if smoothing.get("forward", "smoothed") != "smoothed":
+            raise InputError("Expected forward='smoothed' with method='natural', which needs the spread of the losses.")
+
+
+def _plain(sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, Any]) -> SmoothedSimulator:
+    """The simulator itself through the dispatch of a smoothed one: the one midpoint of a Latin set has eps = 0."""
+    if given := sorted(set(smoothing) & set(_DESIGN)):
+        raise InputError(f"Expected none of {given} with method='kriging', which smooths nothing. Leave them out.")
+    carried = {"simulator_seeds": "independent", **smoothing}
+    if carried.get("failures") == "drop":
+        carried.update(failures="penalty", penalty=FAILED, min_ok=0.0)
+    return smooth(sim, seed=seed, num_samples=1, points="qmc-latin", covariate="none", comm=comm, **carried)

@@ -1,0 +1,249 @@
+"""How a descent steps: along smoothed gradients by Adam or any `torch.optim` optimiser, or by Gauss-Newton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bridge.descent import Look, Schedule
+from bridge.errors import InputError
+from bridge.misfit import Misfit
+from bridge.smoothing import SmoothedSimulator
+from bridge.uncertainty import of_descent
+
+Array = NDArray[np.float64]
+MakeOptimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+class Mover(Protocol):
+    def move(self, x: Array, gradient: Array, width: float, decay: float) -> Array:
+        """(k, d) from (k, d) and gradients, natural units."""
+
+    def keep(self, which: NDArray[np.intp]) -> None: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def restore(self, saved: Mapping[str, Any]) -> None: ...
+
+
+class _Seen:
+    """What all rules along the smoothed output have in common."""
+
+    def __init__(
+        self, smoothed: SmoothedSimulator, misfit: Misfit, natural: Array, schedule: Schedule, known_noise: bool | None
+    ) -> None:
+        self.smoothed, self.misfit, self.natural, self.schedule = smoothed, misfit, natural, schedule
+        self.known_noise = known_noise
+
+    def step(self, misfit: Misfit, J: torch.Tensor, y: torch.Tensor, z: Array) -> Array:
+        """The Gauss-Newton step, (J^T W J + P + damping)^-1 times the gradient, downwards."""
+        H, g = misfit.normal(misfit.jacobian(J, self.natural), misfit.residual(y), z)
+        damped = H + 1e-3 * np.diag(np.diag(H)) + 1e-12 * max(float(np.trace(H)), 1e-300) * np.eye(len(g))
+        return np.asarray(-np.linalg.solve(damped, g))
+
+    def known(self, x: Array, values: torch.Tensor, jacobians: torch.Tensor) -> list[tuple[Array, Array]] | None:
+        if self.known_noise is None:
+            return None
+        told = []
+        for z, y, J in zip(x, values, jacobians, strict=True):
+            covariance = of_descent(self.misfit, J, y, self.natural, self.known_noise)
+            told.append((covariance, self.step(self.misfit, J, y, z)))
+        return told
+
+
+@final
+class FirstOrder:
+    """Steps along the gradient of the loss of the smoothed output.
+
+    Args:
+        known_noise: whether the target's variance is known; None where no standard errors are asked for.
+    """
+
+    def __init__(
+        self,
+        smoothed: SmoothedSimulator,
+        misfit: Misfit,
+        natural: Array,
+        schedule: Schedule,
+        mover: Mover,
+        known_noise: bool | None = None,
+    ) -> None:
+        self.seen, self.mover = _Seen(smoothed, misfit, natural, schedule, known_noise), mover
+
+    def look(self, x: Array, step: int) -> Look:
+        seen, schedule = self.seen, self.seen.schedule
+        width, misfit = schedule.width(step), schedule.misfit(seen.misfit, step)
+        estimate = seen.smoothed.estimate(torch.as_tensor(x * seen.natural), step, scale=width)
+        told = [misfit.value_and_gradient(y, z) for y, z in zip(estimate.value, x, strict=True)]
+        g = estimate.vjp(torch.stack([v for _, v, _ in told])).numpy() * seen.natural
+        g = g + np.stack([slope for _, _, slope in told])
+        moved = self.mover.move(x, g, width, schedule.decay(step))
+        known = None if seen.known_noise is None else seen.known(x, estimate.value, estimate.jacobian())
+        counts = estimate.num_evaluations, estimate.num_failed
+        return Look(np.array([v for v, _, _ in told]), moved, width, schedule.settled(step), *counts, known)
+
+    def keep(self, which: NDArray[np.intp]) -> None:
+        self.mover.keep(which)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.mover.to_dict()
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self.mover.restore(saved)
+
+
+@final
+class GaussNewton:
+    """Steps of (J^T W J + P + damping)^-1 times the gradient, no longer than two scales in any coordinate.
+
+    W are the weights of a robust loss, P the precision of the prior (see `Misfit.normal`).
+    """
+
+    def __init__(
+        self,
+        smoothed: SmoothedSimulator,
+        misfit: Misfit,
+        natural: Array,
+        schedule: Schedule,
+        known_noise: bool | None = None,
+    ) -> None:
+        self.seen = _Seen(smoothed, misfit, natural, schedule, known_noise)
+
+    def look(self, x: Array, step: int) -> Look:
+        seen, schedule = self.seen, self.seen.schedule
+        width, misfit = schedule.width(step), schedule.misfit(seen.misfit, step)
+        estimate = seen.smoothed.estimate(torch.as_tensor(x * seen.natural), step, scale=width)
+        jacobian = estimate.jacobian()
+        losses, moved = [], []
+        for z, y, J in zip(x, estimate.value, jacobian, strict=True):
+            losses.append(misfit.value(y, z))
+            direction = seen.step(misfit, J, y, z)
+            moved.append(z + direction * min(1.0, 2 * width / max(float(np.max(np.abs(direction))), 1e-300)))
+        known = seen.known(x, estimate.value, jacobian)
+        counts = estimate.num_evaluations, estimate.num_failed
+        return Look(np.array(losses), np.stack(moved), width, schedule.settled(step), *counts, known)
+
+    def keep(self, which: NDArray[np.intp]) -> None: ...
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, saved: Mapping[str, Any]) -> None: ...
+
+
+@final
+class Adam:
+    """Adam's direction (Kingma and Ba 2015) in numpy float64, times the scale of the noise and `rate`."""
+
+    def __init__(self, shape: tuple[int, int], rate: float, betas: tuple[float, float] = (0.7, 0.95)) -> None:
+        self.rate, self.betas, self.m, self.v, self.t = rate, betas, np.zeros(shape), np.zeros(shape), 0
+
+    def move(self, x: Array, gradient: Array, width: float, decay: float) -> Array:
+        b1, b2 = self.betas
+        self.t += 1
+        self.m = b1 * self.m + (1 - b1) * gradient
+        self.v = b2 * self.v + (1 - b2) * gradient * gradient
+        m, v = self.m / (1 - b1**self.t), self.v / (1 - b2**self.t)
+        return np.asarray(x - self.rate * width * decay * (m / (np.sqrt(v) + 1e-300)))
+
+    def keep(self, which: NDArray[np.intp]) -> None:
+        self.m, self.v = self.m[which], self.v[which]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"m": self.m, "v": self.v, "t": self.t}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self.m, self.v, self.t = (saved[key] for key in "mvt")
+
+
+@final
+class TorchMover:
+    """Any `torch.optim` optimiser, one for each start, of parameters in natural units.
+
+    Its learning rates are those it was made with, times the scale of the noise over the first scale.
+
+    Args:
+        make: as `make_optimiser` gives it. first: the first scale.
+    """
+
+    def __init__(self, make: MakeOptimiser, shape: tuple[int, int], first: float) -> None:
+        self.parameters = [torch.nn.Parameter(torch.zeros(shape[1], dtype=torch.float64)) for _ in range(shape[0])]
+        self.optimisers = [make([p]) for p in self.parameters]
+        self.rates = [[group.get("lr") for group in o.param_groups] for o in self.optimisers]
+        self.first = first
+
+    def move(self, x: Array, gradient: Array, width: float, decay: float) -> Array:
+        moved = []
+        for p, optimiser, rates, z, g in zip(self.parameters, self.optimisers, self.rates, x, gradient, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                if rate is not None:
+                    group["lr"] = rate * (width / self.first)
+            with torch.no_grad():
+                p.copy_(torch.as_tensor(z))
+            p.grad = torch.as_tensor(g).clone()
+            optimiser.step()
+            moved.append(p.detach().numpy().copy())
+        return np.stack(moved)
+
+    def keep(self, which: NDArray[np.intp]) -> None:
+        self.parameters, self.optimisers = [self.parameters[i] for i in which], [self.optimisers[i] for i in which]
+        self.rates = [self.rates[i] for i in which]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+
+
+def make_optimiser(given: str | Callable[..., torch.optim.Optimizer], rate: float, d: int) -> MakeOptimiser:
+    """What makes an optimiser of a list with one parameter (d,); one is made, and tried, at once.
+
+    Args:
+        given: a class of `torch.optim`, or its name: it gets lr=rate; or a function of that list.
+
+    Raises:
+        InputError: it is none, or its steps need more than a gradient.
+    """
+    what = given if isinstance(given, str) else getattr(given, "__name__", repr(given))
+    kind: Any = getattr(torch.optim, given, None) if isinstance(given, str) else given
+    if kind is None or not callable(kind):
+        known = [n for n in dir(torch.optim) if _is_optimiser(getattr(torch.optim, n))]
+        raise InputError(f"Unknown optimiser {what!r}. Known: {', '.join(known)}, or a function of the parameters.")
+
+    def make(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        made = kind(parameters, lr=rate) if _is_optimiser(kind) else kind(parameters)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise TypeError(f"it makes a {type(made).__name__}")
+        if isinstance(made, torch.optim.LBFGS):
+            raise TypeError("LBFGS asks for several values of a loss without noise in each step")
+        return made
+
+    try:
+        trial = torch.nn.Parameter(torch.zeros(d, dtype=torch.float64))
+        optimiser = make([trial])
+        trial.grad = torch.ones_like(trial)
+        optimiser.step()
+    except Exception as error:
+        raise InputError(
+            f"Expected an optimiser that steps along a gradient (d,), such as torch.optim.SGD or lambda parameters: "
+            f"torch.optim.SGD(parameters, lr=0.1), got {what!r}: {error}. For second-order steps use "
+            "method='gauss-newton'."
+        ) from error
+    return make
+
+
+def _is_optimiser(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+
+
+def describe(make: MakeOptimiser) -> str:
+    """What an optimiser is and its settings, by which a run is known again."""
+    optimiser = make([torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))])
+    groups: Sequence[dict[str, Any]] = optimiser.state_dict()["param_groups"]
+    return f"{type(optimiser).__module__}.{type(optimiser).__qualname__} {groups}"

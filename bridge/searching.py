@@ -1,0 +1,184 @@
+"""The search by a model of all runs (`bridge.search`) as a method of `bridge.fit`: it evaluates what is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge.descent import plain_outputs, thinking
+from bridge.errors import BridgeError, InputError
+from bridge.fit_result import End, FitStep
+from bridge.misfit import Misfit
+from bridge.search import Search
+from bridge.smoothing import SmoothedSimulator
+from bridge.uncertainty import of_search
+
+Array = NDArray[np.float64]
+
+# A step of less than this part of the errors asked for is small against them.
+_SMALL = 0.25
+
+
+@final
+class Searching:
+    """`bridge.search.Search` on a simulator.
+
+    Args:
+        plain: the simulator itself, as a smoothed one of one run a point.
+        budget: of runs, those at the end included. known_noise: whether the target's variance is known.
+        starts: (k, d) natural units, the search's own among them: all are run in the first round.
+        asked: (d,) standard errors that suffice, natural units; None to go on.
+    """
+
+    def __init__(
+        self,
+        plain: SmoothedSimulator,
+        misfit: Misfit,
+        search: Search,
+        natural: Array,
+        budget: int,
+        known_noise: bool,
+        starts: Array,
+        asked: Array | None = None,
+    ) -> None:
+        self.plain, self.misfit, self.search, self.natural = plain, misfit, search, natural
+        self.budget, self.known_noise, self.starts, self.asked = budget, known_noise, starts, asked
+        self.precise = 0
+        self.error: Array | None = None
+        self._add_starts()
+
+    @property
+    def x(self) -> Array:
+        return self.search.overall[1]
+
+    @property
+    def done(self) -> str:
+        return self.search.stopped or ("standard_error" if self.precise >= 2 else "")
+
+    @property
+    def last_runs(self) -> int:
+        """Runs that the end may take: outputs are had back from residuals where these are the outputs' own."""
+        return 1 if self.misfit.plain else 2
+
+    @property
+    def next_runs(self) -> int:
+        return 1 + self.last_runs
+
+    def advance(self, step: int, num_evaluations: int) -> FitStep:
+        search = self.search
+        search.points = search.points[: max(1, self.budget - self.last_runs - num_evaluations)]
+        points = search.points
+        outputs = plain_outputs(self.plain, points * self.natural, step)
+        shape = tuple(self.misfit.target.shape)
+        if step == 0 and outputs.shape[1:] != shape:
+            raise InputError(f"Expected a target of shape {outputs.shape[1:]}, got {shape}.")
+        failed = np.asarray(~np.isfinite(outputs.reshape(len(points), -1)).all(axis=1))
+        if failed.all():  # and perhaps without a shape
+            outputs = np.full((len(points), *shape), np.nan)
+        residuals = self.misfit.residuals_of(outputs)
+
+        def told() -> None:
+            search.told(residuals, failed)
+            self._judge()
+
+        self._think(told, lambda: search.with_rows(residuals, failed))
+        note = search.note
+        if step == 0 and search.reused:
+            note = "; ".join(filter(None, [f"begins with {search.reused} evaluations of earlier runs", note]))
+        loss, best = search.overall
+        return FitStep(
+            step,
+            loss,
+            search.scale,
+            tuple((best * self.natural).tolist()),
+            num_evaluations + len(points),
+            None if self.error is None else tuple((self.error * self.natural).tolist()),
+            num_failed=int(search.failed.sum()),
+            note=note,
+        )
+
+    def loss_of_rows(self, outputs: Array) -> Array:
+        """(n,) losses of single runs, without the prior, of outputs (n, m)."""
+        return np.array([self.misfit.cost(r) for r in self._residuals(outputs)])
+
+    def begin_with(self, parameters: Array, outputs: Array) -> None:
+        """Takes earlier runs at (n, d) parameters, with outputs (n, m), into the model. Collective."""
+        rows, residuals = parameters / self.natural, self._residuals(outputs)
+
+        def begin() -> None:
+            self.search.begin_with(rows, residuals)
+            self._add_starts()
+
+        self._think(begin, lambda: residuals)
+
+    def _residuals(self, outputs: Array) -> Array:
+        return self.misfit.residuals_of(outputs.reshape(len(outputs), *self.misfit.target.shape))
+
+    def _add_starts(self) -> None:
+        """All starts into the first round."""
+        points = self.search.points
+        new = [z for z in self.starts[1:] if not (np.vstack([self.search.rows, points]) == z).all(axis=1).any()]
+        self.search.points = np.vstack([points[:1], *new, points[1:]])
+
+    def _think(self, change: Callable[[], None], residuals: Callable[[], Array]) -> None:
+        """Changes the search on one rank and hands it to the others, which know all `residuals` afterwards.
+
+        One rank thinks for all: sums of its linear algebra need not have the same last bits elsewhere.
+        """
+        dispatcher = thinking(self.plain)
+        error, saved = None, None
+        if dispatcher.rank == 0:
+            try:
+                change()
+            except BridgeError as problem:
+                error = problem
+            saved = {name: value for name, value in self.to_dict().items() if name != "residuals"}
+        dispatcher.agree(error)
+        saved = dispatcher.broadcast_object(saved)
+        if dispatcher.rank != 0 and saved is not None:
+            self.restore({**saved, "residuals": residuals()})
+
+    def _judge(self) -> None:
+        """Whether the standard errors are those asked for, and what is expected of the next round small beside them."""
+        if self.asked is None or not self.search.kernel.size:
+            return
+        self.error = np.sqrt(np.diag(of_search(self.search, self.misfit, self.known_noise)))
+        current = np.array_equal(self.search.overall[1], self.search.best)
+        small = (np.abs(self.search.step) <= _SMALL * self.asked).all() and not self.search.at_edge
+        self.precise = self.precise + 1 if current and small and (self.error <= self.asked).all() else 0
+
+    def finish(self, step: int) -> End:
+        loss, best = self.search.overall
+        covariance = None
+        if len(self.search.rows):
+            covariance = thinking(self.plain).broadcast(of_search(self.search, self.misfit, self.known_noise))
+        outputs, runs = self.outputs_at(np.stack([best, self.search.start]), step)
+        return End(
+            *(best, self.search.start, loss, covariance, outputs[0], outputs[1]),
+            num_evaluations=runs,
+            num_failed=int(self.search.failed.sum()),
+            num_reused=self.search.reused,
+        )
+
+    def outputs_at(self, points: Array, step: int) -> tuple[NDArray[Any], int]:
+        """(k, *shape) outputs at points: of rows that have been run, else of a run more; and how many of these."""
+        outputs, runs = [], 0
+        for z in points:
+            rows = np.flatnonzero((self.search.rows == z).all(axis=1))
+            if len(rows) and self.misfit.plain:
+                row = self.search.residuals[rows[0]] * self.misfit.deviation + self.misfit.target.numpy().reshape(-1)
+                outputs.append(np.where(self.search.failed[rows[0]], np.nan, row).reshape(self.misfit.target.shape))
+            else:
+                outputs.append(plain_outputs(self.plain, z[None] * self.natural, step + runs)[0])
+                runs += 1
+        return np.stack(outputs), runs
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.search.to_dict(), "precise": self.precise, "error": self.error}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self.search.restore(saved)
+        self.precise, self.error = saved["precise"], saved["error"]
