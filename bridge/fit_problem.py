@@ -111,10 +111,7 @@ def make_problem(
             raise InputError(f"Expected one value of {name!r}, which is fixed, in all starts, got several.")
     free = sim.space if isinstance(sim, ReducedSimulator) else space
     goal = checked_target(target, sim)
-    if loss is not None and (variance is not None or robust is not None):
-        what = "robust=" if variance is None else "variance="
-        raise InputError(f"Expected no {what} with a loss of your own, which has no use for it. Leave it out.")
-    if robust is not None and variance is None:
+    if robust is not None and loss is None and variance is None:
         raise InputError(
             "Expected variance= with robust=, whose width is in standard deviations of the target's noise."
         )

@@ -174,6 +174,11 @@ def fit(
         *(method, problem.simulator, problem.free.dimension),
         loss=loss is not None, optimiser=optimiser is not None, coarse=coarse is not None,
     )  # fmt: skip
+    if sources(reuse) and method_ != "kriging":
+        raise InputError(
+            f"Expected method='kriging' with reuse, got {method_!r}: a smoothed gradient takes rows drawn about where it "
+            "is, and earlier ones count for next to nothing there. To find the very same runs again, pass store=."
+        )
     settings = MethodSettings(
         method_, steps, num_samples, scale, learning_rate, optimiser, full_scale, coarse, halving, stop_at_error,
         restarts, tolerance, max_runs,
@@ -217,7 +222,7 @@ def fit(
                 record = problem.record(way.advance(len(history), spent))
                 record = replace(record, num_cached=found + cost.cached, num_surrogate=ran + cost.surrogate)
                 if not history and method == "auto":
-                    record = replace(record, note=f"{method_}: {reason}" + ("; " * bool(record.note)) + record.note)
+                    record = replace(record, note="; ".join(filter(None, [record.note, f"{method_}: {reason}"])))
                 history.append(record)
                 observers.step(record)
                 if on_step is not None:
@@ -304,13 +309,8 @@ def _earlier(
 ) -> Earlier | None:
     """Evaluations of earlier fits; nothing where this one has begun already. Collective."""
     way, dispatcher = chosen.way, thinking(chosen.smoothed[0])
-    if not reuse:
+    if not reuse or not isinstance(way, Searching):
         return None
-    if not isinstance(way, Searching):
-        raise InputError(
-            "Expected method='kriging' with reuse, got a descent: a smoothed gradient takes rows drawn about where it "
-            "is, and earlier ones count for next to nothing there. To find the very same runs again, pass store=."
-        )
     if dispatcher.broadcast_object(begun):
         return None
     found, refused = None, None

@@ -251,6 +251,9 @@ def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any])
     for what, good, given in limits:
         if not good:
             raise InputError(f"Expected {what}, got {given!r}.")
+    if own_loss and (problem.known_noise or problem.misfit.robust is not None):
+        what = "variance=" if problem.known_noise else "robust="
+        raise InputError(f"Expected no {what} with a loss of your own, which has no use for it. Leave it out.")
     if own_loss and method in ("kriging", "gauss-newton"):
         raise InputError(f"Expected adam, torch or natural with a loss of your own: {method} needs least squares.")
     if (s.optimiser is not None) != (method == "torch"):

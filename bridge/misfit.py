@@ -215,8 +215,9 @@ class Misfit:
         """(n, m) of outputs (n, *shape), not finite where they are not."""
         rows = torch.as_tensor(outputs, dtype=torch.float64)
         if self.plain:
-            return np.asarray(((rows - self.target) / self.variance.sqrt()).reshape(len(rows), -1).numpy())
-        good = np.isfinite(outputs.reshape(len(rows), -1)).all(axis=1)
+            whitened = (rows - self.target) / self.variance.sqrt()
+            return np.asarray(whitened.reshape(len(rows), self.target.numel()).numpy())
+        good = np.isfinite(outputs.reshape(len(rows), self.target.numel())).all(axis=1)
         mapped = np.full((len(rows), self.residual(self.target).numel()), np.nan)
         for i in np.flatnonzero(good):
             mapped[i] = self.residual(rows[i]).numpy()
