@@ -176,8 +176,8 @@ def fit(
     )  # fmt: skip
     if sources(reuse) and method_ != "kriging":
         raise InputError(
-            f"Expected method='kriging' with reuse, got {method_!r}: a smoothed gradient takes rows drawn about where it "
-            "is, and earlier ones count for next to nothing there. To find the very same runs again, pass store=."
+            f"Expected method='kriging' with reuse, got {method_!r}: a smoothed gradient takes rows drawn about where "
+            "it is, and earlier ones count for next to nothing there. To find the very same runs again, pass store=."
         )
     settings = MethodSettings(
         method_, steps, num_samples, scale, learning_rate, optimiser, full_scale, coarse, halving, stop_at_error,
