@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def test_what_was_written_is_read(folder: Path) -> None:
     np.testing.assert_allclose(found.shifts_angstrom, SHIFTS, atol=5e-3)  # .xf has three digits of a pixel
     np.testing.assert_allclose(found.doses_e_per_angstrom2, [3.5] * 3)
     np.testing.assert_allclose(found.defocus_um, [2.5, 3.25, 2.5])
+
+
+def test_the_truth_is_kept_to_the_last_bit(tmp_path: Path) -> None:
+    of = series()
+    write_tilt_series(tmp_path, "t", of, IMAGES, [0.1 + 0.2])
+    truth = json.loads((tmp_path / "t_truth.json").read_text())
+    assert truth["parameters"] == {"defocus_um[1]": {"value": 0.1 + 0.2, "unit": "um"}}
+    inputs = of.space.vector({name: entry["value"] for name, entry in truth["parameters"].items()})
+    np.testing.assert_array_equal(inputs, [0.1 + 0.2])
+    settings = truth["settings"]
+    assert (settings["tilt_axis_deg"], settings["shift_x_angstrom[1]"], settings["tilt_deg[2]"]) == (85.3, 40.0, 44.0)
+    assert (truth["shape"], truth["pixel_size_angstrom"]) == ([3, 10, 13], 4.5)
+    # All that the simulator knows by name, each once.
+    assert {**settings, **{name: p["value"] for name, p in truth["parameters"].items()}} == of.settings(inputs)
 
 
 @given(st.floats(-179.0, 179.0), st.integers(8, 40), st.integers(8, 40))

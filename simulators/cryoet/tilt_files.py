@@ -15,6 +15,7 @@ Of a series `name` are written:
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -36,6 +37,9 @@ def write_tilt_series(
     folder: str | Path, name: str, series: TiltSeries, images: ArrayLike, parameters: ArrayLike | None = None
 ) -> list[Path]:
     """Writes a series' images and what is known of them; each file appears whole, and takes the place of an older one.
+
+    NAME_truth.json has the parameters with their units, and all other settings by name, to the last bit:
+    `series.space.vector({name: p["value"] for name, p in truth["parameters"].items()})` are the inputs again.
 
     Args:
         folder: where; made if missing.
@@ -68,12 +72,24 @@ def write_tilt_series(
         "_series.star": _series_star(name, series, values),
         "_tilts.star": _tilts_star(name, series, values),
         "_particles.star": _particles_star(name, series, values),
+        "_truth.json": _truth(series, values),
     }
     files = [folder / f"{name}.mrc"]
     for suffix, text in texts.items():
         files.append(folder / f"{name}{suffix}")
         _write_text(files[-1], text)
     return files
+
+
+def _truth(series: TiltSeries, values: Mapping[str, float]) -> str:
+    known = {p.name: {"value": float(values[p.name]), "unit": p.unit} for p in series.space.parameters}
+    content = {
+        "pixel_size_angstrom": series.pixel_size_angstrom,
+        "shape": list(series.output_shape),
+        "parameters": known,
+        "settings": {name: float(value) for name, value in values.items() if name not in known},
+    }
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _write_text(path: Path, text: str) -> None:
