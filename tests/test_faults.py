@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ended_ranks import until_the_run_is_free
 
 pytestmark = [pytest.mark.mpi, pytest.mark.every_mpi]
 
@@ -100,7 +101,9 @@ class Fit:
         environment = {"PAID": str(self.paid_file), **(env or {})}
         arguments = (self.script, fault, self.directory, self.method)
         if ranks:
-            return self._run_ranks(ranks, *arguments, env=environment, timeout=90, **kwargs)
+            done = self._run_ranks(ranks, *arguments, env=environment, timeout=90, **kwargs)
+            until_the_run_is_free(self.directory)
+            return done
         return self._run_alone(*arguments, env=environment, timeout=90)
 
 
