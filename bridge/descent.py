@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.coarse import stage_of
-from bridge.dispatch import SerialDispatcher
 from bridge.errors import EvaluationError
 from bridge.fit_result import End, FitEnd, FitStep
 from bridge.misfit import LinearMap, Misfit
@@ -30,7 +29,7 @@ FAILED = 1e300
 # The share of the steps in which the worse half of several starts is dropped again and again.
 _RACE = 0.5
 # Steps of less than this part of the errors asked for are small against them.
-_SMALL = 0.25
+SMALL_STEP = 0.25
 
 
 @final
@@ -155,7 +154,7 @@ class Descent:
         before = self._x[best]
         self.last_runs = look.num_evaluations
         self.failed += look.num_failed
-        dispatcher = thinking(self.smoothed)
+        dispatcher = self.smoothed.dispatcher.thinking
         self.past = [*self.past, self._x][-self.window :]
         self._x = np.clip(dispatcher.broadcast(look.x), self.lower, self.upper)
         self._judge(look, best)
@@ -187,7 +186,7 @@ class Descent:
         covariance, step = look.known[best]
         error = np.sqrt(np.diag(covariance))
         near = look.settled or look.width <= float(self.asked.min())
-        small = (np.abs(step) <= _SMALL * self.asked).all()
+        small = (np.abs(step) <= SMALL_STEP * self.asked).all()
         self.precise = self.precise + 1 if near and small and (error <= self.asked).all() else 0
         if self.precise >= 2:
             self.done = "standard_error"
@@ -213,7 +212,7 @@ class Descent:
         if self.misfit.loss is None:
             at = final.jacobian()[best], final.value[best]
             covariance = of_descent(self.misfit, *at, self.natural, self.known_noise)
-            covariance = thinking(self.smoothed).broadcast(covariance)
+            covariance = self.smoothed.dispatcher.thinking.broadcast(covariance)
         ends = np.stack([self._x[best], self.starts[self.active[best]]])
         outputs, runs = last_outputs(self.smoothed, ends * self.natural, step, tuple(self.misfit.target.shape))
         table = list(self.dropped)
@@ -239,11 +238,6 @@ class Descent:
 
 def _number(entry: tuple[int, Array, float, int]) -> int:
     return entry[0]
-
-
-def thinking(smoothed: SmoothedSimulator) -> Any:
-    """Whose numbers count. Under a driver the other ranks follow its evaluations, not what it thinks of them."""
-    return smoothed.dispatcher if smoothed.dispatcher.driver is None else SerialDispatcher()
 
 
 def last_outputs(

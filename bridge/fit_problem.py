@@ -59,9 +59,8 @@ class FitProblem:
 
     def whole(self, z: Array) -> Array:
         """All parameters, (d,), in their units."""
-        sim = self.simulator
-        x = z * self.natural
-        return np.asarray(sim.base + sim.lift @ x) if isinstance(sim, ReducedSimulator) else x
+        sim, x = self.simulator, z * self.natural
+        return sim.forwarded(x[None])[0] if isinstance(sim, ReducedSimulator) else x
 
     def covariance(self, of_free: Array) -> Array:
         """(d, d) of all parameters in their units, of that of the free ones in natural units."""
@@ -74,7 +73,7 @@ class FitProblem:
         if not isinstance(sim, ReducedSimulator):
             return step
         error = step.standard_error
-        whole = tuple((sim.base + sim.lift @ np.array(step.parameters)).tolist())
+        whole = tuple(sim.forwarded(np.array([step.parameters]))[0].tolist())
         if error is not None:
             error = tuple(np.sqrt(np.diag(lifted(np.diag(np.square(error)), sim.lift))).tolist())
         return replace(step, parameters=whole, standard_error=error)

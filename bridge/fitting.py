@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from bridge.descent import thinking
 from bridge.errors import BridgeError, InputError
 from bridge.fit_problem import FitProblem, Start, make_problem
 from bridge.fit_result import FitEnd, FitResult, FitStep
@@ -201,7 +200,7 @@ def fit(
         for smoothed in chosen.smoothed:
             if smoothed.execution.store is None:
                 smoothed.execution = replace(smoothed.execution, store=run.store)
-    way, dispatcher = chosen.way, thinking(chosen.smoothed[0])
+    way, dispatcher = chosen.way, chosen.smoothed[0].dispatcher.thinking
     observers = make_observers(progress, root=dispatcher.rank == 0)
     with nullcontext() if run is None else run, observers:
         _start(observers, problem, chosen, title)
@@ -283,7 +282,7 @@ def _start(observers: Observers, problem: FitProblem, chosen: Chosen, title: str
         observers.start(problem.space, max_steps=chosen.limit, max_runs=max_runs, title=title)
     except BridgeError as refused:  # on rank 0 alone
         refusal = refused
-    thinking(chosen.smoothed[0]).agree(refusal)
+    chosen.smoothed[0].dispatcher.thinking.agree(refusal)
 
 
 def _restored(run: Run | None, chosen: Chosen) -> tuple[list[FitStep], str]:
@@ -308,7 +307,7 @@ def _earlier(
     begun: bool,
 ) -> Earlier | None:
     """Evaluations of earlier fits; nothing where this one has begun already. Collective."""
-    way, dispatcher = chosen.way, thinking(chosen.smoothed[0])
+    way, dispatcher = chosen.way, chosen.smoothed[0].dispatcher.thinking
     if not reuse or not isinstance(way, Searching):
         return None
     if dispatcher.broadcast_object(begun):

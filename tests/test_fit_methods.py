@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from fit_lab import START, TRUTH, decay, killed_and_resumed, named
 from scipy import integrate, stats
 
 import bridge
@@ -17,19 +18,8 @@ from bridge.robust import Robust, make_robust
 from bridge.rules import TorchMover, make_optimiser
 from bridge.uncertainty import of_robust
 
-X = np.linspace(0, 3, 25)
-TRUTH = np.array([2.0, 1.2, 0.5])
-START = [1.6, 0.9, 0.7]
 RNG = np.random.default_rng(4)
 A = RNG.normal(size=(30, 3))
-
-
-def decay(theta):
-    return theta[0] * np.exp(-theta[1] * X) + theta[2]
-
-
-def named(function, **settings):
-    return bridge.as_simulator(function, names=["a", "rate", "b"], natural_scale=[0.3, 0.3, 0.2], **settings)
 
 
 def linear(theta):
@@ -541,10 +531,6 @@ def test_what_a_method_has_no_use_for_is_refused(settings, words):
         bridge.fit(named(decay), decay(TRUTH), **{"start": START, "seed": 0, **settings})
 
 
-class Killed(BaseException):
-    pass
-
-
 SPIKED = decay(TRUTH) + 2.0 * (np.arange(25) == 7)
 COMBINED = [
     {"method": "kriging", "robust": "huber", "variance": 0.01, "num_starts": 3, "max_runs": 40, "stop_at_error": 1e-3},
@@ -566,20 +552,8 @@ def test_a_fit_of_any_kind_killed_between_two_steps_ends_bitwise_the_same(tmp_pa
     def fit(directory, **more):
         return bridge.fit(named(decay), SPIKED, START, seed=0, directory=directory, **samples, **settings, **more)
 
-    whole = fit(tmp_path / "whole")
-
-    def die(record):
-        if record.step == at:
-            raise Killed
-
-    with pytest.raises(Killed):
-        fit(tmp_path / "killed", on_step=die, every_s=0)
-    seen = []
-    resumed = fit(tmp_path / "killed", on_step=seen.append)
+    whole, resumed = killed_and_resumed(fit, tmp_path, at)
     assert resumed.history == whole.history
-    assert tuple(seen) == resumed.history
-    assert resumed.parameters.tobytes() == whole.parameters.tobytes()
-    assert resumed.covariance.tobytes() == whole.covariance.tobytes()
     assert [e.parameters.tobytes() for e in resumed.ends] == [e.parameters.tobytes() for e in whole.ends]
     assert len(whole.ends) == (0 if settings.get("method") == "kriging" else 3)
 

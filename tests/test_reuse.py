@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from fit_lab import Killed
 
 import bridge
 from bridge.errors import InputError
@@ -214,10 +215,6 @@ def test_order_and_duplicates_of_what_is_used_again_do_not_matter(earlier, tmp_p
     result = refit(reuse=[tmp_path / "c", tmp_path / "b", tmp_path / "a"])
     assert result.num_reused == 24
     same(result, expected)
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.parametrize("at", [1, 3, 10])

@@ -65,6 +65,14 @@ class Dispatcher(ABC):
     """On rank 0 of a job in which the others only follow, see `bridge.driver`."""
 
     @property
+    def thinking(self) -> Dispatcher:
+        """Whose ranks run the program itself: under a driver the others follow its evaluations, not what it makes of
+        them."""
+        from bridge.dispatch.serial import SerialDispatcher
+
+        return self if self.driver is None else SerialDispatcher()
+
+    @property
     def local_rank(self) -> int:
         """This rank's number among those on the same host."""
         return 0

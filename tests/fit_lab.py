@@ -1,0 +1,40 @@
+"""What tests of fits share: a small simulator with names and natural scales, and a fit that is killed and resumed."""
+
+import numpy as np
+import pytest
+
+import bridge
+
+X = np.linspace(0, 3, 25)
+TRUTH = np.array([2.0, 1.2, 0.5])
+START = [1.6, 0.9, 0.7]
+
+
+class Killed(BaseException):
+    pass
+
+
+def decay(theta):
+    return theta[0] * np.exp(-theta[1] * X) + theta[2]
+
+
+def named(function, **settings):
+    return bridge.as_simulator(function, names=["a", "rate", "b"], natural_scale=[0.3, 0.3, 0.2], **settings)
+
+
+def killed_and_resumed(fit, folder, at):
+    """`fit(directory, **settings)` undisturbed, and killed after step `at` and resumed: bitwise the same."""
+    whole = fit(folder / "whole")
+
+    def die(record):
+        if record.step == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(folder / "killed", on_step=die, every_s=0)
+    seen = []
+    resumed = fit(folder / "killed", on_step=seen.append)
+    assert tuple(seen) == resumed.history
+    assert resumed.parameters.tobytes() == whole.parameters.tobytes()
+    assert resumed.covariance.tobytes() == whole.covariance.tobytes()
+    return whole, resumed
