@@ -14,6 +14,8 @@ Array = NDArray[np.float64]
 
 # Widths at which the estimate of a mean keeps 95 % of its efficiency under Gaussian noise.
 _WIDTHS = {"huber": 1.345, "cauchy": 2.3849, "soft-l1": 1.2871}
+# Of a residual, that the fit leaves.
+_LEAST_LEFT = 0.05
 
 
 @final
@@ -57,16 +59,24 @@ class Robust:
             return np.asarray((u <= 1).astype(np.float64))
         return np.asarray((1 + u) ** -1.5 if self.name == "soft-l1" else (1 - u) / (1 + u) ** 2)
 
-    def spread(self, r: Array, d: int) -> tuple[float, float]:
-        """(a, b): the covariance of d parameters fitted to residuals r (m,) is a / b^2 (J^T J)^-1, whatever their law.
+    def spread(self, r: Array, leverage: Array) -> tuple[float, float]:
+        """(a, b): the covariance of parameters fitted to residuals r (m,) is a / b^2 (J^T J)^-1, whatever their law.
 
-        b = mean psi', a = K^2 sum psi^2 / (m - d), K = 1 + d / m var psi' / b^2 (Huber and Ronchetti, equation 7.81).
+        b = mean psi', a = K^2 mean (psi / (1 - h))^2, K = 1 + sum h / m var psi' / b^2 (Huber and Ronchetti, equation
+        7.81). A number with leverage h pulls the fit towards itself, which leaves 1 - h of its residual; what is more
+        than psi^2 / (1 - h) stands for the noise of the estimate itself, as in the jackknife.
+
+        Args:
+            leverage: h, (m,), the diagonal of the hat matrix of the weighted fit.
+
+        Reference: for HC3: MacKinnon and White, J. Econometrics 29 (1985) 305.
         """
-        m = len(r)
         curvature = self.curvature(r)
         b = max(float(curvature.mean()), 1e-3)
-        k = 1 + d / m * float(curvature.var()) / b**2
-        return k**2 * float(((self.weight(r) * r) ** 2).sum()) / max(m - d, 1), b
+        k = 1 + float(leverage.mean()) * float(curvature.var()) / b**2
+        # Where a parameter has a number for itself there is no residual to tell by.
+        left = np.maximum(1 - leverage, _LEAST_LEFT)
+        return k**2 * float(((self.weight(r) * r / left) ** 2).mean()), b
 
 
 def make_robust(given: Any) -> Robust | None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.kriging import Kriging
 from bridge.misfit import Misfit
 from bridge.robust import Robust
 from bridge.search import Search
@@ -23,22 +24,31 @@ def of_least_squares(normal: Array, variance: float, precision: Array) -> Array:
     return inverse(normal / variance + np.diag(precision))
 
 
-def of_robust(normal: Array, residual: Array, robust: Robust, precision: Array) -> Array:
+def of_robust(normal: Array, J: Array, residual: Array, robust: Robust, precision: Array) -> Array:
     """The sandwich A^-1 M A^-1, A = b J^T J + P, M = a J^T J + P, with a and b from the residuals themselves.
 
     So it holds for residuals that are not Gaussian: outliers cost accuracy, in place of lending it (see
     `Robust.spread`).
 
     Args:
-        normal: J^T J, without weights. residual: (m,) in standard deviations. precision: the prior's P, (d,).
+        normal: J^T J, without weights. J: (m, d), for the leverages alone. residual: (m,) in standard deviations.
+        precision: the prior's P, (d,).
     """
-    a, b = robust.spread(residual, len(normal))
+    a, b = robust.spread(residual, leverages(J, robust.weight(residual), precision))
     bread = inverse(b * normal + np.diag(precision))
     open_ = np.isinf(np.diag(bread))
     bread[open_, open_] = 0
     result = bread @ (a * normal + np.diag(precision)) @ bread
     result[open_, open_] = np.inf
     return np.asarray(result)
+
+
+def leverages(J: Array, weight: Array, precision: Array) -> Array:
+    """h_i = w_i J_i (J^T W J + P)^-1 J_i^T, (m,): how far the fit follows each number. They add up to d without P."""
+    covariance = inverse((J.T * weight) @ J + np.diag(precision))
+    open_ = np.isinf(np.diag(covariance))
+    covariance[open_, open_] = 0
+    return np.asarray(weight * ((J @ covariance) * J).sum(axis=1))
 
 
 def of_descent(misfit: Misfit, jacobian: torch.Tensor, output: torch.Tensor, natural: Array, known: bool) -> Array:
@@ -51,7 +61,7 @@ def of_descent(misfit: Misfit, jacobian: torch.Tensor, output: torch.Tensor, nat
     r = misfit.residual(output)
     normal, d = (J.T @ J).numpy(), J.shape[1]
     if misfit.robust is not None:
-        return of_robust(normal, r.numpy(), misfit.robust, misfit.prior.precision)
+        return of_robust(normal, J.numpy(), r.numpy(), misfit.robust, misfit.prior.precision)
     variance = 1.0 if known else max(float(r @ r) / max(len(r) - d, 1), 1e-300)
     return of_least_squares(normal, variance, misfit.prior.precision)
 
@@ -77,9 +87,26 @@ def of_search(search: Search, misfit: Misfit, known: bool) -> Array:
         if robust is None:
             covariance = of_least_squares(normal, variance, precision)
         else:
-            covariance = of_robust(normal, search.residual_at(z), robust, precision)
+            J = _jacobian(search, model, z, width)
+            covariance = of_robust(normal, J, search.residual_at(z), robust, precision)
         width = np.clip(np.sqrt(np.diag(covariance)), 1e-4, 1.0)
     return covariance
+
+
+def _jacobian(search: Search, model: Kriging, z: Array, width: Array) -> Array:
+    """(m, d) by the differences of `Kriging.normal_matrix`: the model itself knows its rows' Gram matrix alone."""
+    dw = np.stack([model.at(z + h)[0] - model.at(z - h)[0] for h in np.diag(width)], axis=1) / (2 * width)
+    which, first = [], 0
+    for row in model.rows:  # they are in the order of the search's
+        first += int(np.argmax((search.rows[first:] == row).all(axis=1)))
+        which.append(first)
+        first += 1
+    index, failed = np.array(which), search.failed[which]
+    # Of a failed row the model has another in its place: the one that is no distance away.
+    square, good = np.diag(model.gram), np.flatnonzero(~failed)
+    for i in np.flatnonzero(failed):
+        index[i] = index[good[int(np.argmin(square[i] + square[good] - 2 * model.gram[i, good]))]]
+    return np.asarray(search.residuals[index].T @ dw)
 
 
 def inverse(normal: Array) -> Array:
