@@ -13,6 +13,7 @@ from bridge.simulator import BlockStructure, ParameterSpace, Structured
 from .problem import Array, Problem
 
 WORST = 1e30  # in place of a loss that is not finite
+STRICTEST = 1e-5  # tau beyond which nothing is looked at
 OWN_CPU_S = 60.0
 
 
@@ -21,7 +22,7 @@ class SpentError(Exception):
 
 
 class Counter:
-    """Counts runs and rounds, remembers all points, and stops at the budget.
+    """Counts runs and rounds, remembers all points, and stops at the budget, or where nothing is left to be solved.
 
     A round is a batch whose points do not need each other's results. Coordinates z are parameters in natural units;
     points outside the bounds are moved onto them.
@@ -43,9 +44,22 @@ class Counter:
         self.spent = ""
         self.simulator_cpu_s = 0.0
         self._began = time.process_time()
+        self.ends: list[int] = []  # runs at the end of each round, where the solver knows better than the calls tell
         self._points: list[Array] = []
         self._rounds: list[int] = []
         self._distances: list[Array] = []
+        self._wanted, self._solved = self._enough(), False
+
+    def _enough(self) -> float:
+        """The distance that solves the problem by its strictest test; none where the least loss is not known."""
+        problem = self.problem
+        if problem.criterion == "fixed":
+            return 1.0
+        if problem.least is None:
+            return -np.inf
+        outputs = problem.simulator(problem.start[None], np.zeros(1, dtype=np.uint64))
+        begin = float(problem.distance(problem.start[None], outputs)[0])
+        return problem.least + STRICTEST * (begin - problem.least)
 
     @property
     def dimension(self) -> int:
@@ -58,7 +72,9 @@ class Counter:
 
     def outputs(self, inputs: Array, seeds: NDArray[np.uint64]) -> NDArray[Any]:
         """Of parameters inside the bounds, (k, d), as one round; counted."""
-        if self.runs >= self.budget:
+        if self._solved:
+            self.spent = "solved"
+        elif self.runs >= self.budget:
             self.spent = "budget"
         elif self.cpu_s > self.own_cpu_s:
             self.spent = "time"
@@ -71,8 +87,9 @@ class Counter:
         self.runs += len(inputs)
         self._points.append(inputs.copy())
         self._rounds += [self.rounds] * len(inputs)
-        if self.problem.from_outputs:
-            self._distances.append(self.problem.distance(inputs, outputs))
+        self._distances.append(self.problem.distance(inputs, outputs))
+        if self._distances[-1].min() < self._wanted:
+            self._solved = True
         self.simulator_cpu_s += time.process_time() - began
         return outputs
 
@@ -103,21 +120,14 @@ class Counter:
     def loss(self, point: Array) -> float:
         return float(self.losses(np.asarray(point)[None])[0])
 
-    def way(self, ends: list[int] | None = None) -> list[tuple[int, int, float]]:
-        """(run, round, distance) of each point that was nearer than all before.
-
-        Args:
-            ends: runs at the end of each round, where the solver knows better than the calls tell.
-        """
+    def way(self) -> list[tuple[int, int, float]]:
+        """(run, round, distance) of each point that was nearer than all before."""
         if not self._points:
             return []
         points, rounds = np.concatenate(self._points), np.array(self._rounds)
-        if ends is not None:
-            rounds = 1 + np.searchsorted(np.array(ends), np.arange(1, len(points) + 1))
-        distances = self._distances or [
-            self.problem.distance(p, np.empty(0)) for p in np.array_split(points, 1 + len(points) // 512)
-        ]
-        distances, best, way = np.concatenate(distances), np.inf, []
+        if self.ends:
+            rounds = 1 + np.searchsorted(np.array(self.ends), np.arange(1, len(points) + 1))
+        distances, best, way = np.concatenate(self._distances), np.inf, []
         for i, distance in enumerate(distances.tolist()):
             if distance < best:
                 best = distance

@@ -30,13 +30,13 @@ def _need(module: str, distribution: str) -> Any:
         ) from error
 
 
-def ours(counter: Counter, seed: int) -> list[int]:
+def ours(counter: Counter, seed: int) -> None:
     import bridge
 
     problem = counter.problem
-    result = bridge.fit(Watched(counter), problem.target, problem.start, seed=seed, max_runs=counter.budget,
-                        variance=problem.variance if problem.noisy_target else None)  # fmt: skip
-    return [step.num_evaluations for step in result.history]
+    bridge.fit(Watched(counter), problem.target, problem.start, seed=seed, max_runs=counter.budget,
+               variance=problem.variance if problem.noisy_target else None,
+               on_step=lambda step: counter.ends.append(step.num_evaluations))  # fmt: skip
 
 
 def pycma(counter: Counter, seed: int) -> None:
@@ -232,11 +232,11 @@ class Solver:
     """A solver and what it may spend.
 
     Attributes:
-        solve: (counter, seed) -> runs at the end of each round, or None where each call is one.
+        solve: (counter, seed) -> None.
         distribution: its package. most_runs: less than the budget, of what is dear. seeds: likewise, only so many.
     """
 
-    solve: Callable[[Counter, int], list[int] | None]
+    solve: Callable[[Counter, int], None]
     distribution: str = ""
     most_runs: int | None = None
     seeds: int | None = None

@@ -35,7 +35,6 @@ class Problem:
         noisy_target: the variance is that of noise, of the target (and of a run); else a mere unit.
         start: (d,).
         distance: (inputs (k, d), outputs (k, *shape)) -> (k,), see above.
-        from_outputs: the distance is of the outputs, so it is taken as they come; else of the inputs alone.
         criterion: which distance it is.
         tau: of the test on the loss.
         least: the least loss that is known beforehand; None where only the solvers will tell.
@@ -59,7 +58,6 @@ class Problem:
     noisy: bool = False
     noisy_target: bool = False
     runs_a_dimension: int = RUNS_A_DIMENSION
-    from_outputs: bool = False
 
     @property
     def dimension(self) -> int:

@@ -163,4 +163,4 @@ def tilt_series(seed: int) -> Problem:
         return np.array([0.5 * ((y - clean) ** 2).sum() / spread**2 for y in outputs])
 
     return Problem("tilt-series", "simulators", seed, Tilts(series, space), target, spread**2, start, distance, "loss",
-                   tau=0.01, truth=truth, noisy_target=True, runs_a_dimension=20, from_outputs=True)  # fmt: skip
+                   tau=0.01, truth=truth, noisy_target=True, runs_a_dimension=20)  # fmt: skip

@@ -52,7 +52,7 @@ def run_one(name: str, solver: Solver, seed: int) -> dict[str, Any]:
     problem = problems.make(name, seed)
     budget = min(problem.budget, solver.most_runs or problem.budget)
     counter = Counter(problem, seed, budget)
-    ends, error = None, ""
+    error = ""
     begin = time.monotonic()
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, _hangs)
@@ -60,7 +60,7 @@ def run_one(name: str, solver: Solver, seed: int) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ends = solver.solve(counter, seed)
+            solver.solve(counter, seed)
     except SetupError:
         raise
     except Exception as reason:
@@ -70,12 +70,12 @@ def run_one(name: str, solver: Solver, seed: int) -> dict[str, Any]:
         signal.alarm(0)
     own = counter.cpu_s
     outputs = problem.simulator(problem.start[None], np.zeros(1, dtype=np.uint64))
-    way = [(run, number, float(f"{value:.12g}")) for run, number, value in counter.way(ends)]
+    way = [(run, number, float(f"{value:.12g}")) for run, number, value in counter.way()]
     return {
         "problem": name, "solver": "", "seed": seed, "version": solver.version, "group": problem.group,
         "dimension": problem.dimension, "budget": problem.budget, "allowed": budget, "criterion": problem.criterion,
         "tau": problem.tau, "least": problem.least, "start": float(problem.distance(problem.start[None], outputs)[0]),
-        "runs": counter.runs, "rounds": counter.rounds if ends is None else len(ends), "way": way,
+        "runs": counter.runs, "rounds": len(counter.ends) or counter.rounds, "way": way,
         "own_cpu_s": round(own, 4), "simulator_cpu_s": round(counter.simulator_cpu_s, 4),
         "wall_s": round(time.monotonic() - begin, 3), "spent": counter.spent, "error": error,
     }  # fmt: skip
