@@ -258,8 +258,8 @@ def test_a_race_goes_on_where_it_ended(tmp_path: Path, capsys: pytest.CaptureFix
     assert [(x["problem"], x["solver"]) for x in first] == [
         ("disc", "random"), ("disc", "ensemble Kalman"), ("bard:smooth", "random"), ("bard:smooth", "ensemble Kalman"),
     ]  # fmt: skip
-    assert all(not x["error"] and (x["runs"] == 240) == (x["spent"] == "budget") for x in first)
-    assert {x["spent"] for x in first} == {"budget", "solved"}
+    assert all(not x["error"] and (x["runs"] == 240) == (x["spent"] != "solved") for x in first)
+    assert "solved" in {x["spent"] for x in first}
     assert [x["rounds"] for x in first] == [1, 20, 1, 20]
     whole = journal.read_text()
     journal.write_text(whole[:-30])  # killed while writing
