@@ -260,7 +260,7 @@ def test_a_race_goes_on_where_it_ended(tmp_path: Path, capsys: pytest.CaptureFix
     ]  # fmt: skip
     assert all(not x["error"] and (x["runs"] == 240) == (x["spent"] != "solved") for x in first)
     assert "solved" in {x["spent"] for x in first}
-    assert [x["rounds"] for x in first] == [1, 20, 1, 20]
+    assert [x["rounds"] for x in first] == [1, 3, 1, 4]  # of twelve members, until it is solved
     whole = journal.read_text()
     journal.write_text(whole[:-30])  # killed while writing
     assert run.read(journal) == first[:-1]
