@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bridge.coarse import stage_of
 from bridge.errors import EvaluationError
+from bridge.estimate import Estimate
 from bridge.fit_result import End, FitEnd, FitStep
 from bridge.misfit import LinearMap, Misfit
 from bridge.smoothing import SmoothedSimulator, smooth
@@ -106,6 +107,7 @@ class Descent:
         tolerance: converged when nothing moves by more, over a tenth of the steps, once the rule has settled.
         known_noise: whether the target's variance is known.
         asked: (d,) standard errors that suffice, natural units; None to go on.
+        newton: whether steps are those of Gauss-Newton.
 
     Reference: successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identification", AISTATS 2016.
     """
@@ -125,10 +127,12 @@ class Descent:
         tolerance: float,
         known_noise: bool,
         asked: Array | None,
+        newton: bool,
     ) -> None:
         self.smoothed, self.misfit, self.starts, self.rule = smoothed, misfit, starts, rule
         self.natural, self.lower, self.upper, self.schedule = natural, lower, upper, schedule
-        self.tolerance, self.known_noise, self.asked = tolerance, known_noise, asked
+        self.tolerance, self.known_noise, self.asked, self.newton = tolerance, known_noise, asked, newton
+        self._repeated = 0 if misfit.loss is not None else repeated(smoothed)
         self.window = max(2, schedule.steps // 10)
         rounds = int(np.ceil(np.log2(len(starts)))) if halving else 0
         self.races = {max(0, round(_RACE * schedule.steps * (i + 1) / rounds) - 1) for i in range(rounds)}
@@ -146,7 +150,7 @@ class Descent:
     @property
     def next_runs(self) -> int:
         """What the next step and the end may take."""
-        return 2 * self.last_runs + 2
+        return 2 * self.last_runs + self._repeated + 2
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
         look = self.rule.look(self._x, step)
@@ -202,27 +206,39 @@ class Descent:
         return f"the starts {said} are dropped: their losses were the largest"
 
     def finish(self, step: int) -> End:
-        """The loss, the Jacobian and the simulator's own outputs where the starts have come to. Collective."""
-        final = self.smoothed.estimate(
-            torch.as_tensor(self._x * self.natural), self.schedule.steps, scale=self.schedule.last
-        )
+        """The loss, the Jacobian and the simulator's own outputs where the starts have come to. Collective.
+
+        Of the best start once more, by runs of its own: two Jacobians tell how large their noise is.
+        """
+        final = self._final(self._x)
         losses = np.array([self.misfit.value(y, z) for y, z in zip(final.value, self._x, strict=True)])
         best = int(np.argmin(losses))
-        covariance = None
+        covariance, unclear, runs = None, None, final.num_evaluations
         if self.misfit.loss is None:
-            at = final.jacobian()[best], final.value[best]
-            covariance = of_descent(self.misfit, *at, self.natural, self.known_noise)
-            covariance = self.smoothed.dispatcher.thinking.broadcast(covariance)
+            value, jacobians = final.value[best], final.of_replicates()[1][:, best]
+            if self._repeated:
+                again = self._final(self._x[best], replicate=1)
+                runs += again.num_evaluations
+                value = (value + again.value) / 2
+                jacobians = torch.cat([jacobians, again.of_replicates()[1]])
+            step_noise = (2.0 if self._repeated else 1.0) if self.newton else 0.0
+            told = of_descent(self.misfit, jacobians, value, self.natural, self.known_noise, step_noise)
+            covariance, unclear = self.smoothed.dispatcher.thinking.broadcast_object(told)
         ends = np.stack([self._x[best], self.starts[self.active[best]]])
-        outputs, runs = last_outputs(self.smoothed, ends * self.natural, step, tuple(self.misfit.target.shape))
+        outputs, more = last_outputs(self.smoothed, ends * self.natural, step, tuple(self.misfit.target.shape))
         table = list(self.dropped)
         table += [(int(a), x, float(v), step) for a, x, v in zip(self.active, self._x, losses, strict=True)]
         return End(
             *(ends[0], ends[1], float(losses[best]), covariance, outputs[0], outputs[1]),
-            num_evaluations=runs + final.num_evaluations,
+            num_evaluations=runs + more,
             num_failed=self.failed,
+            unclear=unclear,
             ends=tuple(FitEnd(self.starts[i], x, loss, steps) for i, x, loss, steps in sorted(table, key=_number)),
         )
+
+    def _final(self, x: Array, replicate: int = 0) -> Estimate:
+        theta = torch.as_tensor(x * self.natural)
+        return self.smoothed.estimate(theta, self.schedule.steps, scale=self.schedule.last, replicate=replicate)
 
     _KEPT = ("_x", "active", "past", "dropped", "best", "done", "calm", "precise", "last_runs", "failed")
 
@@ -234,6 +250,11 @@ class Descent:
             setattr(self, name, saved[name])
         self.rule.keep(self.active)
         self.rule.restore(saved["rule"])
+
+
+def repeated(smoothed: SmoothedSimulator) -> int:
+    """Runs of the second Jacobian at the end: none where there are replicates anyway."""
+    return smoothed.strategy.num_rows if smoothed.strategy.replicates == 1 else 0
 
 
 def _number(entry: tuple[int, Array, float, int]) -> int:

@@ -63,6 +63,7 @@ class End:
         output, start_output: of the simulator itself at these. num_evaluations: that the end has taken.
         num_failed: of all runs. num_reused: evaluations of earlier fits that it began with.
         ends: of all starts, where there are several that go on side by side.
+        unclear: (d,) of which parameters the variance is a lower bound (see `bridge.uncertainty.of_descent`).
     """
 
     x: Array
@@ -75,6 +76,7 @@ class End:
     num_failed: int
     num_reused: int = 0
     ends: tuple[FitEnd, ...] = ()
+    unclear: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class FitResult:
         covariance: (d, d) of the recovered values, (J^T V^-1 J + P)^-1, V the variance of the target: the one given,
             or else the mean squared residual; P the precision of the prior. With a robust loss the sandwich of
             `bridge.uncertainty.of_robust`.
+            Of descents J^T V^-1 J without what the noise of the estimated J adds to it, as far as two Jacobians tell,
+            and with what that noise adds to the errors of Gauss-Newton's steps (`bridge.uncertainty.Normal`).
         warnings: what the target does not determine, in words.
         num_reused: evaluations of earlier runs that it began with (`reuse=`), not among `num_evaluations`.
         num_failed: runs that failed.

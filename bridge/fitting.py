@@ -257,7 +257,7 @@ def fit(
             output=end.output,
             start_output=end.start_output,
             covariance=covariance,
-            warnings=doubts(of_free, problem.free, end.x * problem.natural),
+            warnings=doubts(of_free, problem.free, end.x * problem.natural, end.unclear),
             num_reused=end.num_reused,
             num_cached=found + cost.cached,
             num_surrogate=ran + cost.surrogate,

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.coarse import make_stages
-from bridge.descent import FAILED, Descent, Schedule
+from bridge.descent import FAILED, Descent, Schedule, repeated
 from bridge.errors import InputError
 from bridge.fit_problem import FitProblem
 from bridge.fit_result import End, FitStep
@@ -176,9 +176,10 @@ def _descent(
     smoothed = smooth(problem.simulator, seed=seed, num_samples=samples, scale=first, comm=comm, **smoothing)
     budget = s.max_runs or 10**15
     rows = len(starts) * smoothed.strategy.num_rows * smoothed.strategy.replicates
-    if budget < 2 * rows + 2:
+    least = 2 * rows + 2 + (0 if problem.misfit.loss is not None else repeated(smoothed))
+    if budget < least:
         raise InputError(
-            f"Expected max_runs of at least {2 * rows + 2}, for a step and what is run at the end, got {s.max_runs}."
+            f"Expected max_runs of at least {least}, for a step and what is run at the end, got {s.max_runs}."
         )
     compared = misfit.target if misfit.whiten is None else misfit.whiten(misfit.target)
     keeps = "noise" if misfit.loss is None else "mean"
@@ -212,6 +213,7 @@ def _descent(
         *(smoothed, misfit, starts, rule),
         natural=natural, lower=problem.lower, upper=problem.upper, schedule=schedule, halving=s.halving,
         tolerance=0.01 if s.tolerance is None else s.tolerance, known_noise=problem.known_noise, asked=asked,
+        newton=s.method == "gauss-newton",
     )  # fmt: skip
     return Chosen(way, used, steps, budget, described)
 

@@ -60,13 +60,14 @@ class Seen:
         damped = H + 1e-3 * np.diag(np.diag(H)) + 1e-12 * max(float(np.trace(H)), 1e-300) * np.eye(len(g))
         return np.asarray(-np.linalg.solve(damped, g))
 
-    def known(self, x: Array, values: torch.Tensor, jacobians: torch.Tensor) -> list[tuple[Array, Array]] | None:
+    def known(self, x: Array, estimate: Estimate) -> list[tuple[Array, Array]] | None:
         if self.known_noise is None:
             return None
         told = []
-        for z, y, J in zip(x, values, jacobians, strict=True):
-            covariance = of_descent(self.misfit, J, y, self.natural, self.known_noise)
-            told.append((covariance, self.step(self.misfit, J, y, z)))
+        jacobians = estimate.of_replicates()[1]
+        for i, (z, y) in enumerate(zip(x, estimate.value, strict=True)):
+            covariance, _ = of_descent(self.misfit, jacobians[:, i], y, self.natural, self.known_noise)
+            told.append((covariance, self.step(self.misfit, jacobians[:, i].mean(dim=0), y, z)))
         return told
 
 
@@ -84,7 +85,7 @@ class FirstOrder:
         g = estimate.vjp(torch.stack([v for _, v, _ in told])).numpy() * seen.natural
         g = g + np.stack([slope for _, _, slope in told])
         moved = self.mover.move(x, g, width, schedule.decay(step))
-        known = None if seen.known_noise is None else seen.known(x, estimate.value, estimate.jacobian())
+        known = seen.known(x, estimate)
         counts = estimate.num_evaluations, estimate.num_failed
         return Look(np.array([v for v, _, _ in told]), moved, width, schedule.settled(step), *counts, known)
 
@@ -117,7 +118,7 @@ class GaussNewton:
             losses.append(misfit.value(y, z))
             direction = seen.step(misfit, J, y, z)
             moved.append(z + direction * min(1.0, 2 * width / max(float(np.max(np.abs(direction))), 1e-300)))
-        known = seen.known(x, estimate.value, jacobian)
+        known = seen.known(x, estimate)
         counts = estimate.num_evaluations, estimate.num_failed
         return Look(np.array(losses), np.stack(moved), width, seen.schedule.settled(step), *counts, known)
 

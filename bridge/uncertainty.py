@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import final
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,6 +18,10 @@ from bridge.search import Search
 from bridge.simulator import ParameterSpace
 
 Array = NDArray[np.float64]
+
+# Standard deviations by which the information on a parameter is to exceed nothing: its error is then good to a sixth.
+_CLEAR = 3.0
+_ALIKE = 0.25
 
 
 def of_least_squares(normal: Array, variance: float, precision: Array) -> Array:
@@ -51,19 +60,116 @@ def leverages(J: Array, weight: Array, precision: Array) -> Array:
     return np.asarray(weight * ((J @ covariance) * J).sum(axis=1))
 
 
-def of_descent(misfit: Misfit, jacobian: torch.Tensor, output: torch.Tensor, natural: Array, known: bool) -> Array:
-    """Covariance in natural units, from the smoothed output and its Jacobian.
+@final
+@dataclass(frozen=True)
+class Normal:
+    """J^T J of several independent estimates of one Jacobian, J_1 ... J_R, (d, d).
+
+    Attributes:
+        mean: J, (m, d). naive: J^T J, which the noise of J makes too large: by S, on average.
+        noise: S = sum_r (J_r - J)^T (J_r - J) / (R (R - 1)), unbiased; 0 where there is but one.
+        independent: how many outputs have noise of their own, as far as the columns of J_r - J tell: S_ab^2 is
+            S_aa S_bb / independent on average for two columns whose noise is independent.
+    """
+
+    mean: Array
+    naive: Array
+    noise: Array
+    independent: float
+
+    @property
+    def unbiased(self) -> Array:
+        """J^T J - S = sum_{r != s} J_r^T J_s / (R (R - 1)): no estimate meets itself in it."""
+        return self.naive - self.noise
+
+    def deviation(self, signal: Array, noise: Array) -> Array:
+        """Standard deviation of v^T (J^T J - S) v, whose mean is `signal`, with `noise` = v^T S v.
+
+        With a the signal's vector and n_r the noise of J_r v, of variance R v^T S v in all, the sum over r != s is
+        |a|^2 + 2 a . mean n_r + (products of n_r . n_s).
+        """
+        return np.asarray(2 * np.sqrt(noise * (np.maximum(signal, 0) + noise) / self.independent))
+
+    def told(self, step_noise: float = 0.0) -> Array:
+        """The normal matrix from which errors are stated.
+
+        In the directions in which S is diagonal beside `naive` = I, with 1 - mu on S's diagonal and mu left: mu, or
+        the standard deviation of mu where that is more (at most 1, as it stands in `naive`): more than that is not
+        known of it, and the error is a lower bound.
+
+        Args:
+            step_noise: B / S, B the noise of the Jacobian of a single step, where x is what Gauss-Newton's steps
+                (N + B)^-1 J^T r have come to; 0 for others. J^T r has noise of covariance B, for residuals of variance
+                1 that it is independent of. With beta = B / N a step leaves beta / (1 + beta) of the way and adds
+                noise of variance beta / (1 + beta)^2 / N: in the long run beta / (1 + 2 beta) / N, beside the 1 / N
+                that the target's own noise makes.
+        """
+        size = np.sqrt(np.diag(self.naive))
+        size[size == 0] = 1
+        values, vectors = np.linalg.eigh(self.naive / np.outer(size, size))
+        good = values > 1e-10
+        root = vectors[:, good] * np.sqrt(values[good])  # scaled: naive = root root^T
+        within = vectors[:, good] / np.sqrt(values[good])
+        shares, turn = np.linalg.eigh(within.T @ (self.noise / np.outer(size, size)) @ within)
+        noise = np.clip(shares, 0, 1)
+        left = np.maximum(1 - noise, np.minimum(1.0, self.deviation(1 - noise, noise)))
+        beta = step_noise * noise / left
+        left = left * (1 + 2 * beta) / (1 + 3 * beta)
+        root = root @ turn
+        return np.asarray((root * left) @ root.T * np.outer(size, size))
+
+
+def normal_of(jacobians: Sequence[Array]) -> Normal:
+    """Of independent estimates (m, d) of one whitened Jacobian."""
+    replicates, mean = len(jacobians), reduce(np.add, jacobians) / len(jacobians)
+    d = mean.shape[1]
+    # Part of a pair that is quite alike, beside those there are: few columns do not tell that outputs are independent.
+    noise, alike, pairs = np.zeros((d, d)), _ALIKE, _ALIKE
+    if replicates > 1:
+        for J in jacobians:
+            noise += (J - mean).T @ (J - mean) / (replicates * (replicates - 1))
+        a, b = np.triu_indices(d, 1)
+        seen = noise[a, a] * noise[b, b] > 0
+        alike += float((noise[a, b] ** 2)[seen] @ (1 / (noise[a, a] * noise[b, b])[seen]))
+        pairs += float(seen.sum())
+    return Normal(mean, mean.T @ mean, noise, min(pairs / alike, float(len(mean))))
+
+
+def of_descent(
+    misfit: Misfit, jacobians: torch.Tensor, output: torch.Tensor, natural: Array, known: bool, step_noise: float = 0.0
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Covariance in natural units, and for which parameters it is no more than a lower bound.
+
+    These are those of which the target says too little beside the noise of the estimated Jacobian.
 
     Args:
+        jacobians: independent estimates (R, *shape, d), natural: (d,). With R = 1 nothing is known of their noise.
         known: whether the target's variance is; else the mean squared residual takes its place.
+        step_noise: see `Normal.told`.
     """
-    J = misfit.jacobian(jacobian, natural)
-    r = misfit.residual(output)
-    normal, d = (J.T @ J).numpy(), J.shape[1]
+    normal = normal_of([misfit.jacobian(J, natural).numpy() for J in jacobians])
+    precision = misfit.prior.precision
+    told = normal.told(step_noise)
+    r = misfit.residual(output).numpy()
     if misfit.robust is not None:
-        return of_robust(normal, J.numpy(), r.numpy(), misfit.robust, misfit.prior.precision)
-    variance = 1.0 if known else max(float(r @ r) / max(len(r) - d, 1), 1e-300)
-    return of_least_squares(normal, variance, misfit.prior.precision)
+        covariance = of_robust(told, normal.mean, r, misfit.robust, precision)
+    else:
+        variance = 1.0 if known else max(float(r @ r) / max(len(r) - len(told), 1), 1e-300)
+        covariance = of_least_squares(told, variance, precision)
+    return covariance, _unclear(normal, told, covariance, precision)
+
+
+def _unclear(normal: Normal, told: Array, covariance: Array, precision: Array) -> NDArray[np.bool_]:
+    """(d,) where the information on a parameter, the others being fitted, is not clearly above its own noise.
+
+    That information is v^T N v, v = C e_a / C_aa.
+    """
+    variance = np.diag(covariance)
+    finite = np.isfinite(variance) & (variance > 0)
+    directions = np.where(np.outer(finite, finite), covariance, 0) / np.where(finite, variance, 1)
+    signal, noise = (np.einsum("ia,ij,ja->a", directions, M, directions) for M in (told, normal.noise))
+    by_prior = np.where(finite, variance, 0) * precision > 0.5
+    return np.asarray(finite & ~by_prior & (signal < _CLEAR * normal.deviation(signal, noise)))
 
 
 def of_search(search: Search, misfit: Misfit, known: bool) -> Array:
@@ -138,15 +244,27 @@ def in_units(covariance: Array, natural: Array) -> Array:
     return np.asarray(covariance * np.outer(natural, natural))
 
 
-def doubts(covariance: Array | None, space: ParameterSpace, theta: Array) -> tuple[str, ...]:
-    """What the target does not determine, and what to do about it."""
+def doubts(
+    covariance: Array | None, space: ParameterSpace, theta: Array, unclear: NDArray[np.bool_] | None = None
+) -> tuple[str, ...]:
+    """What the target does not determine, and what to do about it.
+
+    unclear: (d,) of which parameters the noise of the Jacobian hides what the target says of them.
+    """
     if covariance is None:
         return ()
     said = []
     error = np.sqrt(np.diag(covariance))
     advice = "Fix it (fixed=), give it a prior, or add data that depend on it."
-    for p, value, e in zip(space.parameters, theta, error, strict=True):
+    hidden = np.zeros(len(error), dtype=bool) if unclear is None else unclear
+    for p, value, e, lost in zip(space.parameters, theta, error, hidden, strict=True):
         unit = f" {p.unit}" if p.unit else ""
+        if lost:
+            said.append(
+                f"{p.name} acts on the outputs by hardly more than the noise of the estimated Jacobian: its standard "
+                f"error is {e:.3g}{unit} or more. Use more samples (num_samples=), a larger last scale (scale=), a "
+                f"larger natural scale of {p.name}, or method='kriging'."
+            )
         if not np.isfinite(e):
             said.append(f"{p.name} is not determined by the target: outputs do not depend on it by itself. {advice}")
         elif e > 0.5 * min(p.upper - p.lower, 20 * p.natural_scale):

@@ -77,7 +77,7 @@ digest.update(result.parameters.tobytes() + result.standard_error.tobytes() + re
 if bridge.is_root():
     print("digest", digest.hexdigest())
 """
-RUNS = 6 * 16 + 16 + 2
+RUNS = 6 * 16 + 2 * 16 + 2
 
 
 class Fit:

@@ -553,7 +553,7 @@ def test_a_fit_stops_where_the_standard_errors_are_those_asked_for(method):
         ({"num_starts": 1, "start": [START, START]}, "num_starts of at least the 2"),
         ({"start": np.zeros((2, 3, 4))}, r"\(k, d\) for several"),
         ({"start": [START, [1.0, 1.0, 0.1]], "fixed": ["b"]}, "one value of 'b'"),
-        ({"method": "adam", "max_runs": 60, "num_starts": 2}, "max_runs of at least 130"),
+        ({"method": "adam", "max_runs": 60, "num_starts": 2}, "max_runs of at least 162"),
     ],
 )
 def test_what_a_method_has_no_use_for_is_refused(settings, words):
