@@ -10,9 +10,10 @@ matrix J^T J or the marginal likelihood, is made of the n x n matrix G: an image
 number. This is the Bayesian quadrature of `bridge.smooth(covariate="bq")` in the limit of no smoothing, over all rows
 paid for so far.
 
-The kernel is a squared exponential with a length for each parameter, a rough part exp(-r / 3) of the same lengths (a
-hard edge that moves flips pixels in proportion to the distance), and a nugget (noise of the simulator). Its
-numbers maximise the marginal likelihood times weak priors.
+The kernel is a squared exponential with a length for each parameter; a linear part 9 z . z' in the same lengths, so
+that beyond the rows a trend goes on, in place of a return to the mean; a rough part exp(-r / 3) (a hard edge that moves
+flips pixels in proportion to the distance); and a nugget (noise of the simulator). Its numbers maximise the marginal
+likelihood times weak priors.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ _ROUGH_LENGTH = 3.0
 # More outputs than this that vary independently of each other add no evidence: the kernel is never quite right.
 _MOST_INDEPENDENT = 10.0
 _LEAST_NUGGET = 1e-9
+# Variance of a slope of the linear part, over that of the smooth part.
+_LINEAR = 9.0
 # (mean, standard deviation) of the priors on logarithms: mean length over its default, share of roughness, nugget.
 _LENGTH, _ROUGHNESS, _NUGGET = (0.5, 1.2), (-5.0, 3.0), (-9.0, 5.0)
 _SPREAD_OF_LENGTHS = 0.7
 # Where the search for the kernel begins, in the same logarithms: smooth, very smooth, rough.
 _STARTS = ((0.0, -6.0, -9.0), (1.5, -9.0, -12.0), (0.0, 0.0, -3.0))
+_FEATURES = 128  # of the smooth part of a draw, and of its rough part
 
 
 @final
@@ -76,9 +80,21 @@ class Kriging:
         return self.amplitude * self.nugget
 
     @cached_property
+    def _middle(self) -> Array:
+        """Where the linear part begins: it does not matter, since the constant is free."""
+        return np.asarray(self.rows.mean(axis=0))
+
+    def _covariance(self, points: Array) -> tuple[Array, Array]:
+        """Kernel between points (q, d) and the rows, without nugget, (q, n); and -2 of its derivative in r^2, without
+        the linear part."""
+        k, slope = _kernel(_squares(points, self.rows) @ self._inverse_squares, self.roughness)
+        linear = ((points - self._middle) * self._inverse_squares) @ (self.rows - self._middle).T
+        return k + _LINEAR * linear, slope
+
+    @cached_property
     def _solved(self) -> tuple[Array, Array, float]:
         """K^-1, K^-1 1 and 1^T K^-1 1."""
-        k = _kernel(_squares(self.rows, self.rows) @ self._inverse_squares, self.roughness)[0]
+        k = self._covariance(self.rows)[0]
         inverse = cho_solve(cho_factor(k + self.nugget * np.eye(len(k)), lower=True), np.eye(len(k)))
         ones = inverse.sum(axis=1)
         return inverse, ones, float(ones.sum())
@@ -86,47 +102,29 @@ class Kriging:
     def at(self, z: Array) -> tuple[Array, float, Array, Array]:
         """Weights w (n,), variance summed over outputs, and their derivatives (n, d) and (d,)."""
         inverse, ones, total = self._solved
-        away = z - self.rows
-        k, slope = _kernel(away**2 @ self._inverse_squares, self.roughness)
-        dk = -slope[:, None] * away * self._inverse_squares
+        k, slope = (of[0] for of in self._covariance(z[None]))
+        from_middle = (z - self._middle) * self._inverse_squares
+        dk = (_LINEAR * (self.rows - self._middle) - slope[:, None] * (z - self.rows)) * self._inverse_squares
         u, du = inverse @ k, inverse @ dk
         missing = 1 - u.sum()
         w, dw = u + ones * (missing / total), du - np.outer(ones, du.sum(axis=0) / total)
-        variance = self.amplitude * max(1 + self.roughness - k @ u + missing**2 / total, 0.0)
-        slope_of_variance = -2 * self.amplitude * (u @ dk + missing / total * du.sum(axis=0))
-        return w, variance, dw, slope_of_variance
+        own = 1 + self.roughness + _LINEAR * float((z - self._middle) @ from_middle)
+        variance = self.amplitude * max(own - k @ u + missing**2 / total, 0.0)
+        slope_of_variance = _LINEAR * from_middle - u @ dk - missing / total * du.sum(axis=0)
+        return w, variance, dw, 2 * self.amplitude * slope_of_variance
 
-    def loss(self, z: Array, caution: float) -> tuple[float, Array]:
-        """1/2 (|mu|^2 + caution * variance) and its gradient: with caution 1 the expectation of the loss."""
-        w, variance, dw, dv = self.at(z)
-        v = self.gram @ w
-        return 0.5 * float(w @ v + caution * variance), np.asarray(dw.T @ v + 0.5 * caution * dv)
-
-    def hopeful(self, z: Array, kappa: float) -> tuple[float, Array]:
-        """The loss, less kappa of its standard deviations, and its gradient.
-
-        With variance V spread over p independent outputs, |R|^2 has mean |mu|^2 + V and variance
-        2 V^2 / p + 4 |mu|^2 V / p.
-        """
-        w, variance, dw, dv = self.at(z)
-        v = self.gram @ w
-        a, da = float(w @ v), 2 * dw.T @ v
-        variance += 1e-12 * self.amplitude
-        p = self.independent
-        deviation = np.sqrt(2 * variance**2 / p + 4 * a * variance / p) + 1e-300
-        slope = ((2 * variance + 2 * a) * dv + 2 * variance * da) / p / deviation
-        return 0.5 * float(a + variance - kappa * deviation), 0.5 * np.asarray(da + dv - kappa * slope)
-
-    def hopes(self, points: Array, kappa: float) -> Array:
-        """`hopeful` at many points, (q, d) -> (q,)."""
+    def weights(self, points: Array) -> Array:
+        """w at many points, (q, d) -> (q, n)."""
         inverse, ones, total = self._solved
-        k, _ = _kernel(_squares(points, self.rows) @ self._inverse_squares, self.roughness)
-        u = k @ inverse
-        missing = 1 - u.sum(axis=1)
-        w = u + np.outer(missing / total, ones)
-        variance = self.amplitude * np.maximum(1 + self.roughness - (k * u).sum(axis=1) + missing**2 / total, 0)
-        a, p = np.maximum(((w @ self.gram) * w).sum(axis=1), 0), self.independent
-        return np.asarray(0.5 * (a + variance - kappa * np.sqrt(2 * variance**2 / p + 4 * a * variance / p)))
+        u = self._covariance(points)[0] @ inverse
+        return np.asarray(u + np.outer((1 - u.sum(axis=1)) / total, ones))
+
+    def loss(self, z: Array, caution: float) -> tuple[float, Array, Array]:
+        """1/2 (|mu|^2 + caution * variance), its gradient, and J^T J of mu: with caution 1 the loss's expectation."""
+        w, variance, dw, dv = self.at(z)
+        v = self.gram @ w
+        value = 0.5 * float(w @ v + caution * variance)
+        return value, np.asarray(dw.T @ v + 0.5 * caution * dv), np.asarray(dw.T @ self.gram @ dw)
 
     def normal_matrix(self, z: Array, width: Array) -> Array:
         """J^T J, (d, d), by central differences of the predicted outputs over z_i +- width_i, less what noise adds."""
@@ -134,12 +132,63 @@ class Kriging:
         dw = np.stack([self.at(z + h)[0] - self.at(z - h)[0] for h in shifts], axis=1) / (2 * width)
         return np.asarray(dw.T @ self.gram @ dw - self.noise * dw.T @ dw)
 
-    def believing(self, z: Array) -> Kriging:
-        """With one row more at z, whose outputs are as predicted: less variance about it, the same prediction."""
-        w = self.at(z)[0]
-        v = self.gram @ w
-        gram = np.block([[self.gram, v[:, None]], [v[None], np.array([[w @ v]])]])
-        return replace(self, rows=np.vstack([self.rows, z]), gram=gram)
+    def draw(self, rng: np.random.Generator, wide: float = 1.0) -> Draw:
+        """One draw of all outputs from the posterior, with deviations so many times as wide."""
+        n, d = self.rows.shape
+        values, vectors = np.linalg.eigh(self.gram)
+        keep = values > 1e-14 * max(float(values.max()), 1e-300)
+        residuals = vectors[:, keep] * np.sqrt(values[keep])  # (n, r), of the same Gram matrix
+        inverse, ones, total = self._solved
+        P = inverse - np.outer(ones, ones) / total
+        between, axes = np.linalg.eigh(residuals.T @ P @ residuals / (n - 1))
+        root = wide * (axes * np.sqrt(np.maximum(between, 0))).T  # covariance between outputs: root^T root
+        r = len(root)
+        omega, sizes = rng.normal(size=(_FEATURES, d)), np.full(_FEATURES, np.sqrt(2 / _FEATURES))
+        if self.roughness > 1e-4:  # exp(-r / 3) has the spectrum of Cauchy's distribution
+            rough = rng.normal(size=(_FEATURES, d)) / (_ROUGH_LENGTH * np.abs(rng.normal(size=(_FEATURES, 1))))
+            omega, sizes = np.vstack([omega, rough]), np.append(sizes, np.sqrt(self.roughness) * sizes)
+        frequencies, phases = omega * np.sqrt(self._inverse_squares), rng.uniform(0, 2 * np.pi, len(omega))
+        waves = sizes[:, None] * rng.normal(size=(len(omega), r)) @ root
+        slopes = np.sqrt(_LINEAR * self._inverse_squares)[:, None] * rng.normal(size=(d, r)) @ root
+        noise = np.sqrt(self.nugget) * rng.normal(size=(n, r)) @ root
+        prior = np.cos(self.rows @ frequencies.T + phases) @ waves + self.rows @ slopes
+        return Draw(self, residuals - prior - noise, frequencies, phases, waves, slopes)
+
+
+@final
+@dataclass(frozen=True)
+class Draw:
+    """All outputs from the posterior: a draw from the prior, plus the prediction of what it misses at the rows.
+
+    R(z) = W^T cos(Omega z + phi) + S^T z + D^T w(z), in the r dimensions that the rows' residuals span, with random
+    Fourier features for the kernel (Wilson et al., *Efficiently sampling functions from Gaussian process posteriors*,
+    2020).
+
+    Attributes:
+        differences: D, (n, r), residuals of the rows less the prior's draw and a draw of the noise.
+        frequencies: Omega, (k, d). phases: phi, (k,). waves: W, (k, r). slopes: S, (d, r).
+    """
+
+    model: Kriging
+    differences: Array
+    frequencies: Array
+    phases: Array
+    waves: Array
+    slopes: Array
+
+    def loss(self, z: Array) -> tuple[float, Array, Array]:
+        """1/2 |R|^2, its gradient, and J^T J."""
+        w, _, dw, _ = self.model.at(z)
+        angle = self.frequencies @ z + self.phases
+        r = np.cos(angle) @ self.waves + z @ self.slopes + w @ self.differences
+        J = self.slopes + dw.T @ self.differences - (np.sin(angle)[:, None] * self.frequencies).T @ self.waves
+        return 0.5 * float(r @ r), np.asarray(J @ r), np.asarray(J @ J.T)
+
+    def losses(self, points: Array) -> Array:
+        """(q, d) -> (q,)."""
+        waves = np.cos(points @ self.frequencies.T + self.phases) @ self.waves
+        r = waves + points @ self.slopes + self.model.weights(points) @ self.differences
+        return np.asarray(0.5 * (r**2).sum(axis=1))
 
 
 def fit_kriging(rows: Array, gram: Array, before: Array | None = None, thorough: bool = True) -> Kriging:
@@ -158,13 +207,14 @@ def fit_kriging(rows: Array, gram: Array, before: Array | None = None, thorough:
     centred = centring @ gram @ centring
     independent = float(np.clip(np.trace(centred) ** 2 / max((centred**2).sum(), 1e-300), 1, _MOST_INDEPENDENT))
     squares, base = _squares(rows, rows), np.log(1.5 * np.sqrt(d))
+    away = rows - rows.mean(axis=0)
 
     def objective(t: Array) -> tuple[float, Array]:
         scaled = np.exp(-2 * t[:d])
         k, slope = _kernel(squares @ scaled, float(np.exp(t[d])))
         nugget = float(np.exp(t[d + 1]))
         try:
-            factor = cho_factor(k + nugget * np.eye(n), lower=True)
+            factor = cho_factor(k + _LINEAR * (away * scaled) @ away.T + nugget * np.eye(n), lower=True)
         except LinAlgError:
             return 1e10, np.zeros(d + 2)
         inverse = cho_solve(factor, np.eye(n))
@@ -175,7 +225,8 @@ def fit_kriging(rows: Array, gram: Array, before: Array | None = None, thorough:
         value = 0.5 * independent * ((n - 1) * np.log(q) + 2 * np.log(np.diag(factor[0])).sum() + np.log(ones.sum()))
         S = 0.5 * independent * (P - ((n - 1) / q) * PG @ P)
         g = np.empty(d + 2)
-        g[:d] = np.einsum("ij,ijk->k", S * slope, squares) * scaled
+        # z . z' is -r^2 / 2 but for what a free constant takes up, of which S knows nothing.
+        g[:d] = np.einsum("ij,ijk->k", S * (slope + _LINEAR), squares) * scaled
         smooth = _kernel(squares @ scaled, 0.0)[0]
         g[d] = float((S * (k - smooth)).sum())
         g[d + 1] = nugget * float(np.trace(S))

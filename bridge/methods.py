@@ -151,12 +151,13 @@ def _kriging(
 ) -> Chosen:
     plain = _plain(problem.simulator, seed, comm, smoothing)
     d, starts, misfit = problem.free.dimension, problem.free_starts, problem.misfit
-    budget = s.max_runs or _RUNS_A_PARAMETER * (d + 1)
+    budget, batch = s.max_runs or _RUNS_A_PARAMETER * (d + 1), max(6, d // 2 + 1)
     search = Search(
         *(starts[0], problem.lower, problem.upper),
         spread=s.widths()[0],
         seed=int(seed or 0),
-        batch=s.num_samples or max(4, d // 2 + 1),
+        batch=s.num_samples or batch,
+        later=s.num_samples or 3 * batch // 2,
         prior=misfit.prior,
         known_noise=problem.known_noise,
         tolerance=0.1 if s.tolerance is None else s.tolerance,

@@ -1,8 +1,10 @@
 """The fewest simulations to a least-squares solution: rounds of runs, chosen by a model of all runs so far.
 
-Each round has one point where the model (see `bridge.kriging`) expects the least loss inside a trust region, and
-further points where the loss could well be less than expected. They are found one after another, each in the belief
-that the earlier ones turn out as predicted, so that they spread over what is unknown: along valleys, not across them.
+Each round has one point where the model (see `bridge.kriging`) expects the least loss inside a trust region; another in
+a region four times as large, where the first is at the edge, so that a region which is too small costs no round; and
+else points where draws from the model are least: as far apart as the model does not know where the minimum is, along
+valleys, not across them (Thompson sampling; Kandasamy et al., *Parallelised Bayesian optimisation via Thompson
+sampling*, 2018).
 
 Nothing here evaluates anything. Parameters are in natural units throughout. Everything is a function of the seed and of
 the outputs seen, so that a search that is restored goes on as if nothing had happened.
@@ -15,7 +17,6 @@ from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 from bridge.errors import EvaluationError, InputError
 from bridge.kriging import Kriging, fit_kriging
@@ -26,10 +27,14 @@ Array = NDArray[np.float64]
 # Rows that the model is made of: those nearest to the best, but for those of a loss so many times that of the best
 # 2 (d + 1).
 MOST_ROWS, _CLIFF = 150, 30.0
-# Standard deviations of the loss by which further points may be optimistic, and how cautious the first one is.
-_KAPPA, _CAUTION = 1.5, 0.3
-_FIRST_RADIUS, _LEAST_RADIUS = 2.0, 0.02
+# How much of the variance counts against the first point.
+_CAUTION = 0.3
+_FIRST_RADIUS, _LEAST_RADIUS, _FAR = 4.0, 0.02, 4.0
 _PROBES = 128
+# Points nearer to each other than this part of the first one's step tell the same: draws become twice as wide.
+_SAME, _WIDER = 0.05, 3
+# Rounds of the first size; a search that is not done by then has larger ones.
+_SMALL_ROUNDS = 4
 # A step of less than this (natural units) that promises less than this part of the loss: nothing more to find.
 _STILL_STEP, _STILL_GAIN, _STILL_HOPE = 1e-4, 1e-6, 0.01
 # Without a known noise: a loss of less than this part of the first runs' is no reason to look elsewhere.
@@ -43,7 +48,7 @@ class Search:
 
     Args:
         start: (d,) natural units. lower, upper: (d,) bounds. spread: of the first round's points about the start.
-        seed: of the points. batch: runs a round.
+        seed: of the points. batch: runs a round. later: from the fifth round on.
         prior: z (d,) -> its part of the loss, and the gradient of that.
         known_noise: whether residuals are in units of the target's noise, so that chi-square tells when to stop.
         restarts: begin again from another place, at most so many times, where a search has ended and the loss does not
@@ -68,6 +73,7 @@ class Search:
         spread: float,
         seed: int,
         batch: int,
+        later: int,
         prior: Callable[[Array], tuple[float, Array]],
         known_noise: bool,
         tolerance: float,
@@ -76,6 +82,7 @@ class Search:
     ) -> None:
         self.start, self.lower, self.upper = start, lower, upper
         self.spread, self.seed, self.batch, self.prior = spread, seed, batch, prior
+        self.later = later
         self.known_noise, self.tolerance, self.restarts_left = known_noise, tolerance, restarts
         self.robust, self.offset = robust, 0.0  # what the loss is above the weighted squares
         d = len(start)
@@ -252,13 +259,20 @@ class Search:
         thorough = len(self.rows) < 40 or self.round % 4 == 0
         return fit_kriging(self.rows[near], gram, self.kernel if self.kernel.size else None, thorough)
 
-    def _least(self, model: Kriging, begin: Array, lower: Array, upper: Array, caution: float) -> Array:
-        def objective(z: Array) -> tuple[float, Array]:
-            value, slope = model.loss(z, caution)
-            more, slope_of_prior = self.prior(z)
-            return value + more, slope + slope_of_prior
+    def _least(
+        self, of: Callable[[Array], tuple[float, Array, Array]], begin: Array, lower: Array, upper: Array
+    ) -> tuple[Array, float]:
+        """Where a loss of the model or of a draw, with the prior, is least within a box, and that."""
 
-        return _minimum(objective, begin, lower, upper)
+        def objective(z: Array) -> tuple[float, Array, Array]:
+            value, slope, normal = of(z)
+            more, slope_of_prior = self.prior(z)
+            return value + more, slope + slope_of_prior, normal
+
+        return levenberg_marquardt(objective, begin, lower, upper)
+
+    def _box(self, base: Array, radius: float) -> tuple[Array, Array]:
+        return np.maximum(self.lower, base - radius), np.minimum(self.upper, base + radius)
 
     def _choose(self, before: int) -> None:
         losses = self._losses()
@@ -291,43 +305,59 @@ class Search:
             if ratio < 0.1:
                 self.radius *= 0.5
             elif ratio > 0.5 and self.at_edge:
-                self.radius *= 2.0
+                farthest = (
+                    0.0 if noisy else float(np.abs(self.rows[before:][losses[before:].argmin()] - self.best).max())
+                )
+                self.radius = max(2.0 * self.radius, farthest)
                 self.note = "the trust region grows"
         self.radius = float(np.clip(self.radius, _LEAST_RADIUS, 1e3))
-        lower, upper = np.maximum(self.lower, base - self.radius), np.minimum(self.upper, base + self.radius)
-        target = self._least(model, base, lower, upper, _CAUTION)
+        box = self._box(base, self.radius)
+        target, _ = self._least(lambda z: model.loss(z, _CAUTION), base, *box)
         gain = loss - model.loss(target, 0.0)[0] - self.prior(target)[0]
         self.promise = (loss + self.offset, max(gain, 1e-12 * loss))
-        step = float(np.max(np.abs(target - base)))
+        self.step = target - base
+        step = float(np.max(np.abs(self.step)))
         self.at_edge = step > 0.9 * self.radius
         self.best, self.best_loss, self.scale = base, loss + self.offset, max(step, 1e-12)
-        self.step = target - base
-        points = [target]
-        reach = max(float(np.linalg.norm(target - base)) / self._length, 1e-3, 0.1 * self.radius)
+        points, hope = [target], 0.0
+        if self.at_edge and self._size > 1:
+            points.append(
+                self._least(lambda z: model.loss(z, _CAUTION), target, *self._box(base, _FAR * self.radius))[0]
+            )
         rng = self._rng()
-        believed = model
-        while len(points) < self.batch:
-            believed = believed.believing(points[-1])
-            points.append(self._hopeful(rng, believed, target, lower, upper, reach))
+        while len(points) < self._size:
+            point, promised = self._drawn(rng, model, base, points, box)
+            points.append(point)
+            hope = max(hope, promised)
         self.points = np.array(points)
-        hope = min(believed.hopeful(z, _KAPPA)[0] + self.prior(z)[0] for z in points)
-        self._maybe_stop(step, gain, loss - hope)
+        self._maybe_stop(step, gain, max(hope, gain))
 
-    def _hopeful(
-        self, rng: np.random.Generator, model: Kriging, centre: Array, lower: Array, upper: Array, reach: float
-    ) -> Array:
-        away = rng.normal(size=(_PROBES, len(centre)))
-        away *= (reach * self._length * np.geomspace(0.05, 8.0, _PROBES) / np.linalg.norm(away, axis=1))[:, None]
-        probes = np.vstack([np.clip(centre + away, lower, upper), centre])
-        hopes = model.hopes(probes, _KAPPA) + np.array([self.prior(z)[0] for z in probes])
+    @property
+    def _size(self) -> int:
+        """Of the next round."""
+        return self.batch if self.round < _SMALL_ROUNDS else self.later
 
-        def objective(z: Array) -> tuple[float, Array]:
-            value, slope = model.hopeful(z, _KAPPA)
-            more, slope_of_prior = self.prior(z)
-            return value + more, slope + slope_of_prior
-
-        found = [_minimum(objective, probes[i], lower, upper) for i in np.argsort(hopes, kind="stable")[:2]]
-        return min(found, key=lambda z: objective(z)[0])
+    def _drawn(
+        self, rng: np.random.Generator, model: Kriging, base: Array, others: list[Array], box: tuple[Array, Array]
+    ) -> tuple[Array, float]:
+        """A point where a draw is least, apart from the others, and how much less than at the base it promises."""
+        target, step = others[0], others[0] - base
+        reach = max(float(np.linalg.norm(step)), (1e-3 + 0.1 * self.radius) * self._length)
+        apart = _SAME * max(float(np.abs(step).max()), 1e-9)
+        wide = 1.0
+        for _ in range(1 + _WIDER):
+            draw = model.draw(rng, wide)
+            away = rng.normal(size=(_PROBES, len(base)))
+            away *= (reach * np.geomspace(0.05, 8.0, _PROBES) / np.linalg.norm(away, axis=1))[:, None]
+            probes = np.vstack([np.clip(target + away, *box), target])
+            losses = draw.losses(probes) + np.array([self.prior(z)[0] for z in probes])
+            begins = {int(np.argmin(losses)), _PROBES}
+            ends = [self._least(draw.loss, probes[i], *box) for i in sorted(begins)]
+            point, value = min(ends, key=lambda end: end[1])
+            if min(float(np.abs(point - other).max()) for other in others) > apart:
+                break
+            wide *= 2.0
+        return point, draw.loss(base)[0] + self.prior(base)[0] - value
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -410,9 +440,33 @@ class Search:
         self.ends = [(float(loss), np.asarray(z)) for loss, z in saved["ends"]]
 
 
-def _minimum(objective: Any, begin: Array, lower: Array, upper: Array) -> Array:
-    found = minimize(
-        *(objective, np.clip(begin, lower, upper)),
-        jac=True, method="L-BFGS-B", bounds=np.stack([lower, upper], axis=1), options={"maxiter": 60},
-    )  # fmt: skip
-    return np.asarray(found.x)
+def levenberg_marquardt(
+    objective: Callable[[Array], tuple[float, Array, Array]], begin: Array, lower: Array, upper: Array
+) -> tuple[Array, float]:
+    """A minimum within a box, and its value.
+
+    Args:
+        objective: z -> value, gradient, and what stands for the Hessian, J^T J.
+    """
+    z = np.clip(begin, lower, upper)
+    value, slope, normal = objective(z)
+    damping = 1e-3
+    for _ in range(60):
+        free = ~(((z <= lower) & (slope > 0)) | ((z >= upper) & (slope < 0)))
+        size = np.diag(normal)[free]
+        if not free.any() or damping > 1e8 or not size.any():
+            break
+        step = np.zeros(len(z))
+        damped = normal[np.ix_(free, free)] + damping * np.diag(size + 1e-9 * size.max())
+        step[free] = -np.linalg.solve(damped, slope[free])
+        new = np.clip(z + step, lower, upper)
+        after = objective(new)
+        if not after[0] < value:
+            damping *= 10
+            continue
+        little = value - after[0] < 1e-10 * value and float(np.abs(new - z).max()) < 1e-6
+        z, (value, slope, normal) = new, after
+        damping = max(damping / 5, 1e-12)
+        if little:
+            break
+    return z, value

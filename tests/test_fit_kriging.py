@@ -25,11 +25,11 @@ def test_linear_least_squares_and_its_covariance():
     np.testing.assert_allclose(result.parameters, np.linalg.solve(normal, A.T @ target / 0.01), atol=2e-3)
     np.testing.assert_allclose(result.covariance, np.linalg.inv(normal), rtol=0.02, atol=1e-6)
     assert (result.method, result.stop_reason, result.num_failed) == ("kriging", "converged", 0)
-    # Found in three rounds; the others make sure that nothing better is near.
+    # Found in two rounds; the others make sure that nothing better is near.
     least = 0.5 * ((A @ np.linalg.solve(normal, A.T @ target / 0.01) - target) ** 2).sum() / 0.01
-    assert result.history[2].num_evaluations == 12
-    assert result.history[2].loss < least + 0.01
-    assert result.num_evaluations <= 60
+    assert result.history[1].num_evaluations == 12
+    assert result.history[1].loss < least + 0.01
+    assert result.num_evaluations <= 30
     unknown = bridge.fit(lambda t: A @ t, target, [0.0, 0.0, 0.0], seed=0)
     residual = target - A @ np.linalg.lstsq(A, target, rcond=None)[0]
     expected = np.linalg.inv(A.T @ A) * (residual @ residual) / 27
@@ -125,7 +125,7 @@ def test_failed_runs_are_lived_with_and_the_answer_stands_beside_them():
         (lambda t: np.ones(25), {}, InputError, "too small, or the simulator is constant"),
         (lambda t: np.round(decay(t), -9), {"scale": 1e-6}, InputError, "natural scales of the parameters"),
         (lambda t: np.full(25, np.nan), {}, EvaluationError, "NaN|not finite|non-finite"),
-        (lambda t: np.full(25, np.nan), {"failures": "drop"}, EvaluationError, "all 4 runs about the start failed"),
+        (lambda t: np.full(25, np.nan), {"failures": "drop"}, EvaluationError, "all 6 runs about the start failed"),
         (decay, {"prior": {"c": (0, 1)}}, InputError, "Unknown parameter|Expected one of"),
         (decay, {"fixed": ["a", "b", "rate"]}, InputError, "free to be fitted"),
         (decay, {"covariate": "loo"}, InputError, "smooths nothing"),
@@ -143,7 +143,9 @@ def test_a_scale_too_small_or_too_large_is_mended_and_told():
     coarse = named(lambda t: np.round(decay(t), 1))
     result = bridge.fit(coarse, decay(TRUTH), START, seed=0, scale=1e-4, max_runs=80)
     assert "too small" in result.history[0].note
-    np.testing.assert_allclose(result.parameters, TRUTH, atol=0.1)
+    # Rounding makes a plateau of what fits as well as the truth does.
+    assert result.loss <= 1.1 * 0.5 * ((np.round(decay(TRUTH), 1) - decay(TRUTH)) ** 2).sum()
+    np.testing.assert_allclose(result.parameters, TRUTH, atol=0.2)
 
     def window(theta):  # nothing to be seen away from the start
         return np.exp(-((X - theta[0]) ** 2) * 4) * (np.abs(theta - START).max() < 1)
@@ -168,7 +170,7 @@ def test_a_parameter_that_does_nothing_or_is_known_together_only():
 # --- bits -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [0, 3, 6])
+@pytest.mark.parametrize("at", [0, 2, 4])
 def test_a_fit_killed_between_two_steps_ends_bitwise_the_same(tmp_path, at):
     def fit(directory, **settings):
         return bridge.fit(named(decay), decay(TRUTH), START, seed=0, max_runs=50, directory=directory, **settings)

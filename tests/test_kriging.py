@@ -29,12 +29,15 @@ def one_by_one(rows, y, z, kernel):
 
     def k(a, b):
         r2 = (((a[:, None] - b[None]) / lengths) ** 2).sum(axis=2)
-        return np.exp(-r2 / 2) + rough * np.exp(-np.sqrt(r2 + 1e-12) / 3)
+        # About another place than the model's: the constant takes up the difference.
+        linear = ((a - 0.7) / lengths) @ ((b - 0.7) / lengths).T
+        return np.exp(-r2 / 2) + rough * np.exp(-np.sqrt(r2 + 1e-12) / 3) + 9 * linear
 
     system = np.block([[k(rows, rows) + nugget * np.eye(n), np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
     right = np.append(k(rows, z[None])[:, 0], 1.0)
     solution = np.linalg.solve(system, right)
-    return solution[:n] @ y, 1 + rough - solution @ right
+    own = 1 + rough + 9 * (((z - 0.7) / lengths) ** 2).sum()
+    return solution[:n] @ y, own - solution @ right
 
 
 def test_the_prediction_of_every_output_is_that_of_a_process_of_its_own(data):
@@ -46,36 +49,55 @@ def test_the_prediction_of_every_output_is_that_of_a_process_of_its_own(data):
         mean, own = one_by_one(rows, outputs[:, o], z, KERNEL)
         assert w @ outputs[:, o] == pytest.approx(mean, abs=1e-10)
         assert variance / model.amplitude == pytest.approx(own, abs=1e-10)
-    value, _ = model.loss(z, 0.0)
+    value, _, normal = model.loss(z, 0.0)
     assert value == pytest.approx(0.5 * ((w @ outputs) ** 2).sum(), rel=1e-10)
+    J = np.stack([(model.at(z + h)[0] - model.at(z - h)[0]) @ outputs for h in 1e-5 * np.eye(3)]) / 2e-5
+    np.testing.assert_allclose(normal, J @ J.T, rtol=1e-6, atol=1e-6 * np.abs(normal).max())
 
 
-@pytest.mark.parametrize("what", ["loss", "hopeful"])
+@pytest.mark.parametrize("what", ["loss", "draw"])
 def test_gradients_against_differences(data, what):
     rows, outputs = data
     model = of_numbers(rows, outputs, KERNEL)
-    function = getattr(model, what)
+    draw = model.draw(np.random.default_rng(5))
+
+    def function(z):
+        return model.loss(z, 0.7) if what == "loss" else draw.loss(z)
+
     for z in (np.array([0.3, -0.2, 0.1]), np.array([2.0, 1.0, -1.5])):
-        error = check_grad(lambda x: function(x, 0.7)[0], lambda x: function(x, 0.7)[1], z)
-        assert error < 1e-5 * np.linalg.norm(function(z, 0.7)[1])
-    wrong = check_grad(lambda x: function(x, 0.7)[0], lambda x: 1.01 * function(x, 0.7)[1], z)
-    assert wrong > 1e-3 * np.linalg.norm(function(z, 0.7)[1])
+        error = check_grad(lambda x: function(x)[0], lambda x: function(x)[1], z)
+        assert error < 1e-5 * np.linalg.norm(function(z)[1])
+    wrong = check_grad(lambda x: function(x)[0], lambda x: 1.01 * function(x)[1], z)
+    assert wrong > 1e-3 * np.linalg.norm(function(z)[1])
 
 
 def test_many_points_at_once(data):
     model = of_numbers(*data, KERNEL)
     points = np.random.default_rng(0).normal(size=(7, 3))
-    expected = [model.hopeful(z, 1.5)[0] for z in points]
-    np.testing.assert_allclose(model.hopes(points, 1.5), expected, rtol=1e-6)
+    np.testing.assert_allclose(model.weights(points), [model.at(z)[0] for z in points], atol=1e-10)
+    draw = model.draw(np.random.default_rng(5))
+    np.testing.assert_allclose(draw.losses(points), [draw.loss(z)[0] for z in points], rtol=1e-9)
 
 
-def test_a_believed_row_changes_the_variance_and_not_the_prediction(data):
+@pytest.mark.parametrize("rough", [-2.0, -12.0])
+def test_draws_have_the_posteriors_mean_and_variance(data, rough):
+    """The loss of a draw is 1/2 (|mu|^2 + variance) on average: a sum over outputs, of whatever they are made."""
     rows, outputs = data
-    model, z, other = of_numbers(rows, outputs, KERNEL), np.array([0.4, 0.1, 0.0]), np.array([0.7, -0.3, 0.2])
-    believing = model.believing(z)
-    assert believing.loss(other, 0.0)[0] == pytest.approx(model.loss(other, 0.0)[0], rel=1e-9)
-    assert believing.at(z)[1] < 0.5 * model.at(z)[1]
-    assert believing.at(other)[1] < model.at(other)[1]
+    kernel = [*KERNEL[:3], rough, -4.0]
+    model = of_numbers(rows, outputs, kernel)
+    # The amplitude that belongs to these outputs, as a fit has it.
+    P = np.linalg.inv(model._covariance(rows)[0] + model.nugget * np.eye(9))
+    P -= np.outer(P.sum(axis=0), P.sum(axis=0)) / P.sum()
+    model = Kriging(rows, model.gram, np.array(kernel), 5.0, float(np.trace(P @ model.gram)) / 8)
+    rng = np.random.default_rng(6)
+    draws = [model.draw(rng) for _ in range(1500)]
+    wide = [model.draw(rng, 2.0) for _ in range(1500)]
+    for z in (np.array([0.3, -0.2, 0.1]), np.array([1.5, 1.0, -1.5])):
+        for some, variance in ((draws, 1.0), (wide, 4.0)):
+            losses = np.array([draw.loss(z)[0] for draw in some])
+            error = losses.std() / len(losses) ** 0.5
+            assert losses.mean() == pytest.approx(model.loss(z, variance)[0], abs=4 * error)
+            assert abs(model.loss(z, 1.5 * variance)[0] - model.loss(z, variance)[0]) > 4 * error  # it can tell
 
 
 def test_a_linear_simulator_gives_its_normal_matrix():
