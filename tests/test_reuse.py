@@ -26,6 +26,8 @@ NOISE = 0.1 * np.random.default_rng(1).normal(size=30)
 TRUTH, OTHER = np.array([2.0, 1.2, 0.5]), np.array([2.4, 0.7, 0.8])
 START = [0.0, 0.0, 0.0]
 SETTINGS = {"seed": 0, "variance": 0.01, "max_runs": 25}
+ROUND = 6
+EARLIER = 3 * ROUND  # runs of the earlier fit
 
 
 def linear(theta):
@@ -41,7 +43,7 @@ def earlier(tmp_path_factory):
     """The directory of a fit to another target."""
     directory = tmp_path_factory.mktemp("earlier")
     result = bridge.fit(linear, A @ TRUTH + NOISE, START, directory=directory, **SETTINGS)
-    assert result.num_reused == result.num_cached == 0
+    assert (result.num_reused, result.num_cached, result.num_evaluations) == (0, 0, EARLIER)
     return directory
 
 
@@ -75,8 +77,8 @@ def test_a_linear_simulator_known_from_elsewhere_needs_runs_only_to_confirm(earl
     simulator = counted()
     known = refit(simulator=simulator, max_runs=6, reuse=earlier)
     assert known.num_evaluations == simulator.calls <= 6
-    assert (known.num_reused, known.num_cached, known.num_failed) == (24, 0, 0)
-    assert known.history[0].note.startswith("begins with 24 evaluations of earlier runs")
+    assert (known.num_reused, known.num_cached, known.num_failed) == (EARLIER, 0, 0)
+    assert known.history[0].note.startswith(f"begins with {EARLIER} evaluations of earlier runs")
     alone = refit(max_runs=6)
     assert known.history[0].loss < least + 1 < least + 10 < alone.loss
     assert known.loss < least + 0.01
@@ -84,7 +86,7 @@ def test_a_linear_simulator_known_from_elsewhere_needs_runs_only_to_confirm(earl
     # The same target once more: the best of them is the answer already.
     again = refit(A @ TRUTH + NOISE, reuse=earlier, max_runs=6)
     np.testing.assert_allclose(again.parameters, exact(A @ TRUTH + NOISE), atol=1e-3)
-    assert json.loads(json.dumps(known.to_dict()))["num_reused"] == 24
+    assert json.loads(json.dumps(known.to_dict()))["num_reused"] == EARLIER
 
 
 def test_few_runs_make_the_first_round_smaller_and_runs_that_tell_nothing_do_no_harm(tmp_path):
@@ -204,16 +206,16 @@ def test_order_and_duplicates_of_what_is_used_again_do_not_matter(earlier, tmp_p
     expected = refit(reuse=earlier)
     (journal,) = (earlier / "evaluations").glob("*.journal")
     content = journal.read_bytes()
-    size = len(content) // 24
-    assert len(content) == 24 * size
-    records = [content[i * size : (i + 1) * size] for i in range(24)]
-    order = np.random.default_rng(2).permutation(24)
+    size = len(content) // EARLIER
+    assert len(content) == EARLIER * size
+    records = [content[i * size : (i + 1) * size] for i in range(EARLIER)]
+    order = np.random.default_rng(2).permutation(EARLIER)
     for name, some in (("a", order[:9]), ("b", order[5:]), ("c", order[:3])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "some.journal").write_bytes(b"".join(records[i] for i in some))
     (tmp_path / "c" / "more.journal").write_bytes(b"torn" + records[0] + records[1][:-1])
     result = refit(reuse=[tmp_path / "c", tmp_path / "b", tmp_path / "a"])
-    assert result.num_reused == 24
+    assert result.num_reused == EARLIER
     same(result, expected)
 
 
@@ -235,7 +237,7 @@ def test_a_run_that_is_killed_needs_the_earlier_one_no_more(earlier, tmp_path, a
         refit(simulator=dies, **settings)
     shutil.rmtree(tmp_path / "earlier")
     result = refit(**settings)
-    assert result.num_cached == (at - 1) % 4  # of the round that it was killed in
+    assert result.num_cached == (at - 1) % ROUND  # of the round that it was killed in
     assert [h.parameters for h in result.history] == [h.parameters for h in expected.history]
     assert [h.loss for h in result.history] == [h.loss for h in expected.history]
     for one, other in ((result.parameters, expected.parameters), (result.covariance, expected.covariance)):
@@ -273,7 +275,7 @@ def test_a_run_with_a_store_of_ones_own_goes_on_with_it(tmp_path):
         refit(store=Store(tmp_path / "store", above_s=0.0), on_step=die, **settings)
     result = refit(store=Store(tmp_path / "store", above_s=0.0), **settings)
     same(result, refit())
-    assert result.num_cached == result.history[2].num_cached == 4
+    assert result.num_cached == result.history[2].num_cached == ROUND
 
 
 def test_runs_of_a_surrogate_are_counted_for_themselves():
