@@ -69,7 +69,8 @@ class Look(NamedTuple):
 
     loss: (k,) where they were. x: (k, d) where they go. width: scale of the noise, natural units. settled: whether
     that and the outputs' stage are the last ones. known: of each start, natural units, where asked for: the covariance
-    (d, d), and the step (d,) to where the loss is expected to be least.
+    (d, d), and the step (d,) to where the loss is expected to be least. at_limit: (k,) whether steps are as long as
+    they may be, where there is a limit.
     """
 
     loss: Array
@@ -80,6 +81,7 @@ class Look(NamedTuple):
     num_failed: int
     known: list[tuple[Array, Array]] | None = None
     note: str = ""
+    at_limit: NDArray[np.bool_] | None = None
 
 
 class Rule(Protocol):
@@ -140,7 +142,7 @@ class Descent:
         self.past: list[Array] = []
         self.dropped: list[tuple[int, Array, float, int]] = []
         self.best, self.done = 0, ""
-        self.calm, self.precise, self.last_runs, self.failed = 0, 0, 0, 0
+        self.calm, self.precise, self.last_runs, self.failed, self.at_limit = 0, 0, 0, 0, False
 
     @property
     def x(self) -> Array:
@@ -166,6 +168,7 @@ class Descent:
         if look.known is not None:
             error = tuple((np.sqrt(np.diag(look.known[best][0])) * self.natural).tolist())
         self.best, note = best, look.note
+        self.at_limit = look.at_limit is not None and bool(look.at_limit[best])
         if step in self.races and len(self.active) > 1:
             note = self._drop(look.loss, step)
         return FitStep(
@@ -233,6 +236,7 @@ class Descent:
             num_evaluations=runs + more,
             num_failed=self.failed,
             unclear=unclear,
+            at_limit=self.at_limit,
             ends=tuple(FitEnd(self.starts[i], x, loss, steps) for i, x, loss, steps in sorted(table, key=_number)),
         )
 
@@ -240,7 +244,7 @@ class Descent:
         theta = torch.as_tensor(x * self.natural)
         return self.smoothed.estimate(theta, self.schedule.steps, scale=self.schedule.last, replicate=replicate)
 
-    _KEPT = ("_x", "active", "past", "dropped", "best", "done", "calm", "precise", "last_runs", "failed")
+    _KEPT = ("_x", "active", "past", "dropped", "best", "done", "calm", "precise", "last_runs", "failed", "at_limit")
 
     def to_dict(self) -> dict[str, Any]:
         return {"rule": self.rule.to_dict(), **{name: getattr(self, name) for name in self._KEPT}}

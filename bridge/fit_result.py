@@ -64,6 +64,7 @@ class End:
         num_failed: of all runs. num_reused: evaluations of earlier fits that it began with.
         ends: of all starts, where there are several that go on side by side.
         unclear: (d,) of which parameters the variance is a lower bound (see `bridge.uncertainty.of_descent`).
+        at_limit: whether the last step was as long as it might be.
     """
 
     x: Array
@@ -77,6 +78,7 @@ class End:
     num_reused: int = 0
     ends: tuple[FitEnd, ...] = ()
     unclear: NDArray[np.bool_] | None = None
+    at_limit: bool = False
 
 
 @dataclass(frozen=True)

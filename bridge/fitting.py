@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from bridge.errors import BridgeError, InputError
 from bridge.fit_problem import FitProblem, Start, make_problem
-from bridge.fit_result import FitEnd, FitResult, FitStep
+from bridge.fit_result import End, FitEnd, FitResult, FitStep
 from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
 from bridge.misfit import LinearMap, Loss
 from bridge.progress import Observer, Observers, make_observers
@@ -110,7 +110,7 @@ def fit(
             none). halving: the worse half of several starts is dropped again and again, until one is left at half of
             the steps; False keeps all to the end.
         scale: natural units. Descents: of the noise, from the first to the last step, default (2, 0.1); a number keeps
-            it. natural: the first, and the least that is learned. Kriging: how far from the start the first round
+            it; gauss-newton goes down sooner, where steps are short against it. natural: the first, and the least that is learned. Kriging: how far from the start the first round
             looks, default 1.
         full_scale: of natural: whether L is a full matrix or diagonal; default full up to twenty parameters.
         learning_rate: of adam, in units of the scale, default 0.25; decays by a cosine to a fifth. Of a class given as
@@ -257,7 +257,10 @@ def fit(
             output=end.output,
             start_output=end.start_output,
             covariance=covariance,
-            warnings=doubts(of_free, problem.free, end.x * problem.natural, end.unclear),
+            warnings=(
+                *_unfinished(end, stop_reason),
+                *doubts(of_free, problem.free, end.x * problem.natural, end.unclear),
+            ),
             num_reused=end.num_reused,
             num_cached=found + cost.cached,
             num_surrogate=ran + cost.surrogate,
@@ -268,6 +271,16 @@ def fit(
         )
         observers.end(result)
     return result
+
+
+def _unfinished(end: End, stop_reason: str) -> tuple[str, ...]:
+    if not end.at_limit or stop_reason not in ("max_steps", "max_runs"):
+        return ()
+    return (
+        f"The last step was still as long as it may be when {stop_reason} ended the fit, two scales: the target is "
+        "further away, or the noise of a step is as large as that. Allow more steps (steps=, max_runs=), a larger "
+        "scale, or take more samples (num_samples=).",
+    )
 
 
 def _spread(scale: float | tuple[float, float] | None) -> float:

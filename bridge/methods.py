@@ -191,7 +191,7 @@ def _descent(
     described: dict[str, Any] = {"scale": [first, last], "learning_rate": rate}
     seen, used = Seen(smoothed, misfit, natural, schedule, known), [smoothed]
     if s.method == "gauss-newton":
-        rule: Any = GaussNewton(seen)
+        rule: Any = GaussNewton(seen, len(starts))
     elif s.method == "adam":
         rule = FirstOrder(seen, Adam(starts.shape, rate))
     elif s.method == "torch":
