@@ -110,8 +110,8 @@ def fit(
             none). halving: the worse half of several starts is dropped again and again, until one is left at half of
             the steps; False keeps all to the end.
         scale: natural units. Descents: of the noise, from the first to the last step, default (2, 0.1); a number keeps
-            it; gauss-newton goes down sooner, where steps are short against it. natural: the first, and the least that is learned. Kriging: how far from the start the first round
-            looks, default 1.
+            it; gauss-newton goes down sooner, where steps are short against it. natural: the first, and the least that
+            is learned. Kriging: how far from the start the first round looks, default 1.
         full_scale: of natural: whether L is a full matrix or diagonal; default full up to twenty parameters.
         learning_rate: of adam, in units of the scale, default 0.25; decays by a cosine to a fifth. Of a class given as
             `optimiser` likewise, without that decay. Of natural, default 1.
