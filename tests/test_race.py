@@ -18,7 +18,7 @@ from bridge.errors import InputError, SetupError
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
-from race import more_wild, page, peers, problems, profiles, run
+from race import more_wild, page, peers, practice, problems, profiles, run
 from race.counting import Counter, SpentError, Watched
 from race.profiles import Hit
 from race.small import SIZE, populations
@@ -76,6 +76,36 @@ def test_residuals_that_overflow_are_cut() -> None:
     f = more_wild.true_residuals(function, "smooth", np.array([-1e4, 2e4, 1.0]))
     assert np.isfinite(f).all()
     assert np.abs(f).max() == more_wild.LARGEST
+
+
+@pytest.mark.parametrize("name", practice.FUNCTIONS)
+def test_functions_to_practise_with_have_the_minima_they_state(name: str) -> None:
+    function = practice.FUNCTIONS[name]
+    start = np.array(function.start)
+    solved = least_squares(function.residuals, start, method="lm", xtol=1e-14, ftol=1e-14, max_nfev=5000)
+    assert solved.cost >= function.minimum * (1 - 2e-6) - 1e-12
+    # From its start the trigonometric one has other minima, and Biggs' a long way.
+    far = name in ("trigonometric", "biggs", "gulf")
+    assert far or solved.cost == pytest.approx(function.minimum, rel=1e-4, abs=1e-12)
+
+
+def test_no_problem_of_the_race_is_one_to_practise_with() -> None:
+    assert not set(problems.NAMES) & set(problems.PRACTICE)
+    assert not set(more_wild.FUNCTIONS) & set(practice.FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", practice.SIMULATORS)
+def test_simulators_to_practise_with_are_solved_at_the_truth_and_not_at_the_start(name: str) -> None:
+    for seed in range(4):
+        problem = problems.make(name, seed)
+        both = np.stack([problem.truth, problem.start])
+        space = problem.simulator.space
+        assert ((both >= space.lower) & (both <= space.upper)).all()
+        outputs = problem.simulator(both, np.array([1, 2], dtype=np.uint64))
+        assert outputs.shape[1:] == problem.target.shape
+        at_truth, at_start = problem.distance(both, outputs)
+        assert abs(at_truth) < 1e-9
+        assert at_start > 1
 
 
 @pytest.mark.parametrize("name", problems.SIMULATORS)

@@ -1,4 +1,4 @@
-"""All problems of the race by name: the simulators, and the published functions in their variants."""
+"""All problems by name: the race's simulators and published functions in their variants, and those to practise with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from bridge.errors import InputError
 from bridge.simulator import FunctionSimulator
 
-from . import more_wild
+from . import more_wild, practice
 from .problem import Array, Problem, half_squares, rows_of, space_of
 from .project import microscope_2, microscope_4, teapot, tilt_series
 from .small import disc, noisy_sines, predators, staircase
@@ -18,7 +18,7 @@ from .small import disc, noisy_sines, predators, staircase
 
 def published(name: str, variant: str, seed: int) -> Problem:
     """A function of `more_wild`; the start is the published one, moved by about a natural scale."""
-    function = more_wild.FUNCTIONS[name]
+    function = (more_wild.FUNCTIONS | practice.FUNCTIONS)[name]
     begin = np.array(function.start)
     d, size = len(begin), max(1.0, float(np.abs(begin).max()))
     # Radius of the trust region that DFO-LS and Py-BOBYQA start with by default; a wide box for those who need one.
@@ -53,14 +53,16 @@ SIMULATORS: dict[str, Callable[[int], Problem]] = {
 }
 PUBLISHED = tuple(f"{name}:{variant}" for name in more_wild.FUNCTIONS for variant in more_wild.VARIANTS)
 NAMES = (*SIMULATORS, *PUBLISHED)
+PRACTICE = (*practice.SIMULATORS, *(f"{name}:{v}" for name in practice.FUNCTIONS for v in more_wild.VARIANTS))
 
 
 def make(name: str, seed: int) -> Problem:
-    """A problem of `NAMES`.
+    """A problem of `NAMES` or `PRACTICE`.
 
     Raises:
         InputError: an unknown name.
     """
-    if name not in NAMES:
-        raise InputError(f"Unknown problem {name!r}. Known: {', '.join(NAMES)}.")
-    return SIMULATORS[name](seed) if name in SIMULATORS else published(*name.split(":"), seed)
+    if name not in (*NAMES, *PRACTICE):
+        raise InputError(f"Unknown problem {name!r}. Known: {', '.join((*NAMES, *PRACTICE))}.")
+    simulators = SIMULATORS | practice.SIMULATORS
+    return simulators[name](seed) if name in simulators else published(*name.split(":"), seed)

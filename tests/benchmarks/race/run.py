@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--solvers", default="all", help=f'"all", "peers", or some of {", ".join(SOLVERS)}')
-    parser.add_argument("--problems", default="all", help='"all", "simulators", "published", or names')
+    parser.add_argument("--problems", default="all", help='"all", "simulators", "published", "practice", or names')
     parser.add_argument("--seeds", default="0:20", help="first:end")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)
@@ -138,8 +138,9 @@ def main(arguments: list[str] | None = None) -> None:
         "all": list(problems.NAMES),
         "simulators": list(problems.SIMULATORS),
         "published": list(problems.PUBLISHED),
+        "practice": list(problems.PRACTICE),
     }
-    names = selected(options.problems, list(problems.NAMES), groups, "problem")
+    names = selected(options.problems, [*problems.NAMES, *problems.PRACTICE], groups, "problem")
     first, end = map(int, options.seeds.split(":"))
     done = {(line["problem"], line["solver"], line["seed"]) for line in read(options.journal)}
     left = [task for task in tasks(solvers, names, range(first, end)) if task not in done]
