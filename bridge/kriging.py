@@ -84,10 +84,10 @@ class Kriging:
         """Where the linear part begins: it does not matter, since the constant is free."""
         return np.asarray(self.rows.mean(axis=0))
 
-    def _covariance(self, points: Array) -> tuple[Array, Array]:
+    def _covariance(self, points: Array, rough: bool = True) -> tuple[Array, Array]:
         """Kernel between points (q, d) and the rows, without nugget, (q, n); and -2 of its derivative in r^2, without
         the linear part."""
-        k, slope = _kernel(_squares(points, self.rows) @ self._inverse_squares, self.roughness)
+        k, slope = _kernel(_squares(points, self.rows) @ self._inverse_squares, self.roughness if rough else 0.0)
         linear = ((points - self._middle) * self._inverse_squares) @ (self.rows - self._middle).T
         return k + _LINEAR * linear, slope
 
@@ -99,16 +99,19 @@ class Kriging:
         ones = inverse.sum(axis=1)
         return inverse, ones, float(ones.sum())
 
-    def at(self, z: Array) -> tuple[Array, float, Array, Array]:
-        """Weights w (n,), variance summed over outputs, and their derivatives (n, d) and (d,)."""
+    def at(self, z: Array, rough: bool = True) -> tuple[Array, float, Array, Array]:
+        """Weights w (n,), variance summed over outputs, and their derivatives (n, d) and (d,).
+
+        rough: else of the outputs without their rough part, which the rows are then taken to be disturbed by.
+        """
         inverse, ones, total = self._solved
-        k, slope = (of[0] for of in self._covariance(z[None]))
+        k, slope = (of[0] for of in self._covariance(z[None], rough))
         from_middle = (z - self._middle) * self._inverse_squares
         dk = (_LINEAR * (self.rows - self._middle) - slope[:, None] * (z - self.rows)) * self._inverse_squares
         u, du = inverse @ k, inverse @ dk
         missing = 1 - u.sum()
         w, dw = u + ones * (missing / total), du - np.outer(ones, du.sum(axis=0) / total)
-        own = 1 + self.roughness + _LINEAR * float((z - self._middle) @ from_middle)
+        own = 1 + rough * self.roughness + _LINEAR * float((z - self._middle) @ from_middle)
         variance = self.amplitude * max(own - k @ u + missing**2 / total, 0.0)
         slope_of_variance = _LINEAR * from_middle - u @ dk - missing / total * du.sum(axis=0)
         return w, variance, dw, 2 * self.amplitude * slope_of_variance
@@ -119,9 +122,9 @@ class Kriging:
         u = self._covariance(points)[0] @ inverse
         return np.asarray(u + np.outer((1 - u.sum(axis=1)) / total, ones))
 
-    def loss(self, z: Array, caution: float) -> tuple[float, Array, Array]:
+    def loss(self, z: Array, caution: float, rough: bool = True) -> tuple[float, Array, Array]:
         """1/2 (|mu|^2 + caution * variance), its gradient, and J^T J of mu: with caution 1 the loss's expectation."""
-        w, variance, dw, dv = self.at(z)
+        w, variance, dw, dv = self.at(z, rough)
         v = self.gram @ w
         value = 0.5 * float(w @ v + caution * variance)
         return value, np.asarray(dw.T @ v + 0.5 * caution * dv), np.asarray(dw.T @ self.gram @ dw)

@@ -1,7 +1,8 @@
 """The fewest simulations to a least-squares solution: rounds of runs, chosen by a model of all runs so far.
 
 Each round has one point where the model (see `bridge.kriging`) expects the least loss inside a trust region; another in
-a region four times as large, where the first is at the edge, so that a region which is too small costs no round; and
+a region four times as large, where the first is at the edge, so that a region which is too small costs no round; one
+where the loss would be least without the rough part of the outputs, which sees over the edges of pixels and steps; and
 else points where draws from the model are least: as far apart as the model does not know where the minimum is, along
 valleys, not across them (Thompson sampling; Kandasamy et al., *Parallelised Bayesian optimisation via Thompson
 sampling*, 2018).
@@ -31,6 +32,8 @@ MOST_ROWS, _CLIFF = 150, 30.0
 _CAUTION = 0.3
 _FIRST_RADIUS, _LEAST_RADIUS, _FAR = 4.0, 0.02, 4.0
 _PROBES = 128
+# Share of the rough part, of the smooth one, from which on a round has a point that goes by the latter alone.
+_ROUGH = 0.02
 # Points nearer to each other than this part of the first one's step tell the same: draws become twice as wide.
 _SAME, _WIDER = 0.05, 3
 # Rounds of the first size; a search that is not done by then has larger ones.
@@ -324,6 +327,10 @@ class Search:
             points.append(
                 self._least(lambda z: model.loss(z, _CAUTION), target, *self._box(base, _FAR * self.radius))[0]
             )
+        if model.roughness > _ROUGH and self._size > len(points):
+            smooth, _ = self._least(lambda z: model.loss(z, _CAUTION, rough=False), base, *box)
+            if float(np.abs(smooth - target).max()) > _SAME * step:
+                points.append(smooth)
         rng = self._rng()
         while len(points) < self._size:
             point, promised = self._drawn(rng, model, base, points, box)
