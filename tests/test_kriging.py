@@ -55,14 +55,33 @@ def test_the_prediction_of_every_output_is_that_of_a_process_of_its_own(data):
     np.testing.assert_allclose(normal, J @ J.T, rtol=1e-6, atol=1e-6 * np.abs(normal).max())
 
 
-@pytest.mark.parametrize("what", ["loss", "draw"])
+def test_the_smooth_part_alone_is_predicted_as_if_the_rough_one_were_noise():
+    """Of one output: k_s(z) K^-1 in place of k(z) K^-1; so it goes past the rows, and past an edge."""
+    rng = np.random.default_rng(8)
+    rows = np.sort(rng.uniform(-2, 2, size=(30, 1)), axis=0)
+    outputs = rows + 0.3 * np.sign(np.sin(9 * rows))
+    model = of_numbers(rows, outputs, [1.0, -1.0, -6.0])
+    K = model._covariance(rows)[0] + model.nugget * np.eye(30)
+    for z in (rows[7], np.array([0.123])):
+        k = np.exp(-0.5 * ((rows - z) ** 2).sum(axis=1) * np.exp(-2.0))
+        k += 9 * ((rows - rows.mean()) * (z - rows.mean())).sum(axis=1) * np.exp(-2.0)
+        system = np.block([[K, np.ones((30, 1))], [np.ones((1, 30)), np.zeros((1, 1))]])
+        expected = np.linalg.solve(system, np.append(k, 1.0))[:30] @ outputs[:, 0]
+        assert model.at(z, rough=False)[0] @ outputs[:, 0] == pytest.approx(expected, abs=1e-8)
+        assert model.loss(z, 0.0, rough=False)[0] == pytest.approx(0.5 * expected**2, abs=1e-8)
+        assert abs(expected - z[0]) < 0.2  # the outputs are off by 0.3
+    assert model.at(rows[7])[0] @ outputs[:, 0] == pytest.approx(outputs[7, 0], abs=0.05)
+    assert abs(outputs[7, 0] - rows[7, 0]) > 0.29
+
+
+@pytest.mark.parametrize("what", ["loss", "smooth", "draw"])
 def test_gradients_against_differences(data, what):
     rows, outputs = data
     model = of_numbers(rows, outputs, KERNEL)
     draw = model.draw(np.random.default_rng(5))
 
     def function(z):
-        return model.loss(z, 0.7) if what == "loss" else draw.loss(z)
+        return draw.loss(z) if what == "draw" else model.loss(z, 0.7, rough=what == "loss")
 
     for z in (np.array([0.3, -0.2, 0.1]), np.array([2.0, 1.0, -1.5])):
         error = check_grad(lambda x: function(x)[0], lambda x: function(x)[1], z)
