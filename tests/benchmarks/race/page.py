@@ -2,13 +2,16 @@
 
     python tests/benchmarks/race/page.py race.jsonl ... --page docs/race
 
-Replaces what stands between `<!-- NAME -->` and `<!-- end -->` in README.md, and writes runs.csv and profiles.png.
+Replaces what stands between `<!-- NAME -->` and `<!-- end -->` in README.md, and writes runs.csv, profiles.png, and all lines
+packed, race.jsonl.xz, which can be read again like any journal.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
+import lzma
 import re
 import sys
 from pathlib import Path
@@ -204,6 +207,13 @@ def draw(found: Hits, path: Path) -> None:
     plt.close(figure)
 
 
+def pack(lines: list[Line], path: Path) -> None:
+    """Distances with six digits."""
+    short = [{**x, "way": [(run, number, float(f"{d:.6g}")) for run, number, d in x["way"]]} for x in lines]
+    short.sort(key=lambda x: (x["seed"], x["problem"], x["solver"]))
+    path.write_bytes(lzma.compress("".join(json.dumps(x) + "\n" for x in short).encode(), preset=9))
+
+
 def fill(text: str, parts: dict[str, str]) -> str:
     """The text with what stands between `<!-- NAME -->` and `<!-- end -->` replaced.
 
@@ -250,6 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
     page.write_text(fill(page.read_text(encoding="utf-8"), parts), encoding="utf-8")
     write_rows(lines, found, options.page / "runs.csv")
     draw(found, options.page / "profiles.png")
+    pack(lines, options.page / "race.jsonl.xz")
 
 
 if __name__ == "__main__":

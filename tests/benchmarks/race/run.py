@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import multiprocessing
 import os
 import signal
@@ -90,8 +91,9 @@ def _work(task: tuple[str, str, int]) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Lines of a journal; a last one that was cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    """Lines of a journal, also of a packed one (.xz); a last one that was cut short is left out."""
+    content = path.read_bytes() if path.exists() else b""
+    lines = (lzma.decompress(content) if path.suffix == ".xz" else content).decode().splitlines()
     found = []
     for number, line in enumerate(lines):
         try:
