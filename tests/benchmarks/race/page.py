@@ -2,8 +2,8 @@
 
     python tests/benchmarks/race/page.py race.jsonl ... --page docs/race
 
-Replaces what stands between `<!-- NAME -->` and `<!-- end -->` in README.md, and writes runs.csv, profiles.png, and all lines
-packed, race.jsonl.xz, which can be read again like any journal.
+Replaces what stands between `<!-- NAME -->` and `<!-- end -->` in README.md, and writes runs.csv, profiles.png, and all
+lines packed, race.jsonl.xz, which can be read again like any journal.
 """
 
 from __future__ import annotations
