@@ -308,14 +308,16 @@ class Search:
             if ratio < 0.1:
                 self.radius *= 0.5
             elif ratio > 0.5 and self.at_edge:
-                farthest = (
-                    0.0 if noisy else float(np.abs(self.rows[before:][losses[before:].argmin()] - self.best).max())
-                )
-                self.radius = max(2.0 * self.radius, farthest)
+                found = self.rows[before + int(np.argmin(losses[before:]))]
+                self.radius = max(2.0 * self.radius, 0.0 if noisy else float(np.abs(found - self.best).max()))
                 self.note = "the trust region grows"
         self.radius = float(np.clip(self.radius, _LEAST_RADIUS, 1e3))
         box = self._box(base, self.radius)
-        target, _ = self._least(lambda z: model.loss(z, _CAUTION), base, *box)
+
+        def cautious(z: Array) -> tuple[float, Array, Array]:
+            return model.loss(z, _CAUTION)
+
+        target, _ = self._least(cautious, base, *box)
         gain = loss - model.loss(target, 0.0)[0] - self.prior(target)[0]
         self.promise = (loss + self.offset, max(gain, 1e-12 * loss))
         self.step = target - base
@@ -324,9 +326,7 @@ class Search:
         self.best, self.best_loss, self.scale = base, loss + self.offset, max(step, 1e-12)
         points, hope = [target], 0.0
         if self.at_edge and self._size > 1:
-            points.append(
-                self._least(lambda z: model.loss(z, _CAUTION), target, *self._box(base, _FAR * self.radius))[0]
-            )
+            points.append(self._least(cautious, target, *self._box(base, _FAR * self.radius))[0])
         if model.roughness > _ROUGH and self._size > len(points):
             smooth, _ = self._least(lambda z: model.loss(z, _CAUTION, rough=False), base, *box)
             if float(np.abs(smooth - target).max()) > _SAME * step:
