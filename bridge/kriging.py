@@ -52,14 +52,12 @@ class Kriging:
     Attributes:
         rows: (n, d). gram: (n, n) of the residuals.
         kernel: (d + 2,) logarithms of d lengths, of the rough part and of the nugget, relative to the smooth part.
-        independent: how many outputs vary independently, (tr G)^2 / tr G^2 of the centred Gram matrix, at most 10.
         amplitude: variance of the smooth part, summed over all outputs.
     """
 
     rows: Array
     gram: Array
     kernel: Array
-    independent: float
     amplitude: float
 
     @cached_property
@@ -129,23 +127,31 @@ class Kriging:
         value = 0.5 * float(w @ v + caution * variance)
         return value, np.asarray(dw.T @ v + 0.5 * caution * dv), np.asarray(dw.T @ self.gram @ dw)
 
+    def differences(self, z: Array, width: Array) -> Array:
+        """Of the weights, (n, d): central ones, over z_i +- width_i. J is F^T times these."""
+        return np.stack([self.at(z + h)[0] - self.at(z - h)[0] for h in np.diag(width)], axis=1) / (2 * width)
+
     def normal_matrix(self, z: Array, width: Array) -> Array:
-        """J^T J, (d, d), by central differences of the predicted outputs over z_i +- width_i, less what noise adds."""
-        shifts = np.diag(width)
-        dw = np.stack([self.at(z + h)[0] - self.at(z - h)[0] for h in shifts], axis=1) / (2 * width)
+        """J^T J, (d, d), of the predicted outputs by `differences`, less what noise adds."""
+        dw = self.differences(z, width)
         return np.asarray(dw.T @ self.gram @ dw - self.noise * dw.T @ dw)
+
+    @cached_property
+    def _spanned(self) -> tuple[Array, Array]:
+        """Residuals (n, r) of the same Gram matrix, and R (r, r), R^T R the covariance between these outputs."""
+        values, vectors = np.linalg.eigh(self.gram)
+        keep = values > 1e-14 * max(float(values.max()), 1e-300)
+        residuals = vectors[:, keep] * np.sqrt(values[keep])
+        inverse, ones, total = self._solved
+        P = inverse - np.outer(ones, ones) / total
+        between, axes = np.linalg.eigh(residuals.T @ P @ residuals / (len(residuals) - 1))
+        return residuals, (axes * np.sqrt(np.maximum(between, 0))).T
 
     def draw(self, rng: np.random.Generator, wide: float = 1.0) -> Draw:
         """One draw of all outputs from the posterior, with deviations so many times as wide."""
         n, d = self.rows.shape
-        values, vectors = np.linalg.eigh(self.gram)
-        keep = values > 1e-14 * max(float(values.max()), 1e-300)
-        residuals = vectors[:, keep] * np.sqrt(values[keep])  # (n, r), of the same Gram matrix
-        inverse, ones, total = self._solved
-        P = inverse - np.outer(ones, ones) / total
-        between, axes = np.linalg.eigh(residuals.T @ P @ residuals / (n - 1))
-        root = wide * (axes * np.sqrt(np.maximum(between, 0))).T  # covariance between outputs: root^T root
-        r = len(root)
+        residuals, root = self._spanned
+        root, r = wide * root, len(root)
         omega, sizes = rng.normal(size=(_FEATURES, d)), np.full(_FEATURES, np.sqrt(2 / _FEATURES))
         if self.roughness > 1e-4:  # exp(-r / 3) has the spectrum of Cauchy's distribution
             rough = rng.normal(size=(_FEATURES, d)) / (_ROUGH_LENGTH * np.abs(rng.normal(size=(_FEATURES, 1))))
@@ -256,7 +262,7 @@ def fit_kriging(rows: Array, gram: Array, before: Array | None = None, thorough:
         if best is None or found.fun < best.fun:
             best = found
     assert best is not None
-    model = Kriging(rows, gram, np.asarray(best.x), independent, 1.0)
+    model = Kriging(rows, gram, np.asarray(best.x), 1.0)
     inverse, ones, total = model._solved
     trace = float(((inverse - np.outer(ones, ones) / total) * gram).sum())
     return replace(model, amplitude=max(trace / (n - 1), 1e-300))

@@ -246,16 +246,19 @@ class Search:
         losses = 0.5 * np.diag(self.gram) + np.array([self.prior(z)[0] for z in self.rows])
         return np.asarray(np.where(self.failed, np.inf, losses))
 
+    def rows_of_model(self, centre: Array | None = None) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """The numbers of the rows that `model` is made of, and of those whose residuals it takes."""
+        near = self._near(centre)
+        losses = self._losses()[near]
+        worst = near[int(np.argmax(np.where(np.isfinite(losses), losses, -np.inf)))]
+        return near, np.where(self.failed[near], worst, near)
+
     def model(self, centre: Array | None = None, weighted: bool = True) -> Kriging:
         """Of the rows about the best one, or about a centre. A failed run counts as the worst of the others.
 
         weighted: by the weights of a robust loss.
         """
-        near = self._near(centre)
-        stand_in = near.copy()
-        losses = self._losses()[near]
-        worst = near[int(np.argmax(np.where(np.isfinite(losses), losses, -np.inf)))]
-        stand_in[self.failed[near]] = worst
+        near, stand_in = self.rows_of_model(centre)
         gram = self.gram[np.ix_(stand_in, stand_in)]
         if self.robust is not None and not weighted:
             gram = self.residuals[stand_in] @ self.residuals[stand_in].T

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bridge.kriging import Kriging
 from bridge.misfit import Misfit
 from bridge.robust import Robust
 from bridge.search import Search
@@ -193,26 +192,10 @@ def of_search(search: Search, misfit: Misfit, known: bool) -> Array:
         if robust is None:
             covariance = of_least_squares(normal, variance, precision)
         else:
-            J = _jacobian(search, model, z, width)
+            J = search.residuals[search.rows_of_model(z)[1]].T @ model.differences(z, width)
             covariance = of_robust(normal, J, search.residual_at(z), robust, precision)
         width = np.clip(np.sqrt(np.diag(covariance)), 1e-4, 1.0)
     return covariance
-
-
-def _jacobian(search: Search, model: Kriging, z: Array, width: Array) -> Array:
-    """(m, d) by the differences of `Kriging.normal_matrix`: the model itself knows its rows' Gram matrix alone."""
-    dw = np.stack([model.at(z + h)[0] - model.at(z - h)[0] for h in np.diag(width)], axis=1) / (2 * width)
-    which, first = [], 0
-    for row in model.rows:  # they are in the order of the search's
-        first += int(np.argmax((search.rows[first:] == row).all(axis=1)))
-        which.append(first)
-        first += 1
-    index, failed = np.array(which), search.failed[which]
-    # Of a failed row the model has another in its place: the one that is no distance away.
-    square, good = np.diag(model.gram), np.flatnonzero(~failed)
-    for i in np.flatnonzero(failed):
-        index[i] = index[good[int(np.argmin(square[i] + square[good] - 2 * model.gram[i, good]))]]
-    return np.asarray(search.residuals[index].T @ dw)
 
 
 def inverse(normal: Array) -> Array:

@@ -16,7 +16,7 @@ def data():
 
 
 def of_numbers(rows, outputs, kernel):
-    return Kriging(rows, outputs @ outputs.T, np.array(kernel), 5.0, 2.0)
+    return Kriging(rows, outputs @ outputs.T, np.array(kernel), 2.0)
 
 
 KERNEL = [0.5, 0.8, 0.2, -2.0, -4.0]
@@ -107,7 +107,7 @@ def test_draws_have_the_posteriors_mean_and_variance(data, rough):
     # The amplitude that belongs to these outputs, as a fit has it.
     P = np.linalg.inv(model._covariance(rows)[0] + model.nugget * np.eye(9))
     P -= np.outer(P.sum(axis=0), P.sum(axis=0)) / P.sum()
-    model = Kriging(rows, model.gram, np.array(kernel), 5.0, float(np.trace(P @ model.gram)) / 8)
+    model = Kriging(rows, model.gram, np.array(kernel), float(np.trace(P @ model.gram)) / 8)
     rng = np.random.default_rng(6)
     draws = [model.draw(rng) for _ in range(1500)]
     wide = [model.draw(rng, 2.0) for _ in range(1500)]
