@@ -18,6 +18,7 @@ likelihood times weak priors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
@@ -266,6 +267,38 @@ def fit_kriging(rows: Array, gram: Array, before: Array | None = None, thorough:
     inverse, ones, total = model._solved
     trace = float(((inverse - np.outer(ones, ones) / total) * gram).sum())
     return replace(model, amplitude=max(trace / (n - 1), 1e-300))
+
+
+def levenberg_marquardt(
+    objective: Callable[[Array], tuple[float, Array, Array]], begin: Array, lower: Array, upper: Array
+) -> tuple[Array, float]:
+    """A minimum within a box, and its value.
+
+    Args:
+        objective: z -> value, gradient, and what stands for the Hessian, J^T J.
+    """
+    z = np.clip(begin, lower, upper)
+    value, slope, normal = objective(z)
+    damping = 1e-3
+    for _ in range(60):
+        free = ~(((z <= lower) & (slope > 0)) | ((z >= upper) & (slope < 0)))
+        size = np.diag(normal)[free]
+        if not free.any() or damping > 1e8 or not size.any():
+            break
+        step = np.zeros(len(z))
+        damped = normal[np.ix_(free, free)] + damping * np.diag(size + 1e-9 * size.max())
+        step[free] = -np.linalg.solve(damped, slope[free])
+        new = np.clip(z + step, lower, upper)
+        after = objective(new)
+        if not after[0] < value:
+            damping *= 10
+            continue
+        little = value - after[0] < 1e-10 * value and float(np.abs(new - z).max()) < 1e-6
+        z, (value, slope, normal) = new, after
+        damping = max(damping / 5, 1e-12)
+        if little:
+            break
+    return z, value
 
 
 def _squares(a: Array, b: Array) -> Array:

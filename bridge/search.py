@@ -5,7 +5,10 @@ a region four times as large, where the first is at the edge, so that a region w
 where the loss would be least without the rough part of the outputs, which sees over the edges of pixels and steps; and
 else points where draws from the model are least: as far apart as the model does not know where the minimum is, along
 valleys, not across them (Thompson sampling; Kandasamy et al., *Parallelised Bayesian optimisation via Thompson
-sampling*, 2018).
+sampling*, 2018). Draws of many rough outputs miss the target by more the farther they are from the base, all of them,
+and so stay there: where outputs are rough, a third of a round are minima of draws from a model of the loss alone.
+
+A search that is stuck, with a loss which noise does not explain, begins again elsewhere.
 
 Nothing here evaluates anything. Parameters are in natural units throughout. Everything is a function of the seed and of
 the outputs seen, so that a search that is restored goes on as if nothing had happened.
@@ -20,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.errors import EvaluationError, InputError
-from bridge.kriging import Kriging, fit_kriging
+from bridge.kriging import Kriging, fit_kriging, levenberg_marquardt
 from bridge.robust import Robust
 
 Array = NDArray[np.float64]
@@ -32,14 +35,20 @@ MOST_ROWS, _CLIFF = 150, 30.0
 _CAUTION = 0.3
 _FIRST_RADIUS, _LEAST_RADIUS, _FAR = 4.0, 0.02, 4.0
 _PROBES = 128
-# Share of the rough part, of the smooth one, from which on a round has a point that goes by the latter alone.
-_ROUGH = 0.02
+# Share of the rough part, of the smooth one, from which on a round has a point that goes by the latter alone, and of
+# the round's points those that go by the loss alone.
+_ROUGH, _BY_LOSS = 0.02, 1 / 3
 # Points nearer to each other than this part of the first one's step tell the same: draws become twice as wide.
 _SAME, _WIDER = 0.05, 3
 # Rounds of the first size; a search that is not done by then has larger ones.
 _SMALL_ROUNDS = 4
 # A step of less than this (natural units) that promises less than this part of the loss: nothing more to find.
 _STILL_STEP, _STILL_GAIN, _STILL_HOPE = 1e-4, 1e-6, 0.01
+# Stuck: less gained than this part of the loss in so many rounds and 3 (d + 1) runs, or this near to an earlier end;
+# twice as many where there is no restart.
+_STUCK_GAIN, _STUCK_ROUNDS, _STUCK_NEAR = 3e-4, 4, 0.1
+# Restarts are about the start, at so many spreads the first two, at twice that the next two, and so on.
+_SCATTER = 3.0
 # Without a known noise: a loss of less than this part of the first runs' is no reason to look elsewhere.
 _LITTLE = 0.02
 _RESCALINGS = 3
@@ -86,7 +95,8 @@ class Search:
         self.start, self.lower, self.upper = start, lower, upper
         self.spread, self.seed, self.batch, self.prior = spread, seed, batch, prior
         self.later = later
-        self.known_noise, self.tolerance, self.restarts_left = known_noise, tolerance, restarts
+        self.known_noise, self.tolerance = known_noise, tolerance
+        self.restarts = self.restarts_left = restarts
         self.robust, self.offset = robust, 0.0  # what the loss is above the weighted squares
         d = len(start)
         self._length = np.sqrt(min(d, 4))
@@ -99,6 +109,7 @@ class Search:
         self.at_edge, self.still = False, 0
         self.step = np.full(d, np.inf)  # to where the least loss is expected
         self.ends: list[tuple[float, Array]] = []
+        self.way: list[tuple[int, float]] = []  # runs and the least loss after each round since the last restart
         self.best, self.best_loss, self.scale = start, np.inf, spread
         self.note, self.stopped = "", ""
         self.points = self._first(start)
@@ -165,8 +176,11 @@ class Search:
         if self._rescaled():
             return
         if self.failed[self.first_row :].all():
+            if self.first_row:
+                self._restart("nothing but failures there")
+                return
             raise EvaluationError(
-                f"Expected outputs, got none: all {len(self.rows) - self.first_row} runs about the start failed. "
+                f"Expected outputs, got none: all {len(self.rows)} runs about the start failed. "
                 "Try the start by itself, and bounds that keep away from where the simulator fails."
             )
         self._choose(before)
@@ -262,8 +276,17 @@ class Search:
         gram = self.gram[np.ix_(stand_in, stand_in)]
         if self.robust is not None and not weighted:
             gram = self.residuals[stand_in] @ self.residuals[stand_in].T
+        return self._fitted(near, gram)
+
+    def _fitted(self, near: NDArray[np.intp], gram: Array) -> Kriging:
         thorough = len(self.rows) < 40 or self.round % 4 == 0
         return fit_kriging(self.rows[near], gram, self.kernel if self.kernel.size else None, thorough)
+
+    def _model_of_loss(self, near: NDArray[np.intp]) -> Kriging:
+        """As if there were one output, the root of twice the loss without its prior."""
+        squares = np.where(self.failed[near], 0.0, np.diag(self.gram)[near])
+        root = np.sqrt(np.where(self.failed[near], squares.max(), squares))
+        return fit_kriging(self.rows[near], np.outer(root, root))
 
     def _least(
         self, of: Callable[[Array], tuple[float, Array, Array]], begin: Array, lower: Array, upper: Array
@@ -283,16 +306,12 @@ class Search:
     def _choose(self, before: int) -> None:
         losses = self._losses()
         if losses.min() <= 1e-28 * float(np.max(losses, where=~self.failed, initial=0.0)):
-            self.best, self.best_loss, self.stopped = (
-                self.rows[int(np.argmin(losses))],
-                float(losses.min()),
-                "converged",
-            )
-            self.step = np.zeros(len(self.start))
+            self.best, self.best_loss = self.rows[int(np.argmin(losses))], float(losses.min())
+            self.step, self.stopped = np.zeros(len(self.start)), "converged"
             return
-        model = self.model()
+        near, stand_in = self.rows_of_model()
+        model = self._fitted(near, self.gram[np.ix_(stand_in, stand_in)])
         self.kernel = model.kernel
-        near = self._near()
         expected = np.array([model.loss(z, 1.0)[0] + self.prior(z)[0] for z in self.rows[near]])
         expected[self.failed[near]] = np.inf
         own = np.arange(self.first_row, len(self.rows))
@@ -315,6 +334,17 @@ class Search:
                 self.radius = max(2.0 * self.radius, 0.0 if noisy else float(np.abs(found - self.best).max()))
                 self.note = "the trust region grows"
         self.radius = float(np.clip(self.radius, _LEAST_RADIUS, 1e3))
+        points, gain, hope = self._round(model, near, base, loss)
+        step = float(np.max(np.abs(points[0] - base)))
+        self.promise, self.step = (loss + self.offset, max(gain, 1e-12 * loss)), points[0] - base
+        self.best, self.best_loss, self.scale = base, loss + self.offset, max(step, 1e-12)
+        self.points = np.array(points)
+        self._maybe_stop(step, gain, max(hope, gain), noisy)
+
+    def _round(
+        self, model: Kriging, near: NDArray[np.intp], base: Array, loss: float
+    ) -> tuple[list[Array], float, float]:
+        """Points of a round, the gain that is expected of the first, and the most that a draw promises."""
         box = self._box(base, self.radius)
 
         def cautious(z: Array) -> tuple[float, Array, Array]:
@@ -322,25 +352,25 @@ class Search:
 
         target, _ = self._least(cautious, base, *box)
         gain = loss - model.loss(target, 0.0)[0] - self.prior(target)[0]
-        self.promise = (loss + self.offset, max(gain, 1e-12 * loss))
-        self.step = target - base
-        step = float(np.max(np.abs(self.step)))
+        step = float(np.max(np.abs(target - base)))
         self.at_edge = step > 0.9 * self.radius
-        self.best, self.best_loss, self.scale = base, loss + self.offset, max(step, 1e-12)
-        points, hope = [target], 0.0
+        points, hope, by_loss = [target], 0.0, 0
         if self.at_edge and self._size > 1:
             points.append(self._least(cautious, target, *self._box(base, _FAR * self.radius))[0])
-        if model.roughness > _ROUGH and self._size > len(points):
+        if model.roughness > _ROUGH:
+            by_loss = round(_BY_LOSS * self._size) if len(near) > 2 * (len(base) + 1) else 0
             smooth, _ = self._least(lambda z: model.loss(z, _CAUTION, rough=False), base, *box)
-            if float(np.abs(smooth - target).max()) > _SAME * step:
+            if self._size > len(points) and float(np.abs(smooth - target).max()) > _SAME * step:
                 points.append(smooth)
         rng = self._rng()
-        while len(points) < self._size:
+        while len(points) < self._size - by_loss:
             point, promised = self._drawn(rng, model, base, points, box)
             points.append(point)
             hope = max(hope, promised)
-        self.points = np.array(points)
-        self._maybe_stop(step, gain, max(hope, gain))
+        if by_loss:
+            of_loss = self._model_of_loss(near)
+            points += [self._drawn(rng, of_loss, base, points, box)[0] for _ in range(self._size - len(points))]
+        return points, gain, hope
 
     @property
     def _size(self) -> int:
@@ -371,7 +401,7 @@ class Search:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def _maybe_stop(self, step: float, gain: float, hope: float) -> None:
+    def _maybe_stop(self, step: float, gain: float, hope: float, noisy: bool) -> None:
         """Ends or restarts where neither what is expected of the next point nor what is hoped for is worth a round."""
         nothing = 1e-9 * self._first_loss()
         still = gain < max(_STILL_GAIN * self.best_loss, nothing) and hope < max(_STILL_HOPE * self.best_loss, nothing)
@@ -380,25 +410,48 @@ class Search:
             # The step in standard errors: sqrt(2 gain) is its length in the metric of the normal matrix.
             still |= gain < 0.5 * self.tolerance**2 and hope < 0.5 and not self.at_edge
         self.still = self.still + 1 if still else 0
-        if self.still < 2:
+        self.way.append((len(self.rows), self.best_loss))
+        explained = self._explained()
+        if explained or self.restarts_left == 0:
+            # Runs that average noise gain no loss, but precision.
+            over = self.still >= 2 or (not noisy and not self.known_noise and self._stuck(2))
+        else:
+            over = self.still >= 2 or self._stuck()
+        if not over:
             return
         self.ends.append((self.best_loss, self.best))
-        if self._explained() or self.restarts_left == 0:
-            self.best_loss, self.best = min(self.ends, key=lambda end: end[0])
-            self.stopped = "converged"
-            return
-        self.restarts_left -= 1
-        rng = self._rng()
-        wide = np.all(np.isfinite(self.lower) & np.isfinite(self.upper))
-        start = (
-            rng.uniform(self.lower, self.upper)
-            if wide
-            else self.start + 3 * self.spread * rng.normal(size=len(self.start))
+        if explained:
+            self._end()
+        else:
+            self._restart(f"a minimum with loss {self.best_loss:.4g} is found, and kept")
+
+    def _stuck(self, patience: int = 1) -> bool:
+        """Whether rounds gain hardly anything any more, or lead to where another search has ended."""
+        enough = len(self.rows) - 3 * patience * (len(self.start) + 1)
+        past = [loss for rows, loss in self.way[: -patience * _STUCK_ROUNDS] if rows <= enough]
+        least = min(loss for _, loss in self.way)
+        if past and min(past) - least < _STUCK_GAIN * least:
+            return True
+        return any(
+            float(np.abs(self.best - end).max()) < _STUCK_NEAR and self.best_loss > (1 - _STUCK_GAIN) * loss
+            for loss, end in self.ends
         )
-        start = np.clip(start, self.lower, self.upper)
-        self.first_row, self.radius, self.promise, self.still = len(self.rows), _FIRST_RADIUS, None, 0
-        self.points = self._first(start)
-        self.note = f"restart {len(self.ends)}: a minimum with loss {self.best_loss:.4g} is found, and kept"
+
+    def _end(self) -> None:
+        self.best_loss, self.best = min(self.ends, key=lambda end: end[0])
+        self.stopped = "converged"
+
+    def _restart(self, why: str) -> None:
+        """From a place about the start, farther away after every other one."""
+        if self.restarts_left == 0:
+            self._end()
+            return
+        far = _SCATTER * self.spread * 2.0 ** ((self.restarts - self.restarts_left) // 2)
+        self.restarts_left -= 1
+        away = far * self._rng().normal(size=len(self.start))
+        self.first_row, self.radius, self.promise, self.still, self.way = len(self.rows), _FIRST_RADIUS, None, 0, []
+        self.points = self._first(np.clip(self.start + away, self.lower, self.upper))
+        self.note = f"restart {self.restarts - self.restarts_left}: {why}"
 
     def _explained(self) -> bool:
         """Whether the loss is that of noise: by chi-square where its size is known, else if little of the start's is
@@ -437,7 +490,7 @@ class Search:
             "still",
         ),
         *("ends", "best", "best_loss", "scale", "note", "stopped", "points", "spread", "restarts_left"),
-        *("offset", "step"),
+        *("offset", "step", "way"),
     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -448,35 +501,4 @@ class Search:
             setattr(self, name, saved[name])
         self.promise = None if saved["promise"] is None else (saved["promise"][0], saved["promise"][1])
         self.ends = [(float(loss), np.asarray(z)) for loss, z in saved["ends"]]
-
-
-def levenberg_marquardt(
-    objective: Callable[[Array], tuple[float, Array, Array]], begin: Array, lower: Array, upper: Array
-) -> tuple[Array, float]:
-    """A minimum within a box, and its value.
-
-    Args:
-        objective: z -> value, gradient, and what stands for the Hessian, J^T J.
-    """
-    z = np.clip(begin, lower, upper)
-    value, slope, normal = objective(z)
-    damping = 1e-3
-    for _ in range(60):
-        free = ~(((z <= lower) & (slope > 0)) | ((z >= upper) & (slope < 0)))
-        size = np.diag(normal)[free]
-        if not free.any() or damping > 1e8 or not size.any():
-            break
-        step = np.zeros(len(z))
-        damped = normal[np.ix_(free, free)] + damping * np.diag(size + 1e-9 * size.max())
-        step[free] = -np.linalg.solve(damped, slope[free])
-        new = np.clip(z + step, lower, upper)
-        after = objective(new)
-        if not after[0] < value:
-            damping *= 10
-            continue
-        little = value - after[0] < 1e-10 * value and float(np.abs(new - z).max()) < 1e-6
-        z, (value, slope, normal) = new, after
-        damping = max(damping / 5, 1e-12)
-        if little:
-            break
-    return z, value
+        self.way = [(int(rows), float(loss)) for rows, loss in saved["way"]]

@@ -55,11 +55,12 @@ class Counter:
         problem = self.problem
         if problem.criterion == "fixed":
             return 1.0
-        if problem.least is None:
+        least = problem.least if problem.elsewhere is None else problem.elsewhere
+        if least is None:
             return -np.inf
         outputs = problem.simulator(problem.start[None], np.zeros(1, dtype=np.uint64))
         begin = float(problem.distance(problem.start[None], outputs)[0])
-        return problem.least + STRICTEST * (begin - problem.least)
+        return least + STRICTEST * (begin - least)
 
     @property
     def dimension(self) -> int:

@@ -1,7 +1,8 @@
 """Problems that settings of ours are chosen with: none of them is in the race, and none of the race's is here.
 
 Functions of Moré, Garbow and Hillstrom (ACM TOMS 7 (1981) 17) in the variants of `more_wild`, two of our own, and
-five simulators: a hard rectangle, noisy decays, an epidemic's counts, a tone, and a staircase.
+seven simulators: a hard rectangle, noisy decays, an epidemic's counts, a tone, a staircase, a body's pose from its
+silhouette, and a spectrum of three lines.
 
     python tests/benchmarks/race/run.py --journal practice.jsonl --solvers ours,DFO-LS --problems practice --seeds 0:4
     python tests/benchmarks/race/compare.py practice.jsonl changed.jsonl
@@ -10,9 +11,11 @@ five simulators: a hard rectangle, noisy decays, an epidemic's counts, a tone, a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from bridge.simulator import FunctionSimulator
 
@@ -240,10 +243,72 @@ def stairs(seed: int) -> Problem:
                    near(truth, 0.1), "fixed", truth=truth)  # fmt: skip
 
 
+ELLIPSOIDS = np.array([
+    # middle, half axes
+    [0, 0, 0, 1.0, 0.7, 0.55],
+    [1.1, 0.3, 0.1, 0.5, 0.2, 0.2],
+    [-0.9, 0.5, -0.3, 0.3, 0.45, 0.2],
+])  # fmt: skip
+
+
+def body(seed: int) -> Problem:
+    """The pose of three ellipsoids from their common silhouette in 48 x 48 pixels: many minima."""
+    rng = np.random.default_rng([306, seed])
+    y, x = (np.mgrid[0:48, 0:48] + 0.5 - 24) / 12
+
+    def silhouette(theta: Array) -> Array:
+        turn, seen = Rotation.from_rotvec(theta[:3]).as_matrix(), np.zeros((48, 48), dtype=bool)
+        for part in ELLIPSOIDS * np.exp(theta[3]):
+            u, v = (turn @ part[:3])[:2]
+            # Its shadow: the ellipse of the covariance without the line of sight.
+            a, b, c = np.linalg.inv((turn * part[3:] ** 2 @ turn.T)[:2, :2])[[0, 0, 1], [0, 1, 1]]
+            seen |= a * (x - u) ** 2 + 2 * b * (x - u) * (y - v) + c * (y - v) ** 2 < 1
+        return seen.astype(np.float64)
+
+    def image(inputs: Array) -> Array:
+        return np.stack([silhouette(theta) for theta in inputs])
+
+    truth = np.append(Rotation.random(random_state=rng).as_rotvec() * 0.5, rng.uniform(-0.1, 0.1))
+    axis = rng.standard_normal(3)
+    away = Rotation.from_rotvec(axis / np.linalg.norm(axis) * np.deg2rad(rng.uniform(40, 90)))
+    space = space_of(["x", "y", "z", "log_size"], "", [-6, -6, -6, -0.6], [6, 6, 6, 0.6], [0.1, 0.1, 0.1, 0.05])
+    start = np.append((away * Rotation.from_rotvec(truth[:3])).as_rotvec(), truth[3] + rng.uniform(-0.2, 0.2))
+
+    def distance(inputs: Array, outputs: NDArray[Any]) -> Array:
+        off = Rotation.from_rotvec(inputs[:, :3]) * Rotation.from_rotvec(truth[:3]).inv()
+        return np.asarray(np.rad2deg(off.magnitude()) / 5)
+
+    simulator = FunctionSimulator(image, space, (48, 48), vectorized=True)
+    return Problem("body", "simulators", seed, simulator, image(truth[None])[0], 1.0, within(space, start), distance,
+                   "fixed", truth=truth)  # fmt: skip
+
+
+def spectrum(seed: int) -> Problem:
+    """Heights, places and widths of three lines in noise, from a guess that may take one for another."""
+    rng = np.random.default_rng([307, seed])
+    t = np.linspace(0, 10, 60)
+
+    def lines(inputs: Array) -> Array:
+        high, place, wide = (inputs[:, k : k + 3, None] for k in (0, 3, 6))
+        return np.asarray((np.exp(high) / (1 + ((t - place) / np.exp(wide)) ** 2)).sum(axis=1))
+
+    space = space_of([f"x{i}" for i in range(9)], "", [-3] * 3 + [0] * 3 + [-3] * 3, [3] * 3 + [10] * 3 + [2] * 3,
+                     [0.2] * 3 + [0.3] * 3 + [0.2] * 3)  # fmt: skip
+    truth = np.concatenate([rng.uniform(-0.5, 0.5, 3), rng.uniform([1, 4, 7], [3, 6, 9]), rng.uniform(-1, 0, 3)])
+    start = within(space, truth + space.natural_scale * rng.normal(0, 3, 9))
+    target = lines(truth[None])[0] + 0.02 * rng.standard_normal(60)
+    loss = half_squares(lines, lines(truth[None])[0], 0.02**2)
+    simulator = FunctionSimulator(lines, space, (60,), vectorized=True)
+    return Problem("spectrum", "simulators", seed, simulator, target, 0.02**2, start, lambda z, y: loss(z, y) / 9,
+                   "fixed", truth=truth, noisy_target=True)  # fmt: skip
+
+
 SIMULATORS: dict[str, Callable[[int], Problem]] = {
     "rectangle": rectangle,
     "decays": decays,
     "epidemic": epidemic,
     "tone": tone,
     "stairs": stairs,
+    "body": body,
+    "spectrum": spectrum,
 }

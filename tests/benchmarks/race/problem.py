@@ -38,6 +38,7 @@ class Problem:
         criterion: which distance it is.
         tau: of the test on the loss.
         least: the least loss that is known beforehand; None where only the solvers will tell.
+        elsewhere: a lower one in a place where few come.
         truth: (d,) a point that solves it; None where none is known.
         noisy: the simulator's outputs are noisy (solvers with a flag for noise are told).
         runs_a_dimension: the budget is that times (d + 1).
@@ -58,6 +59,7 @@ class Problem:
     noisy: bool = False
     noisy_target: bool = False
     runs_a_dimension: int = RUNS_A_DIMENSION
+    elsewhere: float | None = None
 
     @property
     def dimension(self) -> int:
