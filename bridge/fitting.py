@@ -85,8 +85,8 @@ def fit(
     Methods:
         "kriging" models all outputs by one Gaussian process through every run so far (`bridge.kriging`), and runs, a
             round at a time, where the loss is or may be least (`bridge.search`). Rounds of a few runs, least squares
-            only, up to some forty parameters. It restarts where it ends in a minimum that does not explain the
-            target: by chi-square where `variance` is given, else if more than a fiftieth of the first loss is left.
+            only, up to some forty parameters. It restarts elsewhere where it ends, or is stuck, and the target is not
+            explained: by chi-square where `variance` is given, else if more than a fiftieth of the first loss is left.
         "gauss-newton" solves with J^T V^-1 J of the smoothed Jacobian: many parameters, block structure, many runs at
             once.
         "adam" descends the smoothed gradient, of any loss, at `learning_rate` times the current scale.
@@ -135,7 +135,8 @@ def fit(
         restarts: at most so many (kriging), default 10.
         tolerance: descents: converged when, at the last scale, parameters move by less than this (natural units) over a
             tenth of the steps, default 0.01. Kriging: when two rounds in turn promise less than this many
-            standard errors, default 0.1; without `variance` it goes on until steps are below 1e-4 natural scales.
+            standard errors, default 0.1; without `variance` it goes on until steps are below 1e-4 natural scales, or,
+            in simulators without noise, until eight rounds and 6 (d + 1) runs have gained less than 3e-4 of the loss.
         reuse: earlier evaluations of the same simulator to begin with (kriging): directories of earlier fits by
             kriging, or `bridge.Store`s (which earlier fits by any method were given as `store=`) or their directories.
             They become part of this run, which does not need them again.

@@ -1,6 +1,8 @@
 """Fits by a model of all runs: answers that are known, errors that cover, mistakes that are told, bits that stay."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,10 @@ from fit_lab import START, TRUTH, X, decay, killed_and_resumed, named
 
 import bridge
 from bridge.errors import EvaluationError, InputError
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+from race import practice
 
 YY, XX = np.mgrid[0:64, 0:64] + 0.5
 
@@ -108,6 +114,49 @@ def test_failed_runs_are_lived_with_and_the_answer_stands_beside_them():
     assert result.num_failed > 0
     with pytest.raises(EvaluationError, match="too fast"):
         bridge.fit(named(simulator), target, [1.6, 1.1, 0.7], seed=1, max_runs=120)
+
+
+def two_wells(theta):
+    """The lesser well at -1.94, with a loss of 1.97 of 16 at the start; the target is met at 2."""
+    return np.array([theta[0] ** 2 - 4, 0.5 * (theta[0] - 2)])
+
+
+def test_a_search_that_is_stuck_begins_again_elsewhere():
+    simulator = bridge.as_simulator(two_wells, bounds=[(-20, 20)], natural_scale=[0.5])
+    once = bridge.fit(simulator, np.zeros(2), [-3.0], seed=1, restarts=0)
+    assert once.parameters[0] == pytest.approx(-1.935, abs=1e-3)
+    result = bridge.fit(simulator, np.zeros(2), [-3.0], seed=1)
+    assert result.parameters[0] == pytest.approx(2, abs=1e-3)
+    notes = [step.note for step in result.history if "restart" in step.note]
+    assert notes[0] == "restart 1: a minimum with loss 1.968 is found, and kept"
+
+
+def test_restarts_where_everything_fails_lose_nothing():
+    def walled(theta):
+        return np.full(2, np.nan) if abs(theta[0] + 3) > 2 else two_wells(theta)
+
+    simulator = bridge.as_simulator(walled, bounds=[(-200, 200)], natural_scale=[0.5])
+    result = bridge.fit(simulator, np.zeros(2), [-3.0], seed=1, restarts=8, failures="drop")
+    assert result.parameters[0] == pytest.approx(-1.935, abs=1e-3)
+    assert any("nothing but failures there" in step.note for step in result.history)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_a_pose_is_found_among_many_minima(seed):
+    """48 x 48 pixels of a silhouette, off by 40 to 90 degrees, within 5 degrees after."""
+    problem = practice.body(seed)
+    seen = []
+
+    def silhouette(theta):
+        seen.append(theta)
+        return problem.simulator(theta[None], np.zeros(1, dtype=np.uint64))[0]
+
+    space = problem.simulator.space
+    simulator = bridge.as_simulator(
+        silhouette, bounds=list(zip(space.lower, space.upper, strict=True)), natural_scale=space.natural_scale
+    )
+    bridge.fit(simulator, problem.target, problem.start, seed=seed, max_runs=150)
+    assert problem.distance(np.array(seen), np.empty(0)).min() < 1
 
 
 # --- a novice's mistakes ----------------------------------------------------------------------------------------------

@@ -226,6 +226,16 @@ def test_the_way_holds_the_nearest_points_and_rounds_may_be_told() -> None:
     assert [w[1] for w in counter.way()] == [1, 2, 3]  # what follows the last round is one more
 
 
+def test_a_minimum_that_is_not_the_least_stops_nobody() -> None:
+    problem = made("freudenstein-roth:smooth")
+    counter = Counter(problem, 0, 10)
+    for x in ([11.412779, -0.896805], [5.0, 4.0]):
+        assert counter.spent == ""
+        counter.loss(np.array(x) / problem.simulator.space.natural_scale)
+    with pytest.raises(SpentError, match="solved"):
+        counter.loss(counter.start)
+
+
 def test_a_solver_that_raises_keeps_what_it_evaluated_and_has_failed() -> None:
     def broken(counter: Counter, seed: int) -> None:
         counter.loss(counter.start)
