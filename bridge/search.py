@@ -44,8 +44,8 @@ _SAME, _WIDER = 0.05, 3
 _SMALL_ROUNDS = 4
 # A step of less than this (natural units) that promises less than this part of the loss: nothing more to find.
 _STILL_STEP, _STILL_GAIN, _STILL_HOPE = 1e-4, 1e-6, 0.01
-# Stuck: less gained than this part of the loss in so many rounds and 3 (d + 1) runs, or this near to an earlier end;
-# twice as many where there is no restart.
+# Stuck: less gained than this part of the loss in so many rounds and 3 (d + 1) runs, and no more expected of the next one
+# or a trust region smaller than this; or as near to an earlier end. Twice as many where there is no restart.
 _STUCK_GAIN, _STUCK_ROUNDS, _STUCK_NEAR = 3e-4, 4, 0.1
 # Restarts are about the start, at so many spreads the first two, at twice that the next two, and so on.
 _SCATTER = 3.0
@@ -414,9 +414,9 @@ class Search:
         explained = self._explained()
         if explained or self.restarts_left == 0:
             # Runs that average noise gain no loss, but precision.
-            over = self.still >= 2 or (not noisy and not self.known_noise and self._stuck(2))
+            over = self.still >= 2 or (not noisy and not self.known_noise and self._stuck(gain, 2))
         else:
-            over = self.still >= 2 or self._stuck()
+            over = self.still >= 2 or self._stuck(gain)
         if not over:
             return
         self.ends.append((self.best_loss, self.best))
@@ -425,12 +425,16 @@ class Search:
         else:
             self._restart(f"a minimum with loss {self.best_loss:.4g} is found, and kept")
 
-    def _stuck(self, patience: int = 1) -> bool:
-        """Whether rounds gain hardly anything any more, or lead to where another search has ended."""
+    def _stuck(self, gain: float, patience: int = 1) -> bool:
+        """Whether rounds gain hardly anything any more, or lead to where another search has ended.
+
+        A region that shrinks, since what the model expects does not come true, is given the time to.
+        """
         enough = len(self.rows) - 3 * patience * (len(self.start) + 1)
         past = [loss for rows, loss in self.way[: -patience * _STUCK_ROUNDS] if rows <= enough]
         least = min(loss for _, loss in self.way)
-        if past and min(past) - least < _STUCK_GAIN * least:
+        little = _STUCK_GAIN * least
+        if past and min(past) - least < little and (gain < little or self.radius < _STUCK_NEAR):
             return True
         return any(
             float(np.abs(self.best - end).max()) < _STUCK_NEAR and self.best_loss > (1 - _STUCK_GAIN) * loss
