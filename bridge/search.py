@@ -44,7 +44,7 @@ _SAME, _WIDER = 0.05, 3
 _SMALL_ROUNDS = 4
 # A step of less than this (natural units) that promises less than this part of the loss: nothing more to find.
 _STILL_STEP, _STILL_GAIN, _STILL_HOPE = 1e-4, 1e-6, 0.01
-# Stuck: less gained than this part of the loss in so many rounds and 3 (d + 1) runs, and no more expected of the next one
+# Stuck: less gained than this part of the loss in so many rounds and 3 (d + 1) runs, and no more expected of the next,
 # or a trust region smaller than this; or as near to an earlier end. Twice as many where there is no restart.
 _STUCK_GAIN, _STUCK_ROUNDS, _STUCK_NEAR = 3e-4, 4, 0.1
 # Restarts are about the start, at so many spreads the first two, at twice that the next two, and so on.
