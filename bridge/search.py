@@ -6,7 +6,7 @@ where the loss would be least without the rough part of the outputs, which sees 
 else points where draws from the model are least: as far apart as the model does not know where the minimum is, along
 valleys, not across them (Thompson sampling; Kandasamy et al., *Parallelised Bayesian optimisation via Thompson
 sampling*, 2018). Draws of many rough outputs miss the target by more the farther they are from the base, all of them,
-and so stay there: where outputs are rough, a third of a round are minima of draws from a model of the loss alone.
+and so stay there: where outputs are rough, up to a third of a round are minima of draws from a model of the loss alone.
 
 A search that is stuck, with a loss which noise does not explain, begins again elsewhere.
 
@@ -36,8 +36,8 @@ _CAUTION = 0.3
 _FIRST_RADIUS, _LEAST_RADIUS, _FAR = 4.0, 0.02, 4.0
 _PROBES = 128
 # Share of the rough part, of the smooth one, from which on a round has a point that goes by the latter alone, and of
-# the round's points those that go by the loss alone.
-_ROUGH, _BY_LOSS = 0.02, 1 / 3
+# the round's points those that go by the loss alone: one number tells little about more than a few parameters.
+_ROUGH, _BY_LOSS, _FEW = 0.02, 1 / 3, 4
 # Points nearer to each other than this part of the first one's step tell the same: draws become twice as wide.
 _SAME, _WIDER = 0.05, 3
 # Rounds of the first size; a search that is not done by then has larger ones.
@@ -358,7 +358,8 @@ class Search:
         if self.at_edge and self._size > 1:
             points.append(self._least(cautious, target, *self._box(base, _FAR * self.radius))[0])
         if model.roughness > _ROUGH:
-            by_loss = round(_BY_LOSS * self._size) if len(near) > 2 * (len(base) + 1) else 0
+            if len(near) > 2 * (len(base) + 1):
+                by_loss = round(_BY_LOSS * min(1.0, _FEW / len(base)) * self._size)
             smooth, _ = self._least(lambda z: model.loss(z, _CAUTION, rough=False), base, *box)
             if self._size > len(points) and float(np.abs(smooth - target).max()) > _SAME * step:
                 points.append(smooth)
