@@ -282,12 +282,6 @@ class Search:
         thorough = len(self.rows) < 40 or self.round % 4 == 0
         return fit_kriging(self.rows[near], gram, self.kernel if self.kernel.size else None, thorough)
 
-    def _model_of_loss(self, near: NDArray[np.intp]) -> Kriging:
-        """As if there were one output, the root of twice the loss without its prior."""
-        squares = np.where(self.failed[near], 0.0, np.diag(self.gram)[near])
-        root = np.sqrt(np.where(self.failed[near], squares.max(), squares))
-        return fit_kriging(self.rows[near], np.outer(root, root))
-
     def _least(
         self, of: Callable[[Array], tuple[float, Array, Array]], begin: Array, lower: Array, upper: Array
     ) -> tuple[Array, float]:
@@ -334,16 +328,14 @@ class Search:
                 self.radius = max(2.0 * self.radius, 0.0 if noisy else float(np.abs(found - self.best).max()))
                 self.note = "the trust region grows"
         self.radius = float(np.clip(self.radius, _LEAST_RADIUS, 1e3))
-        points, gain, hope = self._round(model, near, base, loss)
+        points, gain, hope = self._round(model, base, loss)
         step = float(np.max(np.abs(points[0] - base)))
         self.promise, self.step = (loss + self.offset, max(gain, 1e-12 * loss)), points[0] - base
         self.best, self.best_loss, self.scale = base, loss + self.offset, max(step, 1e-12)
         self.points = np.array(points)
         self._maybe_stop(step, gain, max(hope, gain), noisy)
 
-    def _round(
-        self, model: Kriging, near: NDArray[np.intp], base: Array, loss: float
-    ) -> tuple[list[Array], float, float]:
+    def _round(self, model: Kriging, base: Array, loss: float) -> tuple[list[Array], float, float]:
         """Points of a round, the gain that is expected of the first, and the most that a draw promises."""
         box = self._box(base, self.radius)
 
@@ -358,18 +350,19 @@ class Search:
         if self.at_edge and self._size > 1:
             points.append(self._least(cautious, target, *self._box(base, _FAR * self.radius))[0])
         if model.roughness > _ROUGH:
-            if len(near) > 2 * (len(base) + 1):
+            if len(model.rows) > 2 * (len(base) + 1):
                 by_loss = round(_BY_LOSS * min(1.0, _FEW / len(base)) * self._size)
-            smooth, _ = self._least(lambda z: model.loss(z, _CAUTION, rough=False), base, *box)
-            if self._size > len(points) and float(np.abs(smooth - target).max()) > _SAME * step:
-                points.append(smooth)
+            if self._size > len(points):
+                smooth, _ = self._least(lambda z: model.loss(z, _CAUTION, rough=False), base, *box)
+                if float(np.abs(smooth - target).max()) > _SAME * step:
+                    points.append(smooth)
         rng = self._rng()
         while len(points) < self._size - by_loss:
             point, promised = self._drawn(rng, model, base, points, box)
             points.append(point)
             hope = max(hope, promised)
         if by_loss:
-            of_loss = self._model_of_loss(near)
+            of_loss = _of_loss(model)
             points += [self._drawn(rng, of_loss, base, points, box)[0] for _ in range(self._size - len(points))]
         return points, gain, hope
 
@@ -507,3 +500,9 @@ class Search:
         self.promise = None if saved["promise"] is None else (saved["promise"][0], saved["promise"][1])
         self.ends = [(float(loss), np.asarray(z)) for loss, z in saved["ends"]]
         self.way = [(int(rows), float(loss)) for rows, loss in saved["way"]]
+
+
+def _of_loss(model: Kriging) -> Kriging:
+    """A model of the same rows as if there were one output, the root of twice the loss without its prior."""
+    root = np.sqrt(np.diag(model.gram))
+    return fit_kriging(model.rows, np.outer(root, root))

@@ -1,8 +1,6 @@
 """Fits by a model of all runs: answers that are known, errors that cover, mistakes that are told, bits that stay."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +8,6 @@ from fit_lab import START, TRUTH, X, decay, killed_and_resumed, named
 
 import bridge
 from bridge.errors import EvaluationError, InputError
-
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-
-from race import practice
 
 YY, XX = np.mgrid[0:64, 0:64] + 0.5
 
@@ -139,24 +133,6 @@ def test_restarts_where_everything_fails_lose_nothing():
     result = bridge.fit(simulator, np.zeros(2), [-3.0], seed=1, restarts=8, failures="drop")
     assert result.parameters[0] == pytest.approx(-1.935, abs=1e-3)
     assert any("nothing but failures there" in step.note for step in result.history)
-
-
-@pytest.mark.parametrize("seed", [0, 2, 3])
-def test_a_pose_is_found_among_many_minima(seed):
-    """48 x 48 pixels of a silhouette, off by 40 to 90 degrees, within 5 degrees after."""
-    problem = practice.body(seed)
-    seen = []
-
-    def silhouette(theta):
-        seen.append(theta)
-        return problem.simulator(theta[None], np.zeros(1, dtype=np.uint64))[0]
-
-    space = problem.simulator.space
-    simulator = bridge.as_simulator(
-        silhouette, bounds=list(zip(space.lower, space.upper, strict=True)), natural_scale=space.natural_scale
-    )
-    bridge.fit(simulator, problem.target, problem.start, seed=seed, max_runs=150)
-    assert problem.distance(np.array(seen), np.empty(0)).min() < 1
 
 
 # --- a novice's mistakes ----------------------------------------------------------------------------------------------

@@ -236,6 +236,15 @@ def test_a_minimum_that_is_not_the_least_stops_nobody() -> None:
         counter.loss(counter.start)
 
 
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_ours_finds_a_pose_among_many_minima(seed: int) -> None:
+    """48 x 48 pixels of a silhouette, off by 40 to 90 degrees, within 5 degrees after, within 150 runs."""
+    line = run.run_one("body", peers.SOLVERS["ours"], seed)
+    runs, _, distance = line["way"][-1]
+    assert distance < 1
+    assert runs <= 150
+
+
 def test_a_solver_that_raises_keeps_what_it_evaluated_and_has_failed() -> None:
     def broken(counter: Counter, seed: int) -> None:
         counter.loss(counter.start)
