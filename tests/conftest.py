@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import shutil
 import signal
@@ -26,8 +25,10 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
+from forking_server import ask, exit_status, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
+FORKING_SERVER = ROOT / "tests" / "forking_server.py"
 
 # No example database: tests write nowhere but into tmp_path. Derandomised, so that a failure is everybody's failure.
 hypothesis.settings.register_profile(
@@ -170,21 +171,34 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def run_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """`run_alone(script, *args, timeout=120, env=None)`: runs a Python script, a Path or a program's text, in a fresh
-    process that has torch imported already, and returns what came out; `env` is added to this process's environment.
+def forking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The socket of a server that forks processes which have torch imported already."""
+    # Not in tmp_path: a socket's name may have a hundred characters at most.
+    with tempfile.TemporaryDirectory(prefix="fork-") as directory:
+        path = f"{directory}/socket"
+        server = subprocess.Popen([sys.executable, str(FORKING_SERVER), path], stdin=subprocess.PIPE)
+        assert server.stdin is not None
+        wait_for(path)
+        yield path
+        server.stdin.close()
+        server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def run_alone(
+    forking_server: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_alone(script, *args, timeout=120, env=None, cwd=None)`: runs a Python script, a Path or a program's text, in
+    a process forked from one that has torch imported already, and returns what came out; `env` is added to this
+    process's environment.
     """
-    server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "forking_server.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
 
     def run(
-        script: Path | str, *args: object, timeout: float = 120, env: Mapping[str, str] | None = None
+        script: Path | str,
+        *args: object,
+        timeout: float = 120,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
         directory = tmp_path_factory.mktemp("alone-")
         path = script
@@ -193,21 +207,22 @@ def run_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
             path.write_text(textwrap.dedent(str(script)), encoding="utf-8")
         arguments = [str(argument) for argument in args]
         out, err = directory / "stdout.txt", directory / "stderr.txt"
-        asked = {"script": str(path.resolve()), "arguments": arguments, "environment": {**os.environ, **(env or {})}}
-        asked |= {"directory": str(directory), "out": str(out), "err": str(err), "timeout_s": timeout}
-        server.stdin.write(json.dumps(asked) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
+        with open(os.devnull) as nothing, out.open("wb") as stdout, err.open("wb") as stderr:
+            files = {0: nothing.fileno(), 1: stdout.fileno(), 2: stderr.fileno()}
+            environment = {**os.environ, **(env or {})}
+            begun = ask(forking_server, str(path.resolve()), arguments, environment, str(cwd or directory), files)
+        with begun:
+            begun.settimeout(timeout)
+            try:
+                status = exit_status(begun)
+            except TimeoutError:
+                status = None
         said, complained = (file.read_text(encoding="utf-8", errors="replace") for file in (out, err))
-        status = json.loads(answer)["status"]
         if status is None:
             pytest.fail(f"{path} did not end within {timeout} s.\n--- stdout ---\n{said}\n--- stderr ---\n{complained}")
         return subprocess.CompletedProcess([str(path), *arguments], status, said, complained)
 
-    yield run
-    server.stdin.close()
-    server.wait(30)
-    server.stdout.close()
+    return run
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------
@@ -260,9 +275,11 @@ def mpi(request: pytest.FixtureRequest) -> Mpi:
 
 
 @pytest.fixture(scope="session")
-def run_ranks(mpi: Mpi, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_ranks(n, script, *args, timeout=120, env=None, kill_when=None, kill_with=SIGKILL)`: runs a Python script on
-    n ranks and returns what came out.
+def run_ranks(
+    mpi: Mpi, forking_server: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_ranks(n, script, *args, timeout=120, env=None, kill_when=None, kill_with=SIGKILL, fresh=False)`: runs a
+    Python script on n ranks and returns what came out.
 
     `script` is a Path, or a string ending in `.py` without line breaks, or else the program's text. It runs in a
     fresh directory; `env` is added to this process's environment. The ranks have a process group of their own, which
@@ -279,6 +296,7 @@ def run_ranks(mpi: Mpi, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         env: Mapping[str, str] | None = None,
         kill_when: Callable[[], bool] | None = None,
         kill_with: signal.Signals = signal.SIGKILL,
+        fresh: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         directory = tmp_path_factory.mktemp(f"ranks{n}-")
         if isinstance(script, str) and ("\n" in script or not script.endswith(".py")):
@@ -297,7 +315,10 @@ def run_ranks(mpi: Mpi, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
             **mpi.environment,
             **(env or {}),
         }
-        command = [mpi.launcher, "-n", str(n), sys.executable, str(path), *map(str, args)]
+        fresh = fresh or kill_when is not None or sys.platform != "linux"
+        # -I and -S: a process that stands in needs nothing that is installed.
+        python = [sys.executable] if fresh else [sys.executable, "-IS", str(FORKING_SERVER), forking_server]
+        command = [mpi.launcher, "-n", str(n), *python, str(path), *map(str, args)]
         # Into files, not pipes: a rank that outlives the launcher would hold a pipe open, and us with it.
         out, err = directory / "stdout.txt", directory / "stderr.txt"
         expired = False

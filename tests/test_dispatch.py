@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,14 +61,10 @@ if bridge.is_root():
 
 
 @pytest.fixture(scope="module")
-def serial_digest(tmp_path_factory):
-    path = tmp_path_factory.mktemp("serial") / "script.py"
-    path.write_text(SCHEDULES, encoding="utf-8")
-
+def serial_digest(run_alone):
+    @functools.cache
     def run(*arguments):
-        done = subprocess.run(
-            [sys.executable, path, *arguments], capture_output=True, text=True, timeout=300, cwd=path.parent
-        )
+        done = run_alone(SCHEDULES, *arguments, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -155,7 +150,7 @@ def test_the_pool_evaluates_at_the_same_time_and_survives_a_crash(tmp_path):
 
 
 @pytest.mark.mpi
-def test_a_serial_script_is_driven_to_the_same_bits(tmp_path, run_ranks):
+def test_a_serial_script_is_driven_to_the_same_bits(tmp_path, run_ranks, run_alone):
     text = """
 import hashlib
 import numpy as np, torch, bridge
@@ -182,7 +177,7 @@ print("digest", digest.hexdigest())
 """
     path = tmp_path / "script.py"
     path.write_text(text, encoding="utf-8")
-    alone = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    alone = run_alone(path)
     assert alone.stdout.startswith("digest "), alone.stderr
     done = run_ranks(3, ENTRY, "run", "--driver", path, timeout=120)
     assert done.returncode == 0, done.stderr

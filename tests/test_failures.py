@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -163,34 +160,29 @@ def test_a_quorum_missed_ends_every_rank_with_code_3(run_ranks):
     assert "no licence" in lines[0]
 
 
-def test_a_step_without_end_shows_where_it_is(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import time, torch, bridge\n"
-        "def stuck_here(x):\n"
-        "    time.sleep(60)\n"
-        "bridge.smooth(stuck_here, seed=0, num_samples=2)(torch.zeros(1))\n",
-        encoding="utf-8",
-    )
-    environment = {**os.environ, "BRIDGE_STEP_LIMIT_S": "0.5"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, env=environment)
+def test_a_step_without_end_shows_where_it_is(run_alone):
+    program = """
+        import time, torch, bridge
+        def stuck_here(x):
+            time.sleep(60)
+        bridge.smooth(stuck_here, seed=0, num_samples=2)(torch.zeros(1))
+    """
+    done = run_alone(program, timeout=60, env={"BRIDGE_STEP_LIMIT_S": "0.5"})
     assert done.returncode == 70
     assert "no end after 0.5 s" in done.stderr
     assert "in stuck_here" in done.stderr
 
 
-def test_a_step_that_ends_in_time_is_not_disturbed(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import time, torch, bridge\n"
-        "smoothed = bridge.smooth(lambda x: x, seed=0, num_samples=2, step_limit_s=0.5)\n"
-        "for step in range(3):\n"
-        "    smoothed(torch.zeros(1), step=step)\n"
-        "    time.sleep(0.8)\n"
-        "print('done')\n",
-        encoding="utf-8",
-    )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+def test_a_step_that_ends_in_time_is_not_disturbed(run_alone):
+    program = """
+        import time, torch, bridge
+        smoothed = bridge.smooth(lambda x: x, seed=0, num_samples=2, step_limit_s=0.5)
+        for step in range(3):
+            smoothed(torch.zeros(1), step=step)
+            time.sleep(0.8)
+        print('done')
+    """
+    done = run_alone(program, timeout=60)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 

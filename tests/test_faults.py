@@ -77,6 +77,7 @@ digest.update(result.parameters.tobytes() + result.standard_error.tobytes() + re
 if bridge.is_root():
     print("digest", digest.hexdigest())
 """
+VANISHING = ("os._exit(7)", "os._exit(0)", "SIGKILL", "_exit(0)", "SIGSEGV", "native hang")
 RUNS = 6 * 16 + 2 * 16 + 2
 
 
@@ -101,7 +102,8 @@ class Fit:
         environment = {"PAID": str(self.paid_file), **(env or {})}
         arguments = (self.script, fault, self.directory, self.method)
         if ranks:
-            done = self._run_ranks(ranks, *arguments, env=environment, timeout=90, **kwargs)
+            fresh = fault in VANISHING  # these must be the launcher's own
+            done = self._run_ranks(ranks, *arguments, env=environment, timeout=90, fresh=fresh, **kwargs)
             until_the_run_is_free(self.directory)
             return done
         return self._run_alone(*arguments, env=environment, timeout=90)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 pytestmark = pytest.mark.mpi
@@ -107,23 +104,15 @@ if bridge.is_root():
 """
 
 
-def alone(text, tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text(text, encoding="utf-8")
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.every_mpi
 @pytest.mark.parametrize("script", [GRADIENTS, FIT], ids=["gradients", "fit"])
-def test_bitwise_the_same_on_any_number_of_ranks(script, run_ranks, tmp_path):
-    one = alone(script, tmp_path)
-    assert one.startswith("digest ")
+def test_bitwise_the_same_on_any_number_of_ranks(script, run_ranks, run_alone):
+    alone = run_alone(script)
+    assert alone.stdout.startswith("digest "), alone.stderr
     for ranks in (1, 2, 3, 4, 7):
         done = run_ranks(ranks, script, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert done.stdout == one, f"{ranks} ranks"
+        assert done.stdout == alone.stdout, f"{ranks} ranks"
 
 
 def test_a_failing_rank_raises_the_same_error_on_all(run_ranks):
@@ -237,25 +226,21 @@ def test_ranks_cannot_drift(run_ranks):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_wrong_launcher_is_detected(tmp_path):
+def test_a_wrong_launcher_is_detected(run_alone):
     """The launcher says four, MPI sees one: N silent worlds of size one."""
-    import os
-
-    script = tmp_path / "script.py"
-    script.write_text("import bridge, torch\nbridge.smooth(lambda x: x, seed=0)(torch.zeros(1))\n", encoding="utf-8")
-    environment = {**os.environ, "OMPI_COMM_WORLD_SIZE": "4"}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=environment)
+    program = "import bridge, torch\nbridge.smooth(lambda x: x, seed=0)(torch.zeros(1))\n"
+    done = run_alone(program, env={"OMPI_COMM_WORLD_SIZE": "4"})
     assert done.returncode != 0
     assert "4 separate worlds of one rank" in done.stderr
 
 
-def test_without_mpi_nothing_of_it_is_imported(tmp_path):
-    text = """
-import sys
-sys.modules["mpi4py"] = None  # as if it were not installed
-import torch, bridge
-theta = torch.zeros(2, requires_grad=True)
-bridge.smooth(lambda x: x, seed=0)(theta).sum().backward()
-print(bool((theta.grad - 1).abs().max() < 0.2))
-"""
-    assert alone(text, tmp_path) == "True\n"
+def test_without_mpi_nothing_of_it_is_imported(run_alone):
+    done = run_alone("""
+        import sys
+        sys.modules["mpi4py"] = None  # as if it were not installed
+        import torch, bridge
+        theta = torch.zeros(2, requires_grad=True)
+        bridge.smooth(lambda x: x, seed=0)(theta).sum().backward()
+        print(bool((theta.grad - 1).abs().max() < 0.2))
+    """)
+    assert done.stdout == "True\n", done.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -152,12 +150,11 @@ def test_queries_stay_in_the_box_and_are_counted(example: ModuleType, particle: 
 
 
 @pytest.mark.mpi
-def test_the_truth_is_found_alike_on_one_rank_and_on_two(tmp_path: Path, particle: Path, run_ranks: Any) -> None:
+def test_the_truth_is_found_alike_on_one_rank_and_on_two(
+    tmp_path: Path, particle: Path, run_ranks: Any, run_alone: Any
+) -> None:
     arguments = ["--parameters", "2", "--size", "64", "--structure", str(particle), "--starts", "20:22"]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), *arguments, "--targets", "clean", "--out", str(tmp_path / "alone")],
-        capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path,
-    )  # fmt: skip
+    done = run_alone(EXAMPLE, *arguments, "--targets", "clean", "--out", tmp_path / "alone", timeout=240)
     assert done.returncode == 0, done.stderr
     alone = (tmp_path / "alone" / "answers_2.csv").read_text()
     rows = list(csv.DictReader(alone.splitlines()))

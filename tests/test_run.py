@@ -27,29 +27,28 @@ def write(folder, text):
     return path
 
 
-def serial(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "bridge", "run", *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
-
-
 def test_a_script_runs_as_it_does_by_itself(tmp_path):
     path = write(tmp_path, FIT)
-    plain = subprocess.run([sys.executable, path, "-a", "--b=1"], capture_output=True, text=True, timeout=120)
-    run = serial(path, "-a", "--b=1")
+    plain, run = (
+        subprocess.run([sys.executable, *words, path, "-a", "--b=1"], capture_output=True, text=True, timeout=120)
+        for words in ([], ["-m", "bridge", "run"])
+    )
     assert run.returncode == 0
     assert run.stdout == plain.stdout
     assert "['-a', '--b=1'] __main__" in run.stdout
 
 
-def test_exit_codes_and_errors_of_one_process(tmp_path):
-    assert serial(write(tmp_path, "import sys; sys.exit(5)")).returncode == 5
-    told = serial(write(tmp_path, "import sys; sys.exit('no input')"))
+def test_exit_codes_and_errors_of_one_process(tmp_path, run_alone):
+    def run(text):
+        return run_alone(ENTRY, "run", write(tmp_path, text))
+
+    assert run("import sys; sys.exit(5)").returncode == 5
+    told = run("import sys; sys.exit('no input')")
     assert (told.returncode, told.stderr.strip()) == (1, "no input")
-    failed = serial(write(tmp_path, "1 / 0"))
+    failed = run("1 / 0")
     assert failed.returncode == 1
     assert "ZeroDivisionError" in failed.stderr
-    missing = serial(tmp_path / "nowhere.py")
+    missing = run_alone(ENTRY, "run", tmp_path / "nowhere.py")
     assert missing.returncode == 2
     assert "no file" in missing.stderr
 

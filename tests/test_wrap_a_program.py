@@ -6,9 +6,8 @@ import ast
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,10 +26,8 @@ def test_the_wrapped_program_is_the_formula() -> None:
     assert ((exact - counts > -1e-6) & (exact - counts < 1 + 1e-6)).all()
 
 
-def test_it_recovers_what_the_target_was_made_of(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, SCRIPT], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
+def test_it_recovers_what_the_target_was_made_of(tmp_path: Path, run_alone: Any) -> None:
+    done = run_alone(SCRIPT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = re.fullmatch(r"recovered: \{'decay': ([\d.]+), 'rate': ([\d.]+)\}\n", done.stdout)
     assert found is not None, done.stdout
