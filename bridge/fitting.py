@@ -104,9 +104,9 @@ def fit(
             by side, all runs of a step in one dispatch; kriging runs all in its first round.
         seed: of all noise; required.
         steps: at most so many; default 150 for descents, 24 for gauss-newton, no limit for kriging.
-        num_samples: runs a step, of each start. Descents: 32. Kriging: max(6, d + 1), half as many more from the
-            fifth round on; give what can run at the same time, and it is that in all of them (up to twice that in
-            the first, for d + 1).
+        num_samples: runs a step, of each start. Descents: 32. Kriging: max(6, d / 2 + 1), in the first round at
+            least d + 1, from the fifth on half as many more; give what can run at the same time, and it is that in all
+            of them (for d + 1 up to twice that in the first).
         num_starts: so many starts: those given, and others uniform in the bounds (about the first start where there are
             none). halving: the worse half of several starts is dropped again and again, until one is left at half of
             the steps; False keeps all to the end.

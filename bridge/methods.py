@@ -151,7 +151,7 @@ def _kriging(
 ) -> Chosen:
     plain = _plain(problem.simulator, seed, comm, smoothing)
     d, starts, misfit = problem.free.dimension, problem.free_starts, problem.misfit
-    budget, batch = s.max_runs or _RUNS_A_PARAMETER * (d + 1), max(6, d + 1)
+    budget, batch = s.max_runs or _RUNS_A_PARAMETER * (d + 1), max(6, d // 2 + 1)
     search = Search(
         *(starts[0], problem.lower, problem.upper),
         spread=s.widths()[0],
