@@ -177,9 +177,7 @@ class MPIDispatcher(Dispatcher):
         return self._comm.allgather(value)
 
     def abort(self, code: int) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(code)
+        _abort(code)
 
     def show_stacks(self) -> None:
         if _neighbours is None:
@@ -525,6 +523,14 @@ def _leave() -> None:
         window.free()
 
 
+def _abort(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The launcher forwards what the ranks print, and some launchers drop the rest once a rank aborts.
+    time.sleep(0.5)
+    MPI.COMM_WORLD.Abort(code)
+
+
 _installed = False
 
 
@@ -546,10 +552,6 @@ def _abort_on_uncaught_exceptions() -> None:
         # One write, so that the tracebacks of several ranks do not interleave.
         where = f"rank {rank} of {MPI.COMM_WORLD.Get_size()} on {MPI.Get_processor_name()}:\n"
         sys.stderr.write(where + "".join(traceback.format_exception(kind, value, trace)))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # The launcher forwards what the ranks print, and some launchers drop the rest once a rank aborts.
-        time.sleep(0.5)
-        MPI.COMM_WORLD.Abort(code)
+        _abort(code)
 
     sys.excepthook = hook

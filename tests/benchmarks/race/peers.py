@@ -262,5 +262,5 @@ SOLVERS = {
     "EvoTorch XNES": Solver(xnes, "evotorch"),
     "BoTorch TuRBO": Solver(turbo, "botorch", most_runs=120, seeds=3),
     "ensemble Kalman": Solver(kalman),
-    "random": Solver(random_search, seeds=5),
+    "random": Solver(random_search),
 }
