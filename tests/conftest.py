@@ -154,7 +154,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _need("MPI", _mpi(), "BRIDGE_REQUIRE_MPI")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """One thread for torch and numpy, as the bridge sets it; two are slower where all cores are busy."""
     import torch
@@ -286,6 +286,9 @@ def run_ranks(
     is killed when the launcher ends or `timeout` seconds have passed; the latter fails the test, with the output so
     far. A non-zero exit status does not: look at `returncode`. Once `kill_when()` is true, everything is killed with
     SIGKILL, the launcher first (the exit status is then -9), or the launcher is sent another signal.
+
+    The launcher's own processes stand in for the ranks, which are forks of one that has torch imported already; unless
+    they are to be `fresh`.
     """
 
     def run(
@@ -315,7 +318,7 @@ def run_ranks(
             **mpi.environment,
             **(env or {}),
         }
-        fresh = fresh or kill_when is not None or sys.platform != "linux"
+        fresh = fresh or sys.platform != "linux"
         # -I and -S: a process that stands in needs nothing that is installed.
         python = [sys.executable] if fresh else [sys.executable, "-IS", str(FORKING_SERVER), forking_server]
         command = [mpi.launcher, "-n", str(n), *python, str(path), *map(str, args)]

@@ -19,8 +19,6 @@ from simulators.cryoet import Specimen
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "align_tilt_series.py"
 POSE = ((30.0, -20.0, 40.0, 25.0, 60.0, -40.0),)
 

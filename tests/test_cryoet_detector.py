@@ -16,8 +16,6 @@ from simulators.cryoet.detector import mtf_filter, noise, poisson_quantile
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Two-sided 1e-6 of the normal distribution.
 LIMIT = 4.89
 

@@ -33,8 +33,6 @@ from simulators.cryoet import (
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FAR = torch.device("lazy:0")
 SEEDS = np.array([3], dtype=np.uint64)
 

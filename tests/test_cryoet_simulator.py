@@ -19,8 +19,6 @@ from simulators.cryoet.potential import band_limit, projected_spectrum
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HINGE = Path(__file__).resolve().parent.parent / "examples" / "data" / "6wg6.cif.gz"
 POSE = ("x_angstrom", "y_angstrom", "rotation_deg")
 FLOAT64 = torch.float64

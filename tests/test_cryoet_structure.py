@@ -20,8 +20,6 @@ from simulators.cryoet.deformation import hessian, rigid_motions
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 HINGE = EXAMPLES / "data" / "6wg6.cif.gz"
 SEEDS = np.zeros(1, dtype=np.uint64)

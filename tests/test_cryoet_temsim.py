@@ -36,8 +36,6 @@ from simulators.cryoet.temsim_potential import (
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SEED = np.zeros(1, dtype=np.uint64)
 VACUUM = Sample(thickness_center_nm=0.0, thickness_edge_nm=0.0)
 PERFECT = Camera(mtf_a=0.0, mtf_b=0.0, mtf_c=1.0, gain=2.0)

@@ -29,8 +29,6 @@ from simulators.cryoet.tilt_parameters import IMAGE, LENS, PARTICLE, SERIES
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 REPLICATES = 8
 CLUSTER = Specimen.from_atoms(
     [[10, 0, 3], [-5, 8, 0], [0, -11, -4], [3, 3, 12], [-8, -3, 5]], [6, 8, 16, 7, 6], weights=[60, 40, 30, 50, 70],

@@ -37,10 +37,7 @@ pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 mrcfile = pytest.importorskip("mrcfile", reason="mrcfile is optional (extra `cryoet`)")
 
 # mrcfile 1.5 sets an array's dtype in place, which numpy 2.5 deprecates.
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:Setting the dtype on a NumPy array:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Setting the dtype on a NumPy array:DeprecationWarning")
 
 SEED = np.zeros(1, dtype=np.uint64)
 HELIX = Specimen.helix(20)

@@ -13,8 +13,6 @@ from simulators.cryoet.volume import Volume, VolumeBuilder
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SEEDS = np.zeros(1, dtype=np.uint64)
 NAMES = ("mode_angstrom[0]", "domain_deg[0]", "z_angstrom[0]", "shift_x_angstrom[1]")
 ROW = np.array([1.5, 20.0, 30.0, 3.0])

@@ -196,7 +196,7 @@ def test_one_rank_of_several_is_killed(script, run_ranks, alone, whole, kills):
         ranks = 3 - i % 2
         # The first early enough to be sure of a kill.
         numbers = ((i + 1) % ranks, draw.randrange(8, 40) if i else 10)
-        done = run_ranks(ranks, script, "ranks", script.parent, *numbers, env={"PAID": str(paid)}, fresh=True)
+        done = run_ranks(ranks, script, "ranks", script.parent, *numbers, env={"PAID": str(paid)})
         until_the_run_is_free(script.parent / "run")
         if done.stdout == whole:  # it was done before
             break

@@ -106,10 +106,11 @@ if bridge.is_root():
 
 @pytest.mark.every_mpi
 @pytest.mark.parametrize("script", [GRADIENTS, FIT], ids=["gradients", "fit"])
-def test_bitwise_the_same_on_any_number_of_ranks(script, run_ranks, run_alone):
+@pytest.mark.parametrize("numbers", [(2, 3, 7), pytest.param((1, 4), marks=pytest.mark.slow)], ids=["few", "more"])
+def test_bitwise_the_same_on_any_number_of_ranks(numbers, script, run_ranks, run_alone):
     alone = run_alone(script)
     assert alone.stdout.startswith("digest "), alone.stderr
-    for ranks in (1, 2, 3, 4, 7):
+    for ranks in numbers:
         done = run_ranks(ranks, script, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout == alone.stdout, f"{ranks} ranks"
