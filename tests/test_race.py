@@ -399,6 +399,8 @@ def test_ratios_of_what_was_not_solved_are_infinite_or_nothing() -> None:
     assert profiles.median_ratio(b, a, "rounds") == 2
     assert profiles.median_ratio({("p", 2): never}, b, "runs") == np.inf
     assert np.isnan(profiles.median_ratio({("p", 3): never}, b, "runs"))
+    assert profiles.medians({**a, ("q", 0): never}, {**b, ("p", 3): Hit(3, 3, 1)}, "rounds") == (np.inf, 3.5)
+    assert profiles.medians({("p", 0): a["p", 0]}, b, "runs") == (10, 40)
 
 
 def test_intervals_hold_the_difference_and_exclude_what_is_not() -> None:

@@ -35,6 +35,7 @@ from race.profiles import (
     chosen,
     hits,
     median_ratio,
+    medians,
     performance,
     profile,
     show,
@@ -96,9 +97,10 @@ def ratios(found: Hits) -> str:
         return "Ours has not run."
     rows = []
     for solver in order(found)[1:]:
-        values = [median_ratio(found[OURS], found[solver], of) for of in ("runs", "rounds")]
-        rows.append([solver, *(show(v) for v in values)])
-    return table(["median of ours over theirs", "runs", "rounds"], rows)
+        pair = found[OURS], found[solver]
+        each = [" / ".join(show(v, 0) for v in medians(*pair, of)) for of in ("runs", "rounds")]
+        rows.append([solver, *each, *(show(median_ratio(*pair, of)) for of in ("runs", "rounds"))])
+    return table(["ours / theirs", "median runs", "median rounds", "median ratio of runs", "of rounds"], rows)
 
 
 def each(found: Hits) -> str:

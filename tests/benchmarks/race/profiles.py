@@ -140,6 +140,13 @@ def median_ratio(a: Mapping[Instance, Hit], b: Mapping[Instance, Hit], of: str) 
     return float(low if low == high else (low + high) / 2)
 
 
+def medians(a: Mapping[Instance, Hit], b: Mapping[Instance, Hit], of: str) -> tuple[float, float]:
+    """Medians of "runs" or "rounds" of each, over the instances that both have run; infinite where most are unsolved."""
+    needs = [np.array([getattr(found[at], of) for at in common(a, b)]) for found in (a, b)]
+    low, high = (float(np.median(need)) if len(need) else float("nan") for need in needs)
+    return low, high
+
+
 def chosen(found: Hits, problems: Iterable[str]) -> Hits:
     wanted = set(problems)
     return {solver: {at: h for at, h in of.items() if at[0] in wanted} for solver, of in found.items()}
