@@ -77,6 +77,8 @@ def make_observers(choice: str | Sequence[Observer] = "auto", *, root: bool = Tr
     """
     if isinstance(choice, str):
         choice = view(choice)
+    if not isinstance(choice, Sequence):
+        raise InputError(f"Expected progress to be one of {', '.join(CHOICES)}, or a list of observers, got {choice!r}.")
     for observer in choice:
         if not isinstance(observer, Observer):
             raise InputError(

@@ -207,6 +207,8 @@ def test_choices_are_checked_on_every_rank_alike():
             make_observers("fancy", root=root)
         with pytest.raises(InputError, match="start, step and end"):
             make_observers([print], root=root)
+        with pytest.raises(InputError, match="or a list of observers, got False"):
+            make_observers(False, root=root)
 
 
 # --- numbers --------------------------------------------------------------------------------------------------
