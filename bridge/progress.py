@@ -75,17 +75,16 @@ def make_observers(choice: str | Sequence[Observer] = "auto", *, root: bool = Tr
     Raises:
         InputError: another word, or something that is no observer.
     """
-    if isinstance(choice, str):
-        choice = view(choice)
-    if not isinstance(choice, Sequence):
-        raise InputError(f"Expected progress to be one of {', '.join(CHOICES)}, or a list of observers, got {choice!r}.")
-    for observer in choice:
+    if not isinstance(choice, Iterable):  # a string is
+        raise InputError(f"Expected progress: {', '.join(CHOICES)}, or a list of observers, got {choice!r}.")
+    observers = view(choice) if isinstance(choice, str) else tuple(choice)
+    for observer in observers:
         if not isinstance(observer, Observer):
             raise InputError(
                 f"Expected observers with start, step and end, got {type(observer).__name__}. "
                 "bridge.progress has LiveView, Lines, JSONLines and TensorBoard."
             )
-    return Observers(choice if root else ())
+    return Observers(observers if root else ())
 
 
 def view(choice: str) -> tuple[Observer, ...]:
