@@ -99,6 +99,8 @@ def _become(asked: Mapping[str, object], received: list[int]) -> str:
     """The script that this process is to run, with everything about it as it was asked for."""
     # First all out of the way: one may have the number that another is to have.
     moved = [fcntl.fcntl(number, fcntl.F_DUPFD, 256) for number in received]
+    for number in received:
+        os.close(number)
     for number, to in zip(moved, asked["files"], strict=True):
         os.dup2(number, to)
         os.close(number)
@@ -160,8 +162,7 @@ def wait_for(path: str, timeout_s: float = 120.0) -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 2:
         _stand_in(sys.argv[1], sys.argv[2], sys.argv[3:])
-    to_run = _serve(sys.argv[1])
-    if to_run is not None:
+    elif (to_run := _serve(sys.argv[1])) is not None:
         import runpy
 
         runpy.run_path(to_run, run_name="__main__")

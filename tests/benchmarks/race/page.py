@@ -98,8 +98,8 @@ def ratios(found: Hits) -> str:
     rows = []
     for solver in order(found)[1:]:
         pair = found[OURS], found[solver]
-        each = [" / ".join(show(v, 0) for v in medians(*pair, of)) for of in ("runs", "rounds")]
-        rows.append([solver, *each, *(show(median_ratio(*pair, of)) for of in ("runs", "rounds"))])
+        both = [" / ".join(show(v, 0) for v in medians(*pair, of)) for of in ("runs", "rounds")]
+        rows.append([solver, *both, *(show(median_ratio(*pair, of)) for of in ("runs", "rounds"))])
     return table(["ours / theirs", "median runs", "median rounds", "median ratio of runs", "of rounds"], rows)
 
 

@@ -143,8 +143,8 @@ def median_ratio(a: Mapping[Instance, Hit], b: Mapping[Instance, Hit], of: str) 
 def medians(a: Mapping[Instance, Hit], b: Mapping[Instance, Hit], of: str) -> tuple[float, float]:
     """Medians of "runs" or "rounds" of each, over the instances of both; infinite where most are unsolved."""
     needs = [np.array([getattr(found[at], of) for at in common(a, b)]) for found in (a, b)]
-    low, high = (float(np.median(need)) if len(need) else float("nan") for need in needs)
-    return low, high
+    mine, theirs = (float(np.median(need)) if len(need) else float("nan") for need in needs)
+    return mine, theirs
 
 
 def chosen(found: Hits, problems: Iterable[str]) -> Hits:
