@@ -176,7 +176,7 @@ class Run:
             listing = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in differ)
             raise InputError(
                 f"Expected the settings of the run in {self.directory}, got others: {listing}. Use them again, or "
-                "another directory."
+                f"another directory.{_hint(differ)}"
             )
         if status.get("state") == "running":
             self._died = "(process {pid} on {host}, {ranks} ranks)".format_map(status)
@@ -333,6 +333,15 @@ class Run:
             write_json(self.directory / "status.json", status)
         except OSError as failure:
             _log.warning("no status.json: %s", failure)
+
+
+def _hint(differ: Sequence[str]) -> str:
+    if not any(key == "identity" or key.startswith("code of") for key in differ):
+        return ""
+    return (
+        " Code counts with all that it uses, and packages with their versions: where only text was changed and results "
+        "are the same, give the function an attribute `identity`, a text, from the first run on."
+    )
 
 
 def _seconds_left() -> float | None:
