@@ -149,10 +149,7 @@ class _Stack:
         elif name == "BINARY_OP":
             self.read(self.pop())
             left = self.pop()
-            added = left is not None and instruction.argrepr.endswith("=")
-            if not added:
-                self.read(left)
-            self.stack.append(("changed", left) if added else None)
+            self.stack.append(None if left is None else ("changed", left))
         elif name == "CONTAINS_OP":
             self.note(self.pop(), "lookup")
             self.read(self.pop())
@@ -231,13 +228,17 @@ class _Stack:
     def _call(self, arguments: int, after: dis.Instruction | None) -> None:
         for _ in range(arguments):
             self.read(self.pop())
+        result = None
         for place in (self.pop(), self.pop()):
             if place is not None and place[0] == "method":
                 thrown = after is not None and after.opname == "POP_TOP" and not after.is_jump_target
                 base, method = place[1], place[2]
-                self.note(base, "lookup" if method == "get" else "write" if thrown else "read")
+                if method == "get":
+                    result = ("item", base)
+                else:
+                    self.note(base, "write" if thrown else "read")
                 if base[0] == "attribute":
                     self._attribute_of(base[1])
             else:
                 self.read(place)
-        self.stack.append(None)
+        self.stack.append(result)

@@ -93,7 +93,7 @@ class Filing:
                 self.name = one.identity
                 return
         try:
-            self._now = self._taken()
+            self._now = self._taken(self._kept)
         except UnseenError as error:
             raise InputError(
                 f"Expected a simulator of which all can be seen, so that its evaluations can be filed, got {error}. "
@@ -103,20 +103,20 @@ class Filing:
             ) from error
         self.name = _became.get(self._now, self._now)
 
-    def _taken(self) -> str:
+    def _taken(self, kept: dict[int, tuple[Any, str]]) -> str:
         simulator = self._simulator
         name = simulator_name(simulator)
         seen = simulator.identity_parts if isinstance(simulator, FunctionSimulator) else (simulator,)
         if len(seen) == 1:
             seen = seen[0]
-        return f"{name}-{digest_of(seen, name, self._kept)[:_DIGITS]}"
+        return f"{name}-{digest_of(seen, name, kept)[:_DIGITS]}"
 
     def after_calls(self) -> None:
         """Takes note of what calls have changed. Large arrays are taken to be as they were."""
         if not self._now:
             return
         try:
-            now = self._taken()
+            now = self._taken(dict(self._kept))
         except UnseenError:
             return
         if now != self._now:

@@ -372,9 +372,8 @@ class _Walk:
         if state is None:
             self._reduced(value, kind)
             return
-        for part in state:
-            dropped = {n for n in part if _cached(kind, n)} | (_written(kind, part) if own else set())
-            self._attributes({n: v for n, v in part.items() if n not in dropped})
+        dropped = {n for n in state if _cached(kind, n)} | (_written(kind, state) if own else set())
+        self._attributes({n: v for n, v in state.items() if n not in dropped})
 
     def _reduced(self, value: Any, kind: type) -> None:
         """By what pickle would make of it."""
@@ -428,14 +427,18 @@ class _Walk:
                 self._array(matrix)
             return True
         if name == "Trimesh":
-            self._array(np.asarray(value.vertices))
-            self._array(np.asarray(value.faces))
-            self._array(np.asarray(value.vertex_normals))
+            for array in (value.vertices, value.faces, value.vertex_normals):
+                self._array(array)
             self.see_as("attribute 'visual'", value.visual)
             for part in ("vertex_attributes", "face_attributes", "units", "metadata"):
                 self.see_as(f"attribute {part!r}", getattr(value, part))
             return True
-        if name in ("ColorVisuals", "TextureVisuals"):
+        if name == "ColorVisuals":
+            self.put("colours", str(value.kind))
+            if value.kind:
+                self._array(getattr(value, f"{value.kind}_colors"))
+            return True
+        if name == "TextureVisuals":
             self._attributes({n: v for n, v in vars(value).items() if n not in ("mesh", "_cache")})
             return True
         if name == "DataStore":
@@ -601,10 +604,10 @@ def _is_python(kind: type) -> bool:
     return kind.__itemsize__ == 0 and kind.__basicsize__ <= object.__basicsize__ + _POINTER * pointers
 
 
-def _state(value: Any) -> tuple[Mapping[str, Any], ...] | None:
+def _state(value: Any) -> Mapping[str, Any] | None:
     """An instance's attributes, as far as they would travel; None where that is not all of it."""
     kind = type(value)
-    if not _is_python(kind) or isinstance(value, BaseException | functools.partial):
+    if not _is_python(kind) or isinstance(value, BaseException):
         return None
     custom = any("__reduce_ex__" in vars(base) or "__reduce__" in vars(base) for base in kind.__mro__[:-1])
     if custom and owner_of(kind.__module__) is not None:
@@ -614,10 +617,10 @@ def _state(value: Any) -> tuple[Mapping[str, Any], ...] | None:
     except Exception:
         return None
     if isinstance(state, tuple) and len(state) == 2 and all(isinstance(s, dict | None) for s in state):
-        return tuple(s for s in state if s)
+        state = {**(state[0] or {}), **(state[1] or {})}  # of __dict__, and of __slots__
     if state is None:
-        return ()
-    return (state,) if isinstance(state, dict) and all(isinstance(n, str) for n in state) else ({"state": state},)
+        return {}
+    return state if isinstance(state, dict) and all(isinstance(n, str) for n in state) else {"state": state}
 
 
 def _cached(kind: type, name: str) -> bool:
