@@ -125,7 +125,7 @@ def _fit(options: argparse.Namespace) -> int:
     from bridge.dispatch import is_root
     from bridge.job import load_job, run_job
     from bridge.progress import JSONLines, Observer, TensorBoard, view
-    from bridge.report import summary, write_report
+    from bridge.report import write_report
     from bridge.simulator import simulator_name
 
     observers: list[Observer] = list(view("off" if options.quiet else options.progress))
@@ -154,7 +154,7 @@ def _fit(options: argparse.Namespace) -> int:
                 command=command,
             )
         )
-        print(summary(result))
+        print(result)
         print("written: " + ", ".join(str(p) for p in written))
     return 75 if result.stop_reason == "interrupted" else 0
 

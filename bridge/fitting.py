@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from bridge.errors import BridgeError, InputError
 from bridge.fit_problem import FitProblem, Start, make_problem
 from bridge.fit_result import End, FitEnd, FitResult, FitStep
+from bridge.goodness import Goodness, goodness_of, unexplained
 from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
 from bridge.misfit import LinearMap, Loss
 from bridge.progress import Observer, Observers, make_observers
@@ -244,6 +245,7 @@ def fit(
             if run is not None:
                 run.set_aside()
         end = way.finish(len(history))
+        good, misses = _goodness(problem, end)
         covariance = None if end.covariance is None else problem.covariance(end.covariance)
         of_free = None if end.covariance is None else in_units(end.covariance, problem.natural)
         result = FitResult(
@@ -251,7 +253,7 @@ def fit(
             parameters=problem.whole(end.x),
             start=problem.whole(end.start),
             standard_error=None if covariance is None else np.sqrt(np.diag(covariance)),
-            loss=end.loss,
+            loss=good.loss,
             stop_reason=stop_reason,
             history=tuple(history),
             num_evaluations=(history[-1].num_evaluations if history else 0) + end.num_evaluations,
@@ -261,6 +263,7 @@ def fit(
             covariance=covariance,
             warnings=(
                 *_unfinished(end, stop_reason),
+                *misses,
                 *doubts(of_free, problem.free, end.x * problem.natural, end.unclear),
             ),
             num_reused=end.num_reused,
@@ -270,9 +273,22 @@ def fit(
             method=method_,
             method_reason=reason,
             ends=problem.ends(end) if len(problem.starts) > 1 else (),
+            chi_square=good.chi_square,
+            dof=good.dof,
+            p_value=good.p_value,
+            loss_share=good.share,
         )
         observers.end(result)
     return result
+
+
+def _goodness(problem: FitProblem, end: End) -> tuple[Goodness, tuple[str, ...]]:
+    """How well the target is explained at the end, and what to say of it."""
+    if not np.isfinite(end.output).all():  # that run failed: the method knows no more than its own loss
+        return Goodness(end.loss), ()
+    good = goodness_of(problem.misfit, end.output, end.x, problem.known_noise, end.noise)
+    target = problem.misfit.target.numpy()
+    return good, unexplained(good, end.output - target, end.start_output - target)
 
 
 def _unfinished(end: End, stop_reason: str) -> tuple[str, ...]:

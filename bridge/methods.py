@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.coarse import make_stages
-from bridge.descent import FAILED, Descent, Schedule, repeated
+from bridge.descent import FAILED, Descent, Schedule, end_runs, repeated
 from bridge.errors import InputError
 from bridge.fit_problem import FitProblem
 from bridge.fit_result import End, FitStep
@@ -177,7 +177,8 @@ def _descent(
     smoothed = smooth(problem.simulator, seed=seed, num_samples=samples, scale=first, comm=comm, **smoothing)
     budget = s.max_runs or 10**15
     rows = len(starts) * smoothed.strategy.num_rows * smoothed.strategy.replicates
-    least = 2 * rows + 2 + (0 if problem.misfit.loss is not None else repeated(smoothed))
+    least = 2 * rows + end_runs(smoothed, misfit, len(starts))
+    least += 0 if misfit.loss is not None else repeated(smoothed)
     if budget < least:
         raise InputError(
             f"Expected max_runs of at least {least}, for a step and what is run at the end, got {s.max_runs}."

@@ -117,7 +117,7 @@ class Prior:
 @final
 @dataclass(frozen=True)
 class Misfit:
-    """1/m (sum_j rho(r_j) + prior), r = B(T(y - t) / sigma): the loss, and what each method needs of it.
+    """sum_j rho(r_j) + prior, r = B(T(y - t) / sigma): the loss, and what each method needs of it.
 
     With a loss l of one's own, l(B T(y), B T(t)) + prior.
 
@@ -164,7 +164,7 @@ class Misfit:
                     + self.prior(z)[0]
                 )
             r = self.residual(output).numpy()
-        return (self.cost(r) + self.prior(z)[0]) / len(r)
+        return self.cost(r) + self.prior(z)[0]
 
     def cost(self, r: Array) -> float:
         """sum rho(r)."""
@@ -175,7 +175,10 @@ class Misfit:
             raise InputError(f"Expected a target of shape {tuple(output.shape)}, got {tuple(self.target.shape)}.")
 
     def value_and_gradient(self, output: torch.Tensor, z: Array) -> tuple[float, torch.Tensor, Array]:
-        """The loss of an output at z, and its derivatives in the output and, by the prior alone, in z."""
+        """The loss of an output at z, and its derivatives in the output and, by the prior alone, in z.
+
+        With least squares the derivatives are those of the loss over m, so that a learning rate does not depend on m.
+        """
         prior, slope = self.prior(z)
         leaf = output.detach().to(torch.float64).requires_grad_(True)
         if self.loss is not None:
@@ -188,7 +191,22 @@ class Misfit:
         r = residual.detach().numpy()
         psi = r if self.robust is None else self.robust.weight(r) * r
         (gradient,) = torch.autograd.grad(residual, leaf, torch.as_tensor(psi / m))
-        return (self.cost(r) + prior) / m, gradient, slope / m
+        return self.cost(r) + prior, gradient, slope / m
+
+    def shares(self, output: torch.Tensor) -> Array | None:
+        """The part that each output has in sum r^2, of the target's shape; None where `whiten` mixes outputs.
+
+        With a covariance V they are e V^-1 e elementwise, e = y - t: they add up to 1, and one may be negative.
+        """
+        e = output.to(torch.float64) - self.target
+        if self.whiten is None:
+            part = e**2 / self.variance
+        elif isinstance(self.whiten, Cholesky):
+            part = e * torch.cholesky_solve(e.reshape(-1, 1), self.whiten.factor).reshape(e.shape)
+        else:
+            return None
+        total = float(part.sum())
+        return (part / total if total > 0 else torch.zeros_like(part)).numpy()
 
     def jacobian(self, jacobian: torch.Tensor, natural: Array) -> torch.Tensor:
         """dr/dz (m, d) in natural units, of the output's (*shape, d) in the parameters' own."""

@@ -13,6 +13,7 @@ from bridge.errors import BridgeError, InputError
 from bridge.fit_result import End, FitStep
 from bridge.misfit import Misfit
 from bridge.search import Search
+from bridge.simulator import may_be_noisy
 from bridge.smoothing import SmoothedSimulator
 from bridge.uncertainty import of_search
 
@@ -149,16 +150,25 @@ class Searching:
 
     def finish(self, step: int) -> End:
         loss, best = self.search.overall
-        covariance = None
+        covariance, noise = None, 0.0
         if len(self.search.rows):
-            covariance = self.plain.dispatcher.thinking.broadcast(of_search(self.search, self.misfit, self.known_noise))
+            told = of_search(self.search, self.misfit, self.known_noise), self._noise()
+            covariance, noise = self.plain.dispatcher.thinking.broadcast_object(told)
         outputs, runs = self.outputs_at(np.stack([best, self.search.start]), step)
         return End(
             *(best, self.search.start, loss, covariance, outputs[0], outputs[1]),
             num_evaluations=runs,
             num_failed=int(self.search.failed.sum()),
             num_reused=self.search.reused,
+            noise=noise,
         )
+
+    def _noise(self) -> float:
+        """Variance of one run, over that of the target, averaged over outputs, as far as the model tells."""
+        if not may_be_noisy(self.plain.simulator):
+            return 0.0
+        model = self.search.model(self.search.overall[1], weighted=False)
+        return model.noise / self.search.residuals.shape[1]
 
     def outputs_at(self, points: Array, step: int) -> tuple[NDArray[Any], int]:
         """(k, *shape) outputs at points: of rows that have been run, else of a run more; and how many of these."""

@@ -310,6 +310,16 @@ def makes_memory(simulator: Simulator) -> bool:
     return isinstance(simulator, FunctionSimulator) and not simulator.vectorized
 
 
+def may_be_noisy(simulator: Simulator) -> bool:
+    """Whether outputs may depend on the seed: not those of a function that is not given one."""
+    while not isinstance(simulator, FunctionSimulator):
+        inner = getattr(simulator, "inner", None)
+        if inner is None:
+            return True
+        simulator = inner
+    return simulator.seeded
+
+
 @runtime_checkable
 class Parallel(Protocol):
     """A simulator that is itself parallel: `bound(comm)` is the same one, run by the ranks of a communicator."""
