@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
 from bridge.fit_result import End, FitEnd, FitStep
-from bridge.misfit import LinearMap, Loss, Misfit, checked_noise, checked_target, make_prior
+from bridge.misfit import LinearMap, Loss, Misfit, PriorOf, checked_noise, checked_target, make_prior
 from bridge.reduced import ReducedSimulator, reduced
 from bridge.robust import make_robust
 from bridge.simulator import ParameterSpace, Simulator, as_simulator
@@ -94,7 +94,7 @@ def make_problem(
     whiten: LinearMap | None,
     loss: Loss | None,
     robust: Any,
-    prior: Mapping[str, tuple[float, float]] | None,
+    prior: PriorOf | None,
     fixed: Sequence[str],
     tied: Mapping[str, str] | None,
 ) -> FitProblem:

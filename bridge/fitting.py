@@ -23,7 +23,7 @@ from bridge.fit_problem import FitProblem, Start, make_problem
 from bridge.fit_result import End, FitEnd, FitResult, FitStep
 from bridge.goodness import Goodness, goodness_of, unexplained
 from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
-from bridge.misfit import LinearMap, Loss
+from bridge.misfit import LinearMap, Loss, PriorOf
 from bridge.progress import Observer, Observers, make_observers
 from bridge.reuse import Earlier, Source, described, earlier_rows, sources
 from bridge.runs import Run
@@ -60,7 +60,7 @@ def fit(
     robust: str | tuple[str, float] | None = None,
     coarse: Sequence[float | LinearMap] | None = None,
     loss: Loss | None = None,
-    prior: Mapping[str, tuple[float, float]] | None = None,
+    prior: PriorOf | None = None,
     fixed: Sequence[str] = (),
     tied: Mapping[str, str] | None = None,
     max_runs: int | None = None,
@@ -128,8 +128,9 @@ def fit(
         coarse: from coarse to fine, widths [pixels] of Gaussian blurs of what is compared, along the last two axes, or
             linear maps; equal shares of the first four fifths of the steps, then none (gauss-newton, adam, torch).
         loss: l(output, target) -> number, in place of least squares (adam, torch, natural).
-        prior: name -> (mean, standard deviation), Gaussian; it counts against `variance`. A loss of one's own is taken
-            for a negative log likelihood.
+        prior: name -> (mean, standard deviation), Gaussian; several names in a tuple -> (means, covariance) of these
+            together, and (means, covariance) of all. It counts against `variance`. A loss of one's own is taken for a
+            negative log likelihood.
         fixed: names of parameters that keep their start. tied: name -> another that it is to equal.
         max_runs: the budget, with what is run at the end; kriging's default is 60 (d + 1).
         max_seconds: stops after the step in which so much time has passed since this call. The result then depends on
@@ -370,7 +371,7 @@ def _described(
         "simulator": simulator_name(problem.simulator), "seed": seed, "method": s.method, "steps": chosen.limit,
         "num_samples": s.num_samples, "tolerance": s.tolerance, "start": problem.starts.tolist(),
         "halving": s.halving, "target": _digest(misfit.target), "max_runs": s.max_runs, "restarts": s.restarts,
-        "prior": [prior.precision.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
+        "prior": [prior.information.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
         "variance": _digest(misfit.variance), "whiten": _digest(_whitened(misfit.whiten, probe)), "coarse": stages,
         "stop_at_error": s.stop_at_error, "smoothing": _words(smoothing),
         **chosen.described,

@@ -60,7 +60,7 @@ def goodness_of(misfit: Misfit, output: NDArray[np.generic], z: Array, known: bo
     if misfit.loss is not None:
         return Goodness(loss)
     r = misfit.residual(tensor).numpy()
-    dof = len(r) + int(np.linalg.matrix_rank(np.diag(misfit.prior.precision))) - len(z)
+    dof = len(r) + misfit.prior.known - len(z)
     squares = float(r @ r) + 2 * misfit.prior(z)[0]
     p_value = None
     if known and misfit.robust is None and dof > 0:

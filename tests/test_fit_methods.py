@@ -27,7 +27,7 @@ def linear(theta):
 
 
 def flat(d):
-    return Prior(np.zeros(d), np.zeros(d))
+    return Prior(np.zeros((d, d)), np.zeros(d))
 
 
 # --- robust losses ----------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_the_loss_of_a_whitened_output_and_its_gradient():
     C = root @ root.T + np.eye(6)
     target, y = torch.as_tensor(rng.normal(size=6)), torch.as_tensor(rng.normal(size=6))
     variance, whiten = checked_noise(C, None, target)
-    misfit = Misfit(target, variance, None, Prior(np.array([4.0]), np.array([1.0])), whiten)
+    misfit = Misfit(target, variance, None, Prior(np.array([[4.0]]), np.array([1.0])), whiten)
     value, gradient, slope = misfit.value_and_gradient(y, np.array([1.5]))
     r = (y - target).numpy()
     assert value == pytest.approx(0.5 * r @ np.linalg.solve(C, r) + 0.5 * 4 * 0.25)

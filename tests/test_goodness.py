@@ -152,3 +152,70 @@ def test_every_start_that_is_kept_has_the_loss_of_its_output():
     for end in r.ends:
         assert end.loss == pytest.approx(0.5 * ((curve(end.parameters) - noisy_target()) ** 2).sum(), rel=1e-9)
     assert r.loss in [end.loss for end in r.ends]
+
+
+MEANS, SPREAD = np.array([1.0, 0.2]), np.array([[0.04, 0.0186], [0.0186, 0.01]])  # a correlation of 0.93
+
+
+@pytest.mark.parametrize("method", ["kriging", "gauss-newton", "adam"])
+@pytest.mark.parametrize("key", [("b", "a"), "b, a"])
+def test_a_prior_of_two_parameters_together_is_the_gaussian_posterior(method, key):
+    """y = A x + noise: the posterior has precision A^T A / v + P and the mean that belongs to it."""
+    A = np.random.default_rng(1).normal(size=(6, 3))
+    A[:, 1] = A[:, 0]  # what only the prior tells apart
+    y, v = A @ [0.9, 0.4, -1.0], 0.01
+    sim = bridge.as_simulator(lambda x: A @ x, names=["a", "b", "c"], natural_scale=[0.1, 0.2, 0.3])
+    more = {"scale": (1.0, 0.02), "steps": 200} if method == "adam" else {}
+    r = bridge.fit(
+        sim,
+        y,
+        [0.5, 0.5, 0.0],
+        seed=0,
+        method=method,
+        variance=v,
+        prior={key: (MEANS[::-1], SPREAD[::-1, ::-1])},
+        **more,
+    )
+    P, mean = np.zeros((3, 3)), np.append(MEANS, 0.0)
+    P[:2, :2] = np.linalg.inv(SPREAD)
+    covariance = np.linalg.inv(A.T @ A / v + P)
+    posterior = covariance @ (A.T @ y / v + P @ mean)
+    error = np.sqrt(np.diag(covariance))
+    np.testing.assert_allclose(r.standard_error, error, rtol=0.03)
+    np.testing.assert_allclose(
+        r.parameters, posterior, atol=0.3 * error.min() if method == "adam" else 0.05 * error.min()
+    )
+    np.testing.assert_allclose(r.covariance[0, 1], covariance[0, 1], rtol=0.05)
+    away = r.parameters - mean
+    assert 2 * r.loss == pytest.approx(((r.output - y) ** 2).sum() / v + away @ P @ away)
+    assert r.dof == 6 + 2 - 3
+
+
+def test_a_prior_of_all_parameters_is_that_of_their_names():
+    simulator_, target = simulator(), noisy_target()
+    C = np.diag([0.01, 0.02, 0.04]) + 0.005
+    by_names = {("height", "rate", "slope"): (TRUTH, C)}
+    a, b = (bridge.fit(simulator_, target, START, seed=0, variance=SIGMA**2, prior=p) for p in (by_names, (TRUTH, C)))
+    np.testing.assert_array_equal(a.parameters, b.parameters)
+
+
+@pytest.mark.parametrize(
+    ("prior", "words"),
+    [
+        ({"height": (1.0, 0.0)}, "standard deviation > 0"),
+        ({"height": (1.0, -1.0)}, "standard deviation > 0"),
+        ({"height": (np.nan, 1.0)}, "standard deviation > 0"),
+        ({"height": 1.0}, r"= \(mean, standard deviation\), or"),
+        ({"hieght": (1.0, 1.0)}, "hieght"),
+        ({("height", "rate"): ([1.0, 1.0], [[1.0, 2.0], [2.0, 1.0]])}, "positive definite"),
+        ({("height", "rate"): ([1.0, 1.0], [[1.0, 0.1], [0.2, 1.0]])}, "symmetric"),
+        ({("height", "rate"): ([1.0], np.eye(2))}, r"means of shape \(2,\)"),
+        ({("height", "rate"): ([1.0, 2.0], 1.0)}, r"covariance \(2, 2\)"),
+        ({("height", "height"): ([1.0, 2.0], np.eye(2))}, "each parameter once"),
+        ({"height": (1.0, 1.0), "height, rate": ([1.0, 2.0], np.eye(2))}, "each parameter once"),
+        ((TRUTH, np.eye(2)), r"covariance \(3, 3\)"),
+    ],
+)
+def test_a_prior_that_is_none_is_told(prior, words):
+    with pytest.raises(bridge.InputError, match=words):
+        bridge.fit(simulator(), noisy_target(), START, seed=0, variance=SIGMA**2, prior=prior)
