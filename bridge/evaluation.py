@@ -332,7 +332,8 @@ class Evaluation:
                 f"{self.num_failed} of {valid.size} runs of {self._name!r} failed ({counts}). One of them: {why}"
             )
         if self.dispatcher.rank == 0:
-            _log.warning("%d of %d evaluations failed: %s; one: %s", self.num_failed, valid.size, counts, why)
+            one = _one_line(str(why))
+            _log.warning("%d of %d evaluations failed: %s; one: %s", self.num_failed, valid.size, counts, one)
         if strategy.failures == "penalty":
             return valid  # the penalty is their output
         for p, problem in enumerate(self.problems):
@@ -725,3 +726,9 @@ def _structure(simulator: Simulator, dimension: int, form: Form) -> BlockStructu
             "parameters of different blocks. Use a diagonal."
         )
     return structure
+
+
+def _one_line(why: str) -> str:
+    """What a log has room for, a round: the first line, and where the run's directory is."""
+    first, *more = why.splitlines() or [""]
+    return first + "".join(f" ({line.strip()})" for line in more if line.startswith("  directory: "))

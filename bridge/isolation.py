@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge import errors
-from bridge.environment import child_environment, describe_status, thread_count
+from bridge.environment import child_environment, describe_status, marked, thread_count
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, SetupError
 from bridge.simulator import (
     BlockStructure,
@@ -149,7 +149,7 @@ class IsolatedSimulator:
     def _start(self) -> None:
         self.close()
         ours, theirs = Pipe()
-        environment = child_environment(thread_count())
+        environment = marked(child_environment(thread_count()))
         program = "import sys; from bridge.isolation import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
         # Where this process finds its modules, the child must: a script's folder, above all.
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
