@@ -58,9 +58,17 @@ def numbers(folder):
     return found
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("how", ["{}", "{'workers': 2}", "{'isolate': 'process'}"])
-@pytest.mark.parametrize("launcher", [[], ["-m", "bridge", "run"]])
+@pytest.mark.parametrize(
+    ("sent", "how", "launcher"),
+    [
+        (signal.SIGTERM, "{}", []),
+        (signal.SIGKILL, "{}", []),
+        (signal.SIGKILL, "{'workers': 2}", []),
+        (signal.SIGTERM, "{'isolate': 'process'}", []),
+        (signal.SIGTERM, "{}", ["-m", "bridge", "run"]),
+        (signal.SIGKILL, "{'workers': 2}", ["-m", "bridge", "run"]),
+    ],
+)
 def test_a_program_ends_with_the_process_that_has_started_it(tmp_path, sent, how, launcher):
     (tmp_path / "script.py").write_text(SCRIPT)
     job = subprocess.Popen(
