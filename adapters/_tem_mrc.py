@@ -53,8 +53,8 @@ def read_header(path: Path) -> Header:
     for order in orders:
         words = np.frombuffer(raw, dtype=f"{order}i4")
         nx, ny, nz, mode = (int(w) for w in words[:4])
-        # In the wrong byte order a mode of 1 or 2 is millions.
-        if mode in _MODES and nx > 0 and ny > 0 and nz >= 0:
+        # In the wrong byte order a mode of 1 or 2 is millions, and so is an axis of 1 to 3.
+        if mode in _MODES and nx > 0 and ny > 0 and nz >= 0 and 0 <= int(words[16]) <= 3:
             break
     else:
         raise ValueError(f"expected the header of an MRC file with mode {', '.join(map(str, _MODES))}")
