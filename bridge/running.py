@@ -14,6 +14,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -93,6 +95,34 @@ class _Call:
     failures: dict[int, Failure] = field(default_factory=dict)
     seconds: float = 0.0
     found: int = 0
+
+
+_default_device: ContextVar[torch.device] = ContextVar("default_device")
+
+
+@contextmanager
+def ordinary_torch() -> Iterator[None]:
+    """Keeps torch's settings of the caller away from sums: autocast would round them, memory made in inference mode
+    could not be used outside of it, and a default device is not where arrays of numpy are."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        device = torch.get_default_device()
+        if device.type != "cpu":
+            stack.callback(_default_device.reset, _default_device.set(device))
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
+def torch_of_simulators() -> Iterator[None]:
+    """A simulator may differentiate inside, wherever it is called from, and has the caller's default device."""
+    device = _default_device.get(None)
+    with torch.enable_grad(), nullcontext() if device is None else device:
+        yield
 
 
 class Runner:
@@ -295,7 +325,8 @@ class Runner:
             error: Exception | None = None
             try:
                 # Copies: a simulator that writes into its arguments must not change the design.
-                outputs = self._simulator(np.array(inputs, order="C"), seeds.copy())
+                with torch_of_simulators():
+                    outputs = self._simulator(np.array(inputs, order="C"), seeds.copy())
             except SystemExit as leaving:
                 # Meant for a program of its own; here it would take a rank away from the others.
                 error = EvaluationError(f"Simulator {self.name!r} called sys.exit({leaving.code!r}).")

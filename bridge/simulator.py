@@ -399,7 +399,7 @@ class FunctionSimulator:
         for i, (x, seed) in enumerate(zip(inputs, seeds, strict=True)):
             try:
                 # A copy: a function that changes its argument must not change the design.
-                result = np.asarray(self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy()))
+                result = _as_array(self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy()))
             except Exception as error:
                 raise EvaluationError(
                     f"Simulator {self.name!r} raised {type(error).__name__}: {error} at parameters {x.tolist()}, "
@@ -416,6 +416,15 @@ class FunctionSimulator:
                 stacked = stacked.astype(np.result_type(stacked, result), copy=False)
             stacked[i] = result
         return stacked
+
+
+def _as_array(output: Any) -> NDArray[Any]:
+    """An output as numpy has it; a tensor may require gradients, be on a device, or of a type that numpy lacks."""
+    torch = sys.modules.get("torch")  # a function that returns tensors has imported it
+    if torch is not None and isinstance(output, torch.Tensor):
+        output = output.detach().cpu()
+        output = output.float() if output.dtype == torch.bfloat16 else output.resolve_conj().resolve_neg()
+    return np.asarray(output)
 
 
 def as_simulator(
