@@ -47,6 +47,8 @@ def read_meshes(path: Path, trimesh: Any) -> list[Any]:
             # What the file calls an object is one here, and each material within it.
             options["split_objects"] = re.search(r"^o ", text, re.MULTILINE) is not None
             data = text.encode()
+        elif kind == "off":
+            data = _cured_off(decode(data)).encode()
         else:
             data = _as_utf8(kind, data)
         source = io.BytesIO(data)
@@ -60,8 +62,8 @@ def read_meshes(path: Path, trimesh: Any) -> list[Any]:
         scene = trimesh.load_scene(source, process=False, **options)
         for mesh in scene.geometry.values():
             if isinstance(mesh, trimesh.Trimesh):
-                if kind in ("off", "ply"):
-                    _cut_polygons(mesh, _off_polygons(data) if kind == "off" else _ply_polygons(mesh))
+                if kind == "ply":
+                    _cut_ply(mesh)
                 check_vertices(mesh)
                 mesh.process()
         nodes = list(scene.graph.nodes_geometry)
@@ -253,27 +255,29 @@ def _clip_ears(loop: NDArray[np.float64]) -> list[tuple[int, int, int]]:
     return [(int(a), int(b), int(c)) for a, b, c in indices]
 
 
-def _cut_polygons(mesh: Any, polygons: Sequence[NDArray[Any]]) -> None:
-    """Replaces trimesh's fans, where they are wrong, in a mesh that was read from a file with these faces."""
-    if not any(len(polygon) > 3 for polygon in polygons):
-        return
-    used = np.concatenate(polygons)
-    if used.min() < 0 or used.max() >= len(mesh.vertices):
-        last = len(mesh.vertices) - 1
-        raise ValueError(f"expected faces between vertices 0 and {last}, got {used.min()} to {used.max()}")
-    cut = cut_polygons(np.asarray(mesh.vertices), polygons)
-    if any(len(triangles) != len(face) - 2 or triangles[0][0] for triangles, face in zip(cut, polygons, strict=True)):
-        triangles = [face[list(t)] for face, triangles in zip(polygons, cut, strict=True) for t in triangles]
-        mesh.faces = np.array(triangles)
-
-
-def _off_polygons(data: bytes) -> list[NDArray[Any]]:
-    """The faces of an OFF file that trimesh has read."""
-    text = re.sub(r"#.*", "", decode(data))
-    lines = [line for line in re.split("OFF", text, maxsplit=1)[1].splitlines() if line.strip()]
+def _cured_off(text: str) -> str:
+    """An OFF file of triangles alone, and as it was where it has no other faces."""
+    head, mark, body = text.partition("OFF")
+    lines = [line for line in re.sub(r"#.*", "", body).splitlines() if line.strip()]
     vertices, faces = map(int, lines[0].split()[:2])
     words = [line.split() for line in lines[1 + vertices : 1 + vertices + faces]]
-    return [np.array(word[1 : 1 + int(word[0])], dtype=np.int64) for word in words]
+    if all(word[0] == "3" for word in words):
+        return text
+    loops = [np.array(word[1 : 1 + int(word[0])], dtype=np.int64) for word in words]
+    if len(loops) < faces or min(map(len, loops)) < 3:
+        raise ValueError(f"expected {faces} faces of three corners or more, got {len(loops)}")
+    positions = np.array([line.split()[:3] for line in lines[1 : 1 + vertices]], dtype=np.float64)
+    _check_range(loops, len(positions))
+    cut = cut_polygons(positions, loops)
+    triangles = [face[list(t)] for face, triangles in zip(loops, cut, strict=True) for t in triangles]
+    body = [f"3 {a} {b} {c}" for a, b, c in triangles]
+    return "\n".join([head + mark, f"{vertices} {len(body)} 0", *lines[1 : 1 + vertices], *body]) + "\n"
+
+
+def _check_range(faces: Sequence[NDArray[Any]], count: int) -> None:
+    used = np.concatenate(faces)
+    if used.min() < 0 or used.max() >= count:
+        raise ValueError(f"expected faces between vertices 0 and {count - 1}, got {used.min()} to {used.max()}")
 
 
 def _ply_polygons(mesh: Any) -> list[NDArray[Any]]:
@@ -287,6 +291,21 @@ def _ply_polygons(mesh: Any) -> list[NDArray[Any]]:
     if data is None or (isinstance(data, np.ndarray) and data.ndim == 2 and data.shape[1] == 3):
         return []
     return [np.asarray(face, dtype=np.int64).reshape(-1) for face in data]
+
+
+def _cut_ply(mesh: Any) -> None:
+    """Replaces trimesh's fans, where they are wrong, in a mesh that was read from a PLY file."""
+    polygons = _ply_polygons(mesh)
+    if not any(len(polygon) > 3 for polygon in polygons):
+        return
+    vertices = np.asarray(mesh.vertices)
+    _check_range(polygons, len(vertices))
+    cut = cut_polygons(vertices, polygons)
+    if any(len(triangles) != len(face) - 2 or triangles[0][0] for triangles, face in zip(cut, polygons, strict=True)):
+        if mesh.metadata["_ply_raw"]["vertex"]["length"] != len(vertices):
+            raise ValueError("expected triangles in a file with textures by face, got polygons that are not convex")
+        triangles = [face[list(t)] for face, triangles in zip(polygons, cut, strict=True) for t in triangles]
+        mesh.faces = np.array(triangles)
 
 
 # --- glTF -----------------------------------------------------------------------------------------------------

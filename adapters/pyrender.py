@@ -69,8 +69,8 @@ class PyrenderSimulator:
         background_depth: depth of pixels without object.
         normalise: move the centre of the bounding box to the origin and scale the farthest vertex to distance 1.
         up: axis of the mesh that points up, "y" (glTF) or "z" (many CAD files).
-        two_sided: draw back faces too. False leaves them out: right for closed meshes that are turned outside, seen from
-            outside.
+        two_sided: draw back faces too. False leaves them out, which is right where only closed bodies that are turned
+            outside are seen, from outside.
         platform: "auto", "egl" or "osmesa"; PYOPENGL_PLATFORM is honoured under "auto".
         device: number of the GPU among EGL's hardware devices; by default by local rank.
 

@@ -58,8 +58,8 @@ class RasterSimulator:
         background_depth: depth of pixels without object.
         normalise: move the centre of the bounding box to the origin and scale the farthest vertex to distance 1.
         up: axis of the mesh that points up, "y" (glTF) or "z" (many CAD files).
-        two_sided: draw back faces too. False leaves them out: right for closed meshes that are turned outside, seen from
-            outside.
+        two_sided: draw back faces too. False leaves them out, which is right where only closed bodies that are turned
+            outside are seen, from outside.
 
     Raises:
         InputError: unknown option, unreadable mesh.
