@@ -22,6 +22,7 @@ import bridge
 from bridge import registry
 from bridge.checks import did_you_mean
 from bridge.errors import BridgeError, InputError, exit_code, exit_status
+from bridge.interrupts import Held
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -203,7 +204,8 @@ def _fit(options: argparse.Namespace) -> int:
         code = 130
         raise
     finally:
-        correct_status(job.directory / "run", code)
+        with Held():
+            correct_status(job.directory / "run", code)
     return code
 
 
@@ -211,11 +213,11 @@ def _fitted(job: Job, options: argparse.Namespace, observers: Sequence[Observer]
     import shlex
 
     from bridge.dispatch import is_root
-    from bridge.job import finished_at, run_job
+    from bridge.job import is_finished, run_job
     from bridge.report import summary, write_report
     from bridge.simulator import simulator_name
 
-    finished = "" if options.fresh else finished_at(job)
+    finished = not options.fresh and is_finished(job)
     result, written = run_job(job, observers, resume=not options.fresh, overwrite=options.fresh)
     if not is_root():
         return 75 if result.stop_reason == "interrupted" else 0
@@ -243,7 +245,7 @@ def _fitted(job: Job, options: argparse.Namespace, observers: Sequence[Observer]
         print("The fit was interrupted: the same command goes on.")
         return 75
     if finished:
-        print(f"This fit was finished already ({finished}), and nothing was run again; --fresh begins it anew.")
+        print("This fit was finished before; nothing was run again. --fresh begins it anew, after a change say.")
     return 0
 
 

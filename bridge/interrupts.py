@@ -58,6 +58,35 @@ def listening(said: str = "") -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@final
+class Held:
+    """The context in which last words are written: Ctrl-C is raised at its end; the second one at once.
+
+    Attributes:
+        asked: whether one is waiting.
+    """
+
+    asked = False
+
+    def __enter__(self) -> Held:
+        main = threading.current_thread() is threading.main_thread()
+        self._mine = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._mine:
+            signal.signal(signal.SIGINT, self._hear)
+        return self
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.asked and kind is None:
+            raise KeyboardInterrupt
+
+
 def look() -> None:
     """Raises the `KeyboardInterrupt` that has been waiting, if one has."""
     if _state.asked and _state.listening:

@@ -220,13 +220,13 @@ def write_output(simulator: Simulator, stem: Path, output: NDArray[Any]) -> Path
     return write_whole(stem.with_suffix(".npy"), lambda p: np.save(p, output, allow_pickle=False))
 
 
-def finished_at(job: Job) -> str:
-    """When the fit of a job was finished, or nothing: then there is something to run."""
+def is_finished(job: Job) -> bool:
+    """Whether the fit of a job has nothing left to run."""
     try:
         status = json.loads((job.directory / "run" / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""
-    return str(status.get("time", "")) if status.get("state") == "done" else ""
+        return False
+    return isinstance(status, dict) and status.get("state") == "done"
 
 
 def run_job(

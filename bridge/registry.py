@@ -152,7 +152,9 @@ def _load(path: Path) -> ModuleType:
         if getattr(module, "__file__", None) == str(path):
             return module
     # Under its own name, so that other processes find it; unless that is another module's.
-    taken = not path.stem.isidentifier() or path.stem in sys.modules or importlib.util.find_spec(path.stem) is not None
+    found = None if path.stem in sys.modules else importlib.util.find_spec(path.stem)
+    taken = path.stem in sys.modules or not path.stem.isidentifier()
+    taken = taken or (found is not None and Path(found.origin or "").resolve() != path)
     name = f"_file_{path.stem}" if taken else path.stem
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))

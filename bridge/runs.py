@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.errors import BridgeError, InputError, SetupError, StoppedError, exit_code, exit_status
 from bridge.files import write_json, write_whole
+from bridge.interrupts import Held
 from bridge.store import Store
 
 if TYPE_CHECKING:
@@ -284,6 +285,17 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with Held() as held:
+            self._end(kind, error)
+            if held.asked:
+                self._tell("done" if kind is None and not self._unfinished else "stopped", 130, KeyboardInterrupt())
+        if kind is not None and issubclass(kind, StoppedError):
+            if self._all.rank == 0:
+                print(f"bridge: {error} Started again, the run in {self.directory} goes on.", file=sys.stderr)
+            raise SystemExit(exit_code(StoppedError)) from error
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
+        """Writes what is to be kept, and how the run has ended."""
         try:
             if kind is None or issubclass(kind, StoppedError):
                 # The other ranks are here as well. What was evaluated since the last step may be asked for again.
@@ -309,10 +321,6 @@ class Run:
             self._tell("failed", code, error)
         if self._lock is not None:
             self._lock.close()
-        if kind is not None and issubclass(kind, StoppedError):
-            if self._all.rank == 0:
-                print(f"bridge: {error} Started again, the run in {self.directory} goes on.", file=sys.stderr)
-            raise SystemExit(exit_code(StoppedError)) from error
 
     def status(self) -> dict[str, Any]:
         """What `status.json` says; empty where there is none."""
