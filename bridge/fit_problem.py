@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.checks import is_whole
 from bridge.errors import InputError
 from bridge.fit_result import End, FitEnd, FitStep
 from bridge.misfit import LinearMap, Loss, Misfit, PriorOf, checked_noise, checked_target, make_prior
@@ -102,6 +103,8 @@ def make_problem(
     whole = as_simulator(simulator)
     starts, space = _given_starts(whole.space, start)
     for theta in starts:
+        if not np.isfinite(theta).all():
+            raise InputError(f"Expected a finite start, got {space.mapping(theta)}.")
         if outside := space.describe_outside(theta):
             raise InputError(f"Expected a start inside the bounds, got {outside}. Move the start, or widen the bounds.")
     sim = reduced(whole, space, starts[0], fixed, tied or {}) if fixed or tied else whole
@@ -129,11 +132,18 @@ def _given_starts(space: ParameterSpace | None, start: Start) -> tuple[Array, Pa
     named = isinstance(start, Mapping)
     several = isinstance(start, Sequence) and len(start) > 0 and isinstance(start[0], Mapping)
     if space is None and (named or several):
-        raise InputError("Expected start values as a vector: the simulator does not name its parameters.")
+        first: Any = start if named else start[0]  # type: ignore[index]
+        raise InputError(
+            "Expected start values as a vector: the simulator does not name its parameters. Name them: "
+            f"bridge.as_simulator(f, names={list(first)})."
+        )
     if space is not None and (named or several):
         return np.stack([space.vector(one) for one in (start if several else [start])]), space  # type: ignore
-    rows = np.asarray(start, dtype=np.float64)
-    if rows.ndim > 2 or rows.size == 0:
+    try:
+        rows = np.asarray(start, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"Expected a start of numbers, (d,), or (k, d) for several, got {start!r}.") from error
+    if start is None or rows.ndim > 2 or rows.size == 0:
         raise InputError(f"Expected a start of shape (d,), or (k, d) for several, got {rows.shape}.")
     space = space or ParameterSpace.unnamed(np.atleast_1d(rows).shape[-1])
     return np.stack([space.vector(row) for row in (rows if rows.ndim == 2 else [np.atleast_1d(rows)])]), space
@@ -144,7 +154,7 @@ def _more_starts(given: Array, count: int | None, space: ParameterSpace, seed: i
     the first start."""
     if count is None:
         return given
-    if count < len(given):
+    if not is_whole(count, len(given)):
         raise InputError(f"Expected num_starts of at least the {len(given)} starts that are given, got {count!r}.")
     rng = np.random.Generator(np.random.Philox(key=[int(seed or 0), 1 << 40]))
     shape = (count - len(given), space.dimension)

@@ -6,22 +6,26 @@ The module is not called `fit`, because the function `bridge.fit` is: a package 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
+from bridge.checks import is_number, refuse_unknown
 from bridge.errors import BridgeError, InputError
 from bridge.fit_problem import FitProblem, Start, make_problem
 from bridge.fit_result import End, FitEnd, FitResult, FitStep
 from bridge.goodness import Goodness, goodness_of, unexplained
+from bridge.interrupts import listening, look
 from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
 from bridge.misfit import LinearMap, Loss, PriorOf
 from bridge.progress import Observer, Observers, make_observers
@@ -29,7 +33,8 @@ from bridge.reuse import Earlier, Source, described, earlier_rows, sources
 from bridge.runs import Run
 from bridge.search import MOST_ROWS
 from bridge.searching import Searching
-from bridge.simulator import Simulator, as_simulator, simulator_name
+from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name
+from bridge.smoothing import smooth
 from bridge.uncertainty import doubts, in_units
 
 if TYPE_CHECKING:
@@ -38,6 +43,13 @@ if TYPE_CHECKING:
 __all__ = ["FitEnd", "FitResult", "FitStep", "fit"]
 
 _UNLIMITED = 10**15
+_INTERRUPTED = "bridge: interrupted; the fit ends with the best so far. Once more to leave at once."
+_LEFT_OUT = (
+    "The fit was interrupted: what it would run at its end, for errors and outputs, is left out. With the same "
+    "directory= it goes on where it was."
+)
+
+_log = logging.getLogger("bridge")
 
 
 def fit(
@@ -166,7 +178,9 @@ def fit(
         SystemExit: with code 75, with a directory: stopped by a signal; start it again.
     """
     begin = time.monotonic()
-    if max_seconds is not None and not max_seconds > 0:
+    refuse_unknown("bridge.fit", smoothing, fit_settings())
+    _check_kinds(target, start, variance, fixed, tied, prior, loss, on_step)
+    if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
         raise InputError(f"Expected a positive max_seconds, got {max_seconds!r}.")
     problem = make_problem(
         *(simulator, target, start),
@@ -206,7 +220,8 @@ def fit(
                 smoothed.execution = replace(smoothed.execution, store=run.store)
     way, dispatcher = chosen.way, chosen.smoothed[0].dispatcher.thinking
     observers = make_observers(progress, root=dispatcher.rank == 0)
-    with nullcontext() if run is None else run, observers:
+    alone = chosen.smoothed[0].dispatcher.size == 1
+    with nullcontext() if run is None else run, observers, listening(_INTERRUPTED) if alone else nullcontext():
         _start(observers, problem, chosen, title)
         history, stop_reason = _restored(run, chosen)
         if earlier is not None and isinstance(way, Searching) and (run is None or run.state is None):
@@ -219,7 +234,14 @@ def fit(
             observers.step(record)
             if on_step is not None:
                 on_step(record)
+        end: End | None = None
         try:
+            if run is not None and run.state is not None and "result" in run.state:
+                result = _result_from(run.state["result"], problem.space, history)
+                if dispatcher.rank == 0:
+                    _log.info("the fit in %s is finished: its result is returned again, nothing is run", run.directory)
+                observers.end(result)
+                return result
             while not stop_reason and (chosen.limit is None or len(history) < chosen.limit):
                 spent = history[-1].num_evaluations if history else 0
                 record = problem.record(way.advance(len(history), spent))
@@ -238,14 +260,20 @@ def fit(
                     stop_reason = "max_time"
                 if run is not None:
                     run.checkpoint(len(history), _state(history, stop_reason, way))
+                if not stop_reason:
+                    look()
             stop_reason = stop_reason or "max_steps"
+            end = way.finish(len(history))
         except KeyboardInterrupt:
             if dispatcher.size > 1:
                 raise  # ranks are told at different places: this ends them all
             stop_reason = "interrupted"
             if run is not None:
                 run.set_aside()
-        end = way.finish(len(history))
+            if isinstance(way, Searching) and way.ends_without_runs:
+                end = way.finish(len(history))
+        left_out = end is None
+        end = _cut_short(way, problem, history) if end is None else end
         good, misses = _goodness(problem, end)
         covariance = None if end.covariance is None else problem.covariance(end.covariance)
         of_free = None if end.covariance is None else in_units(end.covariance, problem.natural)
@@ -253,7 +281,7 @@ def fit(
             space=problem.space,
             parameters=problem.whole(end.x),
             start=problem.whole(end.start),
-            standard_error=None if covariance is None else np.sqrt(np.diag(covariance)),
+            standard_error=_last_errors(history) if left_out else _deviations(covariance),
             loss=good.loss,
             stop_reason=stop_reason,
             history=tuple(history),
@@ -263,6 +291,7 @@ def fit(
             start_output=end.start_output,
             covariance=covariance,
             warnings=(
+                *((_LEFT_OUT,) * left_out),
                 *_unfinished(end, stop_reason),
                 *misses,
                 *doubts(of_free, problem.free, end.x * problem.natural, end.unclear),
@@ -279,6 +308,9 @@ def fit(
             p_value=good.p_value,
             loss_share=good.share,
         )
+        if run is not None and stop_reason != "interrupted":
+            # Started again, it has nothing to do: not even the runs of its end.
+            run.checkpoint(len(history), {**_state(history, stop_reason, way), "result": _plain(result)}, at_once=True)
         observers.end(result)
     return result
 
@@ -290,6 +322,63 @@ def _goodness(problem: FitProblem, end: End) -> tuple[Goodness, tuple[str, ...]]
     good = goodness_of(problem.misfit, end.output, end.x, problem.known_noise, end.noise)
     target = problem.misfit.target.numpy()
     return good, unexplained(good, end.output - target, end.start_output - target)
+
+
+def _cut_short(way: Way, problem: FitProblem, history: Sequence[FitStep]) -> End:
+    """The end of a fit that was interrupted: what is known, without another run."""
+    unknown = np.full(tuple(problem.misfit.target.shape), np.nan)
+    loss, failed = (history[-1].loss, history[-1].num_failed) if history else (float("nan"), 0)
+    return End(way.x, problem.free_starts[0], loss, None, unknown, unknown, num_evaluations=0, num_failed=failed)
+
+
+def _deviations(covariance: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+    return None if covariance is None else np.sqrt(np.diag(covariance))
+
+
+def _last_errors(history: Sequence[FitStep]) -> NDArray[np.float64] | None:
+    known = history[-1].standard_error if history else None
+    return None if known is None else np.array(known)
+
+
+def _plain(result: FitResult) -> dict[str, Any]:
+    """What a run keeps of its result: all but what it keeps anyway."""
+    kept = {name: value for name, value in vars(result).items() if name not in ("space", "history", "ends")}
+    return {**kept, "ends": [dict(vars(end)) for end in result.ends]}
+
+
+def _result_from(kept: Mapping[str, Any], space: ParameterSpace, history: Sequence[FitStep]) -> FitResult:
+    ends = tuple(FitEnd(**end) for end in kept["ends"])
+    return FitResult(**{**kept, "ends": ends, "space": space, "history": tuple(history)})
+
+
+def fit_settings() -> list[str]:
+    """The keywords that `fit` takes: its own, and those of `bridge.smooth`."""
+    own = [name for name in signature(fit).parameters if name != "smoothing"]
+    return list(dict.fromkeys([*own, *list(signature(smooth).parameters)[1:]]))
+
+
+def _check_kinds(
+    target: Any, start: Any, variance: Any, fixed: Any, tied: Any, prior: Any, loss: Any, on_step: Any
+) -> None:
+    """Refuses what is of another kind altogether, and says what is expected there."""
+    for name, value in (("target", target), ("start", start), ("variance", variance)):
+        if isinstance(value, str | os.PathLike):
+            load = f" Load the file first: numpy.load({os.fspath(value)!r})." if name == "target" else ""
+            raise InputError(f"Expected numbers as {name}, got the text {os.fspath(value)!r}.{load}")
+    if isinstance(fixed, Mapping):
+        raise InputError(
+            f"Expected a list of names as fixed, got {fixed!r}: they keep their start. Give {list(fixed)}."
+        )
+    if tied is not None and not isinstance(tied, Mapping):
+        raise InputError(f"Expected tied as name -> the name that it is to equal, got {tied!r}.")
+    if prior is not None and not isinstance(prior, Mapping | tuple):
+        raise InputError(f"Expected prior as name -> (mean, standard deviation), got {prior!r}.")
+    if loss is not None and not callable(loss):
+        raise InputError(
+            f"Expected loss as a function of output and target, got {loss!r}. Least squares need none: leave it out."
+        )
+    if on_step is not None and not callable(on_step):
+        raise InputError(f"Expected on_step as a function of a FitStep, got {on_step!r}.")
 
 
 def _unfinished(end: End, stop_reason: str) -> tuple[str, ...]:
@@ -304,7 +393,8 @@ def _unfinished(end: End, stop_reason: str) -> tuple[str, ...]:
 
 def _spread(scale: float | tuple[float, float] | None) -> float:
     """Of starts that are drawn about a given one, natural units."""
-    return 1.0 if scale is None else float(scale if isinstance(scale, int | float) else scale[0])
+    first: Any = scale[0] if isinstance(scale, Sequence) else scale
+    return float(first) if is_number(first) else 1.0  # what is no scale is refused where the method is made
 
 
 def _start(observers: Observers, problem: FitProblem, chosen: Chosen, title: str) -> None:

@@ -20,8 +20,8 @@ import sys
 import time
 import traceback
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar, final
 
@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge import errors
+from bridge.checks import is_whole
 from bridge.environment import child_environment, describe_status, marked, thread_count
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, SetupError
 from bridge.simulator import (
@@ -45,6 +46,7 @@ T = TypeVar("T")
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
 _START_SECONDS = 120.0
 _LOOK_SECONDS = 1.0
+_AGAIN_SECONDS = 0.05
 
 
 @final
@@ -170,6 +172,13 @@ class IsolatedSimulator:
                 f"Expected simulator {self.name!r} to load in another process, got {result[0]}: {result[1]}."
             )
 
+    def kill(self) -> None:
+        """Kills the child and its session, from another thread than the one that waits for it and notices."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """Ends the child, and all that it has started in its session; a later call starts another one."""
         if self._process is not None:
@@ -187,13 +196,14 @@ class SimulatorPool:
     """
 
     def __init__(self, inner: Simulator, workers: int, timeout_s: float | None = None) -> None:
-        if int(workers) != workers or workers < 1:
+        if not is_whole(workers, 1):
             raise InputError(f"Expected a positive integer of workers, got {workers!r}.")
         self.inner, self.workers, self.name = inner, int(workers), simulator_name(inner)
         self._children = [IsolatedSimulator(inner, timeout_s) for _ in range(self.workers)]
         self._free: queue.SimpleQueue[IsolatedSimulator] = queue.SimpleQueue()
         for child in self._children:
             self._free.put(child)
+        self._stopped = False
         # The same threads for ever: a child is told to end when the thread that has started it does.
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="bridge-worker")
 
@@ -220,13 +230,26 @@ class SimulatorPool:
         """Evaluates in whichever child is free; waits for one."""
         child = self._free.get()
         try:
+            if self._stopped:
+                raise EvaluationError(f"Simulator {self.name!r} was interrupted.")
             return child(inputs, seeds)
         finally:
             self._free.put(child)
 
     def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
         """Calls `work`, which may call this simulator, in one of as many threads as there are children."""
+        self._stopped = False
         return self._threads.submit(work, *arguments)
+
+    def stop(self, waiting: Sequence[Future[Any]]) -> None:
+        """Ends the calls that have been submitted, at once: those that run fail, the others never begin."""
+        self._stopped = True
+        for future in waiting:
+            future.cancel()
+        while waiting:
+            for child in self._children:
+                child.kill()
+            waiting = list(wait(waiting, _AGAIN_SECONDS).not_done)
 
     def close(self) -> None:
         """Ends the children; a later call starts others."""

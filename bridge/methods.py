@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.checks import did_you_mean, is_number, is_whole
 from bridge.coarse import make_stages
 from bridge.descent import FAILED, Descent, Schedule, end_runs, repeated
 from bridge.errors import InputError
@@ -85,9 +86,15 @@ class MethodSettings:
         """First and last scale."""
         default = (1.0, 1.0) if self.method == "kriging" else (2.0, 0.1)
         given = default if self.scale is None else self.scale
-        first, last = (given, given) if isinstance(given, int | float) else given
-        if not (first > 0 and last > 0):
-            raise InputError(f"Expected positive scales, got {self.scale!r}.")
+        if isinstance(given, Mapping):
+            raise InputError(
+                f"Expected a scale of a fit in natural units, a number or (first, last), got {given!r}. Sizes of "
+                f"single parameters belong to the simulator: bridge.as_simulator(f, natural_scale={dict(given)!r})."
+            )
+        pair: Any = (given, given) if is_number(given) else given
+        if len(pair) != 2 or not all(is_number(x) and x > 0 for x in pair):
+            raise InputError(f"Expected positive scales, a number or (first, last), got {self.scale!r}.")
+        first, last = pair
         return float(first), float(last)
 
 
@@ -113,7 +120,7 @@ def choose(
 ) -> tuple[str, str]:
     """The method that "auto" stands for, and why."""
     if method not in METHODS:
-        raise InputError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.")
+        raise InputError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}")
     if method != "auto":
         return method, "as asked"
     if optimiser:
@@ -246,11 +253,16 @@ def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any])
     """Refuses what a method has no use for: a setting that is silently ignored misleads."""
     method, own_loss = s.method, problem.misfit.loss is not None
     limits = (
-        ("at least one step", s.steps is None or s.steps >= 1, s.steps),
-        ("max_runs of at least 2", s.max_runs is None or s.max_runs >= 2, s.max_runs),
-        ("restarts of 0 or more", s.restarts is None or s.restarts >= 0, s.restarts),
-        ("a tolerance of 0 or more", s.tolerance is None or s.tolerance >= 0, s.tolerance),
-        ("a positive learning_rate", s.learning_rate is None or s.learning_rate > 0, s.learning_rate),
+        ("at least one step", s.steps is None or is_whole(s.steps, 1), s.steps),
+        ("at least one run a step", s.num_samples is None or is_whole(s.num_samples, 1), s.num_samples),
+        ("max_runs of at least 2", s.max_runs is None or is_whole(s.max_runs, 2), s.max_runs),
+        ("restarts of 0 or more", s.restarts is None or is_whole(s.restarts, 0), s.restarts),
+        ("a tolerance of 0 or more", s.tolerance is None or (is_number(s.tolerance) and s.tolerance >= 0), s.tolerance),
+        (
+            "a positive learning_rate",
+            s.learning_rate is None or (is_number(s.learning_rate) and s.learning_rate > 0),
+            s.learning_rate,
+        ),
     )
     for what, good, given in limits:
         if not good:

@@ -27,6 +27,7 @@ from bridge.design import Design, Strategy
 from bridge.dispatch import Dispatcher
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError
 from bridge.identity import identity_of, innermost
+from bridge.interrupts import running
 from bridge.isolation import IsolatedSimulator, SimulatorPool
 from bridge.scale import perturb
 from bridge.simulator import ParameterSpace, Simulator, computes_row_by_row, simulator_name
@@ -187,21 +188,26 @@ class Runner:
         more = True
         try:
             while True:
-                running = [future for _, future in waiting if not future.done()]
-                while more and len(running) < pool.workers and len(waiting) < _AHEAD * pool.workers:
+                busy = [future for _, future in waiting if not future.done()]
+                while more and len(busy) < pool.workers and len(waiting) < _AHEAD * pool.workers:
                     call = next(planned, None)
                     if call is None:
                         more = False
                         break
-                    running.append(pool.submit(self._carry_out, call))
-                    waiting.append((call, running[-1]))
+                    busy.append(pool.submit(self._carry_out, call))
+                    waiting.append((call, busy[-1]))
                 if not waiting:
                     return
                 if waiting[0][1].done():
                     call, future = waiting.popleft()
                     yield call, future.result()
                 else:
-                    wait(running, return_when=FIRST_COMPLETED)
+                    with running:
+                        wait(busy, return_when=FIRST_COMPLETED)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # an interrupt must not wait for what is running
+                pool.stop([future for _, future in waiting])
+            raise
         finally:
             wait([future for _, future in waiting])
 
@@ -325,8 +331,9 @@ class Runner:
             error: Exception | None = None
             try:
                 # Copies: a simulator that writes into its arguments must not change the design.
-                with torch_of_simulators():
-                    outputs = self._simulator(np.array(inputs, order="C"), seeds.copy())
+                inputs_, seeds_ = np.array(inputs, order="C"), seeds.copy()
+                with running, torch_of_simulators():
+                    outputs = self._simulator(inputs_, seeds_)
             except SystemExit as leaving:
                 # Meant for a program of its own; here it would take a rank away from the others.
                 error = EvaluationError(f"Simulator {self.name!r} called sys.exit({leaving.code!r}).")

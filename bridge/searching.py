@@ -170,6 +170,12 @@ class Searching:
         model = self.search.model(self.search.overall[1], weighted=False)
         return model.noise / self.search.residuals.shape[1]
 
+    @property
+    def ends_without_runs(self) -> bool:
+        """Whether all that `finish` needs has been run."""
+        needed = (self.search.overall[1], self.search.start)
+        return self.misfit.plain and all((self.search.rows == z).all(axis=1).any() for z in needed)
+
     def outputs_at(self, points: Array, step: int) -> tuple[NDArray[Any], int]:
         """(k, *shape) outputs at points: of rows that have been run, else of a run more; and how many of these."""
         outputs, runs = [], 0
