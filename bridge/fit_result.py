@@ -64,7 +64,7 @@ class End:
         num_failed: of all runs. num_reused: evaluations of earlier fits that it began with.
         ends: of all starts, where there are several that go on side by side.
         unclear: (d,) of which parameters the variance is a lower bound (see `bridge.uncertainty.of_descent`).
-        at_limit: whether the last step was as long as it might be.
+        at_limit: whether the last step was as long as it might be. warnings: in words.
     """
 
     x: Array
@@ -79,6 +79,7 @@ class End:
     ends: tuple[FitEnd, ...] = ()
     unclear: NDArray[np.bool_] | None = None
     at_limit: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class FitResult:
         loss: final value: of the smoothed output at the last scale, 1/2 mean, or with method="kriging" of the model at
             the end, 1/2 sum.
         stop_reason: "converged", "standard_error" (they are as small as was asked), "max_steps", "max_runs",
-            "max_time" or "interrupted".
+            "max_time", "interrupted", or "numerics" (the method's own arithmetic failed; these are the best so far).
         history: one `FitStep` a step.
         num_evaluations: simulator runs, all ranks together, those of the surrogate apart (`num_surrogate`).
         num_cached: of these, found in a store instead of run anew: what was finished before an interruption, or is in a
