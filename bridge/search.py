@@ -54,6 +54,8 @@ _SCATTER = 3.0
 # Without a known noise: a loss of less than this part of the first runs' is no reason to look elsewhere; neither is one
 # of less than that part of the target's own variance, where residuals look like noise.
 _LITTLE, _LIKE_NOISE = 0.02, 0.5
+# Nor one that so many earlier searches have come to as well, where most of the target is explained.
+_AGREE, _AGREED = 2, 0.2
 # A loss of less than this part of the start's, and of the target's own variance, is nothing: ten digits agree. One of
 # less than that part may have come to the last digits. A model that fails so often in turn ends the search.
 _NOTHING, _RELATIVELY_NOTHING, _MOST_MISHAPS = 1e-20, 1e-9, 4
@@ -360,7 +362,7 @@ class Search:
 
     def _choose(self, before: int) -> None:
         losses = self._losses()
-        if losses.min() <= _NOTHING * self._much():
+        if losses.min() <= _NOTHING * self._much(self._usual_loss()):
             self.best, self.best_loss = self.rows[int(np.argmin(losses))], float(losses.min())
             self.step, self.stopped = np.zeros(len(self.start)), "converged"
             return
@@ -459,7 +461,8 @@ class Search:
 
     def _maybe_stop(self, step: float, gain: float, hope: float, noisy: bool) -> None:
         """Ends or restarts where neither what is expected of the next point nor what is hoped for is worth a round."""
-        nothing, little = _NOTHING * self._much(), self.best_loss < _RELATIVELY_NOTHING * self._much()
+        much = self._much(self._usual_loss())
+        nothing, little = _NOTHING * much, self.best_loss < _RELATIVELY_NOTHING * much
         still = gain < max(_STILL_GAIN * self.best_loss, nothing) and hope < max(_STILL_HOPE * self.best_loss, nothing)
         still &= step < _STILL_STEP or self.best_loss < nothing
         if self.known_noise:
@@ -522,14 +525,15 @@ class Search:
         if self.known_noise:
             m = self.residuals.shape[1]
             return bool(2 * self.best_loss < m + 5 * np.sqrt(2 * m))
-        if self.best_loss < _LITTLE * self._first_loss():
+        if self.best_loss < _LITTLE * self._much(self._first_loss()):
             return True
-        like_noise = self.best_loss < _LIKE_NOISE * self.ordinary
-        return bool(like_noise and looks_like_noise(self.residual_at(self.best)))
+        if self.best_loss < _LIKE_NOISE * self.ordinary and looks_like_noise(self.residual_at(self.best)):
+            return True
+        alike = [self.best_loss > (1 - _STUCK_GAIN) * loss for loss, z in self.ends if self._far(self.best - z) < 1]
+        return self.best_loss < _AGREED * self.ordinary and len(alike) >= _AGREE and all(alike)
 
-    def _much(self) -> float:
-        """A loss that counts for much: that of the start or of the target's mean, whichever is less."""
-        usual = self._usual_loss()
+    def _much(self, usual: float) -> float:
+        """A loss that counts for much: one that is usual among the first runs, or that of the target's mean."""
         return min(usual, self.ordinary) if self.ordinary > 0 else usual
 
     def _usual_loss(self) -> float:

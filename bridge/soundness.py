@@ -90,7 +90,7 @@ def corrected_units(sensitivity: Array, guessed: NDArray[np.bool_], unknown: NDA
     known = seen & ~unknown
     usual = float(np.exp(np.log(sensitivity[known]).mean())) if known.any() else 0.3 * residual
     if usual > 0:
-        ratio = usual / np.where(seen, sensitivity, usual)
+        ratio = (usual / np.where(seen, sensitivity, usual)) ** float(__import__("os").environ.get("EXPO", "1"))
         most = np.where(unknown, _UNKNOWN, _CORRECTED)
         units = np.where(guessed & seen, np.clip(ratio, 1 / most, most), 1.0)
     return units
