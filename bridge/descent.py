@@ -7,7 +7,7 @@ solution and the last ones the simulator itself (coarse to fine). How a step is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, final
 
@@ -22,6 +22,7 @@ from bridge.fit_result import End, FitEnd, FitStep
 from bridge.misfit import LinearMap, Misfit
 from bridge.simulator import may_be_noisy
 from bridge.smoothing import SmoothedSimulator, smooth
+from bridge.soundness import HUGE
 from bridge.uncertainty import of_descent
 
 Array = NDArray[np.float64]
@@ -257,7 +258,8 @@ class Descent:
 
     def _final(self, x: Array, replicate: int = 0) -> Estimate:
         theta = torch.as_tensor(x * self.natural)
-        return self.smoothed.estimate(theta, self.schedule.steps, scale=self.schedule.last, replicate=replicate)
+        scale = torch.as_tensor(self.schedule.last * self.natural)
+        return self.smoothed.estimate(theta, self.schedule.steps, scale=scale, replicate=replicate)
 
     _KEPT = ("_x", "active", "past", "dropped", "best", "done", "calm", "precise", "last_runs", "failed", "at_limit")
 
@@ -288,6 +290,15 @@ def end_runs(smoothed: SmoothedSimulator, misfit: Misfit, starts: int) -> int:
 
 def _number(entry: tuple[int, Array, float, int]) -> int:
     return entry[0]
+
+
+def useless_start(theta: Array, output: Array, names: Sequence[str]) -> str:
+    """What to say of a start whose output is not finite, or enormous."""
+    values = ", ".join(f"{name} = {value:.6g}" for name, value in zip(names, theta, strict=True))
+    return (
+        f"Expected finite outputs at the start ({values}), got NaN, infinite numbers or such as are larger than "
+        f"{HUGE:g}: a fit has nothing to compare with. Run the simulator there by itself, and start where it works."
+    )
 
 
 def last_outputs(

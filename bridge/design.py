@@ -34,7 +34,9 @@ _PERTURBATIONS, _SIMULATOR, _OTHER_PERTURBATIONS, _OTHER_SIMULATOR = 0, 1, 2, 3
 class Strategy:
     """How a smoothed value and its gradients are estimated; see `bridge.smooth` for the meaning of each field.
 
-    `num_samples` counts the rows of one replicate. The rows of `stream` 1 are independent of those of 0.
+    `num_samples` counts the rows of one replicate. The rows of `stream` 1 are independent of those of 0. Where
+    `errors_raise`, a run that raises ends the evaluation whatever `failures` says, which is then about numbers alone:
+    those that are not finite, or not smaller than `largest`.
     """
 
     seed: int
@@ -50,6 +52,8 @@ class Strategy:
     leaf_size: int
     penalty: float | None = None
     min_ok: float = 0.5
+    errors_raise: bool = False
+    largest: float = np.inf
     stream: Literal[0, 1] = 0
 
     @property

@@ -185,7 +185,7 @@ def fit(
     problem = make_problem(
         *(simulator, target, start),
         seed=seed, num_starts=num_starts, spread=_spread(scale), variance=variance, whiten=whiten, loss=loss,
-        robust=robust, prior=prior, fixed=fixed, tied=tied,
+        robust=robust, prior=prior, fixed=fixed, tied=tied, guess=scale is None,
     )  # fmt: skip
     method_, reason = choose(
         *(method, problem.simulator, problem.free.dimension),
@@ -246,8 +246,10 @@ def fit(
                 spent = history[-1].num_evaluations if history else 0
                 record = problem.record(way.advance(len(history), spent))
                 record = replace(record, num_cached=found + cost.cached, num_surrogate=ran + cost.surrogate)
-                if not history and method == "auto":
-                    record = replace(record, note="; ".join(filter(None, [record.note, f"{method_}: {reason}"])))
+                if not history:
+                    chosen_so = f"{method_}: {reason}" if method == "auto" else ""
+                    notes = filter(None, [record.note, chosen_so, problem.scales_in_words])
+                    record = replace(record, note="; ".join(notes))
                 history.append(record)
                 observers.step(record)
                 if on_step is not None:
@@ -292,6 +294,7 @@ def fit(
             covariance=covariance,
             warnings=(
                 *((_LEFT_OUT,) * left_out),
+                *end.warnings,
                 *_unfinished(end, stop_reason),
                 *misses,
                 *doubts(of_free, problem.free, end.x * problem.natural, end.unclear),

@@ -171,6 +171,10 @@ class Misfit:
             r = self.residual(output).numpy()
         return self.cost(r) + self.prior(z)[0]
 
+    def ordinary_cost(self) -> float:
+        """sum rho(r) of an output that is the target's mean everywhere."""
+        return self.cost(self.residual(torch.full_like(self.target, float(self.target.mean()))).numpy())
+
     def cost(self, r: Array) -> float:
         """sum rho(r)."""
         return 0.5 * float(r @ r) if self.robust is None else float(self.robust.rho(r).sum())

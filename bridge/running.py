@@ -158,7 +158,7 @@ class Runner:
         self._shape = simulator.output_shape
         self._rows_done = 0
         self._seconds = 0.0
-        self._tolerant = strategy.failures != "raise"
+        self._tolerant = strategy.failures != "raise" and not strategy.errors_raise
 
     def run(self) -> Iterator[Outputs]:
         """Evaluates unit after unit; outputs come in the order of the claims.
@@ -362,17 +362,17 @@ class Runner:
         """Refuses outputs that are not finite, or marks their rows as failed and fills them in."""
         # One sum finds every NaN and infinity at a fraction of the cost of looking at each number.
         assert out.F is not None
-        if not math.isfinite(out.F.sum().item()):
+        if not abs(out.F.sum().item()) < self._strategy.largest:
             self._refuse(out)
 
     def _refuse(self, out: Outputs) -> None:
         F = out.F
         assert F is not None
-        bad = ~torch.isfinite(F).all(dim=1)
+        bad = ~(F.abs() < self._strategy.largest).all(dim=1)
         if not bool(bad.any()):
             return  # finite numbers whose sum overflows
         row = int(torch.nonzero(bad)[0])
-        if self._tolerant:
+        if self._strategy.failures != "raise":
             first = out.problem * self._strategy.num_rows + out.start
             for i in torch.nonzero(bad).flatten().tolist():
                 self.failures.setdefault(first + i, Failure("non-finite", f"{self._name_row(out, i)}: NaN or infinite"))

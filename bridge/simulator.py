@@ -32,7 +32,8 @@ class Parameter:
         unit: unit as text, "" where there is none.
         lower, upper: the closed domain in which the simulator may be queried.
         natural_scale: a change of this size matters to the simulator [the parameter's unit]. A plain number given
-            as the smoothing scale is in these units, so that 300 kV may stand beside 1 A.
+            as the smoothing scale is in these units, so that 300 kV may stand beside 1 A. None where nothing is said:
+            a smoothing then takes 1, and `bridge.fit` goes by the bounds, the start and what the first runs show.
         kind: "continuous", "staircase" (constant between steps) or "integer".
         description: one line for `bridge info`.
     """
@@ -41,7 +42,7 @@ class Parameter:
     unit: str = ""
     lower: float = -np.inf
     upper: float = np.inf
-    natural_scale: float = 1.0
+    natural_scale: float | None = None
     kind: Kind = "continuous"
     description: str = ""
 
@@ -55,7 +56,7 @@ class Parameter:
                 f"Expected lower < upper for parameter {self.name!r}, got [{self.lower}, {self.upper}]. "
                 "Exchange or widen the bounds."
             )
-        if not (np.isfinite(self.natural_scale) and self.natural_scale > 0):
+        if self.natural_scale is not None and not (np.isfinite(self.natural_scale) and self.natural_scale > 0):
             raise InputError(
                 f"Expected a positive, finite natural_scale for parameter {self.name!r}, got {self.natural_scale}."
             )
@@ -113,7 +114,8 @@ class ParameterSpace:
 
     @property
     def natural_scale(self) -> NDArray[np.float64]:
-        return np.array([p.natural_scale for p in self.parameters], dtype=np.float64)
+        """(d,), 1 where nothing is said."""
+        return np.array([p.natural_scale or 1.0 for p in self.parameters], dtype=np.float64)
 
     @property
     def bounded(self) -> bool:
