@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.arrays import real_array
 from bridge.errors import EvaluationError, InputError, OutputError
 
 Kind = Literal["continuous", "staircase", "integer"]
@@ -389,12 +390,13 @@ class FunctionSimulator:
         for i, (x, seed) in enumerate(zip(inputs, seeds, strict=True)):
             try:
                 # A copy: a function that changes its argument must not change the design.
-                result = np.asarray(self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy()))
+                given = self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy())
             except Exception as error:
                 raise EvaluationError(
                     f"Simulator {self.name!r} raised {type(error).__name__}: {error} at parameters {x.tolist()}, "
                     f"seed {int(seed)}. Call it there by itself to see the whole traceback."
                 ) from error
+            result = real_array(given, f"from simulator {self.name!r}")
             if i == 0:
                 stacked = self.memory.empty((len(inputs), *result.shape), result.dtype)
             if result.shape != stacked.shape[1:]:
