@@ -13,7 +13,16 @@ from numpy.typing import ArrayLike, NDArray
 from bridge.checks import is_whole
 from bridge.errors import InputError
 from bridge.fit_result import End, FitEnd, FitStep
-from bridge.misfit import LinearMap, Loss, Misfit, PriorOf, checked_noise, checked_target, make_prior
+from bridge.misfit import (
+    LinearMap,
+    Loss,
+    Misfit,
+    PriorOf,
+    checked_noise,
+    checked_target,
+    make_prior,
+    marginal_deviations,
+)
 from bridge.reduced import ReducedSimulator, reduced
 from bridge.robust import make_robust
 from bridge.simulator import Parameter, ParameterSpace, Simulator, as_simulator
@@ -134,7 +143,7 @@ def make_problem(
     """
     whole = as_simulator(simulator)
     starts, given = _given_starts(whole.space, start)
-    space, assumed = with_scales(given, starts, prior or {}, tied or {}) if guess else (given, {})
+    space, assumed = with_scales(given, starts, marginal_deviations(prior, given), tied or {}) if guess else (given, {})
     for theta in starts:
         if not np.isfinite(theta).all():
             raise InputError(f"Expected a finite start, got {space.mapping(theta)}.")
@@ -163,7 +172,7 @@ def make_problem(
 
 
 def with_scales(
-    space: ParameterSpace, starts: Array, prior: Mapping[str, tuple[float, float]], tied: Mapping[str, str]
+    space: ParameterSpace, starts: Array, prior: Mapping[str, float], tied: Mapping[str, str]
 ) -> tuple[ParameterSpace, dict[str, str]]:
     """The space with a natural scale for every parameter, and where those come from that nobody has said.
 
@@ -186,7 +195,7 @@ def with_scales(
     return replace(space, parameters=parameters), assumed
 
 
-def _guessed_scale(p: Parameter, size: float, prior: tuple[float, float] | None) -> tuple[float, str]:
+def _guessed_scale(p: Parameter, size: float, prior: float | None) -> tuple[float, str]:
     size = size if np.isfinite(size) else 0.0
     width = p.upper - p.lower
     if np.isfinite(width):
@@ -200,8 +209,8 @@ def _guessed_scale(p: Parameter, size: float, prior: tuple[float, float] | None)
         return scale, "the bounds"
     if size > 0:
         return max(0.1 * size, 1e-300), "the start"
-    if prior is not None and np.isfinite(prior[1]) and prior[1] > 0:
-        return float(prior[1]), "the prior"
+    if prior is not None:
+        return prior, "the prior"
     return 1.0, _NO_SOURCE
 
 

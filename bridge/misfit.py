@@ -285,6 +285,16 @@ def make_prior(prior: PriorOf | None, space: ParameterSpace) -> Prior:
     return Prior(information, mean)
 
 
+def marginal_deviations(prior: PriorOf | None, space: ParameterSpace) -> dict[str, float]:
+    """The standard deviation of each parameter of which a prior says something; what is no prior is passed over."""
+    found: dict[str, float] = {}
+    for names, (_, spread) in _by_names(prior, space).items():
+        size = np.asarray(spread, float)
+        sizes = size.reshape(-1) if size.ndim == 0 else np.sqrt(np.maximum(np.diag(size), 0)) if size.ndim == 2 else ()
+        found |= {name: float(s) for name, s in zip(names, sizes, strict=False) if np.isfinite(s) and s > 0}
+    return found
+
+
 def _inverse_covariance(what: str, means: Array, covariance: Array, unit: Array) -> Array:
     """Of several parameters, in natural units."""
     k = len(unit)

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.arrays import real_array
 from bridge.checks import checked_function, did_you_mean, is_number, known_keywords
 from bridge.errors import EvaluationError, InputError, OutputError
 
@@ -423,12 +424,13 @@ class FunctionSimulator:
         for i, (x, seed) in enumerate(zip(inputs, seeds, strict=True)):
             try:
                 # A copy: a function that changes its argument must not change the design.
-                result = _as_array(self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy()))
+                given = self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy())
             except Exception as error:
                 raise EvaluationError(
                     f"Simulator {self.name!r} raised {type(error).__name__}: {error} at parameters {x.tolist()}, "
                     f"seed {int(seed)}. {_advice(error)}"
                 ) from error
+            result = real_array(given, f"from simulator {self.name!r}")
             if i == 0:
                 stacked = self.memory.empty((len(inputs), *result.shape), result.dtype)
             if result.shape != stacked.shape[1:]:
@@ -440,15 +442,6 @@ class FunctionSimulator:
                 stacked = stacked.astype(np.result_type(stacked, result), copy=False)
             stacked[i] = result
         return stacked
-
-
-def _as_array(output: Any) -> NDArray[Any]:
-    """An output as numpy has it; a tensor may require gradients, be on a device, or of a type that numpy lacks."""
-    torch = sys.modules.get("torch")  # a function that returns tensors has imported it
-    if torch is not None and isinstance(output, torch.Tensor):
-        output = output.detach().cpu()
-        output = output.float() if output.dtype == torch.bfloat16 else output.resolve_conj().resolve_neg()
-    return np.asarray(output)
 
 
 @known_keywords

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.autograd import forward_ad
 
 from bridge.adaptive import AdaptiveEstimate, Quantity, estimate_to
+from bridge.arrays import one_number
 from bridge.autograd import Call, Smooth, apply, has_tangent, make_keys, old_vmap_depth, to_numpy
 from bridge.checks import is_whole, known_keywords, refuse_unknown
 from bridge.design import Strategy, make_strategy, whole_number
@@ -35,9 +36,11 @@ from bridge.simulator import (
     Simulator,
     as_simulator,
     computes_row_by_row,
+    makes_memory,
     simulator_name,
 )
 from bridge.store import Store
+from bridge.streaming import as_rows
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -524,18 +527,20 @@ class LossSimulator:
         return replace(self, inner=self.inner.bound(comm))
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> torch.Tensor:
-        outputs = self.inner(inputs, seeds)
-        losses = []
+        rows = floating_rows(self.inner, inputs, seeds)
         with torch.enable_grad():  # a loss may differentiate inside
-            for output in outputs:
-                value = as_tensor(self.loss(as_tensor(output))).detach()
-                if value.numel() != 1:
-                    raise InputError(
-                        f"Expected the loss to return one number for an output, got shape {tuple(value.shape)}. Reduce "
-                        "it with .mean() or .sum()."
-                    )
-                losses.append(value.to(torch.float64).reshape(()))
-        return torch.stack(losses)
+            # Numbers, not tensors: a loss may return the same memory every time.
+            losses = [one_number(self.loss(row), "from the loss", InputError) for row in rows]
+        return torch.tensor(losses, dtype=torch.float64)
+
+
+def floating_rows(simulator: Simulator, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> torch.Tensor:
+    """What a loss gets of a simulator, (k, *output_shape): float32 where outputs are, else float64; never integers,
+    which wrap. In memory that the loss may write to."""
+    name = simulator_name(simulator)
+    rows, shape = as_rows(simulator(inputs, seeds), len(inputs), simulator.output_shape, name, torch.float64)
+    rows = rows.reshape(len(inputs), *shape)
+    return rows if makes_memory(simulator) else rows.clone()
 
 
 def smooth_loss(
@@ -548,7 +553,8 @@ def smooth_loss(
 
     Args:
         simulator: as in `smooth`.
-        loss: l: a tensor of one output -> one number; called without gradients.
+        loss: l: a tensor of one output -> one number; called without gradients. The tensor is float32 where outputs
+            are, else float64: integers and booleans never wrap. Numbers that an output lacks are NaN.
         **settings: the other arguments of `smooth`; the loss is taken of a surrogate's outputs, too.
     """
     refuse_unknown("bridge.smooth_loss", settings, list(signature(smooth).parameters)[1:])

@@ -321,7 +321,7 @@ class QuadraticSearch:
                 features = np.hstack([0.5 * (z @ (rows / unit).T) ** 2, np.ones((len(z), 1)), z])
                 open_ = 0.5 * (z**2).sum(axis=1) ** 2 - np.einsum("ij,jk,ik->i", features, inverse, features)
             except np.linalg.LinAlgError:
-                open_ = np.abs((candidates - base)).min(axis=1)
+                open_ = np.abs(candidates - base).min(axis=1)
             points.append(candidates[int(np.argmax(np.where(np.isfinite(open_), open_, -np.inf)))])
         return np.array(points[: max(self.batch, 1)])
 
