@@ -136,6 +136,13 @@ class Profile:
         if self.scratch is not None:
             object.__setattr__(self, "scratch", Path(os.path.abspath(self.scratch)))
 
+    @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What outputs can depend on: the program itself, its arguments and variables, and the files these name."""
+        env = {f"variable {name}": _or_file(text) for name, text in self.env.items()}
+        program = Path(self.executable())
+        return {"name": program.name, "program": program, "argv": tuple(map(_or_file, self.argv[1:])), **env}
+
     def environment(self) -> dict[str, str]:
         """The program's environment: this process's without the launcher's variables, threads, `env`."""
         return child_environment(self.threads, self.keep_slurm) | dict(self.env)
@@ -172,12 +179,23 @@ class ExternalSimulator:
         profile: how to run it here.
         space: its parameters.
         output_shape: shape of one output; None to take what the first row of a call gives.
+        identity: a text under which evaluations are filed, where the template, or the program, has something that
+            cannot be seen; change it whenever outputs do. By default they are filed under the content of the program,
+            its arguments, its variables, the files that these name by absolute paths, and the template.
     """
 
     template: Template
     profile: Profile
     space: ParameterSpace
     output_shape: tuple[int, ...] | None
+    identity: str | None = None
+
+    @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What outputs depend on: not on bounds and scales, of which the program is told nothing."""
+        columns = tuple((p.name, p.kind == "integer") for p in self.space.parameters)
+        shape = self.output_shape
+        return {"template": self.template, "profile": self.profile, "columns": columns, "output_shape": shape}
 
     def __post_init__(self) -> None:
         if self.output_shape is not None:
@@ -327,6 +345,12 @@ class ExternalSimulator:
         return "\n".join(lines)
 
 
+def _or_file(text: str) -> str | tuple[str, Path]:
+    """A text, and in place of an absolute path in it (of a file, or after "=") what is there."""
+    before, equals, after = text.partition("=") if not os.path.isabs(text) else ("", "", text)
+    return (before + equals, Path(after)) if os.path.isabs(after) and os.path.exists(after) else text
+
+
 def _tail(path: Path, number: int = _TAIL_LINES, limit: int = 16_384) -> list[str]:
     """The last lines of a file, however long it or they are."""
     try:
@@ -374,6 +398,12 @@ class TextTemplate(Template):
                 raise InputError(f"Expected file names inside the run's directory, got {name!r}. Make it relative.")
         if self.stdin is not None and self.stdin not in self.inputs:
             raise InputError(f"Expected stdin among the inputs {list(self.inputs)}, got {self.stdin!r}.")
+
+    @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What is written and read; the order of the files makes no difference."""
+        rest = {"output": self.output, "arguments": self.arguments, "stdin": self.stdin, "read": self.read}
+        return {f"input {name}": text for name, text in self.inputs.items()} | rest
 
     def check(self, space: ParameterSpace) -> None:
         if "seed" in space.names:

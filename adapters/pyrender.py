@@ -132,6 +132,11 @@ class PyrenderSimulator:
         self.output_shape = (sum(CHANNELS[name] for name in self.outputs), *self._size)
         self._local = threading.local()
 
+    @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What images depend on: not on which GPU draws them."""
+        return {name: value for name, value in self.__getstate__().items() if name != "_device"}
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_local"}
 

@@ -25,6 +25,7 @@ from bridge.errors import BridgeError, InputError
 from bridge.fit_problem import FitProblem, Start, make_problem
 from bridge.fit_result import End, FitEnd, FitResult, FitStep
 from bridge.goodness import Goodness, goodness_of, unexplained
+from bridge.identity import identity_of, identity_of_function
 from bridge.interrupts import listening, look
 from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
 from bridge.misfit import LinearMap, Loss, PriorOf
@@ -203,11 +204,14 @@ def fit(
     # It checks its settings: a fit that is refused leaves nothing behind.
     chosen = make_method(problem, settings, seed, comm, smoothing)
     # Before there is a run: one that is refused leaves nothing behind.
+    if directory is not None or sources(reuse):
+        for smoothed in chosen.smoothed:
+            smoothed.execution.filing(smoothed.simulator)
+    described_ = {} if directory is None else _described(problem, settings, chosen, seed, smoothing)
     begun = directory is not None and resume and any(Path(directory).glob("checkpoint-*.npz"))
     earlier = _earlier(sources(reuse), problem, chosen, directory, begun)
     run: Run | None = None
     if directory is not None:
-        described_ = _described(problem, settings, chosen, seed, smoothing)
         described_["reuse"] = list(map(described, sources(reuse)))
         # Few runs, each of use to other fits: not to be thrown away.
         keep = method_ == "kriging"
@@ -443,6 +447,7 @@ def _earlier(
             shape = tuple(problem.misfit.target.shape)
             found = earlier_rows(
                 *(reuse, problem.simulator, problem.free, shape, way.loss_of_rows, MOST_ROWS),
+                name=chosen.smoothed[0].execution.filing(chosen.smoothed[0].simulator).name,
                 but=directory,
             )
         except BridgeError as problem_:
@@ -460,8 +465,14 @@ def _described(
     stages: list[Any] = []
     for given in s.coarse or ():
         stages.append(given if isinstance(given, int | float) else _digest(given(_whitened(misfit.whiten, probe))))
+    functions: dict[str, Any] = {"loss": misfit.loss, "whiten": misfit.whiten, "optimiser": s.optimiser}
+    functions |= {f"coarse[{i}]": given for i, given in enumerate(s.coarse or ())}
+    plain = chosen.smoothed[0]
     return {
-        "simulator": simulator_name(problem.simulator), "seed": seed, "method": s.method, "steps": chosen.limit,
+        "simulator": simulator_name(problem.simulator),
+        "identity": plain.execution.filing(plain.simulator).name,
+        **{f"code of {k}": identity_of_function(f, k) for k, f in functions.items() if callable(f)},
+        "seed": seed, "method": s.method, "steps": chosen.limit,
         "num_samples": s.num_samples, "tolerance": s.tolerance, "start": problem.starts.tolist(),
         "halving": s.halving, "target": _digest(misfit.target), "max_runs": s.max_runs, "restarts": s.restarts,
         "prior": [prior.information.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
@@ -473,9 +484,14 @@ def _described(
 
 def _words(smoothing: Mapping[str, Any]) -> dict[str, str]:
     """Settings as text that is the same in another process; where finished evaluations are kept is none of them."""
-    words = {k: repr(v) for k, v in sorted(smoothing.items()) if k != "store"}
-    if smoothing.get("surrogate") is not None:
-        words["surrogate"] = simulator_name(as_simulator(smoothing["surrogate"]))
+    words = {}
+    for name, value in sorted(smoothing.items()):
+        if name == "surrogate" and value is not None:
+            words[name] = identity_of(as_simulator(value))
+        elif value is None or isinstance(value, bool | int | float | str):
+            words[name] = repr(value)
+        elif name != "store":
+            words[name] = identity_of_function(value, name)
     return words
 
 

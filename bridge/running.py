@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from bridge.design import Design, Strategy
 from bridge.dispatch import Dispatcher
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError
-from bridge.identity import identity_of, innermost
+from bridge.identity import Filing, innermost
 from bridge.interrupts import running
 from bridge.isolation import IsolatedSimulator, SimulatorPool
 from bridge.scale import perturb
@@ -65,6 +65,7 @@ class Execution:
         store: finished evaluations on disk.
         step_limit_s: after so long all ranks show where they are, and the job ends.
         role: before the simulator's name in the store: two simulators of one name may be at work.
+        filings: by id of the simulator, see `filing`.
     """
 
     keep_bytes: int = 24_000_000
@@ -74,6 +75,17 @@ class Execution:
     store: Store | None = None
     step_limit_s: float | None = None
     role: str = ""
+    filings: dict[int, tuple[Simulator, Filing]] = field(default_factory=dict, repr=False, compare=False)
+
+    def filing(self, simulator: Simulator) -> Filing:
+        """Under which name a simulator's evaluations are filed: what it was when this was first asked.
+
+        Raises:
+            InputError: something in it cannot be seen.
+        """
+        if id(simulator) not in self.filings:
+            self.filings[id(simulator)] = simulator, Filing(simulator)
+        return self.filings[id(simulator)][1]
 
 
 @dataclass(frozen=True)
@@ -153,7 +165,7 @@ class Runner:
         self.own: list[int] = []
         self.failures: dict[int, Failure] = {}
         self.clipped = self.found = 0
-        self._filed_as = "" if execution.store is None else execution.role + identity_of(simulator)
+        self._filing = None if execution.store is None else execution.filing(simulator)
         self.output_shape: tuple[int, ...] = ()
         self._shape = simulator.output_shape
         self._rows_done = 0
@@ -166,6 +178,13 @@ class Runner:
         Raises:
             EvaluationError: a run failed and failures="raise".
         """
+        try:
+            yield from self._run()
+        finally:
+            if self._filing is not None:
+                self._filing.after_calls()
+
+    def _run(self) -> Iterator[Outputs]:
         done = self._in_turn() if not isinstance(self._simulator, SimulatorPool) else self._at_once(self._simulator)
         for call, F in done:
             self._rows_done, self._seconds = self._rows_done + len(call.inputs), self._seconds + call.seconds
@@ -304,8 +323,8 @@ class Runner:
         inputs, seeds = call.inputs[rows], call.seeds[rows]
         store = self._execution.store
         k, key = len(inputs), None
-        if store is not None:
-            key = store.key(self._filed_as, innermost(self._simulator, inputs)[1], seeds)
+        if store is not None and self._filing is not None:
+            key = store.key(self._execution.role + self._filing.name, innermost(self._simulator, inputs)[1], seeds)
             known = store.get(key) if self._dispatcher.leads else None
             if self._dispatcher.group is not None:
                 # What the group's first rank has, none needs to evaluate; which file it is in is its own affair.

@@ -236,6 +236,25 @@ class Simulator(Protocol):
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> Any: ...
 
 
+@runtime_checkable
+class Identified(Protocol):
+    """A simulator that says itself which one it is: the same text as long as its outputs stay the same."""
+
+    @property
+    def identity(self) -> str | None: ...
+
+
+@runtime_checkable
+class IdentityParts(Protocol):
+    """Something that says of which values its outputs are made; its other attributes are no part of its identity.
+
+    Values are gone through as attributes are; a `Path` stands for the content of that file or folder.
+    """
+
+    @property
+    def identity_parts(self) -> Any: ...
+
+
 class BlockStructure:
     """Which outputs each parameter touches: the other derivatives are exactly zero, and their noise is not paid for.
 
@@ -369,6 +388,10 @@ class _With:
         self.__name__ = getattr(function, "__name__", type(function).__name__)
         self.__wrapped__ = function
 
+    @property
+    def identity_parts(self) -> Any:
+        return self.function  # who runs it together is no part of what it is
+
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments, self.last)
 
@@ -396,6 +419,7 @@ class FunctionSimulator:
     seeded: bool = False
     structure: BlockStructure | None = None
     parallel: bool = False
+    identity: str | None = None
     memory: _Memory = field(default_factory=_Memory, repr=False, compare=False)
 
     def bound(self, comm: Any) -> FunctionSimulator:
@@ -405,6 +429,12 @@ class FunctionSimulator:
                 "as_simulator(f, parallel=True); it is then called as f(theta, comm)."
             )
         return replace(self, function=_With(self.function, comm), parallel=False)
+
+    @property
+    def identity_parts(self) -> Any:
+        # The same function makes something else of a number than of an array.
+        ways = [way for way in ("vectorized", "seeded") if getattr(self, way)]
+        return self.function, *ways
 
     @property
     def row_by_row(self) -> bool:
@@ -458,6 +488,7 @@ def as_simulator(
     seeded: bool = False,
     structure: BlockStructure | None = None,
     parallel: bool = False,
+    identity: str | None = None,
 ) -> Simulator:
     """Wraps a function as a simulator.
 
@@ -474,6 +505,8 @@ def as_simulator(
         structure: which outputs each parameter touches, where that is known.
         parallel: the function is an MPI program itself: its last argument is the communicator (mpi4py) of the ranks
             that call it together, see `ranks_per_evaluation` of `bridge.smooth`; the first rank's result counts.
+        identity: a text under which evaluations are filed; change it whenever outputs do. Needed where what the
+            function uses cannot be seen (an open file, a connection), see docs/reuse.md.
 
     Returns:
         a `Simulator`.
@@ -484,7 +517,8 @@ def as_simulator(
     described = {"names": names, "units": units, "bounds": bounds, "natural_scale": natural_scale}
     given = {key: value for key, value in described.items() if value is not None}
     if isinstance(function, Simulator):
-        if given or output_shape is not None or vectorized or seeded or structure is not None or parallel:
+        others = output_shape, structure, identity
+        if given or vectorized or seeded or parallel or any(other is not None for other in others):
             raise InputError(
                 f"{type(function).__name__} is a Simulator already and describes itself; call as_simulator on a "
                 "plain function, or drop the other arguments."
@@ -495,10 +529,12 @@ def as_simulator(
         raise InputError(f"Expected a function or a Simulator, got {type(function).__name__}.{hint}")
     if inspect.isclass(function):
         raise InputError(f"Expected a function or a Simulator, got the class {function.__name__}. Make an instance.")
+    if identity is not None and not (isinstance(identity, str) and identity):
+        raise InputError(f"Expected identity as a text that is not empty, got {identity!r}.")
     arguments = ("inputs" if vectorized else "theta", *(("seed",) * seeded), *(("comm",) * parallel))
     checked_function(function, arguments, {"seeded": seeded})
     space = ParameterSpace(_parameters(given), outside=outside) if given else None
-    return FunctionSimulator(function, space, output_shape, vectorized, seeded, structure, parallel)
+    return FunctionSimulator(function, space, output_shape, vectorized, seeded, structure, parallel, identity)
 
 
 Pair = tuple[float | None, float | None] | None

@@ -462,6 +462,9 @@ def smooth(
         store=store,
         step_limit_s=step_limit() if step_limit_s is None else float(step_limit_s),
     )
+    if store is not None:  # refused now, not at the first call
+        for one in (wrapped, *(() if stand_in is None else (stand_in.simulator,))):
+            execution.filing(one)
     return SmoothedSimulator(wrapped, strategy, scale, dispatcher, execution, stand_in)
 
 
