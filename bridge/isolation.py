@@ -280,6 +280,7 @@ def serve(descriptor: int, parent: int) -> None:
     os.set_inheritable(descriptor, False)
     with Connection(descriptor) as pipe:
         simulator: Any = None
+        reply: tuple[str, Any]
         with contextlib.suppress(EOFError):
             while True:
                 question = pipe.recv()
