@@ -14,6 +14,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -25,6 +27,7 @@ from bridge.design import Design, Strategy
 from bridge.dispatch import Dispatcher
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError
 from bridge.identity import Filing, innermost
+from bridge.interrupts import running
 from bridge.isolation import IsolatedSimulator, SimulatorPool
 from bridge.scale import perturb
 from bridge.simulator import ParameterSpace, Simulator, computes_row_by_row, simulator_name
@@ -107,6 +110,34 @@ class _Call:
     found: int = 0
 
 
+_default_device: ContextVar[torch.device] = ContextVar("default_device")
+
+
+@contextmanager
+def ordinary_torch() -> Iterator[None]:
+    """Keeps torch's settings of the caller away from sums: autocast would round them, memory made in inference mode
+    could not be used outside of it, and a default device is not where arrays of numpy are."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        device = torch.get_default_device()
+        if device.type != "cpu":
+            stack.callback(_default_device.reset, _default_device.set(device))
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
+def torch_of_simulators() -> Iterator[None]:
+    """A simulator may differentiate inside, wherever it is called from, and has the caller's default device."""
+    device = _default_device.get(None)
+    with torch.enable_grad(), nullcontext() if device is None else device:
+        yield
+
+
 class Runner:
     """The rows of one evaluation that fall to this rank.
 
@@ -139,7 +170,7 @@ class Runner:
         self._shape = simulator.output_shape
         self._rows_done = 0
         self._seconds = 0.0
-        self._tolerant = strategy.failures != "raise"
+        self._tolerant = strategy.failures != "raise" and not strategy.errors_raise
 
     def run(self) -> Iterator[Outputs]:
         """Evaluates unit after unit; outputs come in the order of the claims.
@@ -176,21 +207,26 @@ class Runner:
         more = True
         try:
             while True:
-                running = [future for _, future in waiting if not future.done()]
-                while more and len(running) < pool.workers and len(waiting) < _AHEAD * pool.workers:
+                busy = [future for _, future in waiting if not future.done()]
+                while more and len(busy) < pool.workers and len(waiting) < _AHEAD * pool.workers:
                     call = next(planned, None)
                     if call is None:
                         more = False
                         break
-                    running.append(pool.submit(self._carry_out, call))
-                    waiting.append((call, running[-1]))
+                    busy.append(pool.submit(self._carry_out, call))
+                    waiting.append((call, busy[-1]))
                 if not waiting:
                     return
                 if waiting[0][1].done():
                     call, future = waiting.popleft()
                     yield call, future.result()
                 else:
-                    wait(running, return_when=FIRST_COMPLETED)
+                    with running:
+                        wait(busy, return_when=FIRST_COMPLETED)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # an interrupt must not wait for what is running
+                pool.stop([future for _, future in waiting])
+            raise
         finally:
             wait([future for _, future in waiting])
 
@@ -314,7 +350,9 @@ class Runner:
             error: Exception | None = None
             try:
                 # Copies: a simulator that writes into its arguments must not change the design.
-                outputs = self._simulator(np.array(inputs, order="C"), seeds.copy())
+                inputs_, seeds_ = np.array(inputs, order="C"), seeds.copy()
+                with running, torch_of_simulators():
+                    outputs = self._simulator(inputs_, seeds_)
             except SystemExit as leaving:
                 # Meant for a program of its own; here it would take a rank away from the others.
                 error = EvaluationError(f"Simulator {self.name!r} called sys.exit({leaving.code!r}).")
@@ -343,17 +381,17 @@ class Runner:
         """Refuses outputs that are not finite, or marks their rows as failed and fills them in."""
         # One sum finds every NaN and infinity at a fraction of the cost of looking at each number.
         assert out.F is not None
-        if not math.isfinite(out.F.sum().item()):
+        if not abs(out.F.sum().item()) < self._strategy.largest:
             self._refuse(out)
 
     def _refuse(self, out: Outputs) -> None:
         F = out.F
         assert F is not None
-        bad = ~torch.isfinite(F).all(dim=1)
+        bad = ~(F.abs() < self._strategy.largest).all(dim=1)
         if not bool(bad.any()):
             return  # finite numbers whose sum overflows
         row = int(torch.nonzero(bad)[0])
-        if self._tolerant:
+        if self._strategy.failures != "raise":
             first = out.problem * self._strategy.num_rows + out.start
             for i in torch.nonzero(bad).flatten().tolist():
                 self.failures.setdefault(first + i, Failure("non-finite", f"{self._name_row(out, i)}: NaN or infinite"))

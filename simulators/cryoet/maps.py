@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
-from simulators.cryoet.files import read_mrc
+from simulators.cryoet.mrc import read_mrc
 
 Array = NDArray[np.float64]
 
