@@ -335,7 +335,7 @@ def test_a_fit_goes_on_though_its_simulator_has_counted(tmp_path: Path) -> None:
 
 
 UNSEEN: list[tuple[Any, str]] = [
-    (lambda: Path(os.devnull).open(encoding="utf-8"), "an open file"),
+    (lambda: Path(os.devnull).open(encoding="utf-8"), "an open file"),  # noqa: SIM115
     (socket.socket, "a socket"),
     (lambda: (i for i in range(3)), "a generator"),
     (lambda: iter([1]), "a list_iterator"),
