@@ -53,7 +53,8 @@ _WORDS: dict[type, str] = {
     "thread's own variables", ctypes.CDLL: "a library loaded by ctypes", subprocess.Popen: "a running program",
     type(threading.Lock()): "a lock", type(threading.RLock()): "a lock",
 }  # fmt: skip
-_COUNTED = (int, float, list, dict, set, collections.deque, collections.Counter, collections.defaultdict)
+_COUNTED = (int, float, complex, list, dict, set, collections.deque, collections.Counter, collections.defaultdict,
+            np.ndarray, np.float64, np.int64, type(None))  # fmt: skip
 _PURE = (list, dict, set, frozenset, tuple, str, bytes, int, float, bytearray)
 
 

@@ -266,10 +266,11 @@ COUNTERS = """
         def report(self):
             return self.n
     def made():
-        n, log = 0, []
+        n, total, log = 0, 0.0, []
         def g(x):
-            nonlocal n
+            nonlocal n, total
             n += 1
+            total = total + x.sum()
             log.append(x)
             return 2 * x
         return g
