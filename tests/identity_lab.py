@@ -54,6 +54,8 @@ def files(folder: Path) -> Path:
         (folder / f"{name}.pdb").write_text(PDB.replace("1.000   2", f"{shift}   2"), encoding="utf-8")
         (folder / f"program-{name}").write_text(f"#!/bin/sh\necho {name}\n", encoding="utf-8")
         (folder / f"program-{name}").chmod(0o755)
+    two = "".join(f"MODEL     {i:4d}\n{PDB.replace('3.000', f'{i}.000')}ENDMDL\n" for i in (1, 2))
+    (folder / "models.pdb").write_text(two, encoding="utf-8")
     (folder / "places.txt").write_text("1 6\n1.5 -2.0 0 10 40 20\n", encoding="utf-8")
     (folder / "copies.txt").write_text("6 4\n" + 2 * "1 0 0 5\n0 1 0 0\n0 0 1 0\n", encoding="utf-8")
     other = {**DECK, "optics": {**DECK["optics"], "cs": 3}}
@@ -148,6 +150,7 @@ def arguments(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Two], d
                 "particle": (folder / "one.pdb", folder / "two.pdb"),
                 "transforms": (None, folder / "copies.txt"),
                 "add_hydrogen": (True, False),
+                "model": (1, 2, {"particle": folder / "models.pdb"}),
                 "voxel_size_nm": (0.1, 0.2),
                 "pixel_size_nm": (0.5, 0.6),
                 "optics": ({}, {"cs_mm": 1.0}),
@@ -158,7 +161,7 @@ def arguments(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Two], d
             },
             {
                 "bounds": (None, {"x_nm": (-1.0, 1.0)}), "natural_scale": (None, {"x_nm": 2.0}),
-                "device": ("cpu", "meta"),
+                "device": ("cpu", "meta"), "unknown_atoms": ("error", "skip"),  # of which there are none
             },
         ),
         "tem-simulator": (
