@@ -251,8 +251,8 @@ class Net(torch.nn.Module):
         self.content = content
 
 
-def plain(x: Any, c: Any = None, *, k: Any = None) -> Any:
-    return x, c, k
+def plain(x: Any, c: Any = None, y: Any = None, *, k: Any = None) -> Any:
+    return x, c, y, k
 
 
 def closed(c: Any) -> Callable[..., Any]:
