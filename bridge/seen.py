@@ -19,6 +19,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import io
 import os
 import random
@@ -26,6 +27,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 import warnings
@@ -41,9 +43,10 @@ import torch
 from bridge.code import Facts, facts_of, loaded_constants
 from bridge.files import content_digest
 from bridge.packages import owner_of
-from bridge.simulator import Identified, IdentityParts
+from bridge.simulator import IdentityParts
 
-_DEEPEST = 20_000
+# Things inside things; and how many of them an error names.
+_DEEPEST, _LONGEST = 3000, 12
 _POINTER = struct.calcsize("P")
 _MANY, _WORD = 64, 2**63
 _LARGE = 1_000_000  # bytes of an array whose digest is kept
@@ -53,9 +56,15 @@ _WORDS: dict[type, str] = {
     "thread's own variables", ctypes.CDLL: "a library loaded by ctypes", subprocess.Popen: "a running program",
     type(threading.Lock()): "a lock", type(threading.RLock()): "a lock",
 }  # fmt: skip
+_WRITES = frozenset({"write_text", "write_bytes", "mkdir", "touch", "unlink", "rmdir"})
 _COUNTED = (int, float, complex, list, dict, set, collections.deque, collections.Counter, collections.defaultdict,
             np.ndarray, np.float64, np.int64, type(None))  # fmt: skip
 _PURE = (list, dict, set, frozenset, tuple, str, bytes, int, float, bytearray)
+
+
+def _in_c(kind: type) -> bool:
+    """Whether a class says of itself that it is a part of Python because it is, not because it was made by `exec`."""
+    return not any(isinstance(value, FunctionType) for value in vars(kind).values()) and "__dict__" not in vars(kind)
 
 
 def _words(text: str) -> frozenset[str]:
@@ -92,14 +101,19 @@ def digest_of(value: Any, name: str, kept: dict[int, tuple[Any, str]] | None = N
         UnseenError: something in it cannot be seen.
     """
     walk, limit = _Walk([name], kept), sys.getrecursionlimit()
-    sys.setrecursionlimit(max(limit, _DEEPEST))  # one function names another, and that one the next
+    sys.setrecursionlimit(max(limit, 12 * _DEEPEST))  # one function names another, and that one the next
     try:
         walk.see(value)
-    except RecursionError:
-        raise UnseenError(f"{name}: nested too deeply") from None
     finally:
         sys.setrecursionlimit(limit)
     return walk.out.hexdigest()
+
+
+def given_identity(value: Any) -> str | None:
+    """The text that something gives itself as its identity."""
+    if inspect.getattr_static(value, "identity", None) is None:
+        return None  # asked in this way, what makes up attributes does not make up this one
+    return value.identity if isinstance(value.identity, str) else None
 
 
 class _Walk:
@@ -126,7 +140,8 @@ class _Walk:
             self.see(value)
 
     def unseen(self, what: str) -> UnseenError:
-        return UnseenError(f"{' of '.join(reversed(self._path))}: {what}")
+        path = self._path if len(self._path) <= _LONGEST else [*self._path[:2], "...", *self._path[3 - _LONGEST :]]
+        return UnseenError(f"{' of '.join(reversed(path))}: {what}")
 
     def apart(self, value: Any) -> bytes:
         """The digest of a value by itself, to bring what has no order into one."""
@@ -153,6 +168,8 @@ class _Walk:
             ordered: whether the order of a dictionary can make a difference.
         """
         kind = type(value)
+        if len(self._path) > _DEEPEST:
+            raise self.unseen("nested too deeply")
         if value is None or value is Ellipsis or value is NotImplemented:
             self.put("constant", str(value))
         elif kind in (bool, int):
@@ -183,7 +200,10 @@ class _Walk:
             self._object(value)
 
     def _text(self, value: str) -> None:
-        """A text; where it names a program, that program."""
+        """A text; where it names a program, or something in the folder for temporary files, what is there."""
+        if value.startswith(tempfile.gettempdir() + os.sep) and "\0" not in value and len(value) < 4096:
+            self._file(PurePath(value))
+            return
         if "/" in value[:4096] and len(value) < 4096 and "\0" not in value:
             with contextlib.suppress(OSError, ValueError):
                 if os.path.isfile(value) and os.access(value, os.X_OK):
@@ -282,8 +302,8 @@ class _Walk:
     # -- objects --------------------------------------------------------------------------------------------------
 
     def _object(self, value: Any) -> None:
-        if callable(value) and isinstance(value, Identified) and isinstance(value.identity, str):
-            self.put("identity", value.identity)
+        if callable(value) and (text := given_identity(value)) is not None:
+            self.put("identity", text)
         elif isinstance(value, enum.Enum):
             self.put("enum", str(value.name))
             self.see(value._value_)
@@ -377,7 +397,7 @@ class _Walk:
         if isinstance(value, collections.abc.Iterator) and not (own and _is_python(kind)):
             raise self.unseen(f"{_article(kind.__name__)}, which calls use up")
         self.put("instance")
-        if isinstance(value, IdentityParts):
+        if hasattr(kind, "identity_parts") and isinstance(value, IdentityParts):
             self._class(kind)
             self._attributes(value.identity_parts)
             return
@@ -469,7 +489,7 @@ class _Walk:
     # -- code -----------------------------------------------------------------------------------------------------
 
     def _function(self, function: FunctionType) -> None:
-        home = str(function.__globals__.get("__name__", function.__module__) or "")
+        home = str(function.__globals__.get("__name__") or "")
         owner = owner_of(home)
         code = function.__code__
         facts = facts_of(code)
@@ -501,6 +521,8 @@ class _Walk:
     def _variable(self, kind: str, name: str, value: Any, facts: Facts) -> None:
         if facts.uses.only(name, "write") and type(value) in _COUNTED:
             return  # counted, and not looked at
+        if isinstance(value, PurePath) and _only_written(name, facts):
+            return
         self.put("variable", name)
         with self.inside(f"{'function' if isinstance(value, FunctionType) and kind[0] == 'g' else kind} {name!r}"):
             if isinstance(value, ModuleType):
@@ -558,7 +580,9 @@ class _Walk:
     def _class(self, kind: type) -> None:
         module = str(kind.__module__)
         owner = owner_of(module)
-        if owner is not None:
+        if owner is not None and (
+            module != "builtins" or getattr(builtins, kind.__name__, None) is kind or _in_c(kind)
+        ):
             self.put("class", f"{module}.{kind.__qualname__} {owner}")
             return
         if self.again(kind):
@@ -608,7 +632,7 @@ def _wrapped(value: Any) -> Any:
     kind = type(value)
     if not callable(value) or owner_of(kind.__module__) is None:
         return None  # its attributes can be seen
-    found = getattr(value, "py_func", None)
+    found = None if inspect.getattr_static(value, "py_func", None) is None else value.py_func
     return getattr(value, "__wrapped__", None) if found is None and not _is_python(kind) else found
 
 
@@ -644,6 +668,14 @@ def _state(value: Any) -> Mapping[str, Any] | None:
     if state is None:
         return {}
     return state if isinstance(state, dict) and all(isinstance(n, str) for n in state) else {"state": state}
+
+
+def _only_written(name: str, facts: Facts) -> bool:
+    """Whether code does nothing with a path but write there."""
+    methods = {method for (base, method) in facts.uses.attributes if base == name}
+    modes = {text.strip("bt+") for text in facts.texts}
+    writing = _WRITES | ({"open"} if modes & {"w", "a", "x"} and "r" not in modes else set())
+    return facts.uses.only(name, "attribute") and bool(methods) and methods <= writing
 
 
 def _cached(kind: type, name: str) -> bool:

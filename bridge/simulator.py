@@ -237,14 +237,6 @@ class Simulator(Protocol):
 
 
 @runtime_checkable
-class Identified(Protocol):
-    """A simulator that says itself which one it is: the same text as long as its outputs stay the same."""
-
-    @property
-    def identity(self) -> str | None: ...
-
-
-@runtime_checkable
 class IdentityParts(Protocol):
     """Something that says of which values its outputs are made; its other attributes are no part of its identity.
 
