@@ -24,7 +24,7 @@ from bridge.checks import is_number, refuse_unknown
 from bridge.errors import BridgeError, InputError
 from bridge.fit_problem import FitProblem, Start, make_problem
 from bridge.fit_result import End, FitEnd, FitResult, FitStep
-from bridge.interrupts import listening, look
+from bridge.interrupts import again, listening, look
 from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
 from bridge.misfit import LinearMap, Loss
 from bridge.progress import Observer, Observers, make_observers
@@ -263,7 +263,7 @@ def fit(
             stop_reason = stop_reason or "max_steps"
             end = way.finish(len(history))
         except KeyboardInterrupt:
-            if dispatcher.size > 1:
+            if dispatcher.size > 1 or again():
                 raise  # ranks are told at different places: this ends them all
             stop_reason = "interrupted"
             if run is not None:

@@ -118,7 +118,10 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page, run_alone, tmp_pa
     todo = [b for b in todo if b.language == "python" or b.directive in ("file", "run")]
     described = [
         {
-            **{"page": str(page.relative_to(ROOT)), "language": b.language, "code": b.code, "line": b.line},
+            "page": str(page.relative_to(ROOT)),
+            "language": b.language,
+            "code": b.code,
+            "line": b.line,
             "file": b.argument if b.directive == "file" else "",
             "run": b.directive == "run",
             "commands": [shlex.split(x)[3:] for x in b.code.splitlines()] if b.directive == "run" else [],

@@ -63,8 +63,8 @@ MISTAKES = {
     ),
     "a seed that is not taken": (
         of_simulator(seeded=True),
-        "Expected a function f(theta, seed), got sines(theta). With seeded=True it is called with its seed as well: add "
-        "an argument, def sines(theta, seed), or leave seeded=True out.",
+        "Expected a function f(theta, seed), got sines(theta). With seeded=True it is called with its seed as well: "
+        "add an argument, def sines(theta, seed), or leave seeded=True out.",
     ),
     "a seed that is not taken, all rows": (of_simulator(seeded=True, vectorized=True), "got sines(theta)"),
     "a simulator's name": (of_smooth("cryoet"), "bridge.make('cryoet', ...) makes the one of that name."),
