@@ -214,7 +214,7 @@ def _fitted(job: Job, options: argparse.Namespace, observers: Sequence[Observer]
 
     from bridge.dispatch import is_root
     from bridge.job import is_finished, run_job
-    from bridge.report import summary, write_report
+    from bridge.report import write_report
     from bridge.simulator import simulator_name
 
     finished = not options.fresh and is_finished(job)
@@ -238,7 +238,7 @@ def _fitted(job: Job, options: argparse.Namespace, observers: Sequence[Observer]
                 command=command,
             )
         )
-    print(summary(result))
+    print(result)
     if written:
         print("written: " + ", ".join(str(p) for p in written))
     if result.stop_reason == "interrupted":

@@ -6,8 +6,9 @@ order of calls. Ranks therefore make it by themselves, and nothing random is sen
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,9 @@ _PERTURBATIONS, _SIMULATOR, _OTHER_PERTURBATIONS, _OTHER_SIMULATOR = 0, 1, 2, 3
 class Strategy:
     """How a smoothed value and its gradients are estimated; see `bridge.smooth` for the meaning of each field.
 
-    `num_samples` counts the rows of one replicate. The rows of `stream` 1 are independent of those of 0.
+    `num_samples` counts the rows of one replicate. The rows of `stream` 1 are independent of those of 0. Where
+    `errors_raise`, a run that raises ends the evaluation whatever `failures` says, which is then about numbers alone:
+    those that are not finite, or not smaller than `largest`.
     """
 
     seed: int
@@ -49,6 +52,8 @@ class Strategy:
     leaf_size: int
     penalty: float | None = None
     min_ok: float = 0.5
+    errors_raise: bool = False
+    largest: float = np.inf
     stream: Literal[0, 1] = 0
 
     @property
@@ -65,6 +70,22 @@ class Strategy:
     def weights_need_outputs(self) -> bool:
         """Whether weights are known only once all rows are evaluated; outputs are then kept."""
         return self.covariate == "bq" or self.failures != "raise"
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A setting that is a key of the noise, as a Python integer.
+
+    Raises:
+        InputError: it is not an integer (a float, a bool, a name), or below 0, or beyond 63 bits.
+    """
+    try:
+        number = -1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**63:
+        hint = f" Use int({name})." if isinstance(value, (float, np.floating)) else ""
+        raise InputError(f"Expected {name} to be an integer from 0 to 2^63 - 1, got {value!r}.{hint}")
+    return number
 
 
 def default_leaf_size(num_samples: int) -> int:

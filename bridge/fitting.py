@@ -24,9 +24,11 @@ from bridge.checks import is_number, refuse_unknown
 from bridge.errors import BridgeError, InputError
 from bridge.fit_problem import FitProblem, Start, make_problem
 from bridge.fit_result import End, FitEnd, FitResult, FitStep
+from bridge.goodness import Goodness, goodness_of, unexplained
+from bridge.identity import identity_of, identity_of_function
 from bridge.interrupts import again, listening, look
 from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
-from bridge.misfit import LinearMap, Loss
+from bridge.misfit import LinearMap, Loss, PriorOf
 from bridge.progress import Observer, Observers, make_observers
 from bridge.reuse import Earlier, Source, described, earlier_rows, sources
 from bridge.runs import Run
@@ -71,7 +73,7 @@ def fit(
     robust: str | tuple[str, float] | None = None,
     coarse: Sequence[float | LinearMap] | None = None,
     loss: Loss | None = None,
-    prior: Mapping[str, tuple[float, float]] | None = None,
+    prior: PriorOf | None = None,
     fixed: Sequence[str] = (),
     tied: Mapping[str, str] | None = None,
     max_runs: int | None = None,
@@ -139,8 +141,9 @@ def fit(
         coarse: from coarse to fine, widths [pixels] of Gaussian blurs of what is compared, along the last two axes, or
             linear maps; equal shares of the first four fifths of the steps, then none (gauss-newton, adam, torch).
         loss: l(output, target) -> number, in place of least squares (adam, torch, natural).
-        prior: name -> (mean, standard deviation), Gaussian; it counts against `variance`. A loss of one's own is taken
-            for a negative log likelihood.
+        prior: name -> (mean, standard deviation), Gaussian; several names in a tuple -> (means, covariance) of these
+            together, and (means, covariance) of all. It counts against `variance`. A loss of one's own is taken for a
+            negative log likelihood.
         fixed: names of parameters that keep their start. tied: name -> another that it is to equal.
         max_runs: the budget, with what is run at the end; kriging's default is 60 (d + 1).
         max_seconds: stops after the step in which so much time has passed since this call. The result then depends on
@@ -183,7 +186,7 @@ def fit(
     problem = make_problem(
         *(simulator, target, start),
         seed=seed, num_starts=num_starts, spread=_spread(scale), variance=variance, whiten=whiten, loss=loss,
-        robust=robust, prior=prior, fixed=fixed, tied=tied,
+        robust=robust, prior=prior, fixed=fixed, tied=tied, guess=scale is None,
     )  # fmt: skip
     method_, reason = choose(
         *(method, problem.simulator, problem.free.dimension),
@@ -201,11 +204,14 @@ def fit(
     # It checks its settings: a fit that is refused leaves nothing behind.
     chosen = make_method(problem, settings, seed, comm, smoothing)
     # Before there is a run: one that is refused leaves nothing behind.
+    if directory is not None or sources(reuse):
+        for smoothed in chosen.smoothed:
+            smoothed.execution.filing(smoothed.simulator)
+    described_ = {} if directory is None else _described(problem, settings, chosen, seed, smoothing)
     begun = directory is not None and resume and any(Path(directory).glob("checkpoint-*.npz"))
     earlier = _earlier(sources(reuse), problem, chosen, directory, begun)
     run: Run | None = None
     if directory is not None:
-        described_ = _described(problem, settings, chosen, seed, smoothing)
         described_["reuse"] = list(map(described, sources(reuse)))
         # Few runs, each of use to other fits: not to be thrown away.
         keep = method_ == "kriging"
@@ -244,8 +250,10 @@ def fit(
                 spent = history[-1].num_evaluations if history else 0
                 record = problem.record(way.advance(len(history), spent))
                 record = replace(record, num_cached=found + cost.cached, num_surrogate=ran + cost.surrogate)
-                if not history and method == "auto":
-                    record = replace(record, note="; ".join(filter(None, [record.note, f"{method_}: {reason}"])))
+                if not history:
+                    chosen_so = f"{method_}: {reason}" if method == "auto" else ""
+                    notes = filter(None, [record.note, chosen_so, problem.scales_in_words])
+                    record = replace(record, note="; ".join(notes))
                 history.append(record)
                 observers.step(record)
                 if on_step is not None:
@@ -272,6 +280,7 @@ def fit(
                 end = way.finish(len(history))
         left_out = end is None
         end = _cut_short(way, problem, history) if end is None else end
+        good, misses = _goodness(problem, end)
         covariance = None if end.covariance is None else problem.covariance(end.covariance)
         of_free = None if end.covariance is None else in_units(end.covariance, problem.natural)
         result = FitResult(
@@ -279,7 +288,7 @@ def fit(
             parameters=problem.whole(end.x),
             start=problem.whole(end.start),
             standard_error=_last_errors(history) if left_out else _deviations(covariance),
-            loss=end.loss,
+            loss=good.loss,
             stop_reason=stop_reason,
             history=tuple(history),
             num_evaluations=(history[-1].num_evaluations if history else 0) + end.num_evaluations,
@@ -289,7 +298,9 @@ def fit(
             covariance=covariance,
             warnings=(
                 *((_LEFT_OUT,) * left_out),
+                *end.warnings,
                 *_unfinished(end, stop_reason),
+                *misses,
                 *doubts(of_free, problem.free, end.x * problem.natural, end.unclear),
             ),
             num_reused=end.num_reused,
@@ -299,12 +310,25 @@ def fit(
             method=method_,
             method_reason=reason,
             ends=problem.ends(end) if len(problem.starts) > 1 else (),
+            chi_square=good.chi_square,
+            dof=good.dof,
+            p_value=good.p_value,
+            loss_share=good.share,
         )
         if run is not None and stop_reason != "interrupted":
             # Started again, it has nothing to do: not even the runs of its end.
             run.checkpoint(len(history), {**_state(history, stop_reason, way), "result": _plain(result)}, at_once=True)
         observers.end(result)
     return result
+
+
+def _goodness(problem: FitProblem, end: End) -> tuple[Goodness, tuple[str, ...]]:
+    """How well the target is explained at the end, and what to say of it."""
+    if not np.isfinite(end.output).all():  # that run failed: the method knows no more than its own loss
+        return Goodness(end.loss), ()
+    good = goodness_of(problem.misfit, end.output, end.x, problem.known_noise, end.noise)
+    target = problem.misfit.target.numpy()
+    return good, unexplained(good, end.output - target, end.start_output - target)
 
 
 def _cut_short(way: Way, problem: FitProblem, history: Sequence[FitStep]) -> End:
@@ -354,7 +378,7 @@ def _check_kinds(
         )
     if tied is not None and not isinstance(tied, Mapping):
         raise InputError(f"Expected tied as name -> the name that it is to equal, got {tied!r}.")
-    if prior is not None and not isinstance(prior, Mapping):
+    if prior is not None and not isinstance(prior, Mapping | tuple):
         raise InputError(f"Expected prior as name -> (mean, standard deviation), got {prior!r}.")
     if loss is not None and not callable(loss):
         raise InputError(
@@ -423,6 +447,7 @@ def _earlier(
             shape = tuple(problem.misfit.target.shape)
             found = earlier_rows(
                 *(reuse, problem.simulator, problem.free, shape, way.loss_of_rows, MOST_ROWS),
+                name=chosen.smoothed[0].execution.filing(chosen.smoothed[0].simulator).name,
                 but=directory,
             )
         except BridgeError as problem_:
@@ -440,11 +465,17 @@ def _described(
     stages: list[Any] = []
     for given in s.coarse or ():
         stages.append(given if isinstance(given, int | float) else _digest(given(_whitened(misfit.whiten, probe))))
+    functions: dict[str, Any] = {"loss": misfit.loss, "whiten": misfit.whiten, "optimiser": s.optimiser}
+    functions |= {f"coarse[{i}]": given for i, given in enumerate(s.coarse or ())}
+    plain = chosen.smoothed[0]
     return {
-        "simulator": simulator_name(problem.simulator), "seed": seed, "method": s.method, "steps": chosen.limit,
+        "simulator": simulator_name(problem.simulator),
+        "identity": plain.execution.filing(plain.simulator).name,
+        **{f"code of {k}": identity_of_function(f, k) for k, f in functions.items() if callable(f)},
+        "seed": seed, "method": s.method, "steps": chosen.limit,
         "num_samples": s.num_samples, "tolerance": s.tolerance, "start": problem.starts.tolist(),
         "halving": s.halving, "target": _digest(misfit.target), "max_runs": s.max_runs, "restarts": s.restarts,
-        "prior": [prior.precision.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
+        "prior": [prior.information.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
         "variance": _digest(misfit.variance), "whiten": _digest(_whitened(misfit.whiten, probe)), "coarse": stages,
         "stop_at_error": s.stop_at_error, "smoothing": _words(smoothing),
         **chosen.described,
@@ -453,9 +484,14 @@ def _described(
 
 def _words(smoothing: Mapping[str, Any]) -> dict[str, str]:
     """Settings as text that is the same in another process; where finished evaluations are kept is none of them."""
-    words = {k: repr(v) for k, v in sorted(smoothing.items()) if k != "store"}
-    if smoothing.get("surrogate") is not None:
-        words["surrogate"] = simulator_name(as_simulator(smoothing["surrogate"]))
+    words = {}
+    for name, value in sorted(smoothing.items()):
+        if name == "surrogate" and value is not None:
+            words[name] = identity_of(as_simulator(value))
+        elif value is None or isinstance(value, bool | int | float | str):
+            words[name] = repr(value)
+        elif name != "store":
+            words[name] = identity_of_function(value, name)
     return words
 
 

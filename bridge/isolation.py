@@ -29,9 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge import errors
+from bridge.arrays import real_array
 from bridge.checks import is_whole
-from bridge.environment import child_environment, describe_status, thread_count
-from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, SetupError
+from bridge.environment import child_environment, describe_status, marked, thread_count
+from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
 from bridge.simulator import (
     BlockStructure,
     ParameterSpace,
@@ -99,7 +100,10 @@ class IsolatedSimulator:
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         if not self.row_by_row:
             return self._rows(inputs, seeds)
-        return np.concatenate([self._rows(inputs[i : i + 1], seeds[i : i + 1]) for i in range(len(inputs))])
+        rows = [self._rows(inputs[i : i + 1], seeds[i : i + 1]) for i in range(len(inputs))]
+        if len(shapes := {row.shape[1:] for row in rows}) > 1:
+            raise OutputError(f"Expected outputs of one shape from {self.name!r}, got {sorted(shapes)}.")
+        return np.concatenate(rows)
 
     def _rows(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         if self._process is None or self._process.poll() is not None:
@@ -151,7 +155,7 @@ class IsolatedSimulator:
     def _start(self) -> None:
         self.close()
         ours, theirs = Pipe()
-        environment = child_environment(thread_count())
+        environment = marked(child_environment(thread_count()))
         program = "import sys; from bridge.isolation import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
         # Where this process finds its modules, the child must: a script's folder, above all.
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -276,6 +280,7 @@ def serve(descriptor: int, parent: int) -> None:
     os.set_inheritable(descriptor, False)
     with Connection(descriptor) as pipe:
         simulator: Any = None
+        reply: tuple[str, Any]
         with contextlib.suppress(EOFError):
             while True:
                 question = pipe.recv()
@@ -283,9 +288,7 @@ def serve(descriptor: int, parent: int) -> None:
                     if simulator is None:
                         simulator, answer = pickle.loads(question), None
                     else:
-                        answer = simulator(*question)
-                        if hasattr(answer, "detach"):
-                            answer = answer.detach().cpu().numpy()
+                        answer = real_array(simulator(*question), f"from simulator {simulator_name(simulator)!r}")
                     reply = ("ok", answer)
                 except Exception as error:
                     trace = "".join(traceback.format_exception(error)[-6:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, final
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bridge.checks import did_you_mean, is_number, is_whole
 from bridge.coarse import make_stages
-from bridge.descent import FAILED, Descent, Schedule, repeated
+from bridge.descent import FAILED, Descent, Schedule, end_runs, repeated
 from bridge.errors import InputError
 from bridge.fit_problem import FitProblem
 from bridge.fit_result import End, FitStep
@@ -23,6 +23,7 @@ from bridge.search import Search
 from bridge.searching import Searching
 from bridge.simulator import Simulator, Structured, as_simulator
 from bridge.smoothing import SmoothedSimulator, smooth
+from bridge.soundness import HUGE
 
 Array = NDArray[np.float64]
 MethodName = Literal["auto", "kriging", "gauss-newton", "adam", "torch", "natural"]
@@ -170,8 +171,21 @@ def _kriging(
         tolerance=0.1 if s.tolerance is None else s.tolerance,
         restarts=10 if s.restarts is None else s.restarts,
         robust=misfit.robust,
+        ordinary=misfit.ordinary_cost(),
+        guessed=problem.guessed,
+        unknown=problem.unknown,
     )
-    way = Searching(plain, misfit, search, problem.natural, budget, problem.known_noise, starts, _asked(problem, s))
+    way = Searching(
+        plain,
+        misfit,
+        search,
+        problem.natural,
+        budget,
+        problem.known_noise,
+        starts,
+        problem.free.names,
+        _asked(problem, s),
+    )
     return Chosen(way, [plain], s.steps, budget, {"scale": list(s.widths())})
 
 
@@ -181,10 +195,11 @@ def _descent(
     steps, samples = s.steps or _STEPS[s.method], s.num_samples or 32
     first, last = s.widths()
     misfit, natural, starts = problem.misfit, problem.natural, problem.free_starts
-    smoothed = smooth(problem.simulator, seed=seed, num_samples=samples, scale=first, comm=comm, **smoothing)
+    smoothed = smooth(problem.simulator, seed=seed, num_samples=samples, scale=first * natural, comm=comm, **smoothing)
     budget = s.max_runs or 10**15
     rows = len(starts) * smoothed.strategy.num_rows * smoothed.strategy.replicates
-    least = 2 * rows + 2 + (0 if problem.misfit.loss is not None else repeated(smoothed))
+    least = 2 * rows + end_runs(smoothed, misfit, len(starts))
+    least += 0 if misfit.loss is not None else repeated(smoothed)
     if budget < least:
         raise InputError(
             f"Expected max_runs of at least {least}, for a step and what is run at the end, got {s.max_runs}."
@@ -211,7 +226,7 @@ def _descent(
         carried = {**smoothing, "surrogate": _loss_of(smoothing.get("surrogate"), problem)}
         of_loss = smooth(
             LossAndSquare(problem.simulator, misfit, natural),
-            seed=seed, num_samples=samples, scale=first, comm=comm, **carried,
+            seed=seed, num_samples=samples, scale=first * natural, comm=comm, **carried,
         )  # fmt: skip
         of_loss.dispatcher, of_loss.spent = smoothed.dispatcher, smoothed.spent
         used.append(of_loss)
@@ -240,9 +255,10 @@ def _asked(problem: FitProblem, s: MethodSettings) -> Array | None:
     if isinstance(given, Mapping):
         asked = np.full(free.dimension, np.inf)
         for name, error in given.items():
-            asked[free.index(name)] = error / free.parameters[free.index(name)].natural_scale
+            asked[free.index(name)] = error / problem.natural[free.index(name)]
     else:
-        asked = np.full(free.dimension, float(given))
+        # In the natural scales that were said: none that are guessed are known to who asks.
+        asked = float(given) * problem.said / problem.natural
     if not (asked > 0).all() or not np.isfinite(asked).any():
         raise InputError(f"Expected positive standard errors in stop_at_error, got {given!r}.")
     return asked
@@ -302,6 +318,10 @@ def _plain(sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, 
     if given := sorted(set(smoothing) & set(_DESIGN)):
         raise InputError(f"Expected none of {given} with method='kriging', which smooths nothing. Leave them out.")
     carried = {"simulator_seeds": "independent", **smoothing}
-    if carried.get("failures") == "drop":
+    raises = carried.get("failures", "raise") == "raise"
+    if raises or carried.get("failures") == "drop":
         carried.update(failures="penalty", penalty=FAILED, min_ok=0.0)
-    return smooth(sim, seed=seed, num_samples=1, points="qmc-latin", covariate="none", comm=comm, **carried)
+    plain = smooth(sim, seed=seed, num_samples=1, points="qmc-latin", covariate="none", comm=comm, **carried)
+    # A run that raises ends the fit, unless it is told otherwise; one of NaN or enormous numbers is a bad one.
+    plain.strategy = replace(plain.strategy, errors_raise=raises, largest=HUGE)
+    return plain

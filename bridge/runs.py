@@ -180,6 +180,7 @@ class Run:
             raise InputError(
                 f"Expected the settings of the run in {self.directory}, got others: {listing}. Use them again, or "
                 "another directory, or begin anew and lose that run: resume=False, overwrite=True (or --fresh)."
+                f"{_hint(differ)}"
             )
         if status.get("state") == "running":
             self._died = "(process {pid} on {host}, {ranks} ranks)".format_map(status)
@@ -358,6 +359,15 @@ def correct_status(directory: Path, code: int) -> None:
         mine = (status["pid"], status["host"]) == (os.getpid(), socket.gethostname())
         if mine and status["state"] != "running" and status["exit_code"] != code:
             write_json(path, {**status, "exit_code": code})
+
+
+def _hint(differ: Sequence[str]) -> str:
+    if not any(key == "identity" or key.startswith("code of") for key in differ):
+        return ""
+    return (
+        " Code counts with all that it uses, and packages with their versions: where only text was changed and results "
+        "are the same, give the function an attribute `identity`, a text, from the first run on."
+    )
 
 
 def _seconds_left() -> float | None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.arrays import real_array
 from bridge.checks import checked_function, did_you_mean, is_number, known_keywords
 from bridge.errors import EvaluationError, InputError, OutputError
 
@@ -32,7 +33,8 @@ class Parameter:
         unit: unit as text, "" where there is none.
         lower, upper: the closed domain in which the simulator may be queried.
         natural_scale: a change of this size matters to the simulator [the parameter's unit]. A plain number given
-            as the smoothing scale is in these units, so that 300 kV may stand beside 1 A.
+            as the smoothing scale is in these units, so that 300 kV may stand beside 1 A. None where nothing is said:
+            a smoothing then takes 1, and `bridge.fit` goes by the bounds, the start and what the first runs show.
         kind: "continuous", "staircase" (constant between steps) or "integer".
         description: one line for `bridge info`.
     """
@@ -41,7 +43,7 @@ class Parameter:
     unit: str = ""
     lower: float = -np.inf
     upper: float = np.inf
-    natural_scale: float = 1.0
+    natural_scale: float | None = None
     kind: Kind = "continuous"
     description: str = ""
 
@@ -55,7 +57,7 @@ class Parameter:
                 f"Expected lower < upper for parameter {self.name!r}, got [{self.lower}, {self.upper}]. "
                 "Exchange or widen the bounds."
             )
-        if not (np.isfinite(self.natural_scale) and self.natural_scale > 0):
+        if self.natural_scale is not None and not (np.isfinite(self.natural_scale) and self.natural_scale > 0):
             raise InputError(
                 f"Expected a positive, finite natural_scale for parameter {self.name!r}, got {self.natural_scale}."
             )
@@ -113,7 +115,8 @@ class ParameterSpace:
 
     @property
     def natural_scale(self) -> NDArray[np.float64]:
-        return np.array([p.natural_scale for p in self.parameters], dtype=np.float64)
+        """(d,), 1 where nothing is said."""
+        return np.array([p.natural_scale or 1.0 for p in self.parameters], dtype=np.float64)
 
     @property
     def bounded(self) -> bool:
@@ -233,6 +236,25 @@ class Simulator(Protocol):
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> Any: ...
 
 
+@runtime_checkable
+class Identified(Protocol):
+    """A simulator that says itself which one it is: the same text as long as its outputs stay the same."""
+
+    @property
+    def identity(self) -> str | None: ...
+
+
+@runtime_checkable
+class IdentityParts(Protocol):
+    """Something that says of which values its outputs are made; its other attributes are no part of its identity.
+
+    Values are gone through as attributes are; a `Path` stands for the content of that file or folder.
+    """
+
+    @property
+    def identity_parts(self) -> Any: ...
+
+
 class BlockStructure:
     """Which outputs each parameter touches: the other derivatives are exactly zero, and their noise is not paid for.
 
@@ -320,6 +342,16 @@ def makes_memory(simulator: Simulator) -> bool:
     return isinstance(simulator, FunctionSimulator) and not simulator.vectorized
 
 
+def may_be_noisy(simulator: Simulator) -> bool:
+    """Whether outputs may depend on the seed: not those of a function that is not given one."""
+    while not isinstance(simulator, FunctionSimulator):
+        inner = getattr(simulator, "inner", None)
+        if inner is None:
+            return True
+        simulator = inner
+    return simulator.seeded
+
+
 @runtime_checkable
 class Parallel(Protocol):
     """A simulator that is itself parallel: `bound(comm)` is the same one, run by the ranks of a communicator."""
@@ -356,6 +388,10 @@ class _With:
         self.__name__ = getattr(function, "__name__", type(function).__name__)
         self.__wrapped__ = function
 
+    @property
+    def identity_parts(self) -> Any:
+        return self.function  # who runs it together is no part of what it is
+
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments, self.last)
 
@@ -383,6 +419,7 @@ class FunctionSimulator:
     seeded: bool = False
     structure: BlockStructure | None = None
     parallel: bool = False
+    identity: str | None = None
     memory: _Memory = field(default_factory=_Memory, repr=False, compare=False)
 
     def bound(self, comm: Any) -> FunctionSimulator:
@@ -392,6 +429,12 @@ class FunctionSimulator:
                 "as_simulator(f, parallel=True); it is then called as f(theta, comm)."
             )
         return replace(self, function=_With(self.function, comm), parallel=False)
+
+    @property
+    def identity_parts(self) -> Any:
+        # The same function makes something else of a number than of an array.
+        ways = [way for way in ("vectorized", "seeded") if getattr(self, way)]
+        return self.function, *ways
 
     @property
     def row_by_row(self) -> bool:
@@ -411,12 +454,13 @@ class FunctionSimulator:
         for i, (x, seed) in enumerate(zip(inputs, seeds, strict=True)):
             try:
                 # A copy: a function that changes its argument must not change the design.
-                result = np.asarray(self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy()))
+                given = self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy())
             except Exception as error:
                 raise EvaluationError(
                     f"Simulator {self.name!r} raised {type(error).__name__}: {error} at parameters {x.tolist()}, "
                     f"seed {int(seed)}. {_advice(error)}"
                 ) from error
+            result = real_array(given, f"from simulator {self.name!r}")
             if i == 0:
                 stacked = self.memory.empty((len(inputs), *result.shape), result.dtype)
             if result.shape != stacked.shape[1:]:
@@ -444,6 +488,7 @@ def as_simulator(
     seeded: bool = False,
     structure: BlockStructure | None = None,
     parallel: bool = False,
+    identity: str | None = None,
 ) -> Simulator:
     """Wraps a function as a simulator.
 
@@ -460,6 +505,8 @@ def as_simulator(
         structure: which outputs each parameter touches, where that is known.
         parallel: the function is an MPI program itself: its last argument is the communicator (mpi4py) of the ranks
             that call it together, see `ranks_per_evaluation` of `bridge.smooth`; the first rank's result counts.
+        identity: a text under which evaluations are filed; change it whenever outputs do. Needed where what the
+            function uses cannot be seen (an open file, a connection), see docs/reuse.md.
 
     Returns:
         a `Simulator`.
@@ -470,7 +517,8 @@ def as_simulator(
     described = {"names": names, "units": units, "bounds": bounds, "natural_scale": natural_scale}
     given = {key: value for key, value in described.items() if value is not None}
     if isinstance(function, Simulator):
-        if given or output_shape is not None or vectorized or seeded or structure is not None or parallel:
+        others = output_shape, structure, identity
+        if given or vectorized or seeded or parallel or any(other is not None for other in others):
             raise InputError(
                 f"{type(function).__name__} is a Simulator already and describes itself; call as_simulator on a "
                 "plain function, or drop the other arguments."
@@ -481,10 +529,12 @@ def as_simulator(
         raise InputError(f"Expected a function or a Simulator, got {type(function).__name__}.{hint}")
     if inspect.isclass(function):
         raise InputError(f"Expected a function or a Simulator, got the class {function.__name__}. Make an instance.")
+    if identity is not None and not (isinstance(identity, str) and identity):
+        raise InputError(f"Expected identity as a text that is not empty, got {identity!r}.")
     arguments = ("inputs" if vectorized else "theta", *(("seed",) * seeded), *(("comm",) * parallel))
     checked_function(function, arguments, {"seeded": seeded})
     space = ParameterSpace(_parameters(given), outside=outside) if given else None
-    return FunctionSimulator(function, space, output_shape, vectorized, seeded, structure, parallel)
+    return FunctionSimulator(function, space, output_shape, vectorized, seeded, structure, parallel, identity)
 
 
 Pair = tuple[float | None, float | None] | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import signature
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.autograd import forward_ad
 
 from bridge.adaptive import AdaptiveEstimate, Quantity, estimate_to
-from bridge.autograd import Call, Smooth, has_tangent, to_numpy
+from bridge.arrays import one_number
+from bridge.autograd import Call, Smooth, apply, has_tangent, make_keys, old_vmap_depth, to_numpy
 from bridge.checks import is_whole, known_keywords, refuse_unknown
-from bridge.design import Strategy, make_strategy
+from bridge.design import Strategy, make_strategy, whole_number
 from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.distributions import Distribution
 from bridge.environment import step_limit
@@ -27,16 +29,18 @@ from bridge.fidelity import Surrogate, make_surrogate
 from bridge.isolation import IsolatedSimulator, SimulatorPool
 from bridge.points import PointSet
 from bridge.running import Execution
-from bridge.scale import Form, ScaleLike, check_scale, parse_scale
+from bridge.scale import Form, ScaleLike, as_tensor, check_scale, parse_scale
 from bridge.simulator import (
     Parallel,
     ParameterSpace,
     Simulator,
     as_simulator,
     computes_row_by_row,
+    makes_memory,
     simulator_name,
 )
 from bridge.store import Store
+from bridge.streaming import as_rows
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -89,7 +93,7 @@ class SmoothedSimulator:
         self.dispatcher, self.execution, self.surrogate = dispatcher, execution, surrogate
         self.spare: list[torch.Tensor] = []
         self.spent = Spent()
-        self._last: tuple[int, int, bytes] | None = None
+        self._last: tuple[bytes, bytes] | None = None
         self._warned = False
 
     def __repr__(self) -> str:
@@ -107,15 +111,27 @@ class SmoothedSimulator:
 
     @_outside_graphs
     def __call__(
-        self, theta: torch.Tensor, step: int = 0, *, scale: ScaleLike | None = None, problem: int = 0
+        self,
+        theta: torch.Tensor,
+        step: int | torch.Tensor = 0,
+        *,
+        scale: ScaleLike | None = None,
+        problem: int | torch.Tensor = 0,
     ) -> torch.Tensor:
         """The smoothed value f_L(theta), differentiable in theta and in the scale.
+
+        Under `torch.func.vmap` each problem is what a call of its own would be, whatever `chunk_size` is: all have the
+        same noise. `vmap(lambda x, b: smoothed(x, problem=b))(X, torch.arange(len(X)))` gives each its own, that of
+        `smoothed(X)`.
 
         Args:
             theta: (*batch, d) parameters; a batch is one dispatch of batch x num_samples runs, with independent noise.
             step: part of the key of the noise: pass the iteration. The same (seed, step) and theta give the same bits.
+                An integer, or an integer tensor: one number, or one for each problem of the batch.
             scale: in place of the one given to `smooth`, for a schedule or under `torch.func.vmap`.
-            problem: key of the first row of the batch; `problem=b` reproduces row b of a batched call.
+            problem: key of the first row of the batch; `problem=b` reproduces row b of a batched call. An integer
+                tensor of shape `batch` has a key for each: with the numbers of the data of a minibatch, a datum has the
+                same noise in whichever batch it is.
 
         Returns:
             (*batch, *output_shape), dtype and device of theta. Collective under MPI.
@@ -124,16 +140,15 @@ class SmoothedSimulator:
             InputError: theta or scale of the wrong shape or not finite.
             EvaluationError, OutputError: a run failed or gave something unusable.
         """
-        theta, tensor, form, space = self._prepare(theta, step, scale, problem)
+        theta, tensor, form, space = self._prepare(theta, scale)
         transformed = torch._C._functorch.maybe_current_level() is not None
-        if not transformed:
-            self._notice_frozen_noise(theta, step, problem)
+        keys = _make_keys(step, problem, theta.shape[:-1])
+        if not transformed and not old_vmap_depth():
+            self._notice_frozen_noise(theta, keys)
         tangents = has_tangent(theta, tensor)
         need = torch.is_grad_enabled() or tangents
         call = Call(
             self,
-            step,
-            problem,
             0,
             space,
             form,
@@ -142,17 +157,17 @@ class SmoothedSimulator:
         )
         core = 1 if form == "diagonal" else 2
         shared = tensor.reshape((1,) * (theta.ndim - 1) + tuple(tensor.shape[tensor.ndim - core :]))
-        value: torch.Tensor = Smooth.apply(theta, shared, call)[0]
+        value: torch.Tensor = apply(Smooth, theta, shared, keys, call)[0]
         return value
 
     @_outside_graphs
     def estimate(
         self,
         theta: torch.Tensor,
-        step: int = 0,
+        step: int | torch.Tensor = 0,
         *,
         scale: ScaleLike | None = None,
-        problem: int = 0,
+        problem: int | torch.Tensor = 0,
         replicate: int = 0,
         scale_gradient: bool = False,
         scales: torch.Tensor | None = None,
@@ -168,10 +183,11 @@ class SmoothedSimulator:
         Returns:
             an `Estimate`. Collective under MPI, as are its methods.
         """
-        own = None if scales is None else torch.as_tensor(scales, dtype=torch.float64)
-        first = scale if own is None else own.reshape(-1, *own.shape[torch.as_tensor(theta).ndim - 1 :])[0]
-        theta, tensor, form, space = self._prepare(theta, step, first, problem)
-        call = Call(self, step, problem, replicate, space, form, need_theta=True, need_scale=scale_gradient)
+        own = None if scales is None else as_tensor(scales).to(torch.float64)
+        first = scale if own is None else own.reshape(-1, *own.shape[as_tensor(theta).ndim - 1 :])[0]
+        theta, tensor, form, space = self._prepare(theta, first)
+        keys = _make_keys(step, problem, theta.shape[:-1])
+        call = Call(self, whole_number("replicate", replicate), space, form, need_theta=True, need_scale=scale_gradient)
         core = 1 if form == "diagonal" else 2
         shared = tensor.reshape((1,) * (theta.ndim - 1) + tuple(tensor.shape[tensor.ndim - core :]))
         if own is not None:
@@ -180,7 +196,7 @@ class SmoothedSimulator:
                     f"Expected a scale for each problem, {(*theta.shape[:-1], *tensor.shape)}, got {tuple(own.shape)}."
                 )
             shared = own
-        number = call.evaluate(theta, shared)
+        number = call.evaluate(theta, shared, keys)
         return Estimate(call.evaluations[number], tuple(theta.shape[:-1]), lambda x: x.to(theta))
 
     @_outside_graphs
@@ -188,11 +204,11 @@ class SmoothedSimulator:
         self,
         theta: torch.Tensor,
         target: torch.Tensor,
-        step: int = 0,
+        step: int | torch.Tensor = 0,
         *,
         weight: torch.Tensor | float = 1.0,
         scale: ScaleLike | None = None,
-        problem: int = 0,
+        problem: int | torch.Tensor = 0,
     ) -> torch.Tensor:
         """mean_j w_j (f_L(theta)_j - target_j)^2, unbiased in value and gradient: (*batch,), differentiable once.
 
@@ -202,7 +218,7 @@ class SmoothedSimulator:
         centred = self
         if self.strategy.covariate == "auto":
             centred = self.with_strategy(replace(self.strategy, covariate="loo"))
-        given, tensor, _, _ = centred._prepare(theta, step, scale, problem)
+        given, tensor, _, _ = centred._prepare(theta, scale)
         estimate = centred.estimate(
             given.detach(), step, scale=scale, problem=problem, scale_gradient=tensor.requires_grad
         )
@@ -219,7 +235,7 @@ class SmoothedSimulator:
     def estimate_to(
         self,
         theta: torch.Tensor,
-        step: int = 0,
+        step: int | torch.Tensor = 0,
         *,
         relative_error: float,
         budget: int,
@@ -230,10 +246,10 @@ class SmoothedSimulator:
         return estimate_to(self, theta, step, relative_error=relative_error, budget=budget, of=of, scale=scale)
 
     def _prepare(
-        self, theta: torch.Tensor, step: int, scale: ScaleLike | None, problem: int
+        self, theta: torch.Tensor, scale: ScaleLike | None
     ) -> tuple[torch.Tensor, torch.Tensor, Form, ParameterSpace]:
         try:
-            theta = torch.as_tensor(theta)
+            theta = as_tensor(theta)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"Expected a tensor of parameters, (d,) or (*batch, d), got {theta!r}. Give numbers in the order of "
@@ -245,8 +261,6 @@ class SmoothedSimulator:
             raise InputError("Expected parameters of shape (d,) or (*batch, d), got a scalar. Use theta.reshape(1).")
         if math.prod(theta.shape) == 0:
             raise InputError(f"Expected at least one parameter and one problem, got shape {tuple(theta.shape)}.")
-        if step != int(step) or step < 0 or problem != int(problem) or problem < 0:
-            raise InputError(f"Expected step and problem to be non-negative integers, got {step!r} and {problem!r}.")
         d = theta.shape[-1]
         space = self.simulator.space or ParameterSpace.unnamed(d)
         if space.dimension != d:
@@ -261,18 +275,40 @@ class SmoothedSimulator:
         )
         return theta, tensor, form, space
 
-    def _notice_frozen_noise(self, theta: torch.Tensor, step: int, problem: int) -> None:
-        key = to_numpy(theta).tobytes()
-        last, self._last = self._last, (step, problem, key)
-        same_key = last is not None and last[:2] == (step, problem) and len(last[2]) == len(key)
-        if self._warned or last is None or not same_key or last[2] == key:
+    def _notice_frozen_noise(self, theta: torch.Tensor, keys: torch.Tensor) -> None:
+        if forward_ad._current_level >= 0:
+            theta = forward_ad.unpack_dual(theta).primal
+        numbers, values = keys.numpy().tobytes(), to_numpy(theta).tobytes()
+        last, self._last = self._last, (numbers, values)
+        if self._warned or last is None or last[0] != numbers or last[1] == values or len(last[1]) != len(values):
             return
         self._warned = True
+        step = int(keys.reshape(-1, 2)[0, 0])
         warnings.warn(
             f"The parameters changed but step={step} did not: the noise is frozen, so an optimiser fits it. Pass the "
             "iteration, smoothed(theta, step=i). (Shown once; frozen noise on purpose is fine.)",
             stacklevel=3,
         )
+
+
+def _make_keys(step: int | torch.Tensor, problem: int | torch.Tensor, batch: Sequence[int]) -> torch.Tensor:
+    return make_keys(_key("step", step, batch), _key("problem", problem, batch), batch)
+
+
+def _key(name: str, value: Any, batch: Sequence[int]) -> int | torch.Tensor:
+    """A number, or a tensor of them, whose values are looked at where the mapping of `torch.func.vmap` is undone."""
+    if isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "iu":
+        value = torch.as_tensor(value)
+    if not isinstance(value, torch.Tensor):
+        return whole_number(name, value)
+    exact = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    if not exact or tuple(value.shape) not in ((), tuple(batch)):
+        shapes = "one number" if len(batch) == 0 else f"one number, or one for each problem, of shape {tuple(batch)}"
+        raise InputError(
+            f"Expected {name} to be an integer of at least 0, or an integer tensor ({shapes}), got a tensor of shape "
+            f"{tuple(value.shape)} and {value.dtype}."
+        )
+    return value
 
 
 @known_keywords
@@ -426,6 +462,9 @@ def smooth(
         store=store,
         step_limit_s=step_limit() if step_limit_s is None else float(step_limit_s),
     )
+    if store is not None:  # refused now, not at the first call
+        for one in (wrapped, *(() if stand_in is None else (stand_in.simulator,))):
+            execution.filing(one)
     return SmoothedSimulator(wrapped, strategy, scale, dispatcher, execution, stand_in)
 
 
@@ -491,18 +530,20 @@ class LossSimulator:
         return replace(self, inner=self.inner.bound(comm))
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> torch.Tensor:
-        outputs = self.inner(inputs, seeds)
-        losses = []
-        with torch.no_grad():
-            for output in outputs:
-                value = torch.as_tensor(self.loss(torch.as_tensor(output)))
-                if value.numel() != 1:
-                    raise InputError(
-                        f"Expected the loss to return one number for an output, got shape {tuple(value.shape)}. Reduce "
-                        "it with .mean() or .sum()."
-                    )
-                losses.append(value.to(torch.float64).reshape(()))
-        return torch.stack(losses)
+        rows = floating_rows(self.inner, inputs, seeds)
+        with torch.enable_grad():  # a loss may differentiate inside
+            # Numbers, not tensors: a loss may return the same memory every time.
+            losses = [one_number(self.loss(row), "from the loss", InputError) for row in rows]
+        return torch.tensor(losses, dtype=torch.float64)
+
+
+def floating_rows(simulator: Simulator, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> torch.Tensor:
+    """What a loss gets of a simulator, (k, *output_shape): float32 where outputs are, else float64; never integers,
+    which wrap. In memory that the loss may write to."""
+    name = simulator_name(simulator)
+    rows, shape = as_rows(simulator(inputs, seeds), len(inputs), simulator.output_shape, name, torch.float64)
+    rows = rows.reshape(len(inputs), *shape)
+    return rows if makes_memory(simulator) else rows.clone()
 
 
 def smooth_loss(
@@ -515,7 +556,8 @@ def smooth_loss(
 
     Args:
         simulator: as in `smooth`.
-        loss: l: a tensor of one output -> one number; called without gradients.
+        loss: l: a tensor of one output -> one number; called without gradients. The tensor is float32 where outputs
+            are, else float64: integers and booleans never wrap. Numbers that an output lacks are NaN.
         **settings: the other arguments of `smooth`; the loss is taken of a surrogate's outputs, too.
     """
     refuse_unknown("bridge.smooth_loss", settings, list(signature(smooth).parameters)[1:])

@@ -1,7 +1,7 @@
 """README and docs do what they say: every code block runs, and prints what stands below it; every command exists.
 
 A page's Python blocks run in their order, in one namespace, in a process and an empty directory of the page's own. What
-a block prints is compared with its lines `#> ...`, or with a `text` block below it (`...` stands for anything). HTML
+a block prints is compared with its lines `# -> ...`, or with a `text` block below it (`...` stands for anything). HTML
 comments before a block say more, and nobody who reads the page sees them:
 
     <!-- docs: setup  CODE -->        code that runs first, the names that a page takes for granted
@@ -105,7 +105,7 @@ for block in json.loads(Path("blocks.json").read_text()):
 
 def shown_in(block: Block) -> str | None:
     """What a block says that it prints."""
-    lines = [line[3:] for line in block.code.splitlines() if line.startswith("#> ")]
+    lines = [line[5:] for line in block.code.splitlines() if line.startswith("# -> ")]
     return "\n".join(lines) + "\n" if lines else block.expected
 
 
