@@ -179,8 +179,10 @@ def fit(
         SystemExit: with code 75, with a directory: stopped by a signal; start it again.
     """
     begin = time.monotonic()
+    if isinstance(target, torch.Tensor):
+        target = target.detach().cpu().numpy() if target.is_complex() else target.detach().cpu().double().numpy()
     refuse_unknown("bridge.fit", smoothing, fit_settings())
-    _check_kinds(target, start, variance, fixed, tied, prior, loss, on_step)
+    _check_kinds(target, start, variance, fixed, tied, loss, on_step)
     if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
         raise InputError(f"Expected a positive max_seconds, got {max_seconds!r}.")
     problem = make_problem(
@@ -364,22 +366,28 @@ def fit_settings() -> list[str]:
     return list(dict.fromkeys([*own, *list(signature(smooth).parameters)[1:]]))
 
 
-def _check_kinds(
-    target: Any, start: Any, variance: Any, fixed: Any, tied: Any, prior: Any, loss: Any, on_step: Any
-) -> None:
+def _check_kinds(target: Any, start: Any, variance: Any, fixed: Any, tied: Any, loss: Any, on_step: Any) -> None:
     """Refuses what is of another kind altogether, and says what is expected there."""
     for name, value in (("target", target), ("start", start), ("variance", variance)):
         if isinstance(value, str | os.PathLike):
             load = f" Load the file first: numpy.load({os.fspath(value)!r})." if name == "target" else ""
             raise InputError(f"Expected numbers as {name}, got the text {os.fspath(value)!r}.{load}")
+        if name == "target":
+            try:
+                kind = np.asarray(value).dtype
+            except ValueError as error:
+                raise InputError(f"Expected a target of one shape, got: {error}.") from error
+            if kind.kind == "c":
+                raise InputError("Expected real numbers as target, got complex ones. Stack real and imaginary parts.")
+            if kind.kind not in "biuf":
+                what = type(value).__name__ if np.ndim(value) == 0 else f"an array of dtype {kind}"
+                raise InputError(f"Expected real numbers as target, got {what}.")
     if isinstance(fixed, Mapping):
         raise InputError(
             f"Expected a list of names as fixed, got {fixed!r}: they keep their start. Give {list(fixed)}."
         )
     if tied is not None and not isinstance(tied, Mapping):
         raise InputError(f"Expected tied as name -> the name that it is to equal, got {tied!r}.")
-    if prior is not None and not isinstance(prior, Mapping | tuple):
-        raise InputError(f"Expected prior as name -> (mean, standard deviation), got {prior!r}.")
     if loss is not None and not callable(loss):
         raise InputError(
             f"Expected loss as a function of output and target, got {loss!r}. Least squares need none: leave it out."
