@@ -125,6 +125,11 @@ class DensityMap:
         return cls.from_file(options["map"], **{k: v for k, v in options.items() if k != "map"})
 
     @property
+    def identity_parts(self) -> Any:
+        """What images depend on."""
+        return self.values, self.voxel_angstrom, self.first_angstrom
+
+    @property
     def digest(self) -> str:
         """Hash of everything that the image depends on; the key of caches."""
         if not self._digest:

@@ -268,6 +268,11 @@ class Specimen:
         return len(self.positions)
 
     @property
+    def identity_parts(self) -> Any:
+        """What images depend on: the atoms, and where they deform what belongs together."""
+        return self.digest, self.residues
+
+    @property
     def digest(self) -> str:
         """Hash of everything that the image depends on; the key of caches."""
         if not self._digest:

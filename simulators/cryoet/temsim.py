@@ -219,6 +219,12 @@ class TEMSim:
         put(self, "_projections", {})
 
     @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What images depend on."""
+        names = ("particle", "voxel_size_nm", "shape", "pixel_size_nm", "optics", "sample", "camera", "placement")
+        return {name: getattr(self, name) for name in (*names, "parameters", "noise")}
+
+    @property
     def space(self) -> ParameterSpace:
         """Names, units, bounds and natural scales of the inputs."""
         return self._space  # type: ignore[attr-defined]
