@@ -279,6 +279,8 @@ def _tidied(gemmi: Any, text: str, path: Path, skip: bool, water: bool) -> str:
 def _atom(gemmi: Any, record: str, line: str, number: int, path: Path, skip: bool, water: bool) -> str:
     """A line that gemmi cannot misread: it reads as far as it understands, and would say nothing. "" to leave out."""
     residue, name = line[17:20].strip(), line[12:16].strip()
+    if _is_plain(gemmi, record, residue, name, line):
+        return line
     if residue in _DUMMIES or name in _DUMMIES:
         return ""
     for start in (30, 38, 46):
@@ -297,6 +299,24 @@ def _atom(gemmi: Any, record: str, line: str, number: int, path: Path, skip: boo
         where = f"{residue} {line[21:22].strip()} {line[22:27].strip()}".replace("  ", " ")
         _refuse_atom(symbol or line[76:78].strip(), name, where, f" in line {number}", path)
     return f"{record:<6}{line[6:54]}{blank}{width}{line[66:76]:<10}{symbol:>2}"
+
+
+def _is_plain(gemmi: Any, record: str, residue: str, name: str, line: str) -> bool:
+    """Whether all columns are as they should be, as in nearly all lines."""
+    try:
+        total = sum(map(abs, map(float, (line[30:38], line[38:46], line[46:54], line[60:66])))) + float(line[54:60])
+    except ValueError:
+        return False
+    return (
+        float(line[54:60]) >= 0
+        and total < math.inf
+        and line.startswith(record)
+        and residue not in _DUMMIES
+        and name not in _DUMMIES
+        and not line[78:79].isalpha()
+        and (line[75:76] == " " or line[72:73] != " ")
+        and _known(gemmi, line[76:78].strip())
+    )
 
 
 def _field(line: str, start: int, stop: int, what: str, number: int, path: Path, missing: float | None = None) -> float:
@@ -369,7 +389,7 @@ def _clear(gemmi: Any, model: Any, path: Path, text: str, skip: bool, water: boo
                         where = f"{residue.name} {chain.name} {residue.seqid}"
                         _refuse_atom(atom.element.name, atom.name, where, _line_of(text, atom), path)
                     del residue[j]
-                elif not all(map(math.isfinite, (*atom.pos.tolist(), atom.occ, atom.b_iso))) or atom.occ < 0:
+                elif not (atom.occ >= 0 and math.isfinite(sum(atom.pos.tolist()) + atom.occ + atom.b_iso)):
                     raise InputError(
                         f"Expected numbers for each atom, and occupancies >= 0, got others for atom {atom.name} of "
                         f"residue {residue.name} {chain.name} {residue.seqid}{_line_of(text, atom)} of {str(path)!r}. "
