@@ -267,8 +267,8 @@ def _tidied(gemmi: Any, text: str, path: Path, skip: bool, water: bool) -> str:
     frames = [frame for frame in frames if any(not line.startswith("TER") for line in frame[1])]
     if len(frames) < 2:
         return "\n".join([*header, *(line for _, lines in frames for line in lines), "END", ""])
-    numbers = [int(name) if name.isdecimal() else 0 for name, _ in frames]
-    if len({n for n in numbers if n}) < len(frames):
+    numbers = [int(name) for name, _ in frames if name.isdecimal()]
+    if len(set(numbers)) < len(frames):
         numbers = list(range(1, len(frames) + 1))
     body = [
         line for n, (_, lines) in zip(numbers, frames, strict=True) for line in (f"MODEL     {n:4d}", *lines, "ENDMDL")
@@ -354,13 +354,24 @@ def _from_cif(gemmi: Any, text: str) -> Any:
         if "id" not in tags:
             for i, row in enumerate(block.find("_atom_site.", ["id"]), 1):
                 row[0] = str(i)
-        missing = {"?", ".", ""} & set(block.find_values("_atom_site.type_symbol"))
-        for kind in ("label", "auth") if missing else ():
-            for row in block.find("_atom_site.", ["type_symbol", f"{kind}_atom_id", f"{kind}_comp_id"]):
-                if row[0] in ("?", ".", ""):
-                    row[0] = guessed_element(*(gemmi.cif.as_string(row[i]) for i in (1, 2))) or "X"
+        # Some have charges, as in O1-; where there is none it follows from the name.
+        stated = {symbol: _without_charge(gemmi, symbol) for symbol in set(block.find_values("_atom_site.type_symbol"))}
+        if any(symbol != plain for symbol, plain in stated.items()):
+            for kind in ("label", "auth"):
+                for row in block.find("_atom_site.", ["type_symbol", f"{kind}_atom_id", f"{kind}_comp_id"]):
+                    if row[0] in stated and row[0] != stated[row[0]]:
+                        names = (gemmi.cif.as_string(row[i]) for i in (1, 2))
+                        row[0] = stated[row[0]] or guessed_element(*names) or "X"
         return gemmi.make_structure_from_block(block)
     return gemmi.Structure()
+
+
+def _without_charge(gemmi: Any, symbol: str) -> str:
+    """The element of a type symbol; "" where there is none; an unknown symbol as it stands."""
+    if symbol in ("?", ".", "''", '""', ""):
+        return ""
+    letters = re.match(r"[A-Za-z]*", symbol.strip("'\"")) or [""]
+    return letters[0] if _known(gemmi, letters[0]) else symbol
 
 
 def _line_of(text: str, atom: Any) -> str:

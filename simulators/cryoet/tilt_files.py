@@ -287,6 +287,7 @@ def read_tilt_series(
         InputError: a file that is missing, cannot be read or has another number of images; an argument missing.
     """
     notes: list[str] = []
+    excluded = tuple(int(z) for z in excluded)
 
     def note(said: str) -> None:
         notes.append(said)
@@ -306,7 +307,7 @@ def read_tilt_series(
     for name, table in (("tilts", angles), ("transforms", moved), ("order", order)):
         if table is not None and len(table) != n:
             raise InputError(f"Expected {name} of {n} images, as {str(stack)!r} has, got {len(table)}.")
-    if known is None and len(excluded):
+    if known is None and excluded:
         raise InputError("Expected mdoc=... with excluded=: they are ZValues of its sections.")
     if known is not None:
         known, kept = _matched(known, n, excluded, angles, str(stack), note)
