@@ -227,13 +227,12 @@ def test_frames_without_models(tmp_path: Path, read: Reader) -> None:
 @alike
 def test_an_assembly_of_shares(tmp_path: Path, read: Reader) -> None:
     """Each model is doubled by the file's symmetry; TEM-simulator's structures are those of the file."""
-    remark = [
-        "REMARK 350 BIOMOLECULE: 1", "REMARK 350 APPLY THE FOLLOWING TO CHAINS: A",
-        *(
-            f"REMARK 350   BIOMT{i}   {n}{''.join(f' {float(i == j):9.6f}' for j in (1, 2, 3))}     {20 * (n - 1):10.5f}"
-            for n in (1, 2) for i in (1, 2, 3)
-        ),
-    ]  # fmt: skip
+    rows = [
+        f"REMARK 350   BIOMT{i}   {n}" + "".join(f" {float(i == j):9.6f}" for j in (1, 2, 3)) + f"{20 * (n - 1):15.5f}"
+        for n in (1, 2)
+        for i in (1, 2, 3)
+    ]
+    remark = ["REMARK 350 BIOMOLECULE: 1", "REMARK 350 APPLY THE FOLLOWING TO CHAINS: A", *rows]
     found = read(pdb(tmp_path, *remark, *models(*[chain("A", 0.2)] * 5)))
     copies = 2 if read == Specimen.from_file else 1
     assert found.num_atoms == copies * 10
