@@ -27,8 +27,8 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.design import Strategy, make_design
-from bridge.dispatch import Dispatcher, TreeSum, owner_map
-from bridge.errors import BridgeError, EvaluationError, InputError, OutputError, StoppedError
+from bridge.dispatch import ONCE, Dispatcher, TreeSum, describe_lost, owner_map
+from bridge.errors import BridgeError, EvaluationError, InputError, OutputError, SetupError, StoppedError
 from bridge.running import STATUSES, Execution, Problem, Runner, ordinary_torch
 from bridge.scale import Form, check_scale, pull_back_scale, pull_back_theta, push_scale, push_theta
 from bridge.simulator import (
@@ -184,7 +184,11 @@ class Evaluation:
         told = dispatcher.scatter_add(told)
         if told[units]:
             dispatcher.agree(error)
-        self.owner = told[:units].astype(np.int64) - 1
+        times, owners = np.divmod(told[:units], ONCE)
+        if (times != 1).any():  # nobody has failed or stopped, so that is no simulator's fault
+            missing, twice = int((times == 0).sum()), int((times > 1).sum())
+            raise SetupError(describe_lost(units, missing, twice, dispatcher.library))
+        self.owner = owners.astype(np.int64) - 1
         self.clipped_fraction = float(told[units + 1]) / (len(self.problems) * self.strategy.num_rows)
         self.num_cached = int(told[units + 2])
         layout = mine
@@ -679,8 +683,10 @@ class Evaluation:
             all_columns = self._tree_sums([(p, self.weights[p].theta.T) for p in problems])
         scale = self.problems[problems[0]].scale
         # Column r of L^-T W^T F^T: J = (L^-T A)^T for A (d, m) in eps-space.
-        inverse = np.diag(1 / scale) if scale.ndim == 1 else np.linalg.inv(scale)
-        return [self._masked(columns).T @ aligned(torch.as_tensor(inverse).to(columns)) for columns in all_columns]
+        if scale.ndim == 1:
+            return [self._masked(columns).T * torch.as_tensor(1 / scale).to(columns) for columns in all_columns]
+        inverse = torch.as_tensor(np.linalg.inv(scale))
+        return [self._masked(columns).T @ aligned(inverse.to(columns)) for columns in all_columns]
 
     @collective
     def second_moments(self, b: int, weights: Sequence[Array], centres: torch.Tensor) -> list[torch.Tensor]:

@@ -119,8 +119,11 @@ def run_of(count: int, rank: int, size: int) -> range:
     return range(start, start + small + (rank < more))
 
 
+# More than ranks, so that sums of owners also tell how many there are.
+ONCE = 2.0**32
+
+
 def owner_map(count: int, own: list[int], rank: int) -> NDArray[Any]:
-    """(count,) `rank` + 1 at this rank's items and 0 elsewhere: summed over ranks, 1 + the owner of each."""
-    marks = np.zeros(count)
-    marks[own] = rank + 1
-    return marks
+    """(count,) ONCE + `rank` + 1 at this rank's items, as often as it has had them, and 0 elsewhere: summed over ranks,
+    ONCE + 1 + the owner of each."""
+    return np.bincount(own, minlength=count) * (ONCE + rank + 1)
