@@ -111,9 +111,12 @@ def _geometries(mesh: Any) -> list[Any]:
         try:
             meshes = read_meshes(path, trimesh)
         except Exception as error:  # readers of a dozen formats raise whatever they like
+            said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            if isinstance(error, ModuleNotFoundError) and error.name == "charset_normalizer":
+                said = "bytes that are no text"  # trimesh would guess at its encoding
             raise InputError(
-                f"Expected a readable mesh file, got {str(path)!r}: {type(error).__name__}: {error}. Formats: GLB, "
-                "OBJ, PLY, STL, ...; try `trimesh.load_scene` on it, or repair it and export it anew."
+                f"Expected a readable mesh file, got {str(path)!r}: {said.rstrip('.')}. Formats: GLB, OBJ, PLY, STL, "
+                "...; try `trimesh.load_scene` on it, or repair it and export it anew."
             ) from error
     elif isinstance(mesh, trimesh.Scene):
         meshes, what = placed_meshes(mesh, list(mesh.graph.nodes_geometry)), "the scene"
