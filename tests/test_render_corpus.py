@@ -576,3 +576,29 @@ def test_what_is_see_through_is_drawn_opaque_by_both_and_said_so(kind: str) -> N
     assert (images[0][3][seen] == 1).all()
     assert images[0][0][seen].mean() > 0.3
     assert images[0][2][seen].max() < 0.3  # nothing of the blue behind
+
+
+# --- normals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("renderer", [RasterSimulator, pytest.param(PyrenderSimulator, marks=pytest.mark.gl)])
+def test_sheets_with_two_sides_and_mixed_windings_have_normals(renderer: Any) -> None:
+    sheet = trimesh.Trimesh(
+        [[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3], [2, 1, 0], [3, 2, 0]], process=False
+    )
+    row = np.array([[20.0, 10.0, 3.0]])
+    rgb, normals = np.split(
+        renderer(sheet, outputs=("rgb", "normals"), lens=15.0, size=(65, 65))(row, np.zeros(1, np.uint64))[0], 2
+    )
+    azimuth, elevation = np.deg2rad(row[0, :2])
+    # Of z in camera axes; the light is at the camera.
+    expected = [-np.sin(azimuth), -np.sin(elevation) * np.cos(azimuth), np.cos(elevation) * np.cos(azimuth)]
+    assert np.abs(normals[:, 32, 32] - expected).max() < 1e-3
+    assert np.abs(rgb[:, 32, 32] - 0.8 * (0.2 + 0.8 * expected[2])).max() < 0.01
+    for scene in (inverted(0), mixed(0), degenerate(0)):
+        image = renderer(scene.mesh, outputs=("mask", "normals", "rgb"))(np.array([[0, 0, 4, 20.0]]), np.zeros(1))[0]
+        assert np.isfinite(image).all()
+        seen = image[0] > 0
+        assert seen.any()
+        assert np.abs(np.linalg.norm(image[1:4], axis=0)[seen] - 1).max() < 1e-3
+        assert (image[4:, seen] > 0.1).all()
