@@ -26,7 +26,7 @@ from bridge.fit_problem import FitProblem, Start, make_problem
 from bridge.fit_result import End, FitEnd, FitResult, FitStep
 from bridge.goodness import Goodness, goodness_of, unexplained
 from bridge.identity import identity_of, identity_of_function
-from bridge.interrupts import listening, look
+from bridge.interrupts import again, listening, look
 from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
 from bridge.misfit import LinearMap, Loss, PriorOf
 from bridge.progress import Observer, Observers, make_observers
@@ -271,7 +271,7 @@ def fit(
             stop_reason = stop_reason or "max_steps"
             end = way.finish(len(history))
         except KeyboardInterrupt:
-            if dispatcher.size > 1:
+            if dispatcher.size > 1 or again():
                 raise  # ranks are told at different places: this ends them all
             stop_reason = "interrupted"
             if run is not None:
