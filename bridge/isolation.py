@@ -257,6 +257,7 @@ def serve(descriptor: int, parent: int) -> None:
     os.set_inheritable(descriptor, False)
     with Connection(descriptor) as pipe:
         simulator: Any = None
+        answer: Any
         with contextlib.suppress(EOFError):
             while True:
                 question = pipe.recv()
