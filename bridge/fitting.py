@@ -207,6 +207,8 @@ def fit(
     if directory is not None or sources(reuse):
         for smoothed in chosen.smoothed:
             smoothed.execution.filing(smoothed.simulator)
+            if smoothed.surrogate is not None:
+                smoothed.execution.filing(smoothed.surrogate.simulator)
     described_ = {} if directory is None else _described(problem, settings, chosen, seed, smoothing)
     begun = directory is not None and resume and any(Path(directory).glob("checkpoint-*.npz"))
     earlier = _earlier(sources(reuse), problem, chosen, directory, begun)

@@ -358,7 +358,7 @@ def summing():
         nonlocal total
         total += theta.sum()
         calls.append(1)
-        return theta * len(calls)
+        return 2 * theta
 
     return simulator
 
