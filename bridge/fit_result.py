@@ -65,6 +65,7 @@ class End:
         ends: of all starts, where there are several that go on side by side.
         unclear: (d,) of which parameters the variance is a lower bound (see `bridge.uncertainty.of_descent`).
         at_limit: whether the last step was as long as it might be. warnings: in words.
+        no_better: whether it is worse than the start.
     """
 
     x: Array
@@ -79,6 +80,7 @@ class End:
     ends: tuple[FitEnd, ...] = ()
     unclear: NDArray[np.bool_] | None = None
     at_limit: bool = False
+    no_better: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -94,7 +96,8 @@ class FitResult:
         loss: final value: of the smoothed output at the last scale, 1/2 mean, or with method="kriging" of the model at
             the end, 1/2 sum.
         stop_reason: "converged", "standard_error" (they are as small as was asked), "max_steps", "max_runs",
-            "max_time", "interrupted", or "numerics" (the method's own arithmetic failed; these are the best so far).
+            "max_time", "interrupted", "numerics" (the method's own arithmetic failed; these are the best so far), or
+            "no_better" (than the start).
         history: one `FitStep` a step.
         num_evaluations: simulator runs, all ranks together, those of the surrogate apart (`num_surrogate`).
         num_cached: of these, found in a store instead of run anew: what was finished before an interruption, or is in a

@@ -236,7 +236,7 @@ def make_prior(prior: Any, space: Any) -> Prior:
     """
     precision, mean = np.zeros(space.dimension), np.zeros(space.dimension)
     for name, (centre, deviation) in (prior or {}).items():
-        i, natural = space.index(name), space.parameters[space.index(name)].natural_scale
+        i, natural = space.index(name), space.natural_scale[space.index(name)]
         if not (np.isfinite(centre) and deviation > 0):
             raise InputError(
                 f"Expected prior[{name!r}] = (mean, standard deviation > 0), got ({centre!r}, {deviation!r})."

@@ -77,7 +77,8 @@ class LossAndSquare:
             self.misfit.value(torch.as_tensor(y), x / self.natural) if np.isfinite(np.asarray(y)).all() else np.nan
             for y, x in zip(outputs, inputs, strict=True)
         ]
-        return np.stack([losses, np.square(losses)], axis=1)
+        with np.errstate(over="ignore"):
+            return np.stack([losses, np.square(losses)], axis=1)
 
 
 def natural_step(
