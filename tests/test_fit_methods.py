@@ -604,8 +604,8 @@ def test_auto_says_what_it_took_and_why():
     assert result.method == "kriging"
     assert result.history[0].note.endswith(f"kriging: {result.method_reason}")
     assert result.to_dict()["method_reason"] == result.method_reason
-    many = bridge.fit(lambda t: t, np.zeros(41), np.ones(41), seed=0, steps=1)
-    assert (many.method, "41 parameters" in many.method_reason) == ("gauss-newton", True)
+    many = bridge.fit(lambda t: t, np.zeros(201), np.ones(201), seed=0, steps=1)
+    assert (many.method, "201 parameters" in many.method_reason) == ("gauss-newton", True)
     blurred = bridge.fit(lambda t: t, np.zeros(3), np.ones(3), seed=0, steps=1, coarse=[1])
     assert (blurred.method, "coarse to fine" in blurred.method_reason) == ("gauss-newton", True)
 
