@@ -27,7 +27,7 @@ from bridge.fit_result import End, FitEnd, FitResult, FitStep
 from bridge.goodness import Goodness, goodness_of, unexplained
 from bridge.identity import identity_of, identity_of_function
 from bridge.interrupts import again, listening, look
-from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
+from bridge.methods import DESIGN, Chosen, MethodName, MethodSettings, Way, choose, make_method
 from bridge.misfit import LinearMap, Loss, PriorOf
 from bridge.progress import Observer, Observers, make_observers
 from bridge.reuse import Earlier, Source, described, earlier_rows, sources
@@ -193,11 +193,12 @@ def fit(
     method_, reason = choose(
         *(method, problem.simulator, problem.free.dimension),
         loss=loss is not None, optimiser=optimiser is not None, coarse=coarse is not None,
+        smooths=_smooths(learning_rate, scale, smoothing),
     )  # fmt: skip
     if sources(reuse) and method_ != "kriging":
         raise InputError(
-            f"Expected method='kriging' with reuse, got {method_!r}: a smoothed gradient takes rows drawn about where "
-            "it is, and earlier ones count for next to nothing there. To find the very same runs again, pass store=."
+            f"Expected method='kriging' with reuse, got {method_!r}, for which earlier runs count for next to nothing: "
+            "it goes by those about where it is. To find the very same runs again, pass store=."
         )
     settings = MethodSettings(
         method_, steps, num_samples, scale, learning_rate, optimiser, full_scale, coarse, halving, stop_at_error,
@@ -209,6 +210,8 @@ def fit(
     if directory is not None or sources(reuse):
         for smoothed in chosen.smoothed:
             smoothed.execution.filing(smoothed.simulator)
+            if smoothed.surrogate is not None:
+                smoothed.execution.filing(smoothed.surrogate.simulator)
     described_ = {} if directory is None else _described(problem, settings, chosen, seed, smoothing)
     begun = directory is not None and resume and any(Path(directory).glob("checkpoint-*.npz"))
     earlier = _earlier(sources(reuse), problem, chosen, directory, begun)
@@ -216,7 +219,7 @@ def fit(
     if directory is not None:
         described_["reuse"] = list(map(described, sources(reuse)))
         # Few runs, each of use to other fits: not to be thrown away.
-        keep = method_ == "kriging"
+        keep = method_ in ("kriging", "trust-region")
         run = Run(
             directory, settings=described_, every_s=every_s, resume=resume, overwrite=overwrite, comm=comm,
             keep_evaluations=keep, journal_above_s=0.0 if keep else 0.01,
@@ -282,6 +285,8 @@ def fit(
                 end = way.finish(len(history))
         left_out = end is None
         end = _cut_short(way, problem, history) if end is None else end
+        if end.no_better and stop_reason in ("converged", "standard_error"):
+            stop_reason = "no_better"
         good, misses = _goodness(problem, end)
         covariance = None if end.covariance is None else problem.covariance(end.covariance)
         of_free = None if end.covariance is None else in_units(end.covariance, problem.natural)
@@ -404,6 +409,12 @@ def _unfinished(end: End, stop_reason: str) -> tuple[str, ...]:
         "further away, or the noise of a step is as large as that. Allow more steps (steps=, max_runs=), a larger "
         "scale, or take more samples (num_samples=).",
     )
+
+
+def _smooths(learning_rate: float | None, scale: Any, smoothing: Mapping[str, Any]) -> bool:
+    """Whether settings are given that only smoothing has a use for."""
+    pair = scale is not None and not isinstance(scale, int | float)
+    return learning_rate is not None or pair or bool(set(smoothing) & set(DESIGN))
 
 
 def _spread(scale: float | tuple[float, float] | None) -> float:

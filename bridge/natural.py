@@ -78,7 +78,8 @@ class LossAndSquare:
             self.misfit.value(y, x / self.natural) if fine else np.nan
             for y, x, fine in zip(outputs, inputs, good, strict=True)
         ]
-        return np.stack([losses, np.square(losses)], axis=1)
+        with np.errstate(over="ignore"):
+            return np.stack([losses, np.square(losses)], axis=1)
 
 
 def natural_step(
