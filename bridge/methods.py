@@ -179,7 +179,15 @@ def _kriging(
         unknown=problem.unknown,
     )
     way = Searching(
-        plain, misfit, search, problem.natural, budget, problem.known_noise, starts, problem.free.names, _asked(problem, s)
+        plain,
+        misfit,
+        search,
+        problem.natural,
+        budget,
+        problem.known_noise,
+        starts,
+        problem.free.names,
+        _asked(problem, s),
     )
     return Chosen(way, [plain], s.steps, budget, {"scale": list(s.widths())})
 
@@ -322,9 +330,7 @@ def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any])
             raise InputError("Expected forward='smoothed' with method='natural', which needs the spread of the losses.")
 
 
-def _plain(
-    sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, Any], method: str
-) -> SmoothedSimulator:
+def _plain(sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, Any], method: str) -> SmoothedSimulator:
     """The simulator itself through the dispatch of a smoothed one: the one midpoint of a Latin set has eps = 0."""
     if given := sorted(set(smoothing) & set(DESIGN)):
         raise InputError(f"Expected none of {given} with method={method!r}, which smooths nothing. Leave them out.")

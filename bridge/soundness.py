@@ -78,7 +78,9 @@ def sensitivities(rows: Array, gram: Array) -> Array | None:
     return np.sqrt(squares) if np.isfinite(squares).all() and (squares >= 0).all() and squares.max() > 0 else None
 
 
-def corrected_units(sensitivity: Array, guessed: NDArray[np.bool_], unknown: NDArray[np.bool_], residual: float) -> Array:
+def corrected_units(
+    sensitivity: Array, guessed: NDArray[np.bool_], unknown: NDArray[np.bool_], residual: float
+) -> Array:
     """(d,) by which guessed natural scales are to be multiplied, so that all parameters matter about as much.
 
     Args:
