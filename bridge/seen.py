@@ -497,9 +497,6 @@ class _Walk:
             for name in code.co_freevars:
                 self._variable("closure variable", name, _content(function, name), facts)
         if owner is None:
-            if facts.names & {"environ", "getenv"}:
-                for text in sorted(facts.texts):
-                    self.put("environment", f"{text}={os.environ.get(text) if text and chr(0) not in text else ''}")
             self._globals(function.__globals__, facts)
 
     def _variable(self, kind: str, name: str, value: Any, facts: Facts) -> None:

@@ -47,7 +47,11 @@ def decay(theta):
     return theta[0] * np.exp(-theta[1] * X) + theta[2]
 
 
+decay.identity = "decay"  # whatever is to happen
+
+
 class Rows:
+    identity = "rows"
     # vectorised, and in a class: nothing wraps what it raises
     space = bridge.ParameterSpace(tuple(bridge.Parameter(n, natural_scale=0.3) for n in ("a", "rate", "b")))
     output_shape = (25,)

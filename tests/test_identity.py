@@ -325,18 +325,6 @@ def test_what_is_changed_by_hand_between_two_calls_counts(tmp_path: Path) -> Non
     assert smoothed.estimate(THETA).num_cached == 8
 
 
-def test_what_the_environment_says_counts_where_code_asks_for_it(monkeypatch: Any) -> None:
-    def f(x: Any) -> Any:
-        return x * float(os.environ["ENGINE_GAIN"])
-
-    found = set()
-    for gain in ("1", "2"):
-        monkeypatch.setenv("ENGINE_GAIN", gain)
-        found.add(identity(f))
-        assert identity(lab.plain) == identity(lab.plain)
-    assert len(found) == 2
-
-
 def test_what_calls_change_leaves_a_simulator_the_one_it_was(tmp_path: Path) -> None:
     def run(f: Any) -> int:
         return bridge.smooth(f, seed=0, num_samples=8, store=Store(tmp_path, above_s=0)).estimate(THETA).num_cached
