@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.checks import did_you_mean, is_number, is_whole
 from bridge.coarse import make_stages
-from bridge.descent import FAILED, Descent, Schedule, repeated
+from bridge.descent import FAILED, Descent, Schedule, end_runs, repeated
 from bridge.errors import InputError
 from bridge.fit_problem import FitProblem
 from bridge.fit_result import End, FitStep
@@ -22,16 +23,20 @@ from bridge.search import Search
 from bridge.searching import Searching
 from bridge.simulator import Simulator, Structured, as_simulator
 from bridge.smoothing import SmoothedSimulator, smooth
+from bridge.soundness import HUGE
+from bridge.trust_region import QuadraticSearch, TrustRegion
 
 Array = NDArray[np.float64]
-MethodName = Literal["auto", "kriging", "gauss-newton", "adam", "torch", "natural"]
-METHODS = ("auto", "kriging", "gauss-newton", "adam", "torch", "natural")
-# More parameters than this, or a block structure, and a model of all runs has too little to go by.
-_MOST_PARAMETERS = 40
-_RUNS_A_PARAMETER = 60
+MethodName = Literal["auto", "kriging", "trust-region", "gauss-newton", "adam", "torch", "natural"]
+METHODS = ("auto", "kriging", "trust-region", "gauss-newton", "adam", "torch", "natural")
+# More parameters than this, or a block structure, and a model of all runs takes too long to think.
+_MOST_PARAMETERS = 200
+# More than this, and a quadratic model of a number has too little to go by.
+_MOST_OF_QUADRATIC = 100
+_RUNS_A_PARAMETER, _RUNS_OF_QUADRATIC = 60, 100
 # More parameters than this, and the full L of a natural gradient has more numbers than there are runs to learn from.
 _MOST_OF_FULL = 20
-_DESIGN = ("distribution", "points", "antithetic", "covariate", "replicates", "forward", "surrogate")
+DESIGN = ("distribution", "points", "antithetic", "covariate", "replicates", "forward", "surrogate")
 _STEPS = {"gauss-newton": 24, "adam": 150, "torch": 150, "natural": 150}
 _RATES = {"adam": 0.25, "torch": 0.25, "natural": 1.0}
 
@@ -83,11 +88,17 @@ class MethodSettings:
 
     def widths(self) -> tuple[float, float]:
         """First and last scale."""
-        default = (1.0, 1.0) if self.method == "kriging" else (2.0, 0.1)
+        default = (1.0, 1.0) if self.method in ("kriging", "trust-region") else (2.0, 0.1)
         given = default if self.scale is None else self.scale
-        first, last = (given, given) if isinstance(given, int | float) else given
-        if not (first > 0 and last > 0):
-            raise InputError(f"Expected positive scales, got {self.scale!r}.")
+        if isinstance(given, Mapping):
+            raise InputError(
+                f"Expected a scale of a fit in natural units, a number or (first, last), got {given!r}. Sizes of "
+                f"single parameters belong to the simulator: bridge.as_simulator(f, natural_scale={dict(given)!r})."
+            )
+        pair: Any = (given, given) if is_number(given) else given
+        if len(pair) != 2 or not all(is_number(x) and x > 0 for x in pair):
+            raise InputError(f"Expected positive scales, a number or (first, last), got {self.scale!r}.")
+        first, last = pair
         return float(first), float(last)
 
 
@@ -109,17 +120,22 @@ class Chosen:
 
 
 def choose(
-    method: str, simulator: Simulator, dimension: int, *, loss: bool, optimiser: bool, coarse: bool
+    method: str, simulator: Simulator, dimension: int, *, loss: bool, optimiser: bool, coarse: bool, smooths: bool
 ) -> tuple[str, str]:
-    """The method that "auto" stands for, and why."""
+    """The method that "auto" stands for, and why.
+
+    smooths: whether settings are given that only smoothing has a use for.
+    """
     if method not in METHODS:
-        raise InputError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.")
+        raise InputError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}")
     if method != "auto":
         return method, "as asked"
     if optimiser:
         return "torch", "an optimiser is given"
-    if loss:
+    if loss and (smooths or coarse or dimension > _MOST_OF_QUADRATIC):
         return "adam", "a loss of one's own: its smoothed gradient is followed"
+    if loss:
+        return "trust-region", "a loss of one's own: a quadratic model in a trust region takes the fewest runs"
     if isinstance(simulator, Structured) and simulator.structure is not None:
         return "gauss-newton", "the simulator says which outputs depend on which parameters"
     if coarse:
@@ -143,13 +159,15 @@ def make_method(
     _check(problem, settings, smoothing)
     if settings.method == "kriging":
         return _kriging(problem, settings, seed, comm, smoothing)
+    if settings.method == "trust-region":
+        return _trust_region(problem, settings, seed, comm, smoothing)
     return _descent(problem, settings, seed, comm, smoothing)
 
 
 def _kriging(
     problem: FitProblem, s: MethodSettings, seed: int | None, comm: Any, smoothing: Mapping[str, Any]
 ) -> Chosen:
-    plain = _plain(problem.simulator, seed, comm, smoothing)
+    plain = _plain(problem.simulator, seed, comm, smoothing, s.method)
     d, starts, misfit = problem.free.dimension, problem.free_starts, problem.misfit
     budget, batch = s.max_runs or _RUNS_A_PARAMETER * (d + 1), max(6, d // 2 + 1)
     search = Search(
@@ -163,8 +181,38 @@ def _kriging(
         tolerance=0.1 if s.tolerance is None else s.tolerance,
         restarts=10 if s.restarts is None else s.restarts,
         robust=misfit.robust,
+        ordinary=misfit.ordinary_cost(),
+        guessed=problem.guessed,
+        unknown=problem.unknown,
     )
-    way = Searching(plain, misfit, search, problem.natural, budget, problem.known_noise, starts, _asked(problem, s))
+    way = Searching(
+        plain,
+        misfit,
+        search,
+        problem.natural,
+        budget,
+        problem.known_noise,
+        starts,
+        problem.free.names,
+        _asked(problem, s),
+    )
+    return Chosen(way, [plain], s.steps, budget, {"scale": list(s.widths())})
+
+
+def _trust_region(
+    problem: FitProblem, s: MethodSettings, seed: int | None, comm: Any, smoothing: Mapping[str, Any]
+) -> Chosen:
+    plain = _plain(problem.simulator, seed, comm, smoothing, s.method)
+    d, starts = problem.free.dimension, problem.free_starts
+    budget = s.max_runs or _RUNS_OF_QUADRATIC * (d + 1)
+    search = QuadraticSearch(
+        *(starts[0], problem.lower, problem.upper),
+        spread=s.widths()[0],
+        seed=int(seed or 0),
+        batch=s.num_samples or max(2, d // 4),
+        tolerance=1e-6 if s.tolerance is None else s.tolerance,
+    )
+    way = TrustRegion(plain, problem.misfit, search, problem.natural, budget, starts, problem.free.names)
     return Chosen(way, [plain], s.steps, budget, {"scale": list(s.widths())})
 
 
@@ -174,10 +222,12 @@ def _descent(
     steps, samples = s.steps or _STEPS[s.method], s.num_samples or 32
     first, last = s.widths()
     misfit, natural, starts = problem.misfit, problem.natural, problem.free_starts
-    smoothed = smooth(problem.simulator, seed=seed, num_samples=samples, scale=first, comm=comm, **smoothing)
+    smoothed = smooth(problem.simulator, seed=seed, num_samples=samples, scale=first * natural, comm=comm, **smoothing)
+    smoothed.strategy = replace(smoothed.strategy, largest=HUGE)
     budget = s.max_runs or 10**15
     rows = len(starts) * smoothed.strategy.num_rows * smoothed.strategy.replicates
-    least = 2 * rows + 2 + (0 if problem.misfit.loss is not None else repeated(smoothed))
+    least = 2 * rows + end_runs(smoothed, misfit, len(starts))
+    least += 0 if misfit.loss is not None else repeated(smoothed)
     if budget < least:
         raise InputError(
             f"Expected max_runs of at least {least}, for a step and what is run at the end, got {s.max_runs}."
@@ -204,7 +254,7 @@ def _descent(
         carried = {**smoothing, "surrogate": _loss_of(smoothing.get("surrogate"), problem)}
         of_loss = smooth(
             LossAndSquare(problem.simulator, misfit, natural),
-            seed=seed, num_samples=samples, scale=first, comm=comm, **carried,
+            seed=seed, num_samples=samples, scale=first * natural, comm=comm, **carried,
         )  # fmt: skip
         of_loss.dispatcher, of_loss.spent = smoothed.dispatcher, smoothed.spent
         used.append(of_loss)
@@ -214,7 +264,7 @@ def _descent(
         *(smoothed, misfit, starts, rule),
         natural=natural, lower=problem.lower, upper=problem.upper, schedule=schedule, halving=s.halving,
         tolerance=0.01 if s.tolerance is None else s.tolerance, known_noise=problem.known_noise, asked=asked,
-        newton=s.method == "gauss-newton",
+        newton=s.method == "gauss-newton", others=used[1:],
     )  # fmt: skip
     return Chosen(way, used, steps, budget, described)
 
@@ -233,9 +283,10 @@ def _asked(problem: FitProblem, s: MethodSettings) -> Array | None:
     if isinstance(given, Mapping):
         asked = np.full(free.dimension, np.inf)
         for name, error in given.items():
-            asked[free.index(name)] = error / free.parameters[free.index(name)].natural_scale
+            asked[free.index(name)] = error / problem.natural[free.index(name)]
     else:
-        asked = np.full(free.dimension, float(given))
+        # In the natural scales that were said: none that are guessed are known to who asks.
+        asked = float(given) * problem.said / problem.natural
     if not (asked > 0).all() or not np.isfinite(asked).any():
         raise InputError(f"Expected positive standard errors in stop_at_error, got {given!r}.")
     return asked
@@ -245,11 +296,16 @@ def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any])
     """Refuses what a method has no use for: a setting that is silently ignored misleads."""
     method, own_loss = s.method, problem.misfit.loss is not None
     limits = (
-        ("at least one step", s.steps is None or s.steps >= 1, s.steps),
-        ("max_runs of at least 2", s.max_runs is None or s.max_runs >= 2, s.max_runs),
-        ("restarts of 0 or more", s.restarts is None or s.restarts >= 0, s.restarts),
-        ("a tolerance of 0 or more", s.tolerance is None or s.tolerance >= 0, s.tolerance),
-        ("a positive learning_rate", s.learning_rate is None or s.learning_rate > 0, s.learning_rate),
+        ("at least one step", s.steps is None or is_whole(s.steps, 1), s.steps),
+        ("at least one run a step", s.num_samples is None or is_whole(s.num_samples, 1), s.num_samples),
+        ("max_runs of at least 2", s.max_runs is None or is_whole(s.max_runs, 2), s.max_runs),
+        ("restarts of 0 or more", s.restarts is None or is_whole(s.restarts, 0), s.restarts),
+        ("a tolerance of 0 or more", s.tolerance is None or (is_number(s.tolerance) and s.tolerance >= 0), s.tolerance),
+        (
+            "a positive learning_rate",
+            s.learning_rate is None or (is_number(s.learning_rate) and s.learning_rate > 0),
+            s.learning_rate,
+        ),
     )
     for what, good, given in limits:
         if not good:
@@ -258,11 +314,15 @@ def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any])
         what = "variance=" if problem.known_noise else "robust="
         raise InputError(f"Expected no {what} with a loss of your own, which has no use for it. Leave it out.")
     if own_loss and method in ("kriging", "gauss-newton"):
-        raise InputError(f"Expected adam, torch or natural with a loss of your own: {method} needs least squares.")
+        raise InputError(
+            f"Expected trust-region, adam, torch or natural with a loss of your own: {method} needs least squares."
+        )
     if (s.optimiser is not None) != (method == "torch"):
         raise InputError(
             f"Expected optimiser= with method='torch', and only then, got method={method!r} and {s.optimiser!r}."
         )
+    if s.stop_at_error is not None and own_loss:
+        raise InputError("Expected least squares with stop_at_error: a loss of your own has no standard errors.")
     unused = (
         ("learning_rate", s.learning_rate is not None, ("adam", "torch", "natural")),
         ("full_scale", s.full_scale is not None, ("natural",)),
@@ -273,8 +333,6 @@ def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any])
     for name, given, methods in unused:
         if given and method not in methods:
             raise InputError(f"Expected {name} with method {' or '.join(methods)} alone, got method={method!r}.")
-    if s.stop_at_error is not None and own_loss:
-        raise InputError("Expected least squares with stop_at_error: a loss of your own has no standard errors.")
     if method == "natural":
         if smoothing.get("distribution", "gaussian") != "gaussian":
             raise InputError(
@@ -285,11 +343,15 @@ def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any])
             raise InputError("Expected forward='smoothed' with method='natural', which needs the spread of the losses.")
 
 
-def _plain(sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, Any]) -> SmoothedSimulator:
+def _plain(sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, Any], method: str) -> SmoothedSimulator:
     """The simulator itself through the dispatch of a smoothed one: the one midpoint of a Latin set has eps = 0."""
-    if given := sorted(set(smoothing) & set(_DESIGN)):
-        raise InputError(f"Expected none of {given} with method='kriging', which smooths nothing. Leave them out.")
+    if given := sorted(set(smoothing) & set(DESIGN)):
+        raise InputError(f"Expected none of {given} with method={method!r}, which smooths nothing. Leave them out.")
     carried = {"simulator_seeds": "independent", **smoothing}
-    if carried.get("failures") == "drop":
+    raises = carried.get("failures", "raise") == "raise"
+    if raises or carried.get("failures") == "drop":
         carried.update(failures="penalty", penalty=FAILED, min_ok=0.0)
-    return smooth(sim, seed=seed, num_samples=1, points="qmc-latin", covariate="none", comm=comm, **carried)
+    plain = smooth(sim, seed=seed, num_samples=1, points="qmc-latin", covariate="none", comm=comm, **carried)
+    # A run that raises ends the fit, unless it is told otherwise; one of NaN or enormous numbers is a bad one.
+    plain.strategy = replace(plain.strategy, errors_raise=raises, largest=HUGE)
+    return plain

@@ -7,6 +7,7 @@ torch operations, so that their gradients follow by the chain rule.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ class LogScale:
         return torch.linalg.matrix_exp(tensor) if tensor.ndim == 2 else torch.exp(tensor)
 
 
-ScaleLike = float | torch.Tensor | NDArray[np.float64] | LowerTriangular | LogScale
+ScaleLike = float | torch.Tensor | NDArray[np.float64] | LowerTriangular | LogScale | Mapping[str, float]
 
 
 def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) -> tuple[torch.Tensor, Form]:
@@ -83,7 +84,15 @@ def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) ->
         tensor = torch.tril(tensor)
     else:
         # Straight to float64: as_tensor of a Python number would round it to float32.
-        given = scale if isinstance(scale, torch.Tensor) else torch.as_tensor(scale, dtype=torch.float64, device="cpu")
+        try:
+            given = (
+                scale if isinstance(scale, torch.Tensor) else torch.as_tensor(scale, dtype=torch.float64, device="cpu")
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"Expected a scale that is a number, ({d},) or ({d}, {d}), got {scale!r}. Give numbers, in the order "
+                "of the parameters."
+            ) from error
         tensor = given.to(torch.float64)
         if tensor.ndim == 0:
             tensor = tensor * torch.as_tensor(natural, dtype=torch.float64, device=tensor.device)
@@ -118,7 +127,11 @@ def check_scale(scale: Array, form: Form) -> None:
             f"Expected a positive scale for each parameter, got {scale.tolist()}. To keep a parameter fixed, leave it "
             "out of the simulator's parameters; a learned scale stays positive as `bridge.LogScale`."
         )
-    if form == "matrix" and (condition := float(np.max(np.linalg.cond(scale)))) > 1e12:
+    if form != "matrix":
+        return
+    # In rows of one length: parameters may have units of very different sizes.
+    lengths = np.linalg.norm(scale, axis=-1, keepdims=True)
+    if (condition := float(np.max(np.linalg.cond(scale / np.where(lengths > 0, lengths, 1.0))))) > 1e12:
         raise InputError(
             f"Expected an invertible scale matrix, got one of condition number {condition:.3g}: {scale.tolist()}. "
             "Directions without noise have no smoothed gradient."

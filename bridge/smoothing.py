@@ -6,9 +6,10 @@ import copy
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import cloudpickle
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 from torch.autograd import forward_ad
 
 from bridge.adaptive import AdaptiveEstimate, Quantity, estimate_to
+from bridge.arrays import one_number
 from bridge.autograd import Call, Smooth, apply, has_tangent, make_keys, old_vmap_depth, to_numpy
+from bridge.checks import is_whole, known_keywords, refuse_unknown
 from bridge.design import Strategy, make_strategy, whole_number
 from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.distributions import Distribution
@@ -36,9 +39,11 @@ from bridge.simulator import (
     Simulator,
     as_simulator,
     computes_row_by_row,
+    makes_memory,
     simulator_name,
 )
 from bridge.store import Store
+from bridge.streaming import as_rows
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -291,7 +296,13 @@ class SmoothedSimulator:
         self, theta: torch.Tensor, scale: ScaleLike | None
     ) -> tuple[torch.Tensor, torch.Tensor, Form, ParameterSpace]:
         _refuse_graphs(theta)
-        theta = as_tensor(theta)
+        try:
+            theta = as_tensor(theta)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"Expected a tensor of parameters, (d,) or (*batch, d), got {theta!r}. Give numbers in the order of "
+                "the parameters: torch.tensor([...])."
+            ) from error
         if not theta.is_floating_point():
             raise InputError(f"Expected floating-point parameters, got dtype {theta.dtype}. Use theta.double().")
         if theta.ndim == 0:
@@ -306,7 +317,9 @@ class SmoothedSimulator:
                 f"{tuple(theta.shape)}."
             )
         tensor, form = parse_scale(
-            self.scale if scale is None else scale, space.natural_scale, self.strategy.distribution
+            self.scale if scale is None else _by_name(scale, self.simulator),
+            space.natural_scale,
+            self.strategy.distribution,
         )
         return theta, tensor, form, space
 
@@ -367,6 +380,7 @@ def _key(name: str, value: Any, batch: Sequence[int]) -> int | torch.Tensor:
     return value
 
 
+@known_keywords
 def smooth(
     simulator: Callable[..., Any] | Simulator,
     *,
@@ -410,8 +424,8 @@ def smooth(
         seed: of all noise; required.
         num_samples: N, simulator runs for each parameter vector; powers of two suit Sobol' points.
         distribution: gaussian, logistic, gumbel, cauchy, laplace, triangular, or a `Distribution`.
-        scale: L: a number (in the parameters' natural units), (d,) (its diagonal), (d, d) (L itself) or
-            `LowerTriangular`, or `LogScale`; tensors that require grad are learned.
+        scale: L: a number (in the parameters' natural units), (d,) (its diagonal), or name -> its entry there, (d, d)
+            (L itself) or `LowerTriangular`, or `LogScale`; tensors that require grad are learned.
         points: auto, mc, qmc-latin, rqmc-latin, qmc-cartesian, rqmc-cartesian, sobol, qmc-net, rqmc-net, halton,
             orthogonal, or a `PointSet`. "auto" chooses by N, d and the distribution; `Estimate.points_reason` says why.
         antithetic: pairs eps, -eps; symmetric densities and even N.
@@ -482,11 +496,13 @@ def smooth(
     if schedule not in ("auto", "static", "dynamic"):
         raise InputError(f"Unknown schedule={schedule!r}. Known: auto, static, dynamic.")
     for name, number, least in (("retries", retries, 0), ("ranks_per_evaluation", ranks_per_evaluation, 1)):
-        if int(number) != number or number < least:
+        if not is_whole(number, least):
             raise InputError(f"Expected an integer {name} of at least {least}, got {number!r}.")
     for name, limit in (("memory_megabytes", memory_megabytes), ("step_limit_s", step_limit_s)):
         if limit is not None and not limit > 0:
             raise InputError(f"Expected a positive {name}, got {limit!r}.")
+    if store is not None and not isinstance(store, Store):
+        raise InputError(f"Expected a store, got {store!r}. Give store=bridge.Store({store!r}).")
     dispatcher = get_dispatcher(comm, ranks_per_evaluation)
     if ranks_per_evaluation > 1 and (isolate is not None or workers is not None):
         raise InputError("Expected ranks_per_evaluation without isolate and workers: the ranks run the simulator.")
@@ -501,6 +517,7 @@ def smooth(
         cheap = as_simulator(surrogate)
         stand_in = make_surrogate(cheap, wrapped, strategy, surrogate_samples, surrogate_weight)
         stand_in = replace(stand_in, simulator=_placed(cheap, dispatcher, isolate, workers, timeout_s))
+    scale = _by_name(scale, wrapped)
     wrapped = _placed(wrapped, dispatcher, isolate, workers, timeout_s)
     if wrapped.space is not None:
         _validate_scale(scale, wrapped.space, strategy)
@@ -514,6 +531,9 @@ def smooth(
         store=store,
         step_limit_s=step_limit() if step_limit_s is None else float(step_limit_s),
     )
+    if store is not None:  # refused now, not at the first call
+        for one in (wrapped, *(() if stand_in is None else (stand_in.simulator,))):
+            execution.filing(one)
     return SmoothedSimulator(wrapped, strategy, scale, dispatcher, execution, stand_in)
 
 
@@ -531,6 +551,18 @@ def _placed(
     if workers is not None:
         return SimulatorPool(simulator, workers, timeout_s)
     return simulator if isolate is None else IsolatedSimulator(simulator, timeout_s)
+
+
+def _by_name(scale: ScaleLike, simulator: Simulator) -> ScaleLike:
+    """A scale of single parameters as L's diagonal."""
+    if not isinstance(scale, Mapping):
+        return scale
+    if simulator.space is None:
+        raise InputError(
+            f"Expected a scale that is a number or (d,), as the simulator does not name its parameters, got {scale!r}. "
+            f"Name them: bridge.as_simulator(f, names={list(scale)})."
+        )
+    return simulator.space.vector(scale)
 
 
 def _validate_scale(scale: ScaleLike, space: ParameterSpace, strategy: Strategy) -> None:
@@ -567,18 +599,20 @@ class LossSimulator:
         return replace(self, inner=self.inner.bound(comm))
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> torch.Tensor:
-        outputs = self.inner(inputs, seeds)
-        losses = []
+        rows = floating_rows(self.inner, inputs, seeds)
         with torch.enable_grad():  # a loss may differentiate inside
-            for output in outputs:
-                value = as_tensor(self.loss(as_tensor(output))).detach()
-                if value.numel() != 1:
-                    raise InputError(
-                        f"Expected the loss to return one number for an output, got shape {tuple(value.shape)}. Reduce "
-                        "it with .mean() or .sum()."
-                    )
-                losses.append(value.to(torch.float64).reshape(()))
-        return torch.stack(losses)
+            # Numbers, not tensors: a loss may return the same memory every time.
+            losses = [one_number(self.loss(row), "from the loss", InputError) for row in rows]
+        return torch.tensor(losses, dtype=torch.float64)
+
+
+def floating_rows(simulator: Simulator, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> torch.Tensor:
+    """What a loss gets of a simulator, (k, *output_shape): float32 where outputs are, else float64; never integers,
+    which wrap. In memory that the loss may write to."""
+    name = simulator_name(simulator)
+    rows, shape = as_rows(simulator(inputs, seeds), len(inputs), simulator.output_shape, name, torch.float64)
+    rows = rows.reshape(len(inputs), *shape)
+    return rows if makes_memory(simulator) else rows.clone()
 
 
 def smooth_loss(
@@ -591,9 +625,13 @@ def smooth_loss(
 
     Args:
         simulator: as in `smooth`.
-        loss: l: a tensor of one output -> one number; called without gradients.
+        loss: l: a tensor of one output -> one number; called without gradients. The tensor is float32 where outputs
+            are, else float64: integers and booleans never wrap. Numbers that an output lacks are NaN.
         **settings: the other arguments of `smooth`; the loss is taken of a surrogate's outputs, too.
     """
+    refuse_unknown("bridge.smooth_loss", settings, list(signature(smooth).parameters)[1:])
+    if not callable(loss):
+        raise InputError(f"Expected a function of one output as the loss, got {loss!r}. Give lambda y: ...")
     if settings.get("surrogate") is not None:
         settings["surrogate"] = LossSimulator(as_simulator(settings["surrogate"]), loss)
     return smooth(LossSimulator(as_simulator(simulator), loss), **settings)

@@ -27,9 +27,9 @@ def of_least_squares(normal: Array, variance: float, precision: Array) -> Array:
     """(J^T J / sigma^2 + P)^-1: infinite where a parameter is not determined.
 
     Args:
-        normal: J^T J of whitened residuals, (d, d). variance: sigma^2 of these. precision: the prior's P, (d,).
+        normal: J^T J of whitened residuals, (d, d). variance: sigma^2 of these. precision: the prior's P, (d, d).
     """
-    return inverse(normal / variance + np.diag(precision))
+    return inverse(normal / variance + precision)
 
 
 def of_robust(normal: Array, J: Array, residual: Array, robust: Robust, precision: Array) -> Array:
@@ -40,20 +40,20 @@ def of_robust(normal: Array, J: Array, residual: Array, robust: Robust, precisio
 
     Args:
         normal: J^T J, without weights. J: (m, d), for the leverages alone. residual: (m,) in standard deviations.
-        precision: the prior's P, (d,).
+        precision: the prior's P, (d, d).
     """
     a, b = robust.spread(residual, leverages(J, robust.weight(residual), precision))
-    bread = inverse(b * normal + np.diag(precision))
+    bread = inverse(b * normal + precision)
     open_ = np.isinf(np.diag(bread))
     bread[open_, open_] = 0
-    result = bread @ (a * normal + np.diag(precision)) @ bread
+    result = bread @ (a * normal + precision) @ bread
     result[open_, open_] = np.inf
     return np.asarray(result)
 
 
 def leverages(J: Array, weight: Array, precision: Array) -> Array:
     """h_i = w_i J_i (J^T W J + P)^-1 J_i^T, (m,): how far the fit follows each number. They add up to d without P."""
-    covariance = inverse((J.T * weight) @ J + np.diag(precision))
+    covariance = inverse((J.T * weight) @ J + precision)
     open_ = np.isinf(np.diag(covariance))
     covariance[open_, open_] = 0
     return np.asarray(weight * ((J @ covariance) * J).sum(axis=1))
@@ -147,7 +147,7 @@ def of_descent(
         step_noise: see `Normal.told`.
     """
     normal = normal_of([misfit.jacobian(J, natural).numpy() for J in jacobians])
-    precision = misfit.prior.precision
+    precision = misfit.prior.information
     told = normal.told(step_noise)
     r = misfit.residual(output).numpy()
     if misfit.robust is not None:
@@ -167,7 +167,7 @@ def _unclear(normal: Normal, told: Array, covariance: Array, precision: Array) -
     finite = np.isfinite(variance) & (variance > 0)
     directions = np.where(np.outer(finite, finite), covariance, 0) / np.where(finite, variance, 1)
     signal, noise = (np.einsum("ia,ij,ja->a", directions, M, directions) for M in (told, normal.noise))
-    by_prior = np.where(finite, variance, 0) * precision > 0.5
+    by_prior = np.where(finite, variance, 0) * np.diag(precision) > 0.5
     return np.asarray(finite & ~by_prior & (signal < _CLEAR * normal.deviation(signal, noise)))
 
 
@@ -178,7 +178,7 @@ def of_search(search: Search, misfit: Misfit, known: bool) -> Array:
     mean squared residual.
     """
     loss, z = search.overall
-    robust, precision = misfit.robust, misfit.prior.precision
+    robust, precision = misfit.robust, misfit.prior.information
     model = search.model(z, weighted=False)
     m, d = search.residuals.shape[1], len(z)
     weights = model.at(z)[0]
@@ -250,7 +250,7 @@ def doubts(
             )
         if not np.isfinite(e):
             said.append(f"{p.name} is not determined by the target: outputs do not depend on it by itself. {advice}")
-        elif e > 0.5 * min(p.upper - p.lower, 20 * p.natural_scale):
+        elif e > 0.5 * min(p.upper - p.lower, 20 * (p.natural_scale or 1.0)):
             said.append(f"{p.name} is hardly determined by the target: its standard error is {e:.3g}{unit}. {advice}")
         if value in (p.lower, p.upper):
             said.append(f"{p.name} ended at its bound {value:g}{unit}: its standard error does not count there.")
