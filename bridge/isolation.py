@@ -78,6 +78,10 @@ class IsolatedSimulator:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
+    def __reduce__(self) -> Any:
+        # A copy has a child of its own, once it needs one.
+        return type(self), (self.inner, self.timeout_s)
+
     @property
     def space(self) -> ParameterSpace | None:
         return self.inner.space
@@ -210,6 +214,9 @@ class SimulatorPool:
         self._stopped = False
         # The same threads for ever: a child is told to end when the thread that has started it does.
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="bridge-worker")
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.inner, self.workers, self._children[0].timeout_s)
 
     @property
     def space(self) -> ParameterSpace | None:
