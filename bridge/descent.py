@@ -390,7 +390,7 @@ def useless_start(theta: Array, output: Array, names: Sequence[str]) -> str:
     values = ", ".join(f"{name} = {value:.6g}" for name, value in zip(names, theta, strict=True))
     return (
         f"Expected finite outputs at the start ({values}), got NaN, infinite numbers or such as are larger than "
-        f"{HUGE:g}: a fit has nothing to compare with. Run the simulator there by itself, and start where it works."
+        f"{HUGE:g}: a fit has nothing to compare with. Where outputs lack numbers, pass missing='ignore'. Run the simulator there by itself, and start where it works."
     )
 
 
@@ -407,7 +407,7 @@ def last_outputs(
         failures="penalty", penalty=FAILED, min_ok=0.0,
     )  # fmt: skip
     raises = strategy.failures == "raise" or strategy.errors_raise
-    once.strategy = replace(once.strategy, errors_raise=raises, largest=strategy.largest)
+    once.strategy = replace(once.strategy, errors_raise=raises, largest=strategy.largest, missing=strategy.missing)
     once.dispatcher, once.execution, once.spent = smoothed.dispatcher, smoothed.execution, smoothed.spent
     try:
         outputs = plain_outputs(once, thetas, step)

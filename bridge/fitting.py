@@ -69,6 +69,8 @@ def fit(
     learning_rate: float | None = None,
     optimiser: str | Callable[..., torch.optim.Optimizer] | None = None,
     variance: float | ArrayLike | None = None,
+    mask: ArrayLike | torch.Tensor | None = None,
+    missing: str = "raise",
     whiten: LinearMap | None = None,
     robust: str | tuple[str, float] | None = None,
     coarse: Sequence[float | LinearMap] | None = None,
@@ -134,6 +136,14 @@ def fit(
             `lambda p: torch.optim.SGD(p, lr=0.1)`. They are in natural units, and the rate goes down with the scale.
         variance: of the target's noise: a number, an array of its shape, or the covariance (m, m) of its m numbers.
             Left out, 1 in the loss, and standard errors come from the mean squared residual.
+        mask: True where a number of the target is no data, as in `numpy.ma`, whose masked arrays are targets as well.
+            What is masked counts nowhere, nor do numbers of infinite variance, and those that `whiten` makes of masked
+            ones or makes 0 of all outputs. A loss of one's own gets 0 there for both.
+        missing: "raise": an output with NaN is a failed run. "ignore": NaN, and masked numbers of a `numpy.ma` output,
+            are numbers that the simulator did not get to, and the others count; infinite ones stay a failure. Where
+            runs are compared, kriging puts there what its other runs predict (`bridge.missing`), and the other methods
+            what is there on average: no run looks better for what it lacks. Loss, chi-square and errors of the result
+            count what its output has.
         whiten: a linear map of torch tensors, of one output and of the target before they are compared; `variance` is
             then that of its result.
         robust: "huber", "cauchy" or "soft-l1", or (name, width in standard deviations), in place of squares of
@@ -182,6 +192,7 @@ def fit(
     if isinstance(target, torch.Tensor):
         target = target.detach().cpu().numpy() if target.is_complex() else target.detach().cpu().double().numpy()
     refuse_unknown("bridge.fit", smoothing, fit_settings())
+    smoothing = {**smoothing, "missing": missing} if missing != "raise" else smoothing
     _check_kinds(target, start, variance, fixed, tied, loss, on_step)
     if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
         raise InputError(f"Expected a positive max_seconds, got {max_seconds!r}.")
@@ -189,6 +200,7 @@ def fit(
         *(simulator, target, start),
         seed=seed, num_starts=num_starts, spread=_spread(scale), variance=variance, whiten=whiten, loss=loss,
         robust=robust, prior=prior, fixed=fixed, tied=tied, guess=scale is None,
+        mask=mask, missing=missing,
     )  # fmt: skip
     method_, reason = choose(
         *(method, problem.simulator, problem.free.dimension),
@@ -331,10 +343,13 @@ def fit(
 
 def _goodness(problem: FitProblem, end: End) -> tuple[Goodness, tuple[str, ...]]:
     """How well the target is explained at the end, and what to say of it."""
-    if not np.isfinite(end.output).all():  # that run failed: the method knows no more than its own loss
+    misfit = problem.misfit
+    if not misfit.usable(end.output[None]).all():  # that run failed: the method knows no more than its own loss
         return Goodness(end.loss), ()
     good = goodness_of(problem.misfit, end.output, end.x, problem.known_noise, end.noise)
-    target = problem.misfit.target.numpy()
+    target = misfit.target.numpy()
+    if misfit.masked is not None:
+        target = np.where(misfit.masked.numpy(), np.nan, target)
     return good, unexplained(good, end.output - target, end.start_output - target)
 
 
@@ -493,7 +508,8 @@ def _described(
         **{f"code of {k}": identity_of_function(f, k) for k, f in functions.items() if callable(f)},
         "seed": seed, "method": s.method, "steps": chosen.limit,
         "num_samples": s.num_samples, "tolerance": s.tolerance, "start": problem.starts.tolist(),
-        "halving": s.halving, "target": _digest(misfit.target), "max_runs": s.max_runs, "restarts": s.restarts,
+        "halving": s.halving, "target": _digest(misfit.target), "partial": misfit.partial,
+        "mask": None if misfit.masked is None else _digest(misfit.masked), "max_runs": s.max_runs, "restarts": s.restarts,
         "prior": [prior.information.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
         "variance": _digest(misfit.variance), "whiten": _digest(_whitened(misfit.whiten, probe)), "coarse": stages,
         "stop_at_error": s.stop_at_error, "smoothing": _words(smoothing), "natural_scale": problem.natural.tolist(),

@@ -56,10 +56,11 @@ def goodness_of(misfit: Misfit, output: NDArray[np.generic], z: Array, known: bo
         noise: variance of one run of the simulator, over that of the target, averaged over outputs.
     """
     tensor = torch.as_tensor(np.asarray(output, dtype=np.float64))
-    loss = misfit.value(tensor, z)
+    loss = misfit.value_there(tensor, z)
     if misfit.loss is not None:
         return Goodness(loss)
     r = misfit.residual(tensor).numpy()
+    r = r[~np.isnan(r)]
     dof = len(r) + misfit.prior.known - len(z)
     squares = float(r @ r) + 2 * misfit.prior(z)[0]
     p_value = None

@@ -15,7 +15,6 @@ from bridge.misfit import Misfit
 from bridge.search import Search
 from bridge.simulator import may_be_noisy
 from bridge.smoothing import SmoothedSimulator
-from bridge.soundness import unusable
 from bridge.uncertainty import of_search
 
 Array = NDArray[np.float64]
@@ -75,7 +74,7 @@ class Searching:
         shape = tuple(self.misfit.target.shape)
         if step == 0 and outputs.shape[1:] != shape:
             raise InputError(f"Expected a target of shape {outputs.shape[1:]}, got {shape}.")
-        failed = unusable(outputs)
+        failed = ~self.misfit.usable(outputs)
         if step == 0 and failed[0] and self.plain.strategy.errors_raise:
             raise EvaluationError(useless_start(points[0] * self.natural, outputs[0], self.names))
         if failed.all():  # and perhaps without a shape

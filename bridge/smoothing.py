@@ -397,6 +397,7 @@ def smooth(
     failures: str = "raise",
     penalty: float | None = None,
     min_ok: float = 0.5,
+    missing: str = "raise",
     retries: int = 0,
     isolate: str | None = None,
     timeout_s: float | None = None,
@@ -442,6 +443,11 @@ def smooth(
             stands in the place of each number of their outputs. The latter two need memory for all outputs.
         penalty: for failures="penalty".
         min_ok: with drop or penalty: an error on every rank where a smaller share of an evaluation's runs succeeds.
+        missing: "raise": an output with NaN is a failed run. "ignore": NaN, and masked numbers of a `numpy.ma` output,
+            are numbers that the simulator did not get to. Value and derivatives of each number are then those of the
+            runs that have it, with weights of their own: biased, unless lacking it is independent of the perturbation.
+            A number that fewer than `min_ok` of the runs have is NaN in the value and has no part in gradients. An
+            output without any number, or with an infinite one, stays a failed run. Needs memory for all outputs.
         retries: further attempts at a run that raises or takes too long, with the same inputs and seed.
         isolate: "process" runs the simulator in a child process of each rank: one that crashes (a segmentation fault,
             `exit`) or hangs is then a failed evaluation like any other. Costs about 0.4 ms a run, and the outputs'
@@ -490,6 +496,7 @@ def smooth(
         failures=failures,
         penalty=penalty,
         min_ok=min_ok,
+        missing=missing,
         leaf_size=leaf_size,
     )
     wrapped = as_simulator(simulator)
