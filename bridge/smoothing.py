@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import signature
+from os import PathLike
+from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import cloudpickle
@@ -41,6 +44,7 @@ from bridge.simulator import (
     computes_row_by_row,
     makes_memory,
     simulator_name,
+    unwatched,
 )
 from bridge.store import Store
 from bridge.streaming import as_rows
@@ -402,6 +406,7 @@ def smooth(
     isolate: str | None = None,
     timeout_s: float | None = None,
     workers: int | None = None,
+    own_directory: bool | str | PathLike[str] = False,
     ranks_per_evaluation: int = 1,
     schedule: str = "auto",
     store: Store | None = None,
@@ -454,6 +459,9 @@ def smooth(
             way through a pipe.
         timeout_s: seconds that one run may take, with isolate="process" or workers; a run that takes longer is killed.
         workers: child processes of each rank, which evaluate at the same time: a pool that needs no MPI.
+        own_directory: gives each of these processes a fresh working directory of its own, removed when it ends: for
+            simulators that write files of fixed names. True for one in the system's temporary directory, or a folder.
+            Files that are read then need absolute paths.
         ranks_per_evaluation: ranks that evaluate one row together, for a simulator that is itself an MPI program (see
             `as_simulator(..., parallel=True)`); it divides the number of ranks.
         schedule: "static" gives each rank an even share of the rows, "dynamic" lets idle ranks take rows off busy ones,
@@ -515,17 +523,26 @@ def smooth(
         raise InputError("Expected ranks_per_evaluation without isolate and workers: the ranks run the simulator.")
     if isolate not in (None, "process"):
         raise InputError(f"Unknown isolate={isolate!r}. Known: process, or None.")
+    if own_directory is not False and isolate is None and workers is None:
+        raise InputError(
+            "Expected isolate='process' or workers with own_directory: this process's own directory is not changed."
+        )
     if timeout_s is not None and isolate is None and workers is None:
         raise InputError(
             "Expected isolate='process' or workers with timeout_s: a run inside this process cannot be ended."
         )
+    if dispatcher.rank > 0:  # one rank tells enough
+        unwatched(wrapped)
+    place = (
+        None if own_directory is False else Path(gettempdir() if own_directory is True else own_directory).absolute()
+    )
     stand_in = None
     if surrogate is not None:
         cheap = as_simulator(surrogate)
         stand_in = make_surrogate(cheap, wrapped, strategy, surrogate_samples, surrogate_weight)
-        stand_in = replace(stand_in, simulator=_placed(cheap, dispatcher, isolate, workers, timeout_s))
+        stand_in = replace(stand_in, simulator=_placed(cheap, dispatcher, isolate, workers, timeout_s, place))
     scale = _by_name(scale, wrapped)
-    wrapped = _placed(wrapped, dispatcher, isolate, workers, timeout_s)
+    wrapped = _placed(wrapped, dispatcher, isolate, workers, timeout_s, place)
     if wrapped.space is not None:
         _validate_scale(scale, wrapped.space, strategy)
     if not keep_megabytes >= 0:
@@ -545,7 +562,12 @@ def smooth(
 
 
 def _placed(
-    simulator: Simulator, dispatcher: Dispatcher, isolate: str | None, workers: int | None, timeout_s: float | None
+    simulator: Simulator,
+    dispatcher: Dispatcher,
+    isolate: str | None,
+    workers: int | None,
+    timeout_s: float | None,
+    directory: Path | None,
 ) -> Simulator:
     """The simulator where it is to run: in this process, in others, or over several ranks."""
     if dispatcher.group is not None:
@@ -556,8 +578,8 @@ def _placed(
             )
         return simulator.bound(dispatcher.group)
     if workers is not None:
-        return SimulatorPool(simulator, workers, timeout_s)
-    return simulator if isolate is None else IsolatedSimulator(simulator, timeout_s)
+        return SimulatorPool(simulator, workers, timeout_s, directory)
+    return simulator if isolate is None else IsolatedSimulator(simulator, timeout_s, directory)
 
 
 def _by_name(scale: ScaleLike, simulator: Simulator) -> ScaleLike:
