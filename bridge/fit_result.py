@@ -96,8 +96,8 @@ class FitResult:
         loss: final value: of the smoothed output at the last scale, 1/2 mean, or with method="kriging" of the model at
             the end, 1/2 sum.
         stop_reason: "converged", "standard_error" (they are as small as was asked), "max_steps", "max_runs",
-            "max_time", "interrupted", "numerics" (the method's own arithmetic failed; these are the best so far), or
-            "no_better" (than the start).
+            "max_time", "interrupted", "numerics" (the method's own arithmetic failed; these are the best so far),
+            "failures" (hardly a run is of any use where it was going) or "no_better" (than the start).
         history: one `FitStep` a step.
         num_evaluations: simulator runs, all ranks together, those of the surrogate apart (`num_surrogate`).
         num_cached: of these, found in a store instead of run anew: what was finished before an interruption, or is in a
