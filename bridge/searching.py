@@ -204,8 +204,8 @@ class Searching:
         failed = int(search.failed.sum())
         if failed and self.plain.strategy.errors_raise:
             said.append(
-                f"{failed} of {len(search.rows)} runs gave NaN, infinite or enormous outputs and were taken for bad ones. "
-                "If the best run is near to them, bound the parameters to where the simulator works."
+                f"{failed} of {len(search.rows)} runs gave NaN, infinite or enormous outputs and were taken for bad "
+                "ones. If the best run is near to them, bound the parameters to where the simulator works."
             )
         if not search.whole:
             said.append(
