@@ -31,8 +31,8 @@ Array = NDArray[np.float64]
 FAILED = 1e300
 # The share of the steps in which the worse half of several starts is dropped again and again.
 _RACE = 0.5
-# How often in turn half of a step is taken back.
-_RETREATS = 6
+# How often in turn half of a step is taken back; the share of runs with which a step is still one.
+_RETREATS, _LEAST_LEFT = 6, 0.1
 # Steps of less than this part of the errors asked for are small against them.
 SMALL_STEP = 0.25
 
@@ -233,7 +233,8 @@ class Descent:
         news = False
         for smoothed in (self.smoothed, *self.others):
             if smoothed.strategy.failures == "raise":
-                smoothed.strategy = replace(smoothed.strategy, failures="drop", errors_raise=True)
+                kept = min(smoothed.strategy.min_ok, _LEAST_LEFT)
+                smoothed.strategy = replace(smoothed.strategy, failures="drop", errors_raise=True, min_ok=kept)
                 news = True
         self.tolerant = self.tolerant or news
         return news

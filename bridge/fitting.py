@@ -496,7 +496,7 @@ def _described(
         "halving": s.halving, "target": _digest(misfit.target), "max_runs": s.max_runs, "restarts": s.restarts,
         "prior": [prior.information.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
         "variance": _digest(misfit.variance), "whiten": _digest(_whitened(misfit.whiten, probe)), "coarse": stages,
-        "stop_at_error": s.stop_at_error, "smoothing": _words(smoothing),
+        "stop_at_error": s.stop_at_error, "smoothing": _words(smoothing), "natural_scale": problem.natural.tolist(),
         **chosen.described,
     }  # fmt: skip
 

@@ -404,11 +404,11 @@ class TrustRegion:
 
     @property
     def next_runs(self) -> int:
-        return 2 if self.search.noise > 0 else 1
+        return 2  # where runs are noisy, the output of the best may have to be had again
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
         search = self.search
-        left = self.budget - num_evaluations - (1 if step else 0)
+        left = self.budget - num_evaluations - 1
         search.points = points = search.points[: max(1, left)]
         outputs = plain_outputs(self.plain, points * self.natural, step)
         shape = tuple(self.misfit.target.shape)

@@ -530,7 +530,7 @@ def test_a_fit_stops_where_the_standard_errors_are_those_asked_for(method):
         ({"robust": "tukey", "variance": 1.0}, "Known: huber, cauchy, soft-l1"),
         ({"robust": ("huber", -1.0), "variance": 1.0}, "positive width"),
         ({"robust": "huber", "variance": 1.0, "loss": lambda y, t: y.sum()}, "loss of your own"),
-        ({"loss": lambda y, t: y.sum(), "method": "kriging"}, "adam, torch or natural"),
+        ({"loss": lambda y, t: y.sum(), "method": "kriging"}, "trust-region, adam, torch or natural"),
         ({"loss": lambda y, t: y.sum(), "stop_at_error": 0.1}, "least squares with stop_at_error"),
         ({"method": "natural", "stop_at_error": 0.1}, "stop_at_error with method kriging or gauss-newton"),
         ({"method": "natural", "distribution": "cauchy"}, "Gaussian noise"),
@@ -572,6 +572,20 @@ COMBINED = [
         "prior": {"a": (2.0, 0.5)}, "fixed": ["b"], "stop_at_error": 1e-3, "steps": 10,
     },
 ]  # fmt: skip
+
+
+LOSS = {"loss": lambda y, t: ((y - t) ** 2).mean(), "prior": {"b": (0.5, 3.0)}, "num_starts": 3, "max_runs": 60}
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_a_fit_by_a_trust_region_killed_between_two_steps_ends_bitwise_the_same(tmp_path, at):
+    def fit(directory, **more):
+        return bridge.fit(named(decay), SPIKED, START, seed=0, directory=directory, **LOSS, **more)
+
+    whole, resumed = killed_and_resumed(fit, tmp_path, at)
+    assert resumed.history == whole.history
+    assert resumed.output.tobytes() == whole.output.tobytes()
+    assert (whole.method, whole.num_evaluations <= 60) == ("trust-region", True)
 
 
 @pytest.mark.parametrize("settings", COMBINED, ids=["kriging", "natural", "torch", "adam", "gauss-newton"])
