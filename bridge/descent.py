@@ -360,11 +360,14 @@ class Descent:
     def _noise(self, one: NDArray[Any], other: NDArray[Any]) -> float:
         """Variance of one run over that of the target, averaged over outputs, of two runs at the same place."""
         apart = self.misfit.residuals_of(np.stack([one, other]))
-        return float(np.mean((apart[0] - apart[1]) ** 2) / 2) if np.isfinite(apart).all() else 0.0
+        squares = (apart[0] - apart[1]) ** 2
+        if self.misfit.partial:
+            squares = squares[~np.isnan(squares)]
+        return float(np.mean(squares) / 2) if squares.size and np.isfinite(squares).all() else 0.0
 
     def _worse(self, loss: float, outputs: NDArray[Any], ends: Array) -> str:
         """What to say of an end that is worse than the start, by the smoothed outputs and by the simulator's own."""
-        if not np.isfinite(outputs).all():
+        if not self.misfit.usable(outputs).all():
             return ""
         at_end, at_start = (self.misfit.value(torch.as_tensor(y), z) for y, z in zip(outputs, ends, strict=True))
         if not (at_end > at_start and loss > self.first_loss):

@@ -15,25 +15,22 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.kriging import Kriging, default_kernel
+from bridge.kriging import Kriging
 
 Array = NDArray[np.float64]
 
 
-def completed(
-    rows: Array, residuals: Array, failed: NDArray[np.bool_], kernel: Array, unit: Array
-) -> tuple[Array, Array]:
+def completed(rows: Array, residuals: Array, failed: NDArray[np.bool_], kernel: Array) -> tuple[Array, Array]:
     """Residuals without NaN, and what is to be added to the squared norm of each.
 
     Args:
         rows: (n, d). residuals: (n, m), NaN where a run lacks a number. failed: (n,) runs that have none at all.
-        kernel: as `Kriging` has it; empty where nothing is known of it yet. unit: (d,) of its lengths.
+        kernel: as `Kriging` has it.
     """
     lacking = np.isnan(residuals) & ~failed[:, None]
     more = np.zeros(len(rows))
     if not lacking.any():
         return residuals, more
-    kernel = kernel if kernel.size else default_kernel(unit)
     whole = np.where(lacking, 0.0, residuals)
     patterns, of_output = np.unique(lacking, axis=1, return_inverse=True)
     for g, lacks in enumerate(patterns.T):

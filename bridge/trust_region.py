@@ -37,7 +37,7 @@ from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.fit_result import End, FitStep
 from bridge.misfit import Misfit
 from bridge.smoothing import SmoothedSimulator
-from bridge.soundness import HUGE, unusable
+from bridge.soundness import HUGE
 
 Array = NDArray[np.float64]
 
@@ -413,7 +413,7 @@ class TrustRegion:
         shape = tuple(self.misfit.target.shape)
         if step == 0 and outputs.shape[1:] != shape:
             raise InputError(f"Expected a target of shape {outputs.shape[1:]}, got {shape}.")
-        failed = unusable(outputs)
+        failed = ~self.misfit.usable(outputs)
         losses = np.array([np.inf if f else self._loss(y, z) for f, y, z in zip(failed, outputs, points, strict=True)])
         if step == 0:
             if not np.isfinite(losses[0]) and self.plain.strategy.errors_raise:

@@ -146,10 +146,11 @@ def of_descent(
         known: whether the target's variance is; else the mean squared residual takes its place.
         step_noise: see `Normal.told`.
     """
-    normal = normal_of([misfit.jacobian(J, natural).numpy() for J in jacobians])
-    precision = misfit.prior.information
-    told = normal.told(step_noise)
     r = misfit.residual(output).numpy()
+    there = ~np.isnan(r)
+    normal = normal_of([misfit.jacobian(J, natural).numpy()[there] for J in jacobians])
+    precision = misfit.prior.information
+    told, r = normal.told(step_noise), r[there]
     if misfit.robust is not None:
         covariance = of_robust(told, normal.mean, r, misfit.robust, precision)
     else:
@@ -179,8 +180,10 @@ def of_search(search: Search, misfit: Misfit, known: bool) -> Array:
     """
     loss, z = search.overall
     robust, precision = misfit.robust, misfit.prior.information
-    model = search.model(z, weighted=False)
-    m, d = search.residuals.shape[1], len(z)
+    model, residuals, residual = search.model_there(z)
+    m, d = len(residual), len(z)
+    if m < search.residuals.shape[1]:
+        loss = misfit.cost(residual) + misfit.prior(z)[0]
     weights = model.at(z)[0]
     noise = model.noise / m
     sigma2 = 1.0 if known else max(2 * loss / max(m - d, 1) - noise, 0.0)
@@ -192,8 +195,8 @@ def of_search(search: Search, misfit: Misfit, known: bool) -> Array:
         if robust is None:
             covariance = of_least_squares(normal, variance, precision)
         else:
-            J = search.residuals[search.rows_of_model(z)[1]].T @ model.differences(z, width)
-            covariance = of_robust(normal, J, search.residual_at(z), robust, precision)
+            J = residuals.T @ model.differences(z, width)
+            covariance = of_robust(normal, J, residual, robust, precision)
         width = np.clip(np.sqrt(np.diag(covariance)), 1e-4, 1.0)
     return covariance
 
