@@ -73,7 +73,10 @@ class Watch:
         if alone and self._first is None:
             self._first = first
             return known
-        # The rows of a call that knows all of them might also depend on each other: its own first one is run by itself.
+        if vectorized and not alone:
+            # Its rows might also depend on each other: as many of the first one alone. As many, for a batched product
+            # of another size may differ in its last digits.
+            first = np.repeat(inputs[:1], len(inputs), axis=0), np.repeat(seeds[:1], len(seeds)), known[0]
         said = _repeated(call, *(first if self._first is None or (vectorized and not alone) else self._first))
         _restore(after)
         self.done = bool(said) or not (alone and vectorized)
