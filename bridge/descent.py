@@ -423,7 +423,8 @@ def useless_start(theta: Array, output: Array, names: Sequence[str]) -> str:
     values = ", ".join(f"{name} = {value:.6g}" for name, value in zip(names, theta, strict=True))
     return (
         f"Expected finite outputs at the start ({values}), got NaN, infinite numbers or such as are larger than "
-        f"{HUGE:g}: a fit has nothing to compare with. Where outputs lack numbers, pass missing='ignore'. Run the simulator there by itself, and start where it works."
+        f"{HUGE:g}: a fit has nothing to compare with. Run the simulator there by itself, and start where it works; "
+        "where outputs only lack some numbers (NaN), pass missing='ignore'."
     )
 
 

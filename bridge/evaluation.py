@@ -459,8 +459,8 @@ class Evaluation:
         return [like.clone() if whole is None else whole for whole in results]
 
     def _group_products(self, p: int, v: torch.Tensor) -> list[tuple[Group, Array]]:
-        """<v, F_i> of all rows over the outputs of each group that has weights, (num_rows,), or over each block of them,
-        (num_rows, blocks). Collective."""
+        """<v, F_i> of all rows over the outputs of each group that has weights, (num_rows,), or, where there is block
+        structure, over each block of them, (num_rows, blocks). Collective."""
         groups = self._groups[p]
         structure = None if self.structure is None else torch.as_tensor(self.structure.outputs(self.output_shape))
         if groups[0].columns is None:

@@ -115,7 +115,7 @@ def checked_noise(
     if not bool(counts.any()):
         raise InputError(
             "Expected a number that is compared, got none: whiten= makes 0 of all outputs, or mixes masked numbers "
-            "into every one of its results. Leave whiten= out, give variance= as a covariance, or whiten and mask locally."
+            "into every one of its results. Leave whiten= out, give variance= as a covariance, or whiten locally."
         )
     return tensor, whiten, None if bool(counts.all()) else counts
 

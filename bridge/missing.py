@@ -1,13 +1,13 @@
 """What stands, in a model of all runs, for numbers that some of their outputs lack.
 
 Each output o is a constant plus a Gaussian process with the kernel that all outputs share (see `bridge.kriging`), so
-that what a run lacks is predicted from the runs that have it, for all outputs together that the same runs have. Scaling
-the Gram matrix to what two runs have in common would be cheaper, but that is no Gram matrix of anything any more: it has
-negative eigenvalues, and a run would look better for lacking what it explains worst.
+that what a run lacks is predicted from the runs that have it, for all outputs together that the same runs have.
+Scaling the Gram matrix to what two runs have in common would be cheaper, but that is no Gram matrix of anything any
+more: it has negative eigenvalues, and a run would look better for lacking what it explains worst.
 
-A prediction knows the target's own noise, which is the same in all residuals, but it may be too good where a run is far
-from those that have the number. So the squares that stand for what a run lacks are, on average, at least those of what it
-has.
+A prediction knows the target's own noise, which is the same in all residuals, but it may be too good where a run is
+far from those that have the number. So the squares that stand for what a run lacks are, on average, at least those of
+what it has.
 """
 
 from __future__ import annotations

@@ -411,7 +411,11 @@ class Runner:
         if self._strategy.failures != "raise":
             first = out.problem * self._strategy.num_rows + out.start
             for i in torch.nonzero(bad).flatten().tolist():
-                self.failures.setdefault(first + i, Failure("non-finite", f"{self._name_row(out, i)}: NaN or infinite"))
+                why = f"{self._name_row(out, i)}: NaN or infinite"
+                nan = torch.isnan(F[i])
+                if self._strategy.missing == "raise" and bool(nan.any()) and not bool(nan.all()):
+                    why += " (missing='ignore' takes single NaN for numbers that an output lacks)"
+                self.failures.setdefault(first + i, Failure("non-finite", why))
             # A weight of zero does not undo a NaN.
             F[bad] = self.filling
             return
@@ -421,8 +425,8 @@ class Runner:
             f"Expected finite outputs from simulator {self.name!r}, got "
             f"{int((~(F[row].abs() < largest)).sum())} of {F.shape[1]} numbers {what} in row {out.start + row} "
             f"({self._name_row(out, row)}) on {socket.gethostname()}. Bound the parameters to where the simulator "
-            'works; if NaN are numbers that it did not get to, pass missing="ignore"; if failing has nothing to do with '
-            'the parameters, drop such rows with failures="drop".'
+            'works; if NaN are numbers that it did not get to, pass missing="ignore"; if failing has nothing to do '
+            'with the parameters, drop such rows with failures="drop".'
         )
 
     def _name_row(self, out: Outputs, row: int) -> str:
