@@ -444,7 +444,7 @@ def plain_outputs(plain: SmoothedSimulator, thetas: Array, step: int) -> Array:
         value = plain.estimate(torch.as_tensor(thetas), step).value
     except EvaluationError:
         # Where every single run fails there is no output at all, and no shape of one.
-        if plain.strategy.failures == "raise" or step == 0:
+        if plain.strategy.failures == "raise" or plain.strategy.errors_raise or step == 0:
             raise
         return np.full((len(thetas), 1), np.nan)
     outputs = value.to("cpu", torch.float64).numpy().copy()
