@@ -290,32 +290,21 @@ class Descent:
 
         Of the best start once more, by runs of its own: two Jacobians tell how large their noise is.
         """
-        final: Estimate | None
-        try:
-            final = self._final(self._x)
-        except NonFiniteError:
-            if not self._tolerate():
-                raise
-            final = None
-        except EvaluationError:
-            if not self.tolerant:
-                raise
-            final = None
-        if final is None:
-            self._ask_for(0.0)
-            final = self._final(self._x)
-        losses = np.array([self.misfit.value(y, z) for y, z in zip(final.value, self._x, strict=True)])
+        final = self._last_look()
+        losses = np.full(len(self._x), self.last_loss)
+        if final is not None:
+            losses = np.array([self.misfit.value(y, z) for y, z in zip(final.value, self._x, strict=True)])
         best = int(np.argmin(losses))
         said: list[str] = []
-        covariance, unclear, runs = None, None, final.num_evaluations
-        if self.misfit.loss is None:
+        covariance, unclear, runs = None, None, self._rows() if final is None else final.num_evaluations
+        if self.misfit.loss is None and final is not None:
             value, jacobians = final.value[best], final.of_replicates()[1][:, best]
-            if self._repeated:
-                again = self._final(self._x[best], replicate=1)
+            again = self._once_more(best) if self._repeated else None
+            if again is not None:
                 runs += again.num_evaluations
                 value = (value + again.value) / 2
                 jacobians = torch.cat([jacobians, again.of_replicates()[1]])
-            step_noise = (2.0 if self._repeated else 1.0) if self.newton else 0.0
+            step_noise = (1.0 if again is None else 2.0) if self.newton else 0.0
             told: tuple[Array | None, NDArray[np.bool_] | None] = None, None
             try:
                 with np.errstate(all="ignore"):
@@ -364,6 +353,32 @@ class Descent:
         if self.misfit.partial:
             squares = squares[~np.isnan(squares)]
         return float(np.mean(squares) / 2) if squares.size and np.isfinite(squares).all() else 0.0
+
+    def _last_look(self) -> Estimate | None:
+        """The smoothed outputs where the starts have come to, or where a fair share of the runs was of use; or none."""
+        for _ in range(3):
+            try:
+                return self._final(self._x)
+            except NonFiniteError:
+                if not self._tolerate():
+                    raise
+            except EvaluationError:
+                if not self.tolerant:
+                    raise
+                if np.array_equal(self._x, self.safe):
+                    return None
+                self._x = self.safe
+        return None
+
+    def _once_more(self, best: int) -> Estimate | None:
+        try:
+            return self._final(self._x[best], replicate=1)
+        except NonFiniteError:
+            return None
+        except EvaluationError:
+            if not self.tolerant:
+                raise
+            return None
 
     def _worse(self, loss: float, outputs: NDArray[Any], ends: Array) -> str:
         """What to say of an end that is worse than the start, by the smoothed outputs and by the simulator's own."""
