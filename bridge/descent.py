@@ -216,26 +216,27 @@ class Descent:
         final = self._final(self._x)
         losses = np.array([self.misfit.value(y, z) for y, z in zip(final.value, self._x, strict=True)])
         best = int(np.argmin(losses))
-        covariance, unclear, runs = None, None, final.num_evaluations
-        if self.misfit.loss is None:
-            value, jacobians = final.value[best], final.of_replicates()[1][:, best]
-            if self._repeated:
-                again = self._final(self._x[best], replicate=1)
-                runs += again.num_evaluations
-                value = (value + again.value) / 2
-                jacobians = torch.cat([jacobians, again.of_replicates()[1]])
-            step_noise = (2.0 if self._repeated else 1.0) if self.newton else 0.0
-            told = of_descent(self.misfit, jacobians, value, self.natural, self.known_noise, step_noise)
-            covariance, unclear = self.smoothed.dispatcher.thinking.broadcast_object(told)
+        stated, runs = None, final.num_evaluations
         ends = np.stack([self._x[best], self.starts[self.active[best]]])
+        values, jacobians = (of[:, best] for of in final.of_replicates()) if self.misfit.loss is None else (None, None)
+        if values is not None and self._repeated:
+            again = self._final(self._x[best], replicate=1)
+            runs += again.num_evaluations
+            values, jacobians = (torch.cat(pair) for pair in zip((values, jacobians), again.of_replicates(), strict=True))
         outputs, more = last_outputs(self.smoothed, ends * self.natural, step, tuple(self.misfit.target.shape))
+        if values is not None:
+            step_noise = (2.0 if self._repeated else 1.0) if self.newton else 0.0
+            past = np.array([p[best] for p in [*self.past, self._x]])
+            told = of_descent(
+                self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past, outputs
+            )
+            stated = self.smoothed.dispatcher.thinking.broadcast_object(told)
         table = list(self.dropped)
         table += [(int(a), x, float(v), step) for a, x, v in zip(self.active, self._x, losses, strict=True)]
         return End(
-            *(ends[0], ends[1], float(losses[best]), covariance, outputs[0], outputs[1]),
+            *(ends[0], ends[1], float(losses[best]), stated, outputs[0], outputs[1]),
             num_evaluations=runs + more,
             num_failed=self.failed,
-            unclear=unclear,
             at_limit=self.at_limit,
             ends=tuple(FitEnd(self.starts[i], x, loss, steps) for i, x, loss, steps in sorted(table, key=_number)),
         )

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from bridge.errors import BridgeError, InputError
 from bridge.fit_problem import FitProblem, Start, make_problem
 from bridge.fit_result import End, FitEnd, FitResult, FitStep
+from bridge.identifiability import doubts
 from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
 from bridge.misfit import LinearMap, Loss
 from bridge.progress import Observer, Observers, make_observers
@@ -29,7 +30,7 @@ from bridge.runs import Run
 from bridge.search import MOST_ROWS
 from bridge.searching import Searching
 from bridge.simulator import Simulator, as_simulator, simulator_name
-from bridge.uncertainty import doubts, in_units
+from bridge.uncertainty import without
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -244,8 +245,9 @@ def fit(
             if run is not None:
                 run.set_aside()
         end = way.finish(len(history))
-        covariance = None if end.covariance is None else problem.covariance(end.covariance)
-        of_free = None if end.covariance is None else in_units(end.covariance, problem.natural)
+        stated = end.stated
+        at_bound = (end.x <= problem.lower) | (end.x >= problem.upper)
+        covariance = None if stated is None else problem.covariance(without(stated.covariance, at_bound))
         result = FitResult(
             space=problem.space,
             parameters=problem.whole(end.x),
@@ -261,7 +263,7 @@ def fit(
             covariance=covariance,
             warnings=(
                 *_unfinished(end, stop_reason),
-                *doubts(of_free, problem.free, end.x * problem.natural, end.unclear),
+                *doubts(stated, problem.free, end.x * problem.natural),
             ),
             num_reused=end.num_reused,
             num_cached=found + cost.cached,
@@ -270,6 +272,7 @@ def fit(
             method=method_,
             method_reason=reason,
             ends=problem.ends(end) if len(problem.starts) > 1 else (),
+            interval_dof=np.inf if stated is None else stated.dof,
         )
         observers.end(result)
     return result

@@ -211,6 +211,18 @@ class Misfit:
             H, g = (J * w[:, None]).T @ J, J.T @ (w * r)
         return H.numpy() + np.diag(self.prior.precision), g.numpy() + self.prior(z)[1]
 
+    def spread_of(self, deviation: Array) -> Array:
+        """(m,) variances of residuals of outputs with independent errors of such standard deviations, (*shape).
+
+        Exact without `whiten` and blur, else the mean over sixteen draws of signs.
+        """
+        scale = torch.as_tensor(deviation, dtype=torch.float64).reshape(self.target.shape)
+        if self.plain:
+            return np.asarray((scale**2 / self.variance).reshape(-1).numpy())
+        rng = np.random.Generator(np.random.Philox(key=2))
+        signs = rng.choice([-1.0, 1.0], size=(16, *self.target.shape))
+        return np.asarray(np.mean([self._mapped(scale * torch.as_tensor(x)).numpy() ** 2 for x in signs], axis=0).reshape(-1))
+
     def residuals_of(self, outputs: Array) -> Array:
         """(n, m) of outputs (n, *shape), not finite where they are not."""
         rows = torch.as_tensor(outputs, dtype=torch.float64)

@@ -95,10 +95,10 @@ class Seen:
         if self.known_noise is None:
             return None
         told = []
-        jacobians = estimate.of_replicates()[1]
+        values, jacobians = estimate.of_replicates()
         for i, (z, y) in enumerate(zip(x, estimate.value, strict=True)):
-            covariance, _ = of_descent(self.misfit, jacobians[:, i], y, self.natural, self.known_noise)
-            told.append((covariance, self.step(self.misfit, jacobians[:, i].mean(dim=0), y, z)))
+            stated = of_descent(self.misfit, values[:, i], jacobians[:, i], z, self.natural, self.known_noise)
+            told.append((stated.covariance, self.step(self.misfit, jacobians[:, i].mean(dim=0), y, z)))
         return told
 
 

@@ -11,12 +11,16 @@ from numpy.typing import NDArray
 from bridge.descent import SMALL_STEP, plain_outputs
 from bridge.errors import BridgeError, InputError
 from bridge.fit_result import End, FitStep
+from bridge.lattice import Lattice
 from bridge.misfit import Misfit
 from bridge.search import Search
 from bridge.smoothing import SmoothedSimulator
-from bridge.uncertainty import of_search
+from bridge.uncertainty import Stated, of_search
 
 Array = NDArray[np.float64]
+
+# What every rank makes of the outputs itself.
+_EVERYWHERE = ("residuals", "lattice")
 
 
 @final
@@ -45,6 +49,7 @@ class Searching:
         self.budget, self.known_noise, self.starts, self.asked = budget, known_noise, starts, asked
         self.precise = 0
         self.error: Array | None = None
+        self.lattice = Lattice()
         self._add_starts()
 
     @property
@@ -76,6 +81,7 @@ class Searching:
         if failed.all():  # and perhaps without a shape
             outputs = np.full((len(points), *shape), np.nan)
         residuals = self.misfit.residuals_of(outputs)
+        self.lattice.add(outputs)
 
         def told() -> None:
             search.told(residuals, failed)
@@ -104,6 +110,7 @@ class Searching:
     def begin_with(self, parameters: Array, outputs: Array) -> None:
         """Takes earlier runs at (n, d) parameters, with outputs (n, m), into the model. Collective."""
         rows, residuals = parameters / self.natural, self._residuals(outputs)
+        self.lattice.add(outputs)
 
         def begin() -> None:
             self.search.begin_with(rows, residuals)
@@ -132,33 +139,36 @@ class Searching:
                 change()
             except BridgeError as problem:
                 error = problem
-            saved = {name: value for name, value in self.to_dict().items() if name != "residuals"}
+            saved = {name: value for name, value in self.to_dict().items() if name not in _EVERYWHERE}
         dispatcher.agree(error)
         saved = dispatcher.broadcast_object(saved)
         if dispatcher.rank != 0 and saved is not None:
-            self.restore({**saved, "residuals": residuals()})
+            self.restore({**saved, "residuals": residuals(), "lattice": self.lattice.to_dict()})
 
     def _judge(self) -> None:
         """Whether the standard errors are those asked for, and what is expected of the next round small beside them."""
         if self.asked is None or not self.search.kernel.size:
             return
-        self.error = np.sqrt(np.diag(of_search(self.search, self.misfit, self.known_noise)))
+        self.error = np.sqrt(np.diag(self._stated().covariance))
         current = np.array_equal(self.search.overall[1], self.search.best)
         small = (np.abs(self.search.step) <= SMALL_STEP * self.asked).all() and not self.search.at_edge
         self.precise = self.precise + 1 if current and small and (self.error <= self.asked).all() else 0
 
     def finish(self, step: int) -> End:
         loss, best = self.search.overall
-        covariance = None
+        stated = None
         if len(self.search.rows):
-            covariance = self.plain.dispatcher.thinking.broadcast(of_search(self.search, self.misfit, self.known_noise))
+            stated = self.plain.dispatcher.thinking.broadcast_object(self._stated())
         outputs, runs = self.outputs_at(np.stack([best, self.search.start]), step)
         return End(
-            *(best, self.search.start, loss, covariance, outputs[0], outputs[1]),
+            *(best, self.search.start, loss, stated, outputs[0], outputs[1]),
             num_evaluations=runs,
             num_failed=int(self.search.failed.sum()),
             num_reused=self.search.reused,
         )
+
+    def _stated(self) -> Stated:
+        return of_search(self.search, self.misfit, self.known_noise, self.lattice)
 
     def outputs_at(self, points: Array, step: int) -> tuple[NDArray[Any], int]:
         """(k, *shape) outputs at points: of rows that have been run, else of a run more; and how many of these."""
@@ -174,8 +184,9 @@ class Searching:
         return np.stack(outputs), runs
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.search.to_dict(), "precise": self.precise, "error": self.error}
+        return {**self.search.to_dict(), "precise": self.precise, "error": self.error, "lattice": self.lattice.to_dict()}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         self.search.restore(saved)
         self.precise, self.error = saved["precise"], saved["error"]
+        self.lattice.restore(saved["lattice"])

@@ -1,4 +1,10 @@
-"""How well the parameters are known where a fit has ended, and what the target does not determine."""
+"""How well the parameters are known where a fit has ended.
+
+The estimate z solves (N + P) (z - z*) = J^T e in first order, N = J^T J of whitened residuals, so that its covariance is
+the sandwich (N + P)^-1 (J^T V J + P) (N + P)^-1, V the covariance of e: the target's noise, the noise of the
+simulator's own runs as far as it is left in the estimate, and what outputs are rounded by. Where the variance of the
+target is not given, or is too small for the residuals, V comes from these. Where they do not tell it, none is stated.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +16,29 @@ from typing import final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.signal import lfilter
+from scipy.special import chdtrc, chdtri, fdtrc, gammaln, stdtr
 
+from bridge.fit_result import Stated
+from bridge.lattice import Lattice
 from bridge.misfit import Misfit
 from bridge.robust import Robust
 from bridge.search import Search
-from bridge.simulator import ParameterSpace
 
 Array = NDArray[np.float64]
 
 # Standard deviations by which the information on a parameter is to exceed nothing: its error is then good to a sixth.
-_CLEAR = 3.0
+_CLEAR, _LOST = 3.0, 1.0
 _ALIKE = 0.25
+# Chance of a chi-square as large as that from which on it is a misfit, of an outlier, and of a step that is no noise.
+_MISFIT, _OUTLIER, _STEP = 0.01, 1e-3, 0.05
+# Of its standard error: how far a parameter may go without an output that is an outlier; how far the expected step may
+# be, which counts as an error of the fit, until none is stated.
+_INFLUENCE, _UNFINISHED = 0.5, 1.0
+# Correlation of neighbouring residuals that is too much to tell from so many how large errors are.
+_TOO_ALIKE = 0.6
+# Noise of an output beside the median one, and its share of a parameter, with which one sigma for all is wrong.
+_LOUD, _SHARE = 25.0, 0.3
 
 
 def of_least_squares(normal: Array, variance: float, precision: Array) -> Array:
@@ -134,32 +152,294 @@ def normal_of(jacobians: Sequence[Array]) -> Normal:
     return Normal(mean, mean.T @ mean, noise, min(pairs / alike, float(len(mean))))
 
 
-def of_descent(
-    misfit: Misfit, jacobians: torch.Tensor, output: torch.Tensor, natural: Array, known: bool, step_noise: float = 0.0
-) -> tuple[Array, NDArray[np.bool_]]:
-    """Covariance in natural units, and for which parameters it is no more than a lower bound.
+@final
+@dataclass(frozen=True)
+class Evidence:
+    """What errors are stated from, in whitened residuals and natural units.
 
-    These are those of which the target says too little beside the noise of the estimated Jacobian.
+    Attributes:
+        normal: the Jacobian J (m, d) and what is known of its noise. told: N, (d, d). r: (m,) residuals.
+        shape: of the outputs, whose neighbours may be alike.
+        left: (m,) or number, variance that the simulator's own noise leaves in the estimate of each output.
+        seen: the same of that noise in r.
+        rounding: (m,) 1/12 of the squares of the outputs' steps; rounded: (m,) whether the target is rounded too.
+        step: (d,) that is still expected; jitter: variance of its outputs that noise makes.
+        wander: (d, d) covariance of where a descent goes about its end.
+        bias: (m,) what smoothing adds to the outputs, and noise.
+    """
+
+    normal: Normal
+    told: Array
+    r: Array
+    shape: tuple[int, ...]
+    left: Array | float = 0.0
+    seen: Array | float = 0.0
+    rounding: Array | float = 0.0
+    rounded: NDArray[np.bool_] | bool = False
+    step: Array | None = None
+    jitter: float = 0.0
+    wander: Array | None = None
+    bias: Array | None = None
+
+    def stated(self, precision: Array, known: bool, robust: Robust | None) -> Stated:
+        """Errors, or none and why. known: whether the target's variance is, 1 in these units."""
+        J, r, d = self.normal.mean, self.r, len(self.told)
+        step = np.zeros(d) if self.step is None or not np.isfinite(self.step).all() else self.step
+        notes: list[str] = []
+        if robust is not None:
+            covariance, dof = of_robust(self.told, J, r, robust, precision), np.inf
+        else:
+            covariance, dof, notes = self._least_squares(J, r + J @ step, precision, known)
+        covariance, more = self._with_steps(covariance, step, precision)
+        unclear, lost = _unclear(self.normal, self.told, covariance, precision)
+        covariance[lost], covariance[:, lost] = np.nan, np.nan
+        size = float(np.sqrt(np.mean(r**2))) if len(r) else np.nan
+        signal, noise = np.diag(self.normal.naive), np.diag(self.normal.noise)
+        return Stated(covariance, dof, unclear, (*notes, *more), np.sqrt(signal), np.sqrt(noise), size)
+
+    def _least_squares(self, J: Array, r: Array, precision: Array, known: bool) -> tuple[Array, float, list[str]]:
+        d, none = len(self.told), np.full((len(self.told), len(self.told)), np.nan)
+        data = _data(J, r)
+        h = leverages(J, np.ones(len(r)), precision * (1.0 if known else 0.0))
+        dof = float(data.sum() - h.sum())
+        left, seen, rounding = (np.broadcast_to(x, len(r)) for x in (self.left, self.seen, self.rounding))
+        notes, misfit = [], False
+        if known:
+            V = 1.0 + rounding
+            chi2 = float((r**2 / (V + seen)).sum())
+            if dof > 0.5 and chdtrc(dof, chi2) < _MISFIT:
+                misfit = True
+                V = V * (chi2 / dof)
+                notes.append(
+                    f"The target is not explained to within its variance: chi-square {chi2:.4g} of {dof:.4g} degrees of "
+                    f"freedom. Standard errors are {np.sqrt(chi2 / dof):.3g} times as large for it. Look for what the "
+                    "simulator lacks, for another minimum (other starts, restarts=), or for a variance that is too small."
+                )
+            V = V + left
+        else:
+            if dof < 0.5:
+                return none, np.nan, [
+                    f"No standard error is stated: {int(data.sum())} outputs do not tell {d} parameters and the noise "
+                    "of the target. Give variance=, or more outputs."
+                ]  # fmt: skip
+            V = np.maximum(float((r**2).sum()) / dof - seen, 0.0) + left
+            V = np.maximum(V, self._rounded(J, r, rounding, h))
+        if not known or misfit:
+            why = self._one_output(J, r, h, dof, left if known else np.maximum(left, seen), precision)
+            rho = _alike(r / np.sqrt(np.maximum(V, 1e-300)), J, precision if known else 0 * precision, self.shape, dof)
+            if max(rho, default=0.0) > _TOO_ALIKE and not why:
+                why = (
+                    f"No standard error is stated: residuals of neighbouring outputs are alike (correlation "
+                    f"{max(rho):.2f}), so that something other than independent noise is left of the target. Give "
+                    "variance= as the covariance of its noise, or to the simulator what it lacks."
+                )
+            if why:
+                return none, dof, [*notes, why]
+        else:
+            rho = []
+        uniform = float(V.mean())
+        unit = 1.0 if known else max(uniform, 1e-300)
+        if np.ptp(V) <= 1e-12 * uniform and not any(rho) and not self.normal.noise.any() and (unit == uniform):
+            return of_least_squares(self.told, unit, precision), dof if not known or misfit else np.inf, notes
+        root = np.sqrt(V)[:, None] * J / unit
+        meat = root.T @ _correlated(root, rho, self.shape) + np.diag(precision)
+        bread = inverse(self.told / unit + np.diag(precision))
+        return _sandwich(bread, meat), dof if not known or misfit else np.inf, notes
+
+    def _rounded(self, J: Array, r: Array, rounding: Array, h: Array) -> Array:
+        """The least variance of outputs that have steps.
+
+        Where all residuals are 0, J (z - z*) is of a density prod (1 - |J_o dz| / step_o), whose second moment is that
+        of exp(-sum |J_o dz| / step_o), with the sum taken over all directions alike.
+        """
+        if not rounding.any():
+            return rounding
+        stepped = rounding > 0
+        floor = np.where(self.rounded, 2.0, 1.0) * rounding
+        if (np.abs(r[stepped]) < 1e-3 * np.sqrt(12 * rounding[stepped])).all():
+            d = J.shape[1]
+            sphere = np.exp(gammaln(d / 2) - gammaln((d + 1) / 2)) / np.sqrt(np.pi)
+            c = sphere * float(np.sqrt(np.clip(h[stepped], 0, 1)).sum())
+            floor = np.where(stepped, rounding * 12 * (d + 1) / max(c, 1e-3) ** 2, floor)
+        return floor
+
+    def _one_output(self, J: Array, r: Array, h: Array, dof: float, noise: Array, precision: Array) -> str:
+        """Why one sigma for all outputs is wrong, where a single one decides and is far noisier than the others."""
+        if dof < 2:
+            return ""
+        h = np.clip(h, 0, 1 - 1e-12)
+        covariance = inverse(J.T @ J)
+        open_ = ~np.isfinite(np.diag(covariance))
+        covariance[open_, open_] = 0
+        loo = r / (1 - h)
+        rest = np.maximum((float(r @ r) - r * loo) / (dof - 1), 1e-300)
+        t = np.abs(r) / np.sqrt(rest * (1 - h))
+        k = int(np.argmax(t))
+        moves = np.abs(covariance @ J[k] * loo[k])
+        error = np.sqrt(np.maximum(np.diag(covariance), 1e-300) * float(r @ r) / dof)
+        outlier = 2 * len(r) * stdtr(dof - 1, -float(t[k])) < _OUTLIER and (moves > _INFLUENCE * error).any()
+        if not outlier:
+            k = int(np.argmax(noise))
+            if not (noise[k] > _LOUD * np.median(noise) and noise[k] > 0.01 * rest[k] and h[k] > _SHARE):
+                return ""
+        where = np.unravel_index(k, self.shape) if np.prod(self.shape) == len(r) else (k,)
+        name = ", ".join(str(int(i)) for i in where)
+        return (
+            f"No standard error is stated: output [{name}] is far noisier than the others, and outweighs them. Give "
+            "variance= for each output, or leave that one out."
+        )
+
+    def _with_steps(self, covariance: Array, step: Array, precision: Array) -> tuple[Array, list[str]]:
+        """With what the fit itself is still away from the minimum, or none where that is more."""
+        d = len(step)
+        metric = self.told + np.diag(precision)
+        for s, noise in ((step, self.jitter * chdtri(d, _STEP)), (*self._bias_step(precision),)):
+            length = float(s @ metric @ s)
+            if length <= noise or not np.isfinite(length):
+                continue
+            error = np.sqrt(np.maximum(np.diag(covariance), 0))
+            part = 1 - noise / length
+            with np.errstate(invalid="ignore"):
+                far = np.abs(s) * np.sqrt(part) > _UNFINISHED * error
+            covariance = covariance + part * np.outer(s, s)
+            if far.any():
+                by = np.max(np.abs(s[far]) / np.maximum(error[far], 1e-300))
+                return np.full_like(covariance, np.nan), [
+                    f"No standard error is stated: the fit has not converged, and parameters would still move by "
+                    f"{by:.2g} of what are standard errors at a minimum. Allow more steps or runs (steps=, max_runs=), "
+                    "a smaller last scale (scale=), or begin from here."
+                ]  # fmt: skip
+        if self.wander is not None:
+            covariance = covariance + self.wander
+        return covariance, []
+
+    def _bias_step(self, precision: Array) -> tuple[Array, float]:
+        """The step by what smoothing adds to the outputs, and how long it is by noise alone."""
+        d = len(self.told)
+        if self.bias is None or not np.isfinite(self.bias).all() or len(self.r) <= d:
+            return np.zeros(d), 0.0
+        J = self.normal.mean
+        covariance = inverse(J.T @ J + np.diag(precision))
+        open_ = np.isinf(np.diag(covariance))
+        covariance[open_, open_] = 0
+        s = covariance @ (J.T @ self.bias)
+        rest = self.bias - J @ s
+        n = max(len(rest) - d, 1)
+        within, noise = float(s @ J.T @ J @ s), float(rest @ rest) / n
+        if within <= 0 or fdtrc(d, n, within / d / max(noise, 1e-300)) > _STEP:
+            return np.zeros(d), 0.0
+        return s, d * noise
+
+
+def _data(J: Array, r: Array) -> NDArray[np.bool_]:
+    """(m,) which numbers are data: not those that are 0 in all runs and in the target."""
+    size, least = np.abs(J).max(axis=1, initial=0.0), 1e-12
+    return np.asarray((size > least * size.max(initial=0.0)) | (np.abs(r) > least * np.abs(r).max(initial=0.0)))
+
+
+def _alike(r: Array, J: Array, precision: Array, shape: tuple[int, ...], dof: float) -> list[float]:
+    """Correlation of neighbouring residuals along each axis, that which fitting makes taken off; no less than 0."""
+    shape = shape if np.prod(shape) == len(r) else (len(r),)
+    covariance = inverse(J.T @ J + np.diag(precision))
+    open_ = np.isinf(np.diag(covariance))
+    covariance[open_, open_] = 0
+    variance = float(r @ r) / max(dof, 1e-300)
+    grid, slopes = r.reshape(shape), J.reshape((*shape, J.shape[1]))
+    found = []
+    for axis, n in enumerate(shape):
+        if n < 4 or variance <= 0:
+            found.append(0.0)
+            continue
+        a, b = (np.moveaxis(grid, axis, 0)[cut] for cut in (slice(None, -1), slice(1, None)))
+        before, after = (np.moveaxis(slopes, axis, 0)[cut] for cut in (slice(None, -1), slice(1, None)))
+        fitted = float(((before @ covariance) * after).sum())
+        found.append(max(0.0, (float((a * b).sum()) / variance + fitted) / a.size))
+    return found
+
+
+def _correlated(columns: Array, rho: Sequence[float], shape: tuple[int, ...]) -> Array:
+    """R x for columns x (m, k), R_ij = prod over axes of rho^|i - j|."""
+    if not any(rho):
+        return columns
+    shape = shape if np.prod(shape) == len(columns) else (len(columns),)
+    x = columns.reshape((*shape, columns.shape[1]))
+    for axis, part in enumerate(rho):
+        if part > 0:
+            part = min(part, 0.99)
+            ahead = lfilter([1.0], [1.0, -part], x, axis=axis)
+            back = np.flip(lfilter([1.0], [1.0, -part], np.flip(x, axis), axis=axis), axis)
+            x = ahead + back - x
+    return np.asarray(x.reshape(columns.shape))
+
+
+def _sandwich(bread: Array, meat: Array) -> Array:
+    open_ = np.isinf(np.diag(bread))
+    bread = bread.copy()
+    bread[open_, open_] = 0
+    result = bread @ meat @ bread
+    result[open_, open_] = np.inf
+    return np.asarray(result)
+
+
+def of_descent(
+    misfit: Misfit,
+    values: torch.Tensor,
+    jacobians: torch.Tensor,
+    z: Array,
+    natural: Array,
+    known: bool,
+    step_noise: float = 0.0,
+    past: Array | None = None,
+    outputs: Sequence[NDArray[np.float64]] = (),
+) -> Stated:
+    """Errors at z, in natural units.
 
     Args:
-        jacobians: independent estimates (R, *shape, d), natural: (d,). With R = 1 nothing is known of their noise.
-        known: whether the target's variance is; else the mean squared residual takes its place.
-        step_noise: see `Normal.told`.
+        values, jacobians: independent estimates (R, *shape) and (R, *shape, d). With R = 1 nothing is known of noise.
+        natural: (d,). known: whether the target's variance is; else the mean squared residual takes its place.
+        step_noise: see `Normal.told`; 0 but for Gauss-Newton. past: (n, d), where other descents have been last.
+        outputs: of the simulator itself, at z and elsewhere.
     """
-    normal = normal_of([misfit.jacobian(J, natural).numpy() for J in jacobians])
-    precision = misfit.prior.precision
+    estimates = [misfit.jacobian(J, natural).numpy() for J in jacobians]
+    normal, R = normal_of(estimates), len(values)
+    residuals = np.stack([misfit.residual(v).numpy() for v in values])
+    r = residuals.mean(axis=0)
+    jitter = float(((residuals - r) ** 2).mean()) / (R - 1) if R > 1 else 0.0
     told = normal.told(step_noise)
-    r = misfit.residual(output).numpy()
-    if misfit.robust is not None:
-        covariance = of_robust(told, normal.mean, r, misfit.robust, precision)
-    else:
-        variance = 1.0 if known else max(float(r @ r) / max(len(r) - len(told), 1), 1e-300)
-        covariance = of_least_squares(told, variance, precision)
-    return covariance, _unclear(normal, told, covariance, precision)
+    prior = misfit.prior
+    slope = normal.mean.T @ r if misfit.robust is None else normal.mean.T @ (misfit.robust.weight(r) * r)
+    step = -finite_inverse(told + np.diag(prior.precision)) @ (slope + prior(z)[1])
+    rounding, rounded, bias = 0.0, False, None
+    good = [y for y in outputs if np.isfinite(y).all()]
+    if len(good) > 1:
+        lattice = Lattice()
+        lattice.add(np.append(0.0, (good[0] - good[1]).reshape(-1))[:, None])
+        if lattice.steps.any():
+            rounding = misfit.spread_of(np.full(misfit.target.shape, float(lattice.steps[0]) / np.sqrt(12)))
+            off = (misfit.target.numpy() - good[0]) / float(lattice.steps[0])
+            rounded = bool((np.abs(off - np.round(off)) < 1e-3).all())
+    if len(outputs) and np.isfinite(outputs[0]).all():
+        bias = r - misfit.residual(torch.as_tensor(outputs[0])).numpy()
+    evidence = Evidence(
+        normal, told, r, tuple(misfit.target.shape), left=step_noise * jitter, seen=jitter, rounding=rounding,
+        rounded=rounded, step=step if past is not None else None, jitter=jitter * (1 + step_noise),
+        wander=None if past is None or step_noise or len(past) < 2 else np.atleast_2d(np.cov(past.T)), bias=bias,
+    )  # fmt: skip
+    return evidence.stated(prior.precision, known, misfit.robust)
 
 
-def _unclear(normal: Normal, told: Array, covariance: Array, precision: Array) -> NDArray[np.bool_]:
-    """(d,) where the information on a parameter, the others being fitted, is not clearly above its own noise.
+def finite_inverse(normal: Array) -> Array:
+    """As `inverse`, 0 in place of infinite."""
+    result = inverse(normal)
+    result[~np.isfinite(result)] = 0
+    return result
+
+
+def _unclear(
+    normal: Normal, told: Array, covariance: Array, precision: Array
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(d,) where the information on a parameter, the others being fitted, is not clearly above its own noise; and where
+    it is lost in it.
 
     That information is v^T N v, v = C e_a / C_aa.
     """
@@ -168,34 +448,54 @@ def _unclear(normal: Normal, told: Array, covariance: Array, precision: Array) -
     directions = np.where(np.outer(finite, finite), covariance, 0) / np.where(finite, variance, 1)
     signal, noise = (np.einsum("ia,ij,ja->a", directions, M, directions) for M in (told, normal.noise))
     by_prior = np.where(finite, variance, 0) * precision > 0.5
-    return np.asarray(finite & ~by_prior & (signal < _CLEAR * normal.deviation(signal, noise)))
+    deviation = normal.deviation(signal, noise)
+    open_ = finite & ~by_prior
+    return np.asarray(open_ & (signal < _CLEAR * deviation)), np.asarray(open_ & (signal <= _LOST * deviation))
 
 
-def of_search(search: Search, misfit: Misfit, known: bool) -> Array:
-    """Covariance in natural units, where a search is now.
+def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | None = None) -> Stated:
+    """Errors in natural units, where a search is now.
 
-    sigma^2 has what the simulator's own noise leaves open, and is otherwise 1 where the variance is known, else the
-    mean squared residual.
+    The model's prediction is w^T F, so that noise of the runs is left in it with w^T w of its variance, and dw^T dw of
+    it is in J^T J. Each output's noise is that of the runs about the prediction.
     """
-    loss, z = search.overall
-    robust, precision = misfit.robust, misfit.prior.precision
+    _, z = search.overall
+    robust, prior = misfit.robust, misfit.prior
     model = search.model(z, weighted=False)
+    F = search.residuals[search.rows_of_model(z)[1]]
+    w = model.at(z)[0]
+    r = F.T @ w if robust is None else search.residual_at(z)
     m, d = search.residuals.shape[1], len(z)
-    weights = model.at(z)[0]
-    noise = model.noise / m
-    sigma2 = 1.0 if known else max(2 * loss / max(m - d, 1) - noise, 0.0)
-    variance = max(sigma2 + noise * float(weights @ weights), 1e-300)
-    covariance, width = np.eye(d), np.full(d, 0.1)
+    noise = model.residual_noise(F)
+    rounding, rounded = 0.0, np.zeros(m, dtype=bool)
+    if lattice is not None and len(lattice.first):
+        steps = lattice.steps
+        if steps.any():
+            rounding = misfit.spread_of((steps / np.sqrt(12)).reshape(misfit.target.shape))
+            on = lattice.holds(misfit.target.numpy())
+            rounded = on if misfit.plain else np.full(m, bool(on.all()))
+    width, left = np.full(d, 0.1), noise * float(w @ w)
     # Differences over the errors themselves: the slope between two steps of a staircase is not what counts.
     for _ in range(3):
-        normal = model.normal_matrix(z, width)
-        if robust is None:
-            covariance = of_least_squares(normal, variance, precision)
-        else:
-            J = search.residuals[search.rows_of_model(z)[1]].T @ model.differences(z, width)
-            covariance = of_robust(normal, J, search.residual_at(z), robust, precision)
-        width = np.clip(np.sqrt(np.diag(covariance)), 1e-4, 1.0)
-    return covariance
+        dw = model.differences(z, width)
+        J = F.T @ dw
+        total = float(noise.sum())
+        independent = total**2 / max(float((noise**2).sum()), 1e-300)
+        normal = Normal(J, J.T @ J, total * dw.T @ dw, max(min(independent, float(m)), 1.0))
+        told = normal.told()
+        weight = 1.0 if robust is None else robust.weight(r)
+        step = -finite_inverse(told + np.diag(prior.precision)) @ (J.T @ (weight * r) + prior(z)[1])
+        step = np.clip(z + step, search.lower, search.upper) - z
+        evidence = Evidence(
+            normal, told, r, tuple(misfit.target.shape), left=left, seen=left, rounding=rounding, rounded=rounded,
+            step=step,
+        )  # fmt: skip
+        stated = evidence.stated(prior.precision, known, robust)
+        error = np.sqrt(np.diag(stated.covariance))
+        if not np.isfinite(error).any():
+            error = np.sqrt(np.diag(of_least_squares(told, max(float(r @ r) / m, 1e-300), prior.precision)))
+        width = np.clip(np.where(np.isnan(error), width, error), 1e-4, 1.0)
+    return stated
 
 
 def inverse(normal: Array) -> Array:
@@ -227,37 +527,10 @@ def in_units(covariance: Array, natural: Array) -> Array:
     return np.asarray(covariance * np.outer(natural, natural))
 
 
-def doubts(
-    covariance: Array | None, space: ParameterSpace, theta: Array, unclear: NDArray[np.bool_] | None = None
-) -> tuple[str, ...]:
-    """What the target does not determine, and what to do about it.
 
-    unclear: (d,) of which parameters the noise of the Jacobian hides what the target says of them.
-    """
-    if covariance is None:
-        return ()
-    said = []
-    error = np.sqrt(np.diag(covariance))
-    advice = "Fix it (fixed=), give it a prior, or add data that depend on it."
-    hidden = np.zeros(len(error), dtype=bool) if unclear is None else unclear
-    for p, value, e, lost in zip(space.parameters, theta, error, hidden, strict=True):
-        unit = f" {p.unit}" if p.unit else ""
-        if lost:
-            said.append(
-                f"{p.name} acts on the outputs by hardly more than the noise of the estimated Jacobian: its standard "
-                f"error is {e:.3g}{unit} or more. Use more samples (num_samples=), a larger last scale (scale=), a "
-                f"larger natural scale of {p.name}, or method='kriging'."
-            )
-        if not np.isfinite(e):
-            said.append(f"{p.name} is not determined by the target: outputs do not depend on it by itself. {advice}")
-        elif e > 0.5 * min(p.upper - p.lower, 20 * p.natural_scale):
-            said.append(f"{p.name} is hardly determined by the target: its standard error is {e:.3g}{unit}. {advice}")
-        if value in (p.lower, p.upper):
-            said.append(f"{p.name} ended at its bound {value:g}{unit}: its standard error does not count there.")
-    if np.isfinite(error).all() and (error > 0).all():
-        correlation = covariance / np.outer(error, error)
-        for i, j in zip(*np.triu_indices(len(error), 1), strict=True):
-            if abs(correlation[i, j]) > 0.98:
-                a, b = space.names[i], space.names[j]
-                said.append(f"{a} and {b} are known together only: their correlation is {correlation[i, j]:+.3f}.")
-    return tuple(said)
+
+def without(covariance: Array, which: NDArray[np.bool_]) -> Array:
+    """NaN for parameters whose error is not stated."""
+    result = covariance.copy()
+    result[which], result[:, which] = np.nan, np.nan
+    return result
