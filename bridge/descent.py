@@ -109,7 +109,7 @@ class Descent:
         tolerance: converged when nothing moves by more, over a tenth of the steps, once the rule has settled.
         known_noise: whether the target's variance is known.
         asked: (d,) standard errors that suffice, natural units; None to go on.
-        newton: whether steps are those of Gauss-Newton.
+        newton: how many scales a step of Gauss-Newton may be long; 0 of other steps.
 
     Reference: successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identification", AISTATS 2016.
     """
@@ -129,7 +129,7 @@ class Descent:
         tolerance: float,
         known_noise: bool,
         asked: Array | None,
-        newton: bool,
+        newton: float,
     ) -> None:
         self.smoothed, self.misfit, self.starts, self.rule = smoothed, misfit, starts, rule
         self.natural, self.lower, self.upper, self.schedule = natural, lower, upper, schedule
@@ -228,8 +228,9 @@ class Descent:
             step_noise = (2.0 if self._repeated else 1.0) if self.newton else 0.0
             past = np.array([p[best] for p in [*self.past, self._x]])
             told = of_descent(
-                self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past, outputs
-            )
+                self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past, outputs,
+                last=self.schedule.last, longest=self.newton * self.schedule.last,
+            )  # fmt: skip
             stated = self.smoothed.dispatcher.thinking.broadcast_object(told)
         table = list(self.dropped)
         table += [(int(a), x, float(v), step) for a, x, v in zip(self.active, self._x, losses, strict=True)]

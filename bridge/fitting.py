@@ -263,7 +263,7 @@ def fit(
             covariance=covariance,
             warnings=(
                 *_unfinished(end, stop_reason),
-                *doubts(stated, problem.free, end.x * problem.natural),
+                *doubts(stated, problem.free, end.x * problem.natural, at_bound),
             ),
             num_reused=end.num_reused,
             num_cached=found + cost.cached,

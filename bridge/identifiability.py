@@ -11,7 +11,7 @@ from bridge.simulator import ParameterSpace
 Array = NDArray[np.float64]
 
 
-def doubts(stated: Stated | None, space: ParameterSpace, theta: Array) -> tuple[str, ...]:
+def doubts(stated: Stated | None, space: ParameterSpace, theta: Array, at_bound: NDArray[np.bool_]) -> tuple[str, ...]:
     """What the target does not determine, and what to do about it."""
     if stated is None:
         return ()
@@ -19,8 +19,8 @@ def doubts(stated: Stated | None, space: ParameterSpace, theta: Array) -> tuple[
     said = list(stated.notes)
     error = np.sqrt(np.diag(covariance))
     advice = "Fix it (fixed=), give it a prior, or add data that depend on it."
-    hidden = np.zeros(len(error), dtype=bool) if unclear is None else unclear
-    for p, value, e, lost in zip(space.parameters, theta, error, hidden, strict=True):
+    hidden = unclear if unclear.size else np.zeros(len(error), dtype=bool)
+    for p, value, e, lost, bounded in zip(space.parameters, theta, error, hidden, at_bound, strict=True):
         unit = f" {p.unit}" if p.unit else ""
         if lost:
             said.append(
@@ -32,8 +32,8 @@ def doubts(stated: Stated | None, space: ParameterSpace, theta: Array) -> tuple[
             said.append(f"{p.name} is not determined by the target: outputs do not depend on it by itself. {advice}")
         elif e > 0.5 * min(p.upper - p.lower, 20 * p.natural_scale):
             said.append(f"{p.name} is hardly determined by the target: its standard error is {e:.3g}{unit}. {advice}")
-        if value in (p.lower, p.upper):
-            said.append(f"{p.name} ended at its bound {value:g}{unit}: its standard error does not count there.")
+        if bounded:
+            said.append(f"{p.name} ended at its bound {value:g}{unit}: no standard error of it is stated there.")
     if np.isfinite(error).all() and (error > 0).all():
         correlation = covariance / np.outer(error, error)
         for i, j in zip(*np.triu_indices(len(error), 1), strict=True):

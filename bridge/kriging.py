@@ -205,7 +205,9 @@ class Draw:
         return np.asarray(0.5 * (r**2).sum(axis=1))
 
 
-def fit_kriging(rows: Array, gram: Array, before: Array | None = None, thorough: bool = True) -> Kriging:
+def fit_kriging(
+    rows: Array, gram: Array, before: Array | None = None, thorough: bool = True, rough: bool = True
+) -> Kriging:
     """The kernel of largest marginal likelihood times prior.
 
     All outputs together: -p/2 ((n - 1) log q + log|K| + log 1^T K^-1 1), q = tr(P G), with P the inverse of K on
@@ -214,7 +216,7 @@ def fit_kriging(rows: Array, gram: Array, before: Array | None = None, thorough:
 
     Args:
         rows: (n, d), n >= 2. gram: (n, n).
-        before: a kernel to begin from. thorough: also begin from the three defaults.
+        before: a kernel to begin from. thorough: also begin from the three defaults. rough: else next to no rough part.
     """
     n, d = rows.shape
     centring = np.eye(n) - 1 / n
@@ -253,10 +255,10 @@ def fit_kriging(rows: Array, gram: Array, before: Array | None = None, thorough:
             g[i] += (t[i] - centre) / sd**2
         return float(value), g
 
-    bounds = [(base - 3, base + 5)] * d + [(-12.0, 3.0), (np.log(_LEAST_NUGGET), 2.0)]
+    bounds = [(base - 3, base + 5)] * d + [(-12.0, 3.0 if rough else -11.0), (np.log(_LEAST_NUGGET), 2.0)]
     starts = [] if before is None else [before]
     if before is None or thorough:
-        starts += [np.concatenate([np.full(d, base + length), [rough, nugget]]) for length, rough, nugget in _STARTS]
+        starts += [np.concatenate([np.full(d, base + length), [part, nugget]]) for length, part, nugget in _STARTS]
     lower, upper = np.array(bounds).T
     best = None
     for start in starts:

@@ -67,6 +67,10 @@ class Lattice:
             steps[some[known]] = self.divisor[some[known]]
         return steps
 
+    def deviation(self, shape: tuple[int, ...]) -> Array:
+        """Standard deviation of what rounding leaves, step / sqrt(12)."""
+        return self.steps.reshape(shape) / np.sqrt(12) if len(self.first) else np.zeros(shape)
+
     def holds(self, values: Array) -> NDArray[np.bool_]:
         """(m,) whether numbers are on the outputs' lattice."""
         steps = self.steps

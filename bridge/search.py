@@ -52,6 +52,9 @@ _SCATTER = 3.0
 # Without a known noise: a loss of less than this part of the first runs' is no reason to look elsewhere.
 _LITTLE = 0.02
 _RESCALINGS = 3
+# Of the further points of a round, where runs are noisy: those at a standard error's distance, which tell the slopes.
+# The region shrinks there where noise breaks promises. No farther than this (natural units).
+_FOR_SLOPES, _FARTHEST = 0.5, 1.0
 
 
 @final
@@ -107,6 +110,7 @@ class Search:
         self.radius, self.kernel = _FIRST_RADIUS, np.zeros(0)
         self.promise: tuple[float, float] | None = None  # loss at the base, and the gain expected of the next point
         self.at_edge, self.still = False, 0
+        self.rounding = 0.0  # variance of one run, summed over outputs, that steps of the outputs make
         self.step = np.full(d, np.inf)  # to where the least loss is expected
         self.ends: list[tuple[float, Array]] = []
         self.way: list[tuple[int, float]] = []  # runs and the least loss after each round since the last restart
@@ -328,14 +332,14 @@ class Search:
                 self.radius = max(2.0 * self.radius, 0.0 if noisy else float(np.abs(found - self.best).max()))
                 self.note = "the trust region grows"
         self.radius = float(np.clip(self.radius, _LEAST_RADIUS, 1e3))
-        points, gain, hope = self._round(model, base, loss)
+        points, gain, hope = self._round(model, base, loss, noisy or self.rounding > 0.1 * losses[best])
         step = float(np.max(np.abs(points[0] - base)))
         self.promise, self.step = (loss + self.offset, max(gain, 1e-12 * loss)), points[0] - base
         self.best, self.best_loss, self.scale = base, loss + self.offset, max(step, 1e-12)
         self.points = np.array(points)
         self._maybe_stop(step, gain, max(hope, gain), noisy)
 
-    def _round(self, model: Kriging, base: Array, loss: float) -> tuple[list[Array], float, float]:
+    def _round(self, model: Kriging, base: Array, loss: float, noisy: bool) -> tuple[list[Array], float, float]:
         """Points of a round, the gain that is expected of the first, and the most that a draw promises."""
         box = self._box(base, self.radius)
 
@@ -357,6 +361,8 @@ class Search:
                 if float(np.abs(smooth - target).max()) > _SAME * step:
                     points.append(smooth)
         rng = self._rng()
+        for_slopes = round(_FOR_SLOPES * max(self._size - by_loss - len(points), 0)) if noisy else 0
+        points += self._for_slopes(rng, model, base, loss, for_slopes)
         while len(points) < self._size - by_loss:
             point, promised = self._drawn(rng, model, base, points, box)
             points.append(point)
@@ -365,6 +371,20 @@ class Search:
             of_loss = _of_loss(model)
             points += [self._drawn(rng, of_loss, base, points, box)[0] for _ in range(self._size - len(points))]
         return points, gain, hope
+
+    def _for_slopes(self, rng: np.random.Generator, model: Kriging, base: Array, loss: float, count: int) -> list[Array]:
+        """Points a standard error of the fit away, where the slopes of noisy outputs can be told."""
+        if count == 0:
+            return []
+        d = len(base)
+        dw = model.differences(base, np.full(d, 0.1))
+        noise = max(model.noise, self.rounding)
+        values, axes = np.linalg.eigh(dw.T @ model.gram @ dw - noise * dw.T @ dw)
+        variance = 1.0 if self.known_noise else 2 * max(loss, 0.0) / self.residuals.shape[1]
+        sizes = np.minimum(np.sqrt(variance / np.maximum(values, 1e-300)), _FARTHEST)
+        away = self._directions(rng, count) * (np.sqrt(d) * rng.choice([-1.0, 1.0], size=(count, 1))) @ (axes * sizes).T
+        outside = (base + away < self.lower) | (base + away > self.upper)
+        return list(np.clip(np.where(outside, base - away, base + away), self.lower, self.upper))
 
     @property
     def _size(self) -> int:

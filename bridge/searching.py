@@ -84,6 +84,7 @@ class Searching:
         self.lattice.add(outputs)
 
         def told() -> None:
+            search.rounding = float(self.misfit.spread_of(self.lattice.deviation(shape)).sum())
             search.told(residuals, failed)
             self._judge()
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.signal import lfilter
-from scipy.special import chdtrc, chdtri, fdtrc, gammaln, stdtr
+from scipy.special import chdtrc, chdtri, fdtrc, stdtr
 
 from bridge.fit_result import Stated
+from bridge.kriging import fit_kriging
 from bridge.lattice import Lattice
 from bridge.misfit import Misfit
 from bridge.robust import Robust
@@ -34,11 +35,12 @@ _ALIKE = 0.25
 _MISFIT, _OUTLIER, _STEP = 0.01, 1e-3, 0.05
 # Of its standard error: how far a parameter may go without an output that is an outlier; how far the expected step may
 # be, which counts as an error of the fit, until none is stated.
-_INFLUENCE, _UNFINISHED = 0.5, 1.0
+_INFLUENCE, _UNFINISHED = 1.0, 1.0
+_MOST_OUTLIERS = 0.1
 # Correlation of neighbouring residuals that is too much to tell from so many how large errors are.
-_TOO_ALIKE = 0.6
+_TOO_ALIKE, _CORRELATIONS = 0.6, np.append(np.arange(0, 0.95, 0.1), 0.97)
 # Noise of an output beside the median one, and its share of a parameter, with which one sigma for all is wrong.
-_LOUD, _SHARE = 25.0, 0.3
+_LOUD, _SHARE, _HEARD = 25.0, 0.3, 0.01
 
 
 def of_least_squares(normal: Array, variance: float, precision: Array) -> Array:
@@ -162,7 +164,8 @@ class Evidence:
         shape: of the outputs, whose neighbours may be alike.
         left: (m,) or number, variance that the simulator's own noise leaves in the estimate of each output.
         seen: the same of that noise in r.
-        rounding: (m,) 1/12 of the squares of the outputs' steps; rounded: (m,) whether the target is rounded too.
+        rounding: (m,) variance that the rounding of outputs at their steps leaves in the estimate; floor: (m,) that of
+            the target, 1/12 of the square of a step.
         step: (d,) that is still expected; jitter: variance of its outputs that noise makes.
         wander: (d, d) covariance of where a descent goes about its end.
         bias: (m,) what smoothing adds to the outputs, and noise.
@@ -175,7 +178,7 @@ class Evidence:
     left: Array | float = 0.0
     seen: Array | float = 0.0
     rounding: Array | float = 0.0
-    rounded: NDArray[np.bool_] | bool = False
+    floor: Array | float = 0.0
     step: Array | None = None
     jitter: float = 0.0
     wander: Array | None = None
@@ -202,7 +205,8 @@ class Evidence:
         data = _data(J, r)
         h = leverages(J, np.ones(len(r)), precision * (1.0 if known else 0.0))
         dof = float(data.sum() - h.sum())
-        left, seen, rounding = (np.broadcast_to(x, len(r)) for x in (self.left, self.seen, self.rounding))
+        parts = (self.left, self.seen, self.rounding, self.floor)
+        left, seen, rounding, floor = (np.broadcast_to(x, len(r)) for x in parts)
         notes, misfit = [], False
         if known:
             V = 1.0 + rounding
@@ -223,20 +227,21 @@ class Evidence:
                     "of the target. Give variance=, or more outputs."
                 ]  # fmt: skip
             V = np.maximum(float((r**2).sum()) / dof - seen, 0.0) + left
-            V = np.maximum(V, self._rounded(J, r, rounding, h))
+            V = np.maximum(V, rounding + floor)
+        rho: list[float] = []
         if not known or misfit:
-            why = self._one_output(J, r, h, dof, left if known else np.maximum(left, seen), precision)
-            rho = _alike(r / np.sqrt(np.maximum(V, 1e-300)), J, precision if known else 0 * precision, self.shape, dof)
-            if max(rho, default=0.0) > _TOO_ALIKE and not why:
-                why = (
-                    f"No standard error is stated: residuals of neighbouring outputs are alike (correlation "
-                    f"{max(rho):.2f}), so that something other than independent noise is left of the target. Give "
-                    "variance= as the covariance of its noise, or to the simulator what it lacks."
-                )
+            V, why = self._outliers(J, r, h, dof, V, left)
+            if not why:
+                rho, grown = _alike(r / np.sqrt(np.maximum(V, 1e-300)), J, self.shape)
+                V = V * grown
+                if max(rho, default=0.0) > _TOO_ALIKE:
+                    why = (
+                        f"No standard error is stated: residuals of neighbouring outputs are alike (correlation "
+                        f"{max(rho):.2f}), so that something other than independent noise is left of the target. Give "
+                        "variance= as the covariance of its noise, or to the simulator what it lacks."
+                    )
             if why:
                 return none, dof, [*notes, why]
-        else:
-            rho = []
         uniform = float(V.mean())
         unit = 1.0 if known else max(uniform, 1e-300)
         if np.ptp(V) <= 1e-12 * uniform and not any(rho) and not self.normal.noise.any() and (unit == uniform):
@@ -246,43 +251,33 @@ class Evidence:
         bread = inverse(self.told / unit + np.diag(precision))
         return _sandwich(bread, meat), dof if not known or misfit else np.inf, notes
 
-    def _rounded(self, J: Array, r: Array, rounding: Array, h: Array) -> Array:
-        """The least variance of outputs that have steps.
-
-        Where all residuals are 0, J (z - z*) is of a density prod (1 - |J_o dz| / step_o), whose second moment is that
-        of exp(-sum |J_o dz| / step_o), with the sum taken over all directions alike.
-        """
-        if not rounding.any():
-            return rounding
-        stepped = rounding > 0
-        floor = np.where(self.rounded, 2.0, 1.0) * rounding
-        if (np.abs(r[stepped]) < 1e-3 * np.sqrt(12 * rounding[stepped])).all():
-            d = J.shape[1]
-            sphere = np.exp(gammaln(d / 2) - gammaln((d + 1) / 2)) / np.sqrt(np.pi)
-            c = sphere * float(np.sqrt(np.clip(h[stepped], 0, 1)).sum())
-            floor = np.where(stepped, rounding * 12 * (d + 1) / max(c, 1e-3) ** 2, floor)
-        return floor
-
-    def _one_output(self, J: Array, r: Array, h: Array, dof: float, noise: Array, precision: Array) -> str:
-        """Why one sigma for all outputs is wrong, where a single one decides and is far noisier than the others."""
-        if dof < 2:
-            return ""
+    def _outliers(self, J: Array, r: Array, h: Array, dof: float, V: Array, noise: Array) -> tuple[Array, str]:
+        """V with what outliers have of their own, or why one sigma for all outputs is wrong: a single one decides that
+        is far noisier than the others."""
         h = np.clip(h, 0, 1 - 1e-12)
-        covariance = inverse(J.T @ J)
-        open_ = ~np.isfinite(np.diag(covariance))
-        covariance[open_, open_] = 0
-        loo = r / (1 - h)
-        rest = np.maximum((float(r @ r) - r * loo) / (dof - 1), 1e-300)
-        t = np.abs(r) / np.sqrt(rest * (1 - h))
-        k = int(np.argmax(t))
-        moves = np.abs(covariance @ J[k] * loo[k])
-        error = np.sqrt(np.maximum(np.diag(covariance), 1e-300) * float(r @ r) / dof)
-        outlier = 2 * len(r) * stdtr(dof - 1, -float(t[k])) < _OUTLIER and (moves > _INFLUENCE * error).any()
-        if not outlier:
-            k = int(np.argmax(noise))
-            if not (noise[k] > _LOUD * np.median(noise) and noise[k] > 0.01 * rest[k] and h[k] > _SHARE):
-                return ""
-        where = np.unravel_index(k, self.shape) if np.prod(self.shape) == len(r) else (k,)
+        covariance, loo = finite_inverse(J.T @ J), r / (1 - h)
+        V, found = V.copy(), np.zeros(len(r), dtype=bool)
+        while dof - found.sum() > 2 and found.sum() < _MOST_OUTLIERS * len(r):
+            # Of the residuals without those found: r_o^2 / (1 - h_o) is what leaving one out takes off their squares.
+            squares = np.where(found, 0, r * loo)
+            left = dof - float(found.sum()) - 1
+            rest = np.maximum((min(float(r @ r), float(squares.sum()) + 1e-300) - squares) / left, 1e-300)
+            t = np.where(found, 0, np.abs(r) / np.sqrt(rest * (1 - h)))
+            k = int(np.argmax(t))
+            if not 2 * len(r) * stdtr(left, -float(t[k])) < _OUTLIER:
+                break
+            moves = np.abs(covariance @ J[k] * loo[k])
+            if (moves > _INFLUENCE * np.sqrt(np.diag(covariance) * rest[k])).any():
+                return V, self._names(k)
+            found[k] = True
+            V = np.where(found, np.maximum(loo**2, noise), np.maximum(V * min(1.0, rest[k] / V[~found].mean()), noise))
+        k = int(np.argmax(noise))
+        if noise[k] > _LOUD * np.median(noise) and noise[k] > _HEARD * np.median(V) and h[k] > _SHARE:
+            return V, self._names(k)
+        return V, ""
+
+    def _names(self, k: int) -> str:
+        where = np.unravel_index(k, self.shape) if np.prod(self.shape) == len(self.r) else (k,)
         name = ", ".join(str(int(i)) for i in where)
         return (
             f"No standard error is stated: output [{name}] is far noisier than the others, and outweighs them. Give "
@@ -319,9 +314,7 @@ class Evidence:
         if self.bias is None or not np.isfinite(self.bias).all() or len(self.r) <= d:
             return np.zeros(d), 0.0
         J = self.normal.mean
-        covariance = inverse(J.T @ J + np.diag(precision))
-        open_ = np.isinf(np.diag(covariance))
-        covariance[open_, open_] = 0
+        covariance = finite_inverse(J.T @ J + np.diag(precision))
         s = covariance @ (J.T @ self.bias)
         rest = self.bias - J @ s
         n = max(len(rest) - d, 1)
@@ -337,24 +330,55 @@ def _data(J: Array, r: Array) -> NDArray[np.bool_]:
     return np.asarray((size > least * size.max(initial=0.0)) | (np.abs(r) > least * np.abs(r).max(initial=0.0)))
 
 
-def _alike(r: Array, J: Array, precision: Array, shape: tuple[int, ...], dof: float) -> list[float]:
-    """Correlation of neighbouring residuals along each axis, that which fitting makes taken off; no less than 0."""
+def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], float]:
+    """Correlation rho >= 0 of neighbouring residuals along each axis, and by how much the mean squared residual is
+    larger than it seems, since a fit follows what is alike.
+
+    Moments of residuals M e, M = 1 - J (J^T J)^-1 J^T, with e of correlation R = rho^|i - j|: the rho at which
+    tr(M L M R) / tr(M R) is r^T L r / r^T r, L the pairs of neighbours.
+    """
     shape = shape if np.prod(shape) == len(r) else (len(r),)
-    covariance = inverse(J.T @ J + np.diag(precision))
-    open_ = np.isinf(np.diag(covariance))
-    covariance[open_, open_] = 0
-    variance = float(r @ r) / max(dof, 1e-300)
-    grid, slopes = r.reshape(shape), J.reshape((*shape, J.shape[1]))
-    found = []
+    size = float(r @ r)
+    if size <= 0 or len(r) < 4:
+        return [0.0] * len(shape), 1.0
+    q = J @ _root(finite_inverse(J.T @ J))  # H = q q^T
+    found, grown = [], 1.0
     for axis, n in enumerate(shape):
-        if n < 4 or variance <= 0:
+        if n < 4:
             found.append(0.0)
             continue
-        a, b = (np.moveaxis(grid, axis, 0)[cut] for cut in (slice(None, -1), slice(1, None)))
-        before, after = (np.moveaxis(slopes, axis, 0)[cut] for cut in (slice(None, -1), slice(1, None)))
-        fitted = float(((before @ covariance) * after).sum())
-        found.append(max(0.0, (float((a * b).sum()) / variance + fitted) / a.size))
-    return found
+        seen = float(r @ _neighbours(r[:, None], shape, axis)[:, 0]) / size
+        Lq = _neighbours(q, shape, axis)
+        pairs, qLq = len(r) * (n - 1) / n, q.T @ Lq
+        at = []
+        for rho in _CORRELATIONS:
+            alone = [rho if i == axis else 0.0 for i in range(len(shape))]
+            Rq = _correlated(q, alone, shape)
+            qRq = q.T @ Rq
+            total = len(r) - float(np.trace(qRq))
+            # tr(L R) = pairs rho; the products with H: tr(H L R), twice, and tr(H L H R).
+            alike = pairs * rho - 2 * float((Lq * Rq).sum()) + float((qLq * qRq).sum())
+            at.append((alike / max(total, 1e-12), total))
+        ratios, totals = np.array(at).T
+        ratios = np.maximum.accumulate(ratios)
+        rho = float(np.interp(seen, ratios, _CORRELATIONS))
+        found.append(rho)
+        grown *= float(totals[0] / max(np.interp(rho, _CORRELATIONS, totals), 0.05 * totals[0]))
+    return found, grown
+
+
+def _neighbours(columns: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """L x for columns x (m, k), L_ij = 1/2 for neighbours along an axis."""
+    x = np.moveaxis(columns.reshape((*shape, columns.shape[1])), axis, 0)
+    result = np.zeros_like(x)
+    result[1:] += 0.5 * x[:-1]
+    result[:-1] += 0.5 * x[1:]
+    return np.asarray(np.moveaxis(result, 0, axis).reshape(columns.shape))
+
+
+def _root(covariance: Array) -> Array:
+    values, vectors = np.linalg.eigh(covariance)
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0)))
 
 
 def _correlated(columns: Array, rho: Sequence[float], shape: tuple[int, ...]) -> Array:
@@ -391,6 +415,8 @@ def of_descent(
     step_noise: float = 0.0,
     past: Array | None = None,
     outputs: Sequence[NDArray[np.float64]] = (),
+    last: float = 0.0,
+    longest: float = np.inf,
 ) -> Stated:
     """Errors at z, in natural units.
 
@@ -398,7 +424,7 @@ def of_descent(
         values, jacobians: independent estimates (R, *shape) and (R, *shape, d). With R = 1 nothing is known of noise.
         natural: (d,). known: whether the target's variance is; else the mean squared residual takes its place.
         step_noise: see `Normal.told`; 0 but for Gauss-Newton. past: (n, d), where other descents have been last.
-        outputs: of the simulator itself, at z and elsewhere.
+        outputs: of the simulator itself, at z and elsewhere. last: scale of the noise. longest: that a step may be.
     """
     estimates = [misfit.jacobian(J, natural).numpy() for J in jacobians]
     normal, R = normal_of(estimates), len(values)
@@ -409,20 +435,28 @@ def of_descent(
     prior = misfit.prior
     slope = normal.mean.T @ r if misfit.robust is None else normal.mean.T @ (misfit.robust.weight(r) * r)
     step = -finite_inverse(told + np.diag(prior.precision)) @ (slope + prior(z)[1])
-    rounding, rounded, bias = 0.0, False, None
+    rounding: Array | float = 0.0
+    floor: Array | float = 0.0
+    bias = None
     good = [y for y in outputs if np.isfinite(y).all()]
     if len(good) > 1:
         lattice = Lattice()
         lattice.add(np.append(0.0, (good[0] - good[1]).reshape(-1))[:, None])
-        if lattice.steps.any():
-            rounding = misfit.spread_of(np.full(misfit.target.shape, float(lattice.steps[0]) / np.sqrt(12)))
-            off = (misfit.target.numpy() - good[0]) / float(lattice.steps[0])
-            rounded = bool((np.abs(off - np.round(off)) < 1e-3).all())
+        if size := float(lattice.steps[0]):
+            rounding = misfit.spread_of(np.full(misfit.target.shape, size / np.sqrt(12)))
+            off = (misfit.target.numpy() - good[0]) / size
+            floor = rounding * float((np.abs(off - np.round(off)) < 1e-3).all())
+            # Noise averages steps: their first harmonic is left by exp(-2 pi^2 (change / step)^2).
+            change = (normal.mean**2).sum(axis=1) * last**2
+            rounding = rounding * np.exp(-4 * np.pi**2 * change / np.maximum(12 * rounding, 1e-300))
     if len(outputs) and np.isfinite(outputs[0]).all():
         bias = r - misfit.residual(torch.as_tensor(outputs[0])).numpy()
+    # A full step has the noise of its outputs; one cut short, of length L beside noise s, walks about by sqrt(s L / 1.6).
+    noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(told + np.diag(prior.precision)))).max(initial=0.0)
+    cut = min(1.0, longest / (1.6 * noise)) if noise > 0 else 1.0
     evidence = Evidence(
-        normal, told, r, tuple(misfit.target.shape), left=step_noise * jitter, seen=jitter, rounding=rounding,
-        rounded=rounded, step=step if past is not None else None, jitter=jitter * (1 + step_noise),
+        normal, told, r, tuple(misfit.target.shape), left=step_noise * jitter * cut, seen=jitter, rounding=rounding,
+        floor=floor, step=step if past is not None else None, jitter=jitter * (1 + step_noise),
         wander=None if past is None or step_noise or len(past) < 2 else np.atleast_2d(np.cov(past.T)), bias=bias,
     )  # fmt: skip
     return evidence.stated(prior.precision, known, misfit.robust)
@@ -461,19 +495,19 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     """
     _, z = search.overall
     robust, prior = misfit.robust, misfit.prior
-    model = search.model(z, weighted=False)
-    F = search.residuals[search.rows_of_model(z)[1]]
+    near, stand_in = search.rows_of_model(z)
+    F = search.residuals[stand_in]
+    m, d = F.shape[1], len(z)
+    rounding, floor = np.zeros(m), np.zeros(m)
+    if lattice is not None and len(lattice.first) and lattice.steps.any():
+        rounding = misfit.spread_of(lattice.deviation(tuple(misfit.target.shape)))
+        on = lattice.holds(misfit.target.numpy())
+        floor = rounding * (on if misfit.plain else on.all())
+    # Of outputs that have steps the smooth part, for which rounding is noise.
+    model = fit_kriging(search.rows[near], F @ F.T, rough=False) if rounding.any() else search.model(z, weighted=False)
     w = model.at(z)[0]
     r = F.T @ w if robust is None else search.residual_at(z)
-    m, d = search.residuals.shape[1], len(z)
-    noise = model.residual_noise(F)
-    rounding, rounded = 0.0, np.zeros(m, dtype=bool)
-    if lattice is not None and len(lattice.first):
-        steps = lattice.steps
-        if steps.any():
-            rounding = misfit.spread_of((steps / np.sqrt(12)).reshape(misfit.target.shape))
-            on = lattice.holds(misfit.target.numpy())
-            rounded = on if misfit.plain else np.full(m, bool(on.all()))
+    noise = np.maximum(model.residual_noise(F), rounding)
     width, left = np.full(d, 0.1), noise * float(w @ w)
     # Differences over the errors themselves: the slope between two steps of a staircase is not what counts.
     for _ in range(3):
@@ -487,14 +521,14 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
         step = -finite_inverse(told + np.diag(prior.precision)) @ (J.T @ (weight * r) + prior(z)[1])
         step = np.clip(z + step, search.lower, search.upper) - z
         evidence = Evidence(
-            normal, told, r, tuple(misfit.target.shape), left=left, seen=left, rounding=rounding, rounded=rounded,
-            step=step,
+            normal, told, r, tuple(misfit.target.shape), left=left, seen=left, floor=floor, step=step
         )  # fmt: skip
         stated = evidence.stated(prior.precision, known, robust)
         error = np.sqrt(np.diag(stated.covariance))
         if not np.isfinite(error).any():
             error = np.sqrt(np.diag(of_least_squares(told, max(float(r @ r) / m, 1e-300), prior.precision)))
-        width = np.clip(np.where(np.isnan(error), width, error), 1e-4, 1.0)
+        wide = 2.0 if rounding.any() else 1.0
+        width = np.clip(np.where(np.isnan(error), width, wide * error), 1e-4, 1.0)
     return stated
 
 
