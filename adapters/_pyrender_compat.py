@@ -8,6 +8,7 @@ contexts itself, by ctypes: one path for EGL and OSMesa, and the libraries can b
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import sys
 import threading
@@ -15,7 +16,7 @@ import types
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -42,7 +43,8 @@ _GPU_FILES = ("nvidia[0-9]*", "dri/renderD*", "kfd")
 _LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 _lock = threading.RLock()
-_chosen: dict[str, str] = {}  # "platform" -> the one that PyOpenGL has been committed to in this process
+# "platform" -> the one that PyOpenGL has been committed to in this process; "triton" once its library was looked for.
+_chosen: dict[str, str] = {}
 
 
 @contextmanager
@@ -57,8 +59,33 @@ def _environment(**variables: str) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def _load_triton() -> None:
+    """Loads triton's library, where there is one, before Mesa's: a PyTorch for GPUs brings it and imports it late.
+
+    Mesa opens its software driver for the whole process, and with it the LLVM that the driver is linked to. triton has
+    an LLVM of its own inside and exports it: loaded afterwards, its calls would go to Mesa's, another version, and end
+    in a segmentation fault as soon as a `torch.optim` optimiser is made. Loaded before, they are bound to its own.
+    """
+    if "triton" in _chosen or "triton._C.libtriton" in sys.modules:
+        return
+    _chosen["triton"] = "tried"
+    try:
+        found = importlib.util.find_spec("triton")
+    except (ImportError, ValueError):  # somebody's stand-in
+        return
+    folders = [] if found is None else found.submodule_search_locations or []
+    for file in (file for folder in folders for file in sorted(Path(folder, "_C").glob("libtriton*.so"))):
+        # At once, not call by call: what is bound later would find Mesa's.
+        mode = os.RTLD_NOW | os.RTLD_LOCAL
+        if hasattr(ctypes.CDLL(None), "LLVMContextCreate"):  # somebody else was first
+            mode |= os.RTLD_DEEPBIND
+        with suppress(OSError):  # an unusable triton is not the renderer's trouble
+            ctypes.CDLL(str(file), mode=mode)
+
+
 def _load_library(name: str) -> ctypes.CDLL:
     """The system's GL library called `name`, or OSError with the loader's own words."""
+    _load_triton()
     reason = OSError(name)
     for file in _LIBRARIES[name]:
         try:
@@ -79,6 +106,10 @@ class Context(ABC):
 
     @abstractmethod
     def destroy(self) -> None: ...
+
+    @abstractmethod
+    def address(self, name: str) -> int | None:
+        """Of a GL function that PyOpenGL does not know."""
 
 
 class _EGL:
@@ -106,6 +137,7 @@ class _EGL:
                 raise OSError(f"this EGL lacks {name} (EGL_EXT_device_enumeration and EGL_EXT_platform_device)")
             return ctypes.CFUNCTYPE(result, *arguments)(address)
 
+        self.address = library.eglGetProcAddress
         self.error = core("eglGetError", integer)
         self.initialise = core("eglInitialize", unsigned, void, void, void)
         self.choose_config = core("eglChooseConfig", unsigned, void, void, void, integer, void)
@@ -166,6 +198,9 @@ class EGLContext(Context):
     def destroy(self) -> None:
         self._egl.destroy_context(self._display, self._context)
 
+    def address(self, name: str) -> int | None:
+        return self._egl.address(name.encode())
+
 
 @final
 class OSMesaContext(Context):
@@ -180,6 +215,7 @@ class OSMesaContext(Context):
         library.OSMesaMakeCurrent.restype = ctypes.c_ubyte
         library.OSMesaMakeCurrent.argtypes = [void, void, ctypes.c_uint, integer, integer]
         library.OSMesaDestroyContext.argtypes = [void]
+        library.OSMesaGetProcAddress.restype, library.OSMesaGetProcAddress.argtypes = void, [ctypes.c_char_p]
         with _environment(LP_NUM_THREADS="0"):
             attributes = (integer * len(self.ATTRIBUTES))(*self.ATTRIBUTES)
             self._context = library.OSMesaCreateContextAttribs(attributes, None)
@@ -198,6 +234,9 @@ class OSMesaContext(Context):
 
     def destroy(self) -> None:
         self._library.OSMesaDestroyContext(self._context)
+
+    def address(self, name: str) -> int | None:
+        return self._library.OSMesaGetProcAddress(name.encode())
 
 
 def _choose_device(devices: list[tuple[int, bool]], wanted: int | None) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import pyrender
 from numpy.typing import NDArray
 from OpenGL import GL, contextdata
-from OpenGL.raw.GL.VERSION.GL_1_0 import glReadPixels
+from OpenGL.raw.GL.VERSION.GL_1_0 import glGetIntegerv, glReadPixels
 from OpenGL.raw.GL.VERSION.GL_2_0 import glUniform3fv, glUniform4fv, glUniformMatrix4fv
 from pyrender.constants import RenderFlags
 from pyrender.renderer import Renderer
@@ -39,6 +39,21 @@ SEGMENTATION = int(RenderFlags.SEG)
 DEPTH = int(RenderFlags.DEPTH_ONLY)
 COLOUR = int(RenderFlags.NONE)
 NORMALS = -1  # not one of pyrender's
+
+
+class Scene(pyrender.Scene):
+    """pyrender's scene with poses of nodes that are given, not found by a walk through its graph: in camera axes.
+
+    OpenGL computes in single precision: poses in the world, and a camera's, would lose what is far from the origin.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.poses: dict[Any, NDArray[np.float64]] = {}
+
+    def get_pose(self, node: Any) -> NDArray[np.float64]:
+        pose = self.poses.get(node)
+        return super().get_pose(node) if pose is None else pose
 
 
 class _Program(ShaderProgram):
@@ -111,18 +126,15 @@ class FastRenderer(Renderer):
     def __del__(self) -> None:
         """Nothing: pyrender's deletes GL objects in whichever context is current then. The session does it."""
 
-    def look(
-        self, view: NDArray[np.float64], projection: NDArray[np.float64], light: NDArray[np.float64] | None
-    ) -> None:
+    def look(self, projection: NDArray[np.float64], light: NDArray[np.float64] | None) -> None:
         """What the next drawings see.
 
         Args:
-            view: (4, 4) world to camera.
-            projection: (4, 4) camera to clip coordinates.
+            projection: (4, 4) camera axes to clip coordinates.
             light: (4,) of the Lambert shader: direction in camera axes, 0 for the camera's centre; intensity. None
                 leaves its own, the camera's centre at intensity 1.
         """
-        self._camera = (view, projection)
+        self._camera = (self._camera[0], projection)
         self._light = light
 
     def draw(self, scene: Any, kind: int, samples: int, nodes: dict[Any, Any]) -> None:
@@ -182,7 +194,7 @@ class FastRenderer(Renderer):
         """A framebuffer, bound for drawing, and its buffers of colour and depth."""
         buffers = GL.glGenRenderbuffers(2)
         size = (self.viewport_width, self.viewport_height)
-        forms = (GL.GL_RGBA32F if floats else GL.GL_RGBA8, GL.GL_DEPTH_COMPONENT24)
+        forms = (GL.GL_RGBA32F if floats else GL.GL_RGBA8, GL.GL_DEPTH_COMPONENT32F)
         for buffer, form in zip(buffers, forms, strict=True):
             GL.glBindRenderbuffer(GL.GL_RENDERBUFFER, buffer)
             if samples:
@@ -201,6 +213,10 @@ class FastRenderer(Renderer):
     def _configure_main_framebuffer(self) -> None:
         self._main_fb_ms = self._framebuffer(self._samples, self._kind == NORMALS)
 
+    def _configure_forward_pass_viewport(self, flags: int) -> None:
+        super()._configure_forward_pass_viewport(flags)
+        GL.glDepthFunc(GL.GL_GREATER)
+
     def _read_main_framebuffer(self, scene: Any, flags: int) -> None:
         return None
 
@@ -218,7 +234,7 @@ class FastRenderer(Renderer):
 
     def _sorted_mesh_nodes(self, scene: Any) -> list[Any]:
         # pyrender's order comes from a set, and of surfaces at one depth the first is seen.
-        return sorted(self._nodes, key=lambda node: node.mesh.is_transparent)
+        return self._nodes
 
     def _bind_and_draw_primitive(self, primitive: Any, pose: NDArray[Any], program: Any, flags: int) -> None:
         if self._kind == COLOUR:
@@ -242,6 +258,25 @@ class FastRenderer(Renderer):
         else:
             GL.glDrawArrays(primitive.mode, 0, len(primitive.positions))
         primitive._unbind()
+
+
+def _reverse_depth(context: Context) -> None:
+    """Depth 1 at the near plane and 0 where there is nothing: then floating point resolves all distances alike.
+
+    The other way round, everything beyond a thousand times the near plane's distance shares a few numbers, and near
+    planes have to be so far away that they cut what is close.
+    """
+    address = context.address("glClipControl")
+    if address:
+        ctypes.CFUNCTYPE(None, ctypes.c_uint, ctypes.c_uint)(address)(0x8CA1, 0x935F)  # GL_LOWER_LEFT, GL_ZERO_TO_ONE
+        mode = ctypes.c_int()
+        glGetIntegerv(0x935D, ctypes.byref(mode))  # GL_CLIP_DEPTH_MODE
+    if not address or mode.value != 0x935F:
+        raise SetupError(
+            f"Expected OpenGL 4.5, or the extension GL_ARB_clip_control, got {GL.glGetString(GL.GL_VERSION).decode()}. "
+            "Take a newer driver or Mesa, or adapters.raster, which needs no OpenGL."
+        )
+    GL.glClearDepth(0.0)
 
 
 class _Current(threading.local):
@@ -297,10 +332,12 @@ class Session:
         self.pid = os.getpid()
         self.context = open_context(platform, device)
         with self:
+            _reverse_depth(self.context)
             self.gl_renderer = GL.glGetString(GL.GL_RENDERER).decode()
             self.renderer = FastRenderer(size[1], size[0], lambert=lambert, two_sided=two_sided)
-        self.scene: pyrender.Scene
+        self.scene: Scene
         self.scene, self.objects = build()
+        self.scene.poses[self.scene.main_camera_node] = np.eye(4)
         # Red says that something is there, green and blue which object.
         self.nodes = {
             node: np.array([255, number & 255, number >> 8])

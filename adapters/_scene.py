@@ -6,6 +6,7 @@ Shared by the adapters that render, so that both see the same objects in the sam
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters._mesh_files import check_vertices, placed_meshes, read_meshes
 from adapters._teapot import teapot_mesh
 from bridge.errors import InputError, SetupError
 
@@ -32,17 +34,17 @@ class Scene:
 
     Attributes:
         objects: the trimesh.Trimesh geometries of each object.
+        names: of the objects, as their files or scenes call them; not always distinct.
         centres: (n, 3) centre of each object's bounding box.
         radii: (n,) largest distance of a vertex of an object from its centre.
         radius: largest distance of a vertex from the origin, which cameras look at.
-        closed: every geometry is watertight and turned outside, so that back faces cannot be seen from without.
     """
 
     objects: tuple[tuple[Any, ...], ...]
+    names: tuple[str, ...]
     centres: NDArray[np.float64]
     radii: NDArray[np.float64]
     radius: float
-    closed: bool
 
     @property
     def num_faces(self) -> int:
@@ -66,18 +68,34 @@ def load_scene(mesh: Any, *, normalise: bool, up: str) -> Scene:
         if not mesh:
             raise InputError("Expected at least one mesh, got an empty list.")
         objects = [_geometries(entry) for entry in mesh]
+        names = [_name(entry, meshes) for entry, meshes in zip(mesh, objects, strict=True)]
     else:
         objects = [[geometry] for geometry in _geometries(mesh)]
+        names = [_name(mesh, meshes) for meshes in objects]
+    if any(_see_through(g) for geometries in objects for g in geometries):
+        warnings.warn(
+            "Expected opaque surfaces, got alpha below 1: everything is drawn opaque. Leave parts out of the mesh that "
+            "should not be seen.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     radius = _place([g for geometries in objects for g in geometries], normalise=normalise, up=up)
     centres, radii = [], []
     for geometries in objects:
         vertices = np.concatenate([g.vertices[np.unique(g.faces)] for g in geometries])
         centres.append((vertices.min(axis=0) + vertices.max(axis=0)) / 2)
         radii.append(np.linalg.norm(vertices - centres[-1], axis=1).max())
-    closed = all(
-        g.is_watertight and g.is_winding_consistent and g.volume > 0 for geometries in objects for g in geometries
-    )
-    return Scene(tuple(map(tuple, objects)), np.array(centres), np.array(radii), radius, closed)
+    return Scene(tuple(map(tuple, objects)), tuple(names), np.array(centres), np.array(radii), radius)
+
+
+def _name(source: Any, meshes: list[Any]) -> str:
+    """What an object is called: by its node where it is one, else by its file."""
+    own = meshes[0].metadata.get("object") or meshes[0].metadata.get("name")
+    if own and len(meshes) == 1:
+        return str(own)
+    if isinstance(source, str | os.PathLike):
+        return Path(source).stem
+    return str(own or type(source).__name__.lower())
 
 
 def _geometries(mesh: Any) -> list[Any]:
@@ -89,15 +107,16 @@ def _geometries(mesh: Any) -> list[Any]:
         path = Path(mesh)
         if not path.is_file():
             raise InputError(f'Expected a mesh file or "teapot", got {str(mesh)!r}, which is not a file.')
+        what = f"the file {str(path)!r}"
         try:
-            meshes, what = trimesh.load_scene(path).dump(), f"the file {str(path)!r}"
+            meshes = read_meshes(path, trimesh)
         except Exception as error:  # readers of a dozen formats raise whatever they like
             raise InputError(
                 f"Expected a readable mesh file, got {str(path)!r}: {type(error).__name__}: {error}. Formats: GLB, "
-                "OBJ, PLY, STL, ...; try `trimesh.load_scene` on it."
+                "OBJ, PLY, STL, ...; try `trimesh.load_scene` on it, or repair it and export it anew."
             ) from error
     elif isinstance(mesh, trimesh.Scene):
-        meshes, what = mesh.dump(), "the scene"
+        meshes, what = placed_meshes(mesh, list(mesh.graph.nodes_geometry)), "the scene"
     elif isinstance(mesh, trimesh.Trimesh):
         meshes, what = [mesh.copy()], "the mesh"
     else:
@@ -108,14 +127,37 @@ def _geometries(mesh: Any) -> list[Any]:
     if not meshes:
         raise InputError(f"Expected triangles, got none in {what}. Point clouds and curves cannot be rendered.")
     for m in meshes:
-        if m.faces.min() < 0 or m.faces.max() >= len(m.vertices):
-            raise InputError(
-                f"Expected faces between vertices 0 and {len(m.vertices) - 1}, got {m.faces.min()} to "
-                f"{m.faces.max()} in {what}. Repair the mesh."
-            )
-        if not np.isfinite(m.vertices).all():
-            raise InputError(f"Expected finite vertices, got NaN or infinity in {what}. Repair the mesh.")
+        try:
+            check_vertices(m)
+        except ValueError as error:
+            raise InputError(f"{str(error).capitalize()} in {what}. Repair the mesh.") from error
+        if not np.isfinite(m.vertices).all():  # of no face
+            m.remove_unreferenced_vertices()
+        material = getattr(m.visual, "material", None)
+        if isinstance(material, trimesh.visual.material.MultiMaterial):
+            m.visual.material = material.to_pbr()
     return meshes
+
+
+def _see_through(mesh: Any) -> bool:
+    """Whether a mesh's colours, material or texture ask to be drawn transparent somewhere."""
+    visual = mesh.visual
+    if not visual.defined:
+        return False
+    if visual.kind in ("vertex", "face"):
+        return bool((getattr(visual, f"{visual.kind}_colors")[:, 3] < 255).any())
+    material = visual.material
+    mode = getattr(material, "alphaMode", None)
+    if hasattr(material, "alphaMode") and mode in (None, "OPAQUE"):
+        return False  # glTF: alpha has no meaning then
+    colour = getattr(material, "baseColorFactor", getattr(material, "diffuse", None))
+    image = getattr(material, "baseColorTexture", getattr(material, "image", None))
+    dissolve = getattr(material, "kwargs", {}).get("d", ["1"])
+    return (
+        (colour is not None and len(colour) == 4 and colour[3] < 255)
+        or (image is not None and "A" in image.getbands() and image.getchannel("A").getextrema()[0] < 255)
+        or float(dissolve[-1]) < 1
+    )
 
 
 def _place(meshes: list[Any], *, normalise: bool, up: str) -> float:

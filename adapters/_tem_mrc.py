@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 HEADER_BYTES = 1024
-_MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2"}
+_MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
+_IMOD = 1146047817
 
 
 @final
@@ -52,12 +53,14 @@ def read_header(path: Path) -> Header:
     for order in orders:
         words = np.frombuffer(raw, dtype=f"{order}i4")
         nx, ny, nz, mode = (int(w) for w in words[:4])
-        # In the wrong byte order a mode of 1 or 2 is millions.
-        if mode in _MODES and nx > 0 and ny > 0 and nz >= 0:
+        # In the wrong byte order a mode of 1 or 2 is millions, and so is an axis of 1 to 3.
+        if mode in _MODES and nx > 0 and ny > 0 and nz >= 0 and 0 <= int(words[16]) <= 3:
             break
     else:
         raise ValueError(f"expected the header of an MRC file with mode {', '.join(map(str, _MODES))}")
-    dtype = np.dtype(f"{order}{_MODES[mode]}")
+    # IMOD's bytes are unsigned but where its flag says otherwise.
+    unsigned = mode == 0 and int(words[38]) == _IMOD and not int(words[39]) & 1
+    dtype = np.dtype(f"{order}{'u1' if unsigned else _MODES[mode]}")
     offset = HEADER_BYTES + max(0, int(words[23]))
     expected = offset + nx * ny * nz * dtype.itemsize
     size = path.stat().st_size
@@ -70,10 +73,10 @@ def read_header(path: Path) -> Header:
 
 
 def read(path: Path) -> tuple[NDArray[Any], Header]:
-    """The data (sections, rows, columns) in the file's own type, and the header; raises as `read_header`."""
+    """The data (sections, rows, columns) in native byte order, and the header; raises as `read_header`."""
     header = read_header(path)
     data = np.fromfile(path, dtype=header.dtype, count=int(np.prod(header.shape)), offset=header.offset)
-    return data.reshape(header.shape), header
+    return data.reshape(header.shape).astype(header.dtype.newbyteorder("="), copy=False), header
 
 
 def write_stack(path: Path, stack: NDArray[Any], pixel_angstrom: float) -> None:
@@ -109,11 +112,11 @@ def write_stack(path: Path, stack: NDArray[Any], pixel_angstrom: float) -> None:
 def write_scaled(source: Path, target: Path, factor: float) -> None:
     """A copy of a float32 MRC file with all its data multiplied by `factor`, in the header's byte order."""
     data, header = read(source)
-    if header.dtype.kind != "f":
+    if header.dtype.kind != "f" or header.dtype.itemsize != 4:
         raise ValueError(f"expected a map in mode 2 (float32), got {header.dtype}")
     with source.open("rb") as file:
         raw = file.read(header.offset)
     np.multiply(data, np.float32(factor), out=data)
     with target.open("wb") as file:
         file.write(raw)
-        data.tofile(file)
+        data.astype(header.dtype, copy=False).tofile(file)

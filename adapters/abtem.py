@@ -8,9 +8,11 @@ is loaded by the first call; importing this module needs numpy alone.
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
@@ -179,6 +181,16 @@ class AbTEM:
     def __getstate__(self) -> dict[str, Any]:
         # What is kept can be made again, and need not travel.
         return {**self.__dict__, "_potentials": OrderedDict(), "_waves": OrderedDict()}
+
+    @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What images depend on; and the versions of what computes them."""
+        names = ("shape", "pixel_size_angstrom", "noise", "oversampling", "slice_thickness_angstrom", "margin_pixels")
+        parts = {name: getattr(self, name) for name in (*names, "parametrization", "_values", "_positions", "_numbers")}
+        for package in ("abtem", "ase"):
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                parts[package] = metadata.version(package)
+        return parts | {"columns": self.space.names}
 
     @property
     def space(self) -> ParameterSpace:

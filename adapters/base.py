@@ -11,7 +11,6 @@ import os
 import platform
 import shlex
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,12 +22,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adapters._process import Outcome, run_process
-from bridge.environment import child_environment
+from bridge.environment import child_environment, keep_directory, marked, own_directory
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
 from bridge.simulator import ParameterSpace
 
 STDOUT, STDERR = "stdout.txt", "stderr.txt"
 _TAIL_LINES = 20
+# Directories of failed runs that stay: a fit in which many fail would fill the disk.
+_MOST_KEPT = 20
 
 
 @final
@@ -86,7 +87,10 @@ class Profile:
         env: further variables for the program; they win over all others.
         timeout_s: limit of one run [s]; None for none.
         threads: what OMP_NUM_THREADS and the like tell the program; None leaves the variables as they are.
-        keep: whose run directories stay: of "failed" runs, "all" or "none".
+        keep: whose run directories stay: of "failed" runs, "all" or "none". All others go with the run, or with this
+            process if it is killed.
+        keep_at_most: so many directories stay in the scratch directory, those of earlier jobs among them: the newest.
+            None for 20 of failed runs, and for no limit with keep="all".
         scratch: where run directories are made, created where missing; by default the system's temporary directory,
             which is local to the node on most clusters.
         keep_slurm: leave SLURM_* in the program's environment, as a program started through `srun` needs.
@@ -101,6 +105,7 @@ class Profile:
     scratch: Path | None = None
     keep_slurm: bool = False
     kill_grace_s: float = 2.0
+    keep_at_most: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.argv, str | bytes):
@@ -124,10 +129,19 @@ class Profile:
             raise InputError(f"Expected at least one thread or None, got {self.threads!r}.")
         if self.keep not in ("failed", "all", "none"):
             raise InputError(f"Unknown keep={self.keep!r}. Known: failed, all, none.")
+        if self.keep_at_most is not None and not self.keep_at_most >= 1:
+            raise InputError(f"Expected a keep_at_most of 1 or more, or None, got {self.keep_at_most!r}.")
         if not self.kill_grace_s >= 0:
             raise InputError(f"Expected a kill_grace_s of 0 or more, got {self.kill_grace_s!r}.")
         if self.scratch is not None:
             object.__setattr__(self, "scratch", Path(os.path.abspath(self.scratch)))
+
+    @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What outputs can depend on: the program itself, its arguments and variables, and the files these name."""
+        env = {f"variable {name}": _or_file(text) for name, text in self.env.items()}
+        program = Path(self.executable())
+        return {"name": program.name, "program": program, "argv": tuple(map(_or_file, self.argv[1:])), **env}
 
     def environment(self) -> dict[str, str]:
         """The program's environment: this process's without the launcher's variables, threads, `env`."""
@@ -156,20 +170,32 @@ class ExternalSimulator:
     """A program as a `bridge.Simulator`: one run a row, one after another.
 
     Each run has a fresh directory (its working directory) and a process group of its own, whose members are all ended
-    when the run is over: at exit, at the time limit, and when the run is interrupted. Only processes that left the
-    group (`setsid`) escape. This process's environment and working directory never change.
+    when the run is over: at exit, at the time limit, and when the run is interrupted. Processes that left the group
+    (`setsid`) go on until this process ends. However it ends, nothing that it has started goes on, and the directories
+    of unfinished runs are removed. This process's environment and working directory never change.
 
     Args:
         template: what the program's files mean.
         profile: how to run it here.
         space: its parameters.
         output_shape: shape of one output; None to take what the first row of a call gives.
+        identity: a text under which evaluations are filed, where the template, or the program, has something that
+            cannot be seen; change it whenever outputs do. By default they are filed under the content of the program,
+            its arguments, its variables, the files that these name by absolute paths, and the template.
     """
 
     template: Template
     profile: Profile
     space: ParameterSpace
     output_shape: tuple[int, ...] | None
+    identity: str | None = None
+
+    @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What outputs depend on: not on bounds and scales, of which the program is told nothing."""
+        columns = tuple((p.name, p.kind == "integer") for p in self.space.parameters)
+        shape = self.output_shape
+        return {"template": self.template, "profile": self.profile, "columns": columns, "output_shape": shape}
 
     def __post_init__(self) -> None:
         if self.output_shape is not None:
@@ -215,7 +241,7 @@ class ExternalSimulator:
     def _run(self, executable: str, row: Row, shape: tuple[int, ...] | None) -> NDArray[np.float64]:
         directory = self._fresh_directory()
         outcome: Outcome | None = None
-        keep = self.profile.keep == "all"
+        kept: Path | None = None
         try:
             self.template.write_input(directory, row)
             command = (executable, *self.profile.argv[1:], *self.template.command_arguments(row))
@@ -223,7 +249,7 @@ class ExternalSimulator:
             outcome = run_process(
                 command,
                 directory=directory,
-                environment=self.profile.environment(),
+                environment=marked(self.profile.environment()),
                 standard_input=None if standard_input is None else directory / standard_input,
                 standard_output=directory / STDOUT,
                 standard_error=directory / STDERR,
@@ -239,25 +265,34 @@ class ExternalSimulator:
                 raise EvaluationError(f"Expected exit status 0, got {outcome.describe()}.")
             return self._read(directory, shape)
         except BridgeError as error:
-            keep = keep or self.profile.keep == "failed"
-            raise type(error)(self._report(str(error), row, directory, outcome, keep=keep)) from error.__cause__
+            kept = self._keep(directory, failed=True)
+            raise type(error)(self._report(str(error), row, kept, directory, outcome)) from error.__cause__
         except Exception as error:
-            keep = keep or self.profile.keep == "failed"
+            kept = self._keep(directory, failed=True)
             said = (
                 f"Expected {type(self.template).__name__} to write the input and start the program, got "
                 f"{type(error).__name__}: {error}."
             )
-            raise EvaluationError(self._report(said, row, directory, outcome, keep=keep)) from error
+            raise EvaluationError(self._report(said, row, kept, directory, outcome)) from error
         finally:
-            if not keep:
+            if kept is None and self._keep(directory, failed=False) is None:
                 shutil.rmtree(directory, ignore_errors=True)
+
+    def _keep(self, directory: Path, *, failed: bool) -> Path | None:
+        """Where a run's directory stays; None where the profile does not keep it."""
+        profile = self.profile
+        if not (profile.keep == "all" or (failed and profile.keep == "failed")):
+            return None
+        most = profile.keep_at_most or (None if profile.keep == "all" else _MOST_KEPT)
+        return keep_directory(directory, self._stem, most)
+
+    @property
+    def _stem(self) -> str:
+        return Path(self.profile.argv[0]).stem
 
     def _fresh_directory(self) -> Path:
         try:
-            if self.profile.scratch is not None:
-                self.profile.scratch.mkdir(parents=True, exist_ok=True)
-            prefix = f"bridge-{Path(self.profile.argv[0]).stem}-"
-            return Path(tempfile.mkdtemp(prefix=prefix, dir=self.profile.scratch))
+            return own_directory(self._stem, self.profile.scratch, stays=self.profile.keep == "all")
         except OSError as error:
             raise SetupError(
                 f"Expected a writable scratch directory on {platform.node()}, got {error}. Set Profile.scratch "
@@ -291,7 +326,7 @@ class ExternalSimulator:
             raise EvaluationError(f"Expected finite numbers, got {bad} of {output.size} that are NaN or infinite.")
         return output
 
-    def _report(self, said: str, row: Row, directory: Path, outcome: Outcome | None, *, keep: bool) -> str:
+    def _report(self, said: str, row: Row, kept: Path | None, directory: Path, outcome: Outcome | None) -> str:
         """The message of a failed run: what, where, with which parameters, and what the program said last."""
         values = ", ".join(
             f"{p.name} = {row.values[p.name]!r}{' ' + p.unit if p.unit else ''}" for p in self.space.parameters
@@ -301,13 +336,19 @@ class ExternalSimulator:
             f"  program: {shlex.join(outcome.command) if outcome else self.profile.argv[0]}",
             f"  parameters: {values}; seed {row.seed}",
             f"  status: {outcome.describe() if outcome else 'not started'}, on {platform.node()}",
-            f"  directory: {directory}{'' if keep else ' (removed: Profile.keep)'}",
+            f"  directory: {directory if kept is None else kept}{' (removed: Profile.keep)' if kept is None else ''}",
         ]
         for name in (STDOUT, STDERR, *self.template.log_files()):
-            tail = _tail(directory / name)
+            tail = [line.replace(str(directory), str(kept or directory)) for line in _tail((kept or directory) / name)]
             if tail:
                 lines += [f"  last lines of {name}:", *(f"    {line}" for line in tail)]
         return "\n".join(lines)
+
+
+def _or_file(text: str) -> str | tuple[str, Path]:
+    """A text, and in place of an absolute path in it (of a file, or after "=") what is there."""
+    before, equals, after = text.partition("=") if not os.path.isabs(text) else ("", "", text)
+    return (before + equals, Path(after)) if os.path.isabs(after) and os.path.exists(after) else text
 
 
 def _tail(path: Path, number: int = _TAIL_LINES, limit: int = 16_384) -> list[str]:
@@ -357,6 +398,12 @@ class TextTemplate(Template):
                 raise InputError(f"Expected file names inside the run's directory, got {name!r}. Make it relative.")
         if self.stdin is not None and self.stdin not in self.inputs:
             raise InputError(f"Expected stdin among the inputs {list(self.inputs)}, got {self.stdin!r}.")
+
+    @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What is written and read; the order of the files makes no difference."""
+        rest = {"output": self.output, "arguments": self.arguments, "stdin": self.stdin, "read": self.read}
+        return {f"input {name}": text for name, text in self.inputs.items()} | rest
 
     def check(self, space: ParameterSpace) -> None:
         if "seed" in space.names:

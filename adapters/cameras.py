@@ -19,6 +19,7 @@ from bridge.simulator import Parameter, ParameterSpace
 
 CAMERAS = ("turntable", "turntable-log", "se3")
 GROUPS = ("camera", "objects", "light", "colours")
+NEAR = 1e-6  # distance of the near plane [distance of what is farthest]
 DISTANCE = 4.0  # of a camera from the origin where nothing else is said [radius of the scene]
 
 
@@ -114,7 +115,7 @@ class Views:
         objects: (k, n, 4, 4) motion of each object in the world; None where objects stay.
         lens: (k, 4) f_x, f_y, c_x, c_y [pixel]; for a parallel projection pixels a unit in place of f.
         perspective: of which kind the lens is.
-        near, far: (k,) planes that just enclose the objects, in front of the camera.
+        near, far: (k,) planes; nothing is beyond the far one, and what is in front of the near one is not seen.
         light: (k, 3) direction to the light in camera axes; None where the camera carries it.
         intensity: (k,) of the light; 1 is normal.
         colours: (k, n, 3) factors on the objects' colours; None where they keep their own.
@@ -288,7 +289,7 @@ class ViewModel:
             that is.
         base_pose: (4, 4) camera to world of "se3"; by default on +z at four radii, looking at the origin.
         inside: what becomes of a camera within an object's bounding sphere: "render" what it sees beyond a near plane
-            at a thousandth of the scene's radius, or "raise" an `InputError`.
+            at a millionth of the distance of what is farthest in front of it, or "raise" an `InputError`.
         colour: value, where neither varied nor fixed, of the colours of objects that bring none.
 
     Raises:
@@ -349,6 +350,10 @@ class ViewModel:
             _, valid = self._lenses(columns, self._poses(columns)[1])
         if not valid.all():
             raise InputError(f"Expected a positive distance and a half angle between 0 and 90 deg, got fixed={fixed}.")
+
+    @property
+    def object_names(self) -> tuple[str, ...]:
+        return self._scene.names
 
     def views(self, inputs: NDArray[np.float64]) -> Views:
         """The views of (k, d) parameters; row i depends on `inputs[i]` alone.
@@ -463,13 +468,17 @@ class ViewModel:
     def _planes(
         self, inputs: NDArray[np.float64], camera: NDArray[np.float64], objects: NDArray[np.float64] | None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Near and far planes that just enclose the objects: a depth buffer's bits are spent on them alone."""
+        """The far plane behind all objects, and the near one at a millionth of its distance.
+
+        A parallel projection has the near plane in front of all objects where they are in front of the camera.
+        """
         centres = np.broadcast_to(self._scene.centres, (len(camera), *self._scene.centres.shape))
         if objects is not None:
             centres = (objects[..., :3, :3] @ self._scene.centres[..., None])[..., 0] + objects[..., :3, 3]
         away = centres - camera[:, None, :3, 3]
         depth = -(away * camera[:, None, :3, 2]).sum(axis=2)
-        margin = self._scene.radii + 0.001 * self._scene.radius
+        # Rounding is small against both: an object may be a point, or far from the origin.
+        margin = self._scene.radii + 1e-3 * self._scene.radii.max() + 1e-9 * np.linalg.norm(away, axis=2)
         inside = ((away**2).sum(axis=2) < self._scene.radii**2).any(axis=1)
         if self._inside == "raise" and inside.any():
             row = inputs[int(np.flatnonzero(inside)[0])]
@@ -477,8 +486,11 @@ class ViewModel:
                 "Expected a camera outside the objects' bounding spheres, got one inside at "
                 f'{self.space.mapping(row)}. Move it away, or allow it with inside="render".'
             )
-        near = np.maximum((depth - margin).min(axis=1), 1e-3 * self._scene.radius)
-        far = np.maximum((depth + margin).max(axis=1), 2 * near)
+        far = np.maximum((depth + margin).max(axis=1), 1e-6 * self._scene.radii.max() + 1e-30)
+        near = NEAR * far
+        if not self.perspective:
+            near = np.maximum((depth - margin).min(axis=1), near)
+            far = np.maximum(far, 2 * near)
         return near, far
 
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from adapters import _pyrender_compat as compat
 from adapters import _scene
 from adapters._scene import CHANNELS, OutputName, teapot
-from adapters.cameras import ViewModel, Views, inverse_pose
+from adapters.cameras import ViewModel, Views
 
 __all__ = ["PyrenderSimulator", "teapot"]
 
@@ -41,7 +41,8 @@ class PyrenderSimulator:
     * "normals", 3 channels: unit normals in camera axes, turned to the camera; 0 where there is nothing. Never
       antialiased. Interpolated between vertices; a mesh coloured by face has flat ones.
     * "rgb", 3 channels in [0, 1].
-    * "rgba", 4 channels: the same on black (premultiplied), and the covered fraction.
+    * "rgba", 4 channels: the same on black (premultiplied), and the covered fraction. Surfaces are opaque: alpha of
+      colours, materials and textures is left out, with a warning.
 
     Row i depends on `inputs[i]` alone, whatever the batch, thread or process; the seed is not used.
 
@@ -56,7 +57,7 @@ class PyrenderSimulator:
     Args:
         mesh: "teapot", a path to a mesh file (GLB, OBJ, PLY, STL and what else trimesh reads), a trimesh.Trimesh or
             trimesh.Scene, or a list of these; copied. Each entry of a list is one object; in a single file or scene
-            each geometry is.
+            each geometry is, in the file's order (`object_names`).
         size: (height, width) [pixel].
         outputs: "silhouette", "mask", "depth", "normals", "rgb", "rgba": one name or several.
         camera, lens, vary, fixed, base_pose, inside: see `adapters.cameras.ViewModel`.
@@ -68,7 +69,8 @@ class PyrenderSimulator:
         background_depth: depth of pixels without object.
         normalise: move the centre of the bounding box to the origin and scale the farthest vertex to distance 1.
         up: axis of the mesh that points up, "y" (glTF) or "z" (many CAD files).
-        two_sided: draw back faces too; by default exactly when a mesh is not closed, where they can be seen.
+        two_sided: draw back faces too. False leaves them out, which is right where only closed bodies that are turned
+            outside are seen, from outside.
         platform: "auto", "egl" or "osmesa"; PYOPENGL_PLATFORM is honoured under "auto".
         device: number of the GPU among EGL's hardware devices; by default by local rank.
 
@@ -98,7 +100,7 @@ class PyrenderSimulator:
         background_depth: float = 0.0,
         normalise: bool = True,
         up: Literal["y", "z"] = "y",
-        two_sided: bool | None = None,
+        two_sided: bool = True,
         platform: Literal["auto", "egl", "osmesa"] = "auto",
         device: int | None = None,
     ) -> None:
@@ -113,7 +115,7 @@ class PyrenderSimulator:
         self._platform = platform
         self._device = device
         self._scene = _scene.load_scene(mesh, normalise=normalise, up=up)
-        self._two_sided = not self._scene.closed if two_sided is None else bool(two_sided)
+        self._two_sided = bool(two_sided)
         self._camera = camera
         self._model = ViewModel(
             self._scene,
@@ -130,6 +132,11 @@ class PyrenderSimulator:
         self.output_shape = (sum(CHANNELS[name] for name in self.outputs), *self._size)
         self._local = threading.local()
 
+    @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What images depend on: not on which GPU draws them."""
+        return {name: value for name, value in self.__getstate__().items() if name != "_device"}
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_local"}
 
@@ -145,6 +152,11 @@ class PyrenderSimulator:
     def radius(self) -> float:
         """Largest distance of a vertex from the point that the camera looks at; 1 for a normalised mesh."""
         return self._scene.radius
+
+    @property
+    def object_names(self) -> tuple[str, ...]:
+        """What each object is called, by its node in a scene, or by its file: object0, ..., number 1, ... in masks."""
+        return self._model.object_names
 
     def object_to_camera(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
         """(k, objects, 4, 4): from each object's placed coordinates to OpenGL camera axes, for pose metrics."""
@@ -168,13 +180,13 @@ class PyrenderSimulator:
         images = np.empty((len(views), *self.output_shape), dtype=np.float32)
         if not len(views):
             return images
-        cameras, projections = inverse_pose(views.camera), _projections(views, self._size)
+        to_camera, projections = self._from_centres(views), _projections(views, self._size)
         with self._session() as session:
             for start in range(0, len(views), _BATCH):
                 rows = range(start, min(start + _BATCH, len(views)))
                 drawings, pixels = self._plan(len(rows))
                 for i, row in enumerate(rows):
-                    self._arrange(session, views, row, cameras[row], projections[row])
+                    self._arrange(session, views, row, to_camera[row], projections[row])
                     self._render(session, drawings, i)
                 self._compose(pixels, views, slice(rows.start, rows.stop), images[rows.start : rows.stop])
         return images
@@ -212,11 +224,12 @@ class PyrenderSimulator:
         import pyrender
 
         from adapters._pyrender_renderer import Drawn
+        from adapters._pyrender_renderer import Scene as DrawnScene
 
         # 3 is pyrender's customary intensity.
-        scene = pyrender.Scene(bg_color=[*self._background, 0.0], ambient_light=[_scene.AMBIENT] * 3)
+        scene = DrawnScene(bg_color=[*self._background, 0.0], ambient_light=[_scene.AMBIENT] * 3)
         objects = []
-        for meshes in self._scene.objects:
+        for meshes, centre in zip(self._scene.objects, self._scene.centres, strict=True):
             nodes, materials = [], []
             # Varied colours are factors on what a mesh brings; one that brings none is white under them.
             base = (1.0, 1.0, 1.0) if self._model.paints else self._colour
@@ -226,9 +239,14 @@ class PyrenderSimulator:
             for mesh in meshes:
                 own = mesh.visual.defined
                 smooth = not (own and mesh.visual.kind == "face")  # a colour a face needs vertices of its own
-                drawn = pyrender.Mesh.from_trimesh(mesh, material=None if own else plain, smooth=smooth)
+                # trimesh leaves out translations that it thinks small.
+                centred = mesh.copy()
+                centred.vertices = mesh.vertices - centre
+                centred.vertex_normals = mesh.vertex_normals
+                drawn = pyrender.Mesh.from_trimesh(centred, material=None if own else plain, smooth=smooth)
                 for primitive in drawn.primitives:
                     primitive.material.doubleSided = False  # decided for all outputs alike, in the renderer
+                    primitive.material.alphaMode = "OPAQUE"  # pyrender blends by default
                     factor = np.array(primitive.material.baseColorFactor, dtype=np.float64)
                     materials.append((primitive.material, factor))
                 nodes.append(scene.add(drawn))
@@ -238,16 +256,20 @@ class PyrenderSimulator:
             scene.add(pyrender.DirectionalLight(intensity=3.0), parent_node=scene.main_camera_node)
         return scene, objects
 
+    def _from_centres(self, views: Views) -> NDArray[np.float64]:
+        """(k, objects, 4, 4): from axes about each object's centre, which OpenGL holds, to camera axes."""
+        poses = np.array(self._model.object_to_camera(views))
+        poses[..., :3, 3] += (poses[..., :3, :3] @ self._scene.centres[..., None])[..., 0]
+        return poses
+
     def _arrange(
-        self, session: Any, views: Views, row: int, camera: NDArray[np.float64], projection: NDArray[np.float64]
+        self, session: Any, views: Views, row: int, to_camera: NDArray[np.float64], projection: NDArray[np.float64]
     ) -> None:
-        """Puts camera, objects, light and colours where one row wants them."""
+        """Puts objects, light and colours where one row wants them, seen from the camera."""
         scene = session.scene
-        scene.set_pose(scene.main_camera_node, views.camera[row])
-        if views.objects is not None:
-            for drawn, pose in zip(session.objects, views.objects[row], strict=True):
-                for node in drawn.nodes:
-                    scene.set_pose(node, pose)
+        for drawn, pose in zip(session.objects, to_camera, strict=True):
+            for node in drawn.nodes:
+                scene.poses[node] = pose
         if views.colours is not None:
             for drawn, colour in zip(session.objects, views.colours[row], strict=True):
                 for material, factor in drawn.materials:
@@ -258,7 +280,7 @@ class PyrenderSimulator:
             for node in scene.light_nodes:
                 scene.set_pose(node, _towards(views.light[row]))
                 node.light.intensity = 3.0 * views.intensity[row]
-        session.renderer.look(camera, projection, light)
+        session.renderer.look(projection, light)
 
     def _plan(self, k: int) -> tuple[list[_Drawing], dict[str, NDArray[Any]]]:
         """What is drawn and read for each of k rows, and the pixels of all rows, bottom row first, by what they say."""
@@ -305,12 +327,9 @@ class PyrenderSimulator:
         if "depth" in channel:
             z = np.full(pixels["depth"].shape, self._background_depth, np.float32)
             for buffer, near, far, flat in zip(pixels["depth"], views.near[rows], views.far[rows], z, strict=True):
-                seen = np.flatnonzero(buffer < 1)  # a part of the pixels; the others hold the background
-                value = buffer.take(seen).astype(np.float64)  # in [0, 1]; what follows cancels
-                if views.perspective:
-                    flat.put(seen, 1 / (value * (1 / far - 1 / near) + 1 / near))
-                else:
-                    flat.put(seen, value * (far - near) + near)
+                seen = np.flatnonzero(buffer)  # a part of the pixels; the others hold the background
+                value = buffer.take(seen).astype(np.float64)
+                flat.put(seen, near / value if views.perspective else far - value * (far - near))
             channel["depth"][0] = z[:, ::-1]
         pixels = {name: buffer[:, ::-1] for name, buffer in pixels.items()}
         byte = np.float32(255)
@@ -323,7 +342,7 @@ class PyrenderSimulator:
         if "covered" in pixels:
             alpha = pixels["covered"] / byte
         elif "depth" in pixels:
-            alpha = np.float32(pixels["depth"] < 1)
+            alpha = np.float32(pixels["depth"] > 0)
         if "silhouette" in channel:
             channel["silhouette"][0] = alpha
         if "colour" in pixels:
@@ -343,13 +362,14 @@ def _projections(views: Views, size: tuple[int, int]) -> NDArray[np.float64]:
     near, far = views.near, views.far
     matrix = np.zeros((len(views), 4, 4))
     matrix[:, 0, 0], matrix[:, 1, 1] = 2 * fx / width, 2 * fy / height
+    # Depth is near / z, or falls from 1 to 0 between the planes.
     if views.perspective:
         matrix[:, 0, 2], matrix[:, 1, 2] = 1 - 2 * cx / width, 2 * cy / height - 1
-        matrix[:, 2, 2], matrix[:, 2, 3] = -(far + near) / (far - near), -2 * far * near / (far - near)
+        matrix[:, 2, 3] = near
         matrix[:, 3, 2] = -1
     else:
         matrix[:, 0, 3], matrix[:, 1, 3] = 2 * cx / width - 1, 1 - 2 * cy / height
-        matrix[:, 2, 2], matrix[:, 2, 3] = -2 / (far - near), -(far + near) / (far - near)
+        matrix[:, 2, 2], matrix[:, 2, 3] = 1 / (far - near), far / (far - near)
         matrix[:, 3, 3] = 1
     return matrix
 

@@ -36,7 +36,8 @@ class RasterSimulator:
       antialiased. Interpolated between vertices, as colours are shaded by them; a mesh coloured by face has flat ones.
     * "rgb", 3 channels in [0, 1]: colour (0.2 + 0.8 intensity max(0, n.l)), n the normal turned to the camera and l the
       direction to the light; not gamma-corrected. Textures are sampled at the vertices.
-    * "rgba", 4 channels: the same on black (premultiplied), and the covered fraction.
+    * "rgba", 4 channels: the same on black (premultiplied), and the covered fraction. Surfaces are opaque: alpha of
+      colours, materials and textures is left out, with a warning.
 
     Triangles are cut at the near plane, so that a camera may be close to an object or inside. Edges obey OpenGL's rules
     (centres, top-left, 1/256 pixel), so that silhouettes agree with pyrender's but for the odd pixel.
@@ -47,7 +48,7 @@ class RasterSimulator:
     Args:
         mesh: "teapot", a path to a mesh file (GLB, OBJ, PLY, STL and what else trimesh reads), a trimesh.Trimesh or
             trimesh.Scene, or a list of these; copied. Each entry of a list is one object; in a single file or scene
-            each geometry is.
+            each geometry is, in the file's order (`object_names`).
         size: (height, width) [pixel].
         outputs: "silhouette", "mask", "depth", "normals", "rgb", "rgba": one name or several.
         camera, lens, vary, fixed, base_pose, inside: see `adapters.cameras.ViewModel`.
@@ -57,7 +58,8 @@ class RasterSimulator:
         background_depth: depth of pixels without object.
         normalise: move the centre of the bounding box to the origin and scale the farthest vertex to distance 1.
         up: axis of the mesh that points up, "y" (glTF) or "z" (many CAD files).
-        two_sided: draw back faces too; by default exactly when a mesh is not closed, where they can be seen.
+        two_sided: draw back faces too. False leaves them out, which is right where only closed bodies that are turned
+            outside are seen, from outside.
 
     Raises:
         InputError: unknown option, unreadable mesh.
@@ -84,7 +86,7 @@ class RasterSimulator:
         background_depth: float = 0.0,
         normalise: bool = True,
         up: Literal["y", "z"] = "y",
-        two_sided: bool | None = None,
+        two_sided: bool = True,
     ) -> None:
         self._size, self.outputs = _scene.shared_options(size, outputs, antialias, up)
         self._antialias = antialias
@@ -105,7 +107,7 @@ class RasterSimulator:
         )
         self._camera = camera
         self._num_faces, self._radius = scene.num_faces, scene.radius
-        self._cull = scene.closed if two_sided is None else not two_sided
+        self._cull = not two_sided
         # Varied colours are factors on what a mesh brings; a mesh that brings none is white under them.
         self._geometry = _flatten(scene, (1.0, 1.0, 1.0) if self._model.paints else plain)
         self.space = self._model.space
@@ -119,6 +121,11 @@ class RasterSimulator:
     def radius(self) -> float:
         """Largest distance of a vertex from the point that the camera looks at; 1 for a normalised mesh."""
         return self._radius
+
+    @property
+    def object_names(self) -> tuple[str, ...]:
+        """What each object is called, by its node in a scene, or by its file: object0, ..., number 1, ... in masks."""
+        return self._model.object_names
 
     def object_to_camera(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
         """(k, objects, 4, 4): from each object's placed coordinates to OpenGL camera axes, for pose metrics."""

@@ -199,6 +199,7 @@ class TEMSimulator:
         scratch: where runs have their directories, see `adapters.base.Profile`.
         keep: whose run directories stay: of "failed" runs, "all" or "none".
         outside: what becomes of a query out of bounds, see `bridge.simulator.ParameterSpace`.
+        identity: a text under which evaluations are filed, see `adapters.base.ExternalSimulator`.
 
     Raises:
         InputError: the program would refuse the deck, or do something else than it says.
@@ -222,6 +223,7 @@ class TEMSimulator:
     scratch: str | Path | None = None
     keep: Literal["failed", "all", "none"] = "failed"
     outside: Outside = "clip"
+    identity: str | None = None
 
     output_suffix: ClassVar[str] = ".mrc"
     row_by_row: ClassVar[bool] = True
@@ -247,6 +249,23 @@ class TEMSimulator:
         scratch = None if self.scratch is None else Path(self.scratch)
         put(self, "_profile", Profile((binary, _DECK), timeout_s=self.timeout_s, scratch=scratch, keep=self.keep))
         plan.filled(plan.reference())[0].check(self.dialect)  # what is wrong with the deck is said now, not on a rank
+
+    @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What images depend on: the deck, what the files that it names hold, and the program."""
+        plan, components = self._plan, []
+        for one in plan.deck.components:
+            values: dict[str, Any] = {}
+            for key in sorted(one.values):
+                values[key] = value = one.values[key]
+                if KEYS[one.kind][key].file == "in":
+                    # What tables hold has been read.
+                    values[key] = plan.deck.folder / str(value) if one.kind == "particle" else "table"
+            components.append((one.kind, one.name, values))
+        tables = {f"table {name}": table for name, table in plan.tables.items()}
+        settings = {"names": plan.names, "turn": plan.turn, "dialect": self.dialect, "exact_imag": self.exact_imag}
+        files = {"program": self._profile, "components": components, "coordinates": plan.coordinates}
+        return settings | files | tables
 
     @property
     def space(self) -> ParameterSpace:

@@ -16,7 +16,7 @@ from scipy import stats
 from bridge.errors import InputError
 
 if TYPE_CHECKING:
-    from bridge.scale import ScaleLike
+    from bridge.scale import ScaleLike, as_tensor
     from bridge.smoothing import SmoothedSimulator
 
 Quantity = Literal["value", "jacobian"]
@@ -56,7 +56,7 @@ class _Moments:
     """Mean and spread of tensors that come in groups (R, ...); Chan, Golub and LeVeque's update."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+        self.count, self.mean, self.squares = 0, torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
 
     def add(self, group: torch.Tensor) -> None:
         group = group.to(torch.float64)
@@ -81,7 +81,7 @@ class _Moments:
 def estimate_to(
     smoothed: SmoothedSimulator,
     theta: torch.Tensor,
-    step: int = 0,
+    step: int | torch.Tensor = 0,
     *,
     relative_error: float,
     budget: int,
@@ -113,7 +113,7 @@ def estimate_to(
         raise InputError("Expected forward='smoothed' for an adaptive estimate, got 'unsmoothed'.")
     per_round = max(_LEAST_REPLICATES, strategy.replicates)
     parts = smoothed.with_strategy(replace(strategy, replicates=per_round))
-    theta = torch.as_tensor(theta)
+    theta = as_tensor(theta)
     batch = tuple(theta.shape[:-1])
     cost = per_round * strategy.num_rows * math.prod(batch)
     if budget < cost:
@@ -122,7 +122,8 @@ def estimate_to(
             f"rows at {math.prod(batch)} parameter vectors), got {budget!r}."
         )
     space = smoothed.simulator.space
-    natural = torch.ones(()) if space is None else torch.as_tensor(space.natural_scale)
+    one = torch.ones((), device="cpu")
+    natural = one if space is None else torch.as_tensor(space.natural_scale, device="cpu")
     value, jacobian = _Moments(), _Moments()
     spent = 0
     while True:
@@ -131,7 +132,7 @@ def estimate_to(
         values, jacobians = estimate.of_replicates()
         value.add(values)
         jacobian.add(jacobians)
-        error = value.relative_error(torch.ones(())) if of == "value" else jacobian.relative_error(natural)
+        error = value.relative_error(one) if of == "value" else jacobian.relative_error(natural)
         if error <= relative_error or spent + cost > budget:
             break
     tensors = (value.mean, jacobian.mean, value.standard_error, jacobian.standard_error)

@@ -1,12 +1,13 @@
 """The command line: `bridge` or, where a system program has that name, `python -m bridge`.
 
 Exit codes: 0 done, 1 uncaught error, 2 usage, input or set-up, 3 failed evaluations, 70 a bug (ranks in different
-places), 75 stopped by a signal, Ctrl-C or the end of the allocation (what is finished was written: `--resume`).
+places), 75 stopped by a signal, Ctrl-C or the end of the allocation (the same command goes on), 130 by a second Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import shutil
@@ -14,81 +15,41 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import bridge
 from bridge import registry
-from bridge.errors import BridgeError, InputError, exit_code
+from bridge.checks import did_you_mean
+from bridge.errors import BridgeError, InputError, exit_code, exit_status
+from bridge.interrupts import Held
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from bridge.job import Job
+    from bridge.progress import Observer
 
 
 _PACKAGES = ("numpy", "scipy", "torch", "gemmi", "mrcfile", "pyrender", "trimesh", "numba", "matplotlib", "mpi4py")
 
 
+_EPILOG = """\
+a first fit:   bridge fit job.toml        the file says which simulator, target and start
+your own code: name = "mysim.py:projectile" in the file, or bridge.fit(f, target, start, seed=0) in Python
+exit codes:    0 done, 1 uncaught error, 2 usage or input, 3 failed simulations, 75 stopped (the same command goes on)
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bridge", description="Gradients through simulators that cannot be differentiated."
-    )
-    parser.add_argument("--version", action="version", version=f"bridge {bridge.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the simulators that are known by name")
-    info = commands.add_parser("info", help="what a simulator is, and its arguments")
-    info.add_argument("name")
-    fit = commands.add_parser("fit", help="recover parameters from a target, as a job file says")
-    fit.add_argument("file", help="job file (TOML)")
-    fit.add_argument("-o", "--output", help="directory for the results, in place of the file's")
-    fit.add_argument(
-        "--progress",
-        default="auto",
-        choices=("auto", "lines", "off"),
-        help="a live view on a terminal; lines for logs; off",
-    )
-    fit.add_argument("--method", help="in place of the file's: auto, kriging, gauss-newton, adam, torch or natural")
-    fit.add_argument("--max-runs", type=int, metavar="N", help="simulator runs to spend, in place of the file's")
-    fit.add_argument("-q", "--quiet", action="store_true", help="no progress: --progress off")
-    fit.add_argument("--jsonl", metavar="FILE", help="one JSON object a step, while it runs")
-    fit.add_argument("--tensorboard", metavar="DIRECTORY", help="scalars for TensorBoard, while it runs")
-    fit.add_argument(
-        "--reuse",
-        metavar="DIRECTORY",
-        action="append",
-        default=[],
-        help="begin with the evaluations of an earlier fit of the same simulator (may be repeated)",
-    )
-    again = fit.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with the run in the directory, if there is one")
-    again.add_argument("--fresh", action="store_true", help="begin anew, even where an unfinished run is lost")
-    run = commands.add_parser("run", help="run a Python script, so that a failure on one rank ends the job on all")
-    run.add_argument("--driver", action="store_true", help="rank 0 runs the script, a serial one; the others help it")
-    run.add_argument("script")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the script")
-    study = commands.add_parser("study", help="which estimator suits the simulator of a job file")
-    study.add_argument("file", help="job file (TOML): its simulator and start")
-    study.add_argument("--budget", type=int, default=4096, help="simulator runs to spend (default: 4096)")
-    study.add_argument("--scale", type=float, default=1.0, help="of the noise, in natural units (default: 1)")
-    study.add_argument("--seed", type=int, default=0)
-    study.add_argument("-o", "--output", default="study", help="directory for study.md, study.csv and study.png")
-    plan = commands.add_parser("plan", help="how many ranks suit a simulator: step time and efficiency, predicted")
-    plan.add_argument("--cost", required=True, help="of one evaluation, with its unit: 50ms, 2s, 3min, 1h")
-    plan.add_argument("--samples", type=int, default=64, help="N, evaluations of a step (default: 64)")
-    plan.add_argument("--outputs", type=int, default=1, help="m, numbers of an output (default: 1)")
-    plan.add_argument("--parameters", type=int, default=8, help="d (default: 8)")
-    plan.add_argument("--ranks", default="1,2,4,...,4096", help="which (default: 1,2,4,...,4096)")
-    plan.add_argument("--cv", type=float, default=0.0, help="standard deviation / mean of the cost (default: 0)")
-    plan.add_argument("--batch", type=int, default=1, help="parameter vectors of one call (default: 1)")
-    plan.add_argument("--leaf-size", type=int, help="as in bridge.smooth")
-    plan.add_argument("--schedule", default="auto", choices=("auto", "static", "dynamic"))
-    plan.add_argument("--float64", action="store_true", help="outputs of 8 bytes a number, not 4")
-    plan.add_argument("--failing", type=float, default=0.0, help="probability that an evaluation fails (default: 0)")
-    plan.add_argument("--mtbf", help="mean time between failures of a node: 5y (default: none)")
-    plan.add_argument("--latency", default="10us", help="of a message (default: 10us)")
-    plan.add_argument("--bandwidth", type=float, default=10.0, help="between two ranks, GB/s (default: 10)")
-    plan.add_argument("--ranks-per-node", type=int, default=64)
-    commands.add_parser("doctor", help="what this machine has: versions, MPI, threads")
-    options = parser.parse_args(arguments)
+    parser, known = _parser()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    if not words[0].startswith("-") and words[0] not in known:
+        parser.error(f"unknown command {words[0]!r}.{_meant(words[0], known)} Known: {', '.join(known)}.")
+    options = parser.parse_args(words)
     try:
         if options.command == "list":
             print("\n".join(registry.list_simulators()))
@@ -107,26 +68,120 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BridgeError as error:
         print(f"bridge: {error}", file=sys.stderr)
         return exit_code(type(error))
+    except KeyboardInterrupt:
+        print("bridge: interrupted", file=sys.stderr)
+        return 130
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    if word.endswith(".toml"):
+        return f" Did you mean 'bridge fit {word}'?"
+    if word.endswith(".py"):
+        return f" Did you mean 'bridge run {word}'?"
+    return did_you_mean(word, known)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, and the commands that it knows."""
+    parser = argparse.ArgumentParser(
+        prog="bridge",
+        description="Gradients through simulators that cannot be differentiated.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"bridge {bridge.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, what: str, more: str = "") -> argparse.ArgumentParser:
+        said = f"{what[0].upper()}{what[1:]}. {more}".strip()
+        return commands.add_parser(name, help=what, description=said)
+
+    command("list", "the simulators that are known by name")
+    info = command("info", "what a simulator is, and its arguments")
+    info.add_argument("name", help="one of `bridge list`, or of your own: mysim.py:function")
+    fit = command(
+        "fit",
+        "recover parameters from a target, as a job file says",
+        "Stopped or killed, it goes on at the same command. A finished fit is shown again, not run again.",
+    )
+    fit.add_argument("file", help="job file (TOML); examples/demo.toml is one")
+    fit.add_argument("-o", "--output", help="directory for the results, in place of the file's")
+    fit.add_argument(
+        "--progress",
+        default="auto",
+        choices=("auto", "lines", "off"),
+        help="a live view on a terminal (auto, the default); lines for logs; off",
+    )
+    fit.add_argument("--method", help="in place of the file's: auto, kriging, gauss-newton, adam, torch or natural")
+    fit.add_argument("--max-runs", type=int, metavar="N", help="simulator runs to spend, in place of the file's")
+    fit.add_argument("-q", "--quiet", action="store_true", help="no progress: --progress off")
+    fit.add_argument("--jsonl", metavar="FILE", help="one JSON object a step, while it runs")
+    fit.add_argument("--tensorboard", metavar="DIRECTORY", help="scalars for TensorBoard, while it runs")
+    fit.add_argument(
+        "--reuse",
+        metavar="DIRECTORY",
+        action="append",
+        default=[],
+        help="begin with the evaluations of an earlier fit of the same simulator (may be repeated)",
+    )
+    again = fit.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with the run in the directory: the default")
+    again.add_argument("--fresh", action="store_true", help="begin anew, and lose the run in the directory")
+    run = command("run", "run a Python script, so that a failure on one rank ends the job on all")
+    run.add_argument("--driver", action="store_true", help="rank 0 runs the script, a serial one; the others help it")
+    run.add_argument("script", help="a Python script")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the script")
+    study = command("study", "which estimator suits the simulator of a job file")
+    study.add_argument("file", help="job file (TOML): its simulator and start")
+    study.add_argument("--budget", type=int, default=4096, help="simulator runs to spend (default: 4096)")
+    study.add_argument("--scale", type=float, default=1.0, help="of the noise, in natural units (default: 1)")
+    study.add_argument("--seed", type=int, default=0, help="of all noise (default: 0)")
+    study.add_argument("-o", "--output", default="study", help="directory for study.md, study.csv and study.png")
+    plan = command("plan", "how many ranks suit a simulator: step time and efficiency, predicted")
+    plan.add_argument("--cost", required=True, help="of one evaluation, with its unit: 50ms, 2s, 3min, 1h")
+    plan.add_argument("--samples", type=int, default=64, help="N, evaluations of a step (default: 64)")
+    plan.add_argument("--outputs", type=int, default=1, help="m, numbers of an output (default: 1)")
+    plan.add_argument("--parameters", type=int, default=8, help="d (default: 8)")
+    plan.add_argument("--ranks", default="1,2,4,...,4096", help="which (default: 1,2,4,...,4096)")
+    plan.add_argument("--cv", type=float, default=0.0, help="standard deviation / mean of the cost (default: 0)")
+    plan.add_argument("--batch", type=int, default=1, help="parameter vectors of one call (default: 1)")
+    plan.add_argument("--leaf-size", type=int, help="as in bridge.smooth")
+    plan.add_argument(
+        "--schedule", default="auto", choices=("auto", "static", "dynamic"), help="as in bridge.smooth (default: auto)"
+    )
+    plan.add_argument("--float64", action="store_true", help="outputs of 8 bytes a number, not 4")
+    plan.add_argument("--failing", type=float, default=0.0, help="probability that an evaluation fails (default: 0)")
+    plan.add_argument("--mtbf", help="mean time between failures of a node: 5y (default: none)")
+    plan.add_argument("--latency", default="10us", help="of a message (default: 10us)")
+    plan.add_argument("--bandwidth", type=float, default=10.0, help="between two ranks, GB/s (default: 10)")
+    plan.add_argument("--ranks-per-node", type=int, default=64, help="of the cluster (default: 64)")
+    command("doctor", "what this machine has: versions, MPI, threads")
+    return parser, list(commands.choices)
 
 
 def _info(name: str) -> int:
     import inspect
 
-    factory = registry.find(name)
-    print(f"{name}: {factory.__module__}.{factory.__qualname__}{inspect.signature(factory)}\n")
-    print(inspect.getdoc(factory) or "")
+    from bridge.simulator import Simulator
+
+    found = registry.find(name)
+    if isinstance(found, Simulator) and not inspect.isclass(found):
+        print(f"{name}: {found!r}")
+        space = found.space
+        for p in () if space is None else space.parameters:
+            print(f"  {p.name} [{p.lower:g}, {p.upper:g}] {p.unit}".rstrip())
+        return 0
+    print(f"{name}: {found.__module__}.{found.__qualname__}{inspect.signature(found)}\n")
+    print(inspect.getdoc(found) or "It has no docstring.")
     return 0
 
 
 def _fit(options: argparse.Namespace) -> int:
-    import shlex
     from dataclasses import replace
 
-    from bridge.dispatch import is_root
-    from bridge.job import load_job, run_job
-    from bridge.progress import JSONLines, Observer, TensorBoard, view
-    from bridge.report import summary, write_report
-    from bridge.simulator import simulator_name
+    from bridge.job import load_job
+    from bridge.progress import JSONLines, TensorBoard, view
+    from bridge.runs import correct_status
 
     observers: list[Observer] = list(view("off" if options.quiet else options.progress))
     if options.jsonl:
@@ -136,8 +191,37 @@ def _fit(options: argparse.Namespace) -> int:
     job = load_job(options.file, options.output)
     given = {"method": options.method, "max_runs": options.max_runs, "reuse": options.reuse}
     job = replace(job, settings={**job.settings, **{name: value for name, value in given.items() if value}})
-    result, written = run_job(job, observers, resume=options.resume, overwrite=options.fresh)
-    if is_root():
+    code = 1
+    try:
+        code = _fitted(job, options, observers, given)
+    except BridgeError as error:
+        code = exit_code(type(error))
+        raise
+    except SystemExit as error:
+        code = exit_status(error)
+        raise
+    except KeyboardInterrupt:
+        code = 130
+        raise
+    finally:
+        with Held():
+            correct_status(job.directory / "run", code)
+    return code
+
+
+def _fitted(job: Job, options: argparse.Namespace, observers: Sequence[Observer], given: Mapping[str, Any]) -> int:
+    import shlex
+
+    from bridge.dispatch import is_root
+    from bridge.job import is_finished, run_job
+    from bridge.report import write_report
+    from bridge.simulator import simulator_name
+
+    finished = not options.fresh and is_finished(job)
+    result, written = run_job(job, observers, resume=not options.fresh, overwrite=options.fresh)
+    if not is_root():
+        return 75 if result.stop_reason == "interrupted" else 0
+    if written:
         settings = {"simulator": simulator_name(job.simulator), "target": job.target_file.name, **job.settings}
         more = [word for directory in options.reuse for word in ("--reuse", directory)]
         for name in ("method", "max_runs"):
@@ -154,9 +238,15 @@ def _fit(options: argparse.Namespace) -> int:
                 command=command,
             )
         )
-        print(summary(result))
+    print(result)
+    if written:
         print("written: " + ", ".join(str(p) for p in written))
-    return 75 if result.stop_reason == "interrupted" else 0
+    if result.stop_reason == "interrupted":
+        print("The fit was interrupted: the same command goes on.")
+        return 75
+    if finished:
+        print("This fit was finished before; nothing was run again. --fresh begins it anew, after a change say.")
+    return 0
 
 
 def _run(script: str, arguments: Sequence[str], drive: bool) -> int:
@@ -195,12 +285,15 @@ def _as_main(path: Path) -> int:
     try:
         runpy.run_path(str(path), run_name="__main__")
     except SystemExit as error:
-        if isinstance(error.code, str):
+        if error.code is not None and not isinstance(error.code, int):
             print(error.code, file=sys.stderr)
-        return 0 if error.code is None else error.code if isinstance(error.code, int) else 1
+        return exit_status(error)
     except BaseException as error:
         # A `BridgeError` too is shown with its traceback, as under plain Python; under MPI this ends all ranks.
-        sys.excepthook(type(error), error, error.__traceback__)
+        with contextlib.suppress(SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+        if isinstance(error, KeyboardInterrupt):
+            return 130
         return exit_code(type(error)) if isinstance(error, BridgeError) else 1
     return 0
 

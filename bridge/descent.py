@@ -7,7 +7,7 @@ solution and the last ones the simulator itself (coarse to fine). How a step is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, final
 
@@ -20,7 +20,9 @@ from bridge.errors import EvaluationError
 from bridge.estimate import Estimate
 from bridge.fit_result import End, FitEnd, FitStep
 from bridge.misfit import LinearMap, Misfit
+from bridge.simulator import may_be_noisy
 from bridge.smoothing import SmoothedSimulator, smooth
+from bridge.soundness import HUGE
 from bridge.uncertainty import of_descent
 
 Array = NDArray[np.float64]
@@ -152,7 +154,7 @@ class Descent:
     @property
     def next_runs(self) -> int:
         """What the next step and the end may take."""
-        return 2 * self.last_runs + self._repeated + 2
+        return 2 * self.last_runs + self._repeated + end_runs(self.smoothed, self.misfit, len(self.active))
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
         look = self.rule.look(self._x, step)
@@ -216,35 +218,54 @@ class Descent:
         final = self._final(self._x)
         losses = np.array([self.misfit.value(y, z) for y, z in zip(final.value, self._x, strict=True)])
         best = int(np.argmin(losses))
-        stated, runs = None, final.num_evaluations
-        ends = np.stack([self._x[best], self.starts[self.active[best]]])
-        values, jacobians = (of[:, best] for of in final.of_replicates()) if self.misfit.loss is None else (None, None)
-        if values is not None and self._repeated:
-            again = self._final(self._x[best], replicate=1)
-            runs += again.num_evaluations
-            values, jacobians = (torch.cat(pair) for pair in zip((values, jacobians), again.of_replicates(), strict=True))
-        outputs, more = last_outputs(self.smoothed, ends * self.natural, step, tuple(self.misfit.target.shape))
-        if values is not None:
+        runs = final.num_evaluations
+        estimates = []
+        if self.misfit.loss is None:
+            estimates.append(tuple(of[:, best] for of in final.of_replicates()))
+            if self._repeated:
+                again = self._final(self._x[best], replicate=1)
+                runs += again.num_evaluations
+                estimates.append(again.of_replicates())
+        ends = np.vstack([self._x, self.starts[self.active[best]]])
+        shape = tuple(self.misfit.target.shape)
+        outputs, more = last_outputs(self.smoothed, ends * self.natural, step, shape)
+        noise = 0.0
+        if measures_noise(self.smoothed, self.misfit):  # once more, with other seeds
+            other, one = last_outputs(self.smoothed, ends[best, None] * self.natural, step + 1, shape)
+            noise, more = self._noise(outputs[best], other[0]), more + one
+        stated = None
+        if estimates:
+            values, jacobians = (torch.cat(of) for of in zip(*estimates, strict=True))
             step_noise = (2.0 if self._repeated else 1.0) if self.newton else 0.0
             past = np.array([p[best] for p in [*self.past, self._x]])
             told = of_descent(
-                self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past, outputs,
-                last=self.schedule.last, longest=self.newton * self.schedule.last,
+                self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past,
+                (outputs[best], outputs[-1]), last=self.schedule.last, longest=self.newton * self.schedule.last,
             )  # fmt: skip
             stated = self.smoothed.dispatcher.thinking.broadcast_object(told)
+        # What stands in the table is the loss of the simulator itself, as that of the whole fit is.
+        plain = [self.misfit.value(torch.as_tensor(y), z) for y, z in zip(outputs[:-1], self._x, strict=True)]
+        losses = np.where(np.isfinite(plain), plain, losses)
         table = list(self.dropped)
         table += [(int(a), x, float(v), step) for a, x, v in zip(self.active, self._x, losses, strict=True)]
         return End(
-            *(ends[0], ends[1], float(losses[best]), stated, outputs[0], outputs[1]),
+            *(ends[best], ends[-1], float(losses[best]), stated, outputs[best], outputs[-1]),
             num_evaluations=runs + more,
             num_failed=self.failed,
             at_limit=self.at_limit,
             ends=tuple(FitEnd(self.starts[i], x, loss, steps) for i, x, loss, steps in sorted(table, key=_number)),
+            noise=noise,
         )
+
+    def _noise(self, one: NDArray[Any], other: NDArray[Any]) -> float:
+        """Variance of one run over that of the target, averaged over outputs, of two runs at the same place."""
+        apart = self.misfit.residuals_of(np.stack([one, other]))
+        return float(np.mean((apart[0] - apart[1]) ** 2) / 2) if np.isfinite(apart).all() else 0.0
 
     def _final(self, x: Array, replicate: int = 0) -> Estimate:
         theta = torch.as_tensor(x * self.natural)
-        return self.smoothed.estimate(theta, self.schedule.steps, scale=self.schedule.last, replicate=replicate)
+        scale = torch.as_tensor(self.schedule.last * self.natural)
+        return self.smoothed.estimate(theta, self.schedule.steps, scale=scale, replicate=replicate)
 
     _KEPT = ("_x", "active", "past", "dropped", "best", "done", "calm", "precise", "last_runs", "failed", "at_limit")
 
@@ -263,8 +284,27 @@ def repeated(smoothed: SmoothedSimulator) -> int:
     return smoothed.strategy.num_rows if smoothed.strategy.replicates == 1 else 0
 
 
+def measures_noise(smoothed: SmoothedSimulator, misfit: Misfit) -> bool:
+    """Whether the best end is run twice: else the simulator's own noise would count as misfit."""
+    return misfit.loss is None and may_be_noisy(smoothed.simulator)
+
+
+def end_runs(smoothed: SmoothedSimulator, misfit: Misfit, starts: int) -> int:
+    """Runs of the simulator itself at the end: at the end of each start, where the best one began, and once more."""
+    return starts + 1 + measures_noise(smoothed, misfit)
+
+
 def _number(entry: tuple[int, Array, float, int]) -> int:
     return entry[0]
+
+
+def useless_start(theta: Array, output: Array, names: Sequence[str]) -> str:
+    """What to say of a start whose output is not finite, or enormous."""
+    values = ", ".join(f"{name} = {value:.6g}" for name, value in zip(names, theta, strict=True))
+    return (
+        f"Expected finite outputs at the start ({values}), got NaN, infinite numbers or such as are larger than "
+        f"{HUGE:g}: a fit has nothing to compare with. Run the simulator there by itself, and start where it works."
+    )
 
 
 def last_outputs(

@@ -6,12 +6,14 @@ order of calls. Ranks therefore make it by themselves, and nothing random is sen
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.checks import is_whole
 from bridge.distributions import Distribution, fisher_information, get_distribution
 from bridge.errors import InputError
 from bridge.points import Nodes, PointSet, get_points
@@ -32,7 +34,9 @@ _PERTURBATIONS, _SIMULATOR, _OTHER_PERTURBATIONS, _OTHER_SIMULATOR = 0, 1, 2, 3
 class Strategy:
     """How a smoothed value and its gradients are estimated; see `bridge.smooth` for the meaning of each field.
 
-    `num_samples` counts the rows of one replicate. The rows of `stream` 1 are independent of those of 0.
+    `num_samples` counts the rows of one replicate. The rows of `stream` 1 are independent of those of 0. Where
+    `errors_raise`, a run that raises ends the evaluation whatever `failures` says, which is then about numbers alone:
+    those that are not finite, or not smaller than `largest`.
     """
 
     seed: int
@@ -48,6 +52,8 @@ class Strategy:
     leaf_size: int
     penalty: float | None = None
     min_ok: float = 0.5
+    errors_raise: bool = False
+    largest: float = np.inf
     stream: Literal[0, 1] = 0
 
     @property
@@ -64,6 +70,22 @@ class Strategy:
     def weights_need_outputs(self) -> bool:
         """Whether weights are known only once all rows are evaluated; outputs are then kept."""
         return self.covariate == "bq" or self.failures != "raise"
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A setting that is a key of the noise, as a Python integer.
+
+    Raises:
+        InputError: it is not an integer (a float, a bool, a name), or below 0, or beyond 63 bits.
+    """
+    try:
+        number = -1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**63:
+        hint = f" Use int({name})." if isinstance(value, (float, np.floating)) else ""
+        raise InputError(f"Expected {name} to be an integer from 0 to 2^63 - 1, got {value!r}.{hint}")
+    return number
 
 
 def default_leaf_size(num_samples: int) -> int:
@@ -98,9 +120,9 @@ def make_strategy(
     """
     if seed is None:
         raise InputError("Expected a seed, got None. Results are a function of the seed: give one, say seed=0.")
-    if isinstance(seed, bool) or int(seed) != seed or seed < 0:
+    if not is_whole(seed, 0):
         raise InputError(f"Expected a non-negative integer seed, got {seed!r}.")
-    if int(num_samples) != num_samples or num_samples < 1:
+    if not is_whole(num_samples, 1):
         raise InputError(f"Expected at least one sample, got num_samples={num_samples!r}.")
     if covariate not in COVARIATES:
         raise InputError(f"Unknown covariate {covariate!r}. Known: {', '.join(COVARIATES)}.")
@@ -117,11 +139,11 @@ def make_strategy(
         )
     if not 0 <= min_ok <= 1:
         raise InputError(f"Expected min_ok, a share of the runs, between 0 and 1, got {min_ok!r}.")
-    if int(replicates) != replicates or replicates < 1 or num_samples % replicates:
+    if not is_whole(replicates, 1) or num_samples % replicates:
         raise InputError(
             f"Expected replicates to divide num_samples={num_samples}, got {replicates!r}. Four to eight suit."
         )
-    if leaf_size is not None and (int(leaf_size) != leaf_size or leaf_size < 1):
+    if leaf_size is not None and not is_whole(leaf_size, 1):
         raise InputError(f"Expected a positive integer leaf_size, got {leaf_size!r}.")
     each = int(num_samples) // int(replicates)
     if covariate == "loo" and each < 2:

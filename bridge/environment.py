@@ -6,7 +6,19 @@ from __future__ import annotations
 import os
 import signal
 
+from bridge.children import keep_directory, marked, own_directory
 from bridge.errors import InputError
+
+__all__ = [
+    "child_environment",
+    "describe_status",
+    "device_index",
+    "keep_directory",
+    "marked",
+    "own_directory",
+    "step_limit",
+    "thread_count",
+]
 
 # A child that starts MPI of its own must not believe that it is a rank of ours: it would hang, or take our job down.
 _LAUNCHER = ("OMPI_", "PMIX_", "PMI_", "PMI2_", "PRTE_", "HYDRA_", "HYDI_", "MPIR_", "MPI_LOCAL", "I_MPI_HYDRA")

@@ -50,3 +50,9 @@ def exit_code(kind: type[BridgeError]) -> int:
     """The exit code of a program that one of these errors ends: 2 where input or set-up is wrong, 3 failed evaluations,
     70 a bug, 75 stopped by a signal or a time limit, to be started again."""
     return next((code for base, code in EXIT_CODES if issubclass(kind, base)), 2)
+
+
+def exit_status(leaving: SystemExit) -> int:
+    """The exit status of a process that this ends."""
+    code = leaving.code
+    return 0 if code is None else code if isinstance(code, int) else 1

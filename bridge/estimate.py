@@ -16,7 +16,7 @@ from bridge.errors import InputError
 from bridge.evaluation import Evaluation
 from bridge.fidelity import Corrected
 from bridge.points import Auto
-from bridge.scale import pull_back_scale, pull_back_theta
+from bridge.scale import as_tensor, pull_back_scale, pull_back_theta
 from bridge.weights import resolve_covariate
 
 Array = NDArray[np.float64]
@@ -59,7 +59,9 @@ class Estimate:
     ) -> None:
         self._evaluation, self._batch, self._finish = evaluation, batch, finish
         shape = (*batch, *evaluation.output_shape)
-        self.value = finish(torch.stack([evaluation.value(b) for b in self._all]).reshape(shape))
+        # In full precision for what follows, whatever the parameters have; the caller may change his own in place.
+        self._wide = torch.stack([evaluation.value(b) for b in self._all]).reshape(shape)
+        self.value = finish(self._wide.clone())
         self.num_evaluations = evaluation.num_evaluations
         self.num_failed, self.failures = evaluation.num_failed, evaluation.failures
         self.num_cached = evaluation.num_cached
@@ -68,7 +70,7 @@ class Estimate:
         if isinstance(evaluation, Corrected):
             self.num_surrogate_evaluations = evaluation.num_surrogate_evaluations
             self.num_surrogate_failed = evaluation.num_surrogate_failed
-            self.surrogate_weight = torch.as_tensor(evaluation.weights).reshape((*batch, -1))
+            self.surrogate_weight = torch.from_numpy(evaluation.weights).reshape((*batch, -1))
         self.clipped_fraction = evaluation.clipped_fraction
         self.streamed = evaluation.streamed
         strategy, nodes = evaluation.strategy, evaluation.problems[0].design.nodes
@@ -132,7 +134,7 @@ class Estimate:
             )
 
     def _rows(self, v: torch.Tensor) -> torch.Tensor:
-        v = torch.as_tensor(v)
+        v = as_tensor(v)
         if v.shape != self.value.shape:
             raise InputError(f"Expected a vector of shape {tuple(self.value.shape)}, got {tuple(v.shape)}.")
         return v.reshape(self._evaluation.num_vectors, self._evaluation.num_outputs)
@@ -140,13 +142,13 @@ class Estimate:
     def _vjp(self, v: torch.Tensor, which: int) -> torch.Tensor:
         """(*batch, R, ...): a product for each replicate."""
         gradients = [pair[which] for pair in self._evaluation.vjp(list(enumerate(self._rows(v))))]
-        stacked = torch.as_tensor(np.stack([g for g in gradients if g is not None]))
+        stacked = torch.from_numpy(np.stack([g for g in gradients if g is not None]))
         return stacked.reshape((*self._batch, *stacked.shape[1:]))
 
     def jvp(self, t: torch.Tensor) -> torch.Tensor:
         """J t for t of the parameters' shape (*batch, d): (*batch, *output_shape). Collective under MPI."""
         shape = (*self._batch, self._evaluation.dimension)
-        tangent = torch.as_tensor(t).detach().to("cpu", torch.float64)
+        tangent = as_tensor(t).detach().to("cpu", torch.float64)
         if tuple(tangent.shape) != shape:
             raise InputError(f"Expected a tangent of shape {shape}, got {tuple(tangent.shape)}.")
         rows = tangent.reshape(math.prod(self._batch), -1).numpy()
@@ -243,7 +245,7 @@ class Estimate:
             )
             g = np.stack([pull_back_theta(problem.scale, s) for s in problem.design.nodes.score])
             contributions = ((c - centre)[:, None] * g)[good]
-            errors.append(torch.as_tensor(contributions.std(axis=0, ddof=1) / math.sqrt(len(contributions))))
+            errors.append(torch.from_numpy(contributions.std(axis=0, ddof=1) / math.sqrt(len(contributions))))
         return self._finish(torch.stack(errors).reshape((*self._batch, evaluation.dimension)))
 
     # -- the distribution of the outputs ----------------------------------------------------------------------------
@@ -287,13 +289,13 @@ class Estimate:
 
     def _covariance(self, p: int) -> torch.Tensor:
         evaluation = self._require_rows_for("the covariance")
-        F = evaluation.gather_rows(p)[torch.as_tensor(evaluation.surviving(p))]
+        F = evaluation.gather_rows(p)[torch.from_numpy(evaluation.surviving(p))]
         F = F - F.mean(dim=0)
         return F.T @ F / (len(F) - 1)
 
     def _covariance_vjp(self, V: torch.Tensor, which: int) -> torch.Tensor:
         m = self._evaluation.num_outputs
-        V = torch.as_tensor(V).to("cpu", torch.float64)
+        V = as_tensor(V).to("cpu", torch.float64)
         if tuple(V.shape) != (*self._batch, m, m):
             raise InputError(f"Expected a matrix of shape {(*self._batch, m, m)}, got {tuple(V.shape)}.")
         matrices = V.reshape(-1, m, m)
@@ -321,7 +323,7 @@ class Estimate:
             g = s * eps - 1 if problem.scale.ndim == 1 else s[:, :, None] * eps[:, None, :] - np.eye(s.shape[1])
             weight = q.reshape((-1,) + (1,) * (g.ndim - 1))
             results.append(pull_back_scale(problem.scale, factor * (weight * (g - g.mean(axis=0))).sum(axis=0)))
-        return torch.as_tensor(np.mean(results, axis=0))
+        return torch.from_numpy(np.mean(results, axis=0))
 
     # -- squared error ------------------------------------------------------------------------------------------------
 
@@ -345,18 +347,18 @@ class Estimate:
                 f"{self.covariate!r} and {evaluation.strategy.forward!r}."
             )
         try:
-            t = torch.as_tensor(target).detach().to(self.value).expand(self.value.shape)
-            w = torch.as_tensor(weight).detach().to(self.value).expand(self.value.shape) / evaluation.num_outputs
+            t = as_tensor(target).detach().to(self._wide).expand(self.value.shape)
+            w = as_tensor(weight).detach().to(self._wide).expand(self.value.shape) / evaluation.num_outputs
         except RuntimeError as error:
             raise InputError(
                 f"Expected a target and a weight of shape {tuple(self.value.shape)}, got "
-                f"{tuple(torch.as_tensor(target).shape)} and {tuple(torch.as_tensor(weight).shape)}."
+                f"{tuple(as_tensor(target).shape)} and {tuple(as_tensor(weight).shape)}."
             ) from error
-        residual = self.value - t
+        residual = self._wide - t
         weights = self._rows(w).to("cpu", torch.float64)
         plain = (w * residual**2).reshape(evaluation.num_vectors, -1).sum(dim=1).to("cpu", torch.float64)
         share = [np.mean([1 / s.sum() for s in map(evaluation.surviving, evaluation.replicates(b))]) for b in self._all]
-        per_row = torch.as_tensor(share) / evaluation.strategy.replicates  # 1/N of all rows
+        per_row = torch.from_numpy(np.array(share)) / evaluation.strategy.replicates  # 1/N of all rows
 
         def excess(which: int) -> torch.Tensor:
             forms = [partial(_diagonal_form, weights[b].clone()) for b in self._all]
@@ -378,7 +380,7 @@ class Estimate:
         good = evaluation.surviving(p)
         mean = evaluation.mean_of_rows(p).to("cpu", torch.float64)
         q = evaluation.row_scalars(p, partial(_of_centred, partial(_diagonal_form, weight), mean))[good]
-        return torch.as_tensor(q.sum() / (len(q) - 1))
+        return torch.from_numpy(np.asarray(q.sum() / (len(q) - 1)))
 
     def median(self, k: int = 3) -> torch.Tensor:
         """E[median of f(x + L eps_1), ..., f(x + L eps_k)], elementwise, k odd: of the value's shape. Collective.
@@ -409,7 +411,7 @@ class Estimate:
 
 def _median_columns(good: NDArray[np.bool_], g: Array, k: int, columns: torch.Tensor) -> torch.Tensor:
     """The median and its gradient, one below the other, of some outputs (N, width): (1 + d, width)."""
-    F = columns[torch.as_tensor(good)].numpy()
+    F = columns[torch.from_numpy(good)].numpy()
     value, jacobian = median_statistic(F, g, k)
     half = len(F) // 2
     if k <= half:
@@ -417,7 +419,7 @@ def _median_columns(good: NDArray[np.bool_], g: Array, k: int, columns: torch.Te
         # k/N of the gradient away. So each half is centred on the other's median, which is independent of it.
         halves = [(F[:half], g[:half], F[half:]), (F[half:], g[half:], F[:half])]
         jacobian = np.mean([median_statistic(x - np.median(y, axis=0), s, k)[1] for x, s, y in halves], axis=0)
-    return torch.as_tensor(np.vstack([value[None], jacobian.T]))
+    return torch.from_numpy(np.vstack([value[None], jacobian.T]))
 
 
 def _diagonal_form(v: torch.Tensor, F: torch.Tensor) -> torch.Tensor:

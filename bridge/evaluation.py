@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from bridge.design import Strategy, make_design
 from bridge.dispatch import Dispatcher, TreeSum, owner_map
 from bridge.errors import BridgeError, EvaluationError, InputError, OutputError, StoppedError
-from bridge.running import STATUSES, Execution, Problem, Runner
+from bridge.running import STATUSES, Execution, Problem, Runner, ordinary_torch
 from bridge.scale import Form, check_scale, pull_back_scale, pull_back_theta, push_scale, push_theta
 from bridge.simulator import (
     BlockStructure,
@@ -57,7 +57,7 @@ def collective(method: Callable[Concatenate[Evaluation, P], T]) -> Callable[Conc
     @functools.wraps(method)
     def call(self: Evaluation, *args: P.args, **kwargs: P.kwargs) -> T:
         watched = self.dispatcher.watched(self._execution.step_limit_s)
-        with watched, self.dispatcher.led(self, method.__name__, args, kwargs):
+        with watched, ordinary_torch(), self.dispatcher.led(self, method.__name__, args, kwargs):
             return method(self, *args, **kwargs)
 
     return call  # type: ignore[return-value]
@@ -84,8 +84,7 @@ class Evaluation:
         scales: Array,
         form: Form,
         *,
-        step: int,
-        first_problem: int,
+        keys: Sequence[tuple[int, int]],
         first_replicate: int,
         need_theta: bool,
         need_scale: bool,
@@ -97,6 +96,7 @@ class Evaluation:
 
         Args:
             thetas: (B, d). scales: (B, d) or (B, d, d).
+            keys: (step, problem) of each, with which its noise is drawn.
             need_theta, need_scale: which derivatives may be asked for; with neither only the value is computed.
             execution: how the runs are carried out.
             spare: memory left by earlier evaluations; what this one leaves is added.
@@ -107,16 +107,21 @@ class Evaluation:
         self.num_vectors, self.dimension = thetas.shape
         dispatcher.begin(
             "forward",
-            f"step {step}, problems {first_problem} to {first_problem + self.num_vectors - 1}, d {self.dimension}, "
-            f"derivatives {need_theta} {need_scale}, {strategy}",
+            f"{_describe_keys(keys)}, d {self.dimension}, derivatives {need_theta} {need_scale}, {strategy}",
         )
         thetas, scales = dispatcher.broadcast(thetas), dispatcher.broadcast(scales)
         if not np.isfinite(thetas).all():
             raise InputError(f"Expected finite parameters, got {thetas.tolist()}.")
         check_scale(scales, form)
+        # Problems with the same key share their draws.
+        designs = {
+            (*key, r): make_design(strategy, *key, self.dimension, r, atom)
+            for key in dict.fromkeys(keys)
+            for r in range(first_replicate, first_replicate + strategy.replicates)
+        }
         self.problems = [
-            Problem(theta, scale, make_design(strategy, step, first_problem + b, self.dimension, r, atom))
-            for b, (theta, scale) in enumerate(zip(thetas, scales, strict=True))
+            Problem(theta, scale, designs[*key, r])
+            for theta, scale, key in zip(thetas, scales, keys, strict=True)
             for r in range(first_replicate, first_replicate + strategy.replicates)
         ]
         self.structure = _structure(simulator, self.dimension, form)
@@ -332,7 +337,8 @@ class Evaluation:
                 f"{self.num_failed} of {valid.size} runs of {self._name!r} failed ({counts}). One of them: {why}"
             )
         if self.dispatcher.rank == 0:
-            _log.warning("%d of %d evaluations failed: %s; one: %s", self.num_failed, valid.size, counts, why)
+            one = _one_line(str(why))
+            _log.warning("%d of %d evaluations failed: %s; one: %s", self.num_failed, valid.size, counts, one)
         if strategy.failures == "penalty":
             return valid  # the penalty is their output
         for p, problem in enumerate(self.problems):
@@ -523,6 +529,27 @@ class Evaluation:
         return [np.mean(results[i : i + R], axis=0) for i in range(0, len(results), R)]
 
     @collective
+    def curvature(self, triples: Sequence[tuple[int, Array, Array]]) -> list[torch.Tensor]:
+        """For each (vector, t in R^d, u in R^d): the second derivative of the value along t and u, (m,). Collective.
+
+        From the second score, without what a density with kinks has at its atoms.
+        """
+        self.require_derivatives()
+        self.require_rows("second derivatives")
+        self.dispatcher.begin("curvature", f"{len(triples)} products")
+        rows = []
+        for b, t, u in triples:
+            t, u = self.dispatcher.broadcast(t), self.dispatcher.broadcast(u)
+            for p in self.replicates(b):
+                scale, nodes = self.problems[p].scale, self.problems[p].design.nodes
+                W = second_weights(self.strategy, nodes, self._valid[p], push_theta(scale, u))
+                along = self.factors[p] * (W * push_theta(scale, t)).sum(axis=1)
+                rows.append((p, along[None, :]))
+        sums = [total[0] for total in self._tree_sums(rows)]
+        R = self.strategy.replicates
+        return [_mean(sums[i : i + R]) for i in range(0, len(sums), R)]
+
+    @collective
     def jvp(self, triples: Sequence[tuple[int, Array, Array | None]]) -> list[torch.Tensor]:
         """For each (vector, tangent in theta, tangent in L or None): J t, (m,). Collective."""
         self.require_derivatives()
@@ -700,6 +727,13 @@ class Evaluation:
         return self.by_columns(p, lambda columns: columns)
 
 
+def _describe_keys(keys: Sequence[tuple[int, int]]) -> str:
+    (step, first), count = keys[0], len(keys)
+    if list(keys) == [(step, first + b) for b in range(count)]:
+        return f"step {step}, problems {first} to {first + count - 1}"
+    return f"{count} problems from step {step}, problem {first} on (digest {zlib.crc32(repr(keys).encode()):08x})"
+
+
 def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).mean(dim=0)
 
@@ -725,3 +759,9 @@ def _structure(simulator: Simulator, dimension: int, form: Form) -> BlockStructu
             "parameters of different blocks. Use a diagonal."
         )
     return structure
+
+
+def _one_line(why: str) -> str:
+    """What a log has room for, a round: the first line, and where the run's directory is."""
+    first, *more = why.splitlines() or [""]
+    return first + "".join(f" ({line.strip()})" for line in more if line.startswith("  directory: "))

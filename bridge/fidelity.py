@@ -211,6 +211,10 @@ class Corrected:
         """As `Evaluation.hvp`. Collective."""
         return [_add(list(three)) for three in zip(*(part.hvp(triples) for part in self.parts), strict=True)]
 
+    def curvature(self, triples: Sequence[tuple[int, Array, Array]]) -> list[torch.Tensor]:
+        """As `Evaluation.curvature`. Collective."""
+        return [_sum(list(three)) for three in zip(*(part.curvature(triples) for part in self.parts), strict=True)]
+
 
 def _sum(three: Sequence[torch.Tensor]) -> torch.Tensor:
     # f - g first: where the surrogate is the simulator itself, that is exactly zero.

@@ -1,13 +1,19 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what is in them."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# A folder with more than this is not gone through.
+_MOST_FILES, _MOST_BYTES = 10_000, 20e9
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
@@ -39,3 +45,35 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def content_digest(path: str | os.PathLike[str]) -> str:
+    """A digest of what is in a file, or of the names and contents of all that is in a folder; not of where it is.
+
+    A file is read once for each state of it (size, time of change).
+
+    Raises:
+        OSError: it cannot be read, or a folder holds too much to be gone through.
+    """
+    status = os.stat(path)
+    if stat.S_ISREG(status.st_mode):
+        return _of_file(os.path.realpath(path), status.st_size, status.st_mtime_ns, status.st_ino)
+    if not stat.S_ISDIR(status.st_mode):
+        return f"special {stat.S_IFMT(status.st_mode):o}"
+    state, number, total = hashlib.blake2b(digest_size=16), 0, 0
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            file = os.path.join(folder, name)
+            number, total = number + 1, total + os.lstat(file).st_size
+            if number > _MOST_FILES or total > _MOST_BYTES:
+                raise OSError(f"more than {_MOST_FILES} files or {_MOST_BYTES:.0e} bytes")
+            content = content_digest(file) if os.path.exists(file) else "nothing"
+            state.update(f"{os.path.relpath(file, path)}\0{content}\0".encode("utf-8", "surrogateescape"))
+    return state.hexdigest()
+
+
+@functools.lru_cache(maxsize=16384)
+def _of_file(path: str, size: int, changed_ns: int, inode: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

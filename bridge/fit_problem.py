@@ -10,15 +10,28 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.checks import is_whole
 from bridge.errors import InputError
 from bridge.fit_result import End, FitEnd, FitStep
-from bridge.misfit import LinearMap, Loss, Misfit, checked_noise, checked_target, make_prior
+from bridge.misfit import (
+    LinearMap,
+    Loss,
+    Misfit,
+    PriorOf,
+    checked_noise,
+    checked_target,
+    make_prior,
+    marginal_deviations,
+)
 from bridge.reduced import ReducedSimulator, reduced
 from bridge.robust import make_robust
-from bridge.simulator import ParameterSpace, Simulator, as_simulator
+from bridge.simulator import Parameter, ParameterSpace, Simulator, as_simulator
 from bridge.uncertainty import in_units, lifted
 
 Array = NDArray[np.float64]
+# Bounds of one sign with a ratio of at least this are taken for a logarithmic range.
+_DECADES = 100.0
+_NO_SOURCE = "the first runs alone, since the start is 0"
 Start = Mapping[str, float] | Sequence[Mapping[str, float]] | ArrayLike
 
 
@@ -31,6 +44,8 @@ class FitProblem:
         space: of all parameters. simulator: of the free ones.
         starts: (k, d) of all parameters. misfit: of the free ones.
         known_noise: whether the target's variance is given.
+        assumed: name -> what its natural scale was taken from, where nothing was said of it.
+        said: (free,) natural scales as they were said, 1 where they were not.
     """
 
     space: ParameterSpace
@@ -39,6 +54,25 @@ class FitProblem:
     starts: Array
     misfit: Misfit
     known_noise: bool
+    assumed: Mapping[str, str]
+    said: Array
+
+    @property
+    def guessed(self) -> NDArray[np.bool_]:
+        """(free,) of which parameters the natural scale is our own guess."""
+        return np.array([name in self.assumed for name in self.free.names])
+
+    @property
+    def unknown(self) -> NDArray[np.bool_]:
+        """(free,) of which parameters nothing is known that a natural scale could be guessed from."""
+        return np.array([self.assumed.get(name) == _NO_SOURCE for name in self.free.names])
+
+    @property
+    def scales_in_words(self) -> str:
+        """What natural scales were taken from, or nothing."""
+        sources = dict.fromkeys(self.assumed.values())
+        parts = [f"{source}: {', '.join(n for n, s in self.assumed.items() if s == source)}" for source in sources]
+        return f"natural scales taken from {'; from '.join(parts)}" if parts else ""
 
     @property
     def natural(self) -> Array:
@@ -94,14 +128,25 @@ def make_problem(
     whiten: LinearMap | None,
     loss: Loss | None,
     robust: Any,
-    prior: Mapping[str, tuple[float, float]] | None,
+    prior: PriorOf | None,
     fixed: Sequence[str],
     tied: Mapping[str, str] | None,
+    guess: bool = True,
 ) -> FitProblem:
-    """Raises `InputError` where something is unknown, of the wrong shape, or contradicts something else."""
+    """Checks what is given.
+
+    Args:
+        guess: whether natural scales that nobody has said are guessed; they are 1 else.
+
+    Raises:
+        InputError: something is unknown, of the wrong shape, or contradicts something else.
+    """
     whole = as_simulator(simulator)
-    starts, space = _given_starts(whole.space, start)
+    starts, given = _given_starts(whole.space, start)
+    space, assumed = with_scales(given, starts, marginal_deviations(prior, given), tied or {}) if guess else (given, {})
     for theta in starts:
+        if not np.isfinite(theta).all():
+            raise InputError(f"Expected a finite start, got {space.mapping(theta)}.")
         if outside := space.describe_outside(theta):
             raise InputError(f"Expected a start inside the bounds, got {outside}. Move the start, or widen the bounds.")
     sim = reduced(whole, space, starts[0], fixed, tied or {}) if fixed or tied else whole
@@ -121,7 +166,52 @@ def make_problem(
         starts=_more_starts(starts, num_starts, space, seed, spread),
         misfit=misfit,
         known_noise=variance is not None,
+        assumed={name: source for name, source in assumed.items() if name in free.names},
+        said=np.array([given.natural_scale[given.index(name)] for name in free.names]),
     )
+
+
+def with_scales(
+    space: ParameterSpace, starts: Array, prior: Mapping[str, float], tied: Mapping[str, str]
+) -> tuple[ParameterSpace, dict[str, str]]:
+    """The space with a natural scale for every parameter, and where those come from that nobody has said.
+
+    A tenth of the width of bounds, but no more than the start is away from 0 where all values have one sign; where
+    bounds span decades a part of the start that grows with these. Without bounds a tenth of the start; where that is 0
+    the prior's deviation, or 1.
+    """
+    found: dict[str, float] = {}
+    assumed: dict[str, str] = {}
+    for p, column in zip(space.parameters, starts.T, strict=True):
+        if p.natural_scale is None:
+            found[p.name], assumed[p.name] = _guessed_scale(p, float(np.abs(column).max()), prior.get(p.name))
+    for name, other in tied.items():  # one value, one scale; unknown names are told elsewhere
+        for a, b in ((name, other), (other, name)):
+            if a in found and b in space.names and b not in found:
+                found[a] = float(space.parameters[space.index(b)].natural_scale or 1.0)
+        if name in found and other in found:
+            found[name] = found[other]
+    parameters = tuple(replace(p, natural_scale=found.get(p.name, p.natural_scale)) for p in space.parameters)
+    return replace(space, parameters=parameters), assumed
+
+
+def _guessed_scale(p: Parameter, size: float, prior: float | None) -> tuple[float, str]:
+    size = size if np.isfinite(size) else 0.0
+    width = p.upper - p.lower
+    if np.isfinite(width):
+        scale = 0.1 * width
+        if p.lower >= 0 or p.upper <= 0:
+            near, far = sorted((abs(p.lower), abs(p.upper)))
+            if near > 0 and far >= _DECADES * near:
+                scale = min(scale, max(size, near) * min(1.0, 0.1 * float(np.log(far / near))))
+            elif near == 0:
+                scale = min(scale, max(size, 1e-4 * width))
+        return scale, "the bounds"
+    if size > 0:
+        return max(0.1 * size, 1e-300), "the start"
+    if prior is not None:
+        return prior, "the prior"
+    return 1.0, _NO_SOURCE
 
 
 def _given_starts(space: ParameterSpace | None, start: Start) -> tuple[Array, ParameterSpace]:
@@ -129,11 +219,18 @@ def _given_starts(space: ParameterSpace | None, start: Start) -> tuple[Array, Pa
     named = isinstance(start, Mapping)
     several = isinstance(start, Sequence) and len(start) > 0 and isinstance(start[0], Mapping)
     if space is None and (named or several):
-        raise InputError("Expected start values as a vector: the simulator does not name its parameters.")
+        first: Any = start if named else start[0]  # type: ignore[index]
+        raise InputError(
+            "Expected start values as a vector: the simulator does not name its parameters. Name them: "
+            f"bridge.as_simulator(f, names={list(first)})."
+        )
     if space is not None and (named or several):
         return np.stack([space.vector(one) for one in (start if several else [start])]), space  # type: ignore
-    rows = np.asarray(start, dtype=np.float64)
-    if rows.ndim > 2 or rows.size == 0:
+    try:
+        rows = np.asarray(start, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"Expected a start of numbers, (d,), or (k, d) for several, got {start!r}.") from error
+    if start is None or rows.ndim > 2 or rows.size == 0:
         raise InputError(f"Expected a start of shape (d,), or (k, d) for several, got {rows.shape}.")
     space = space or ParameterSpace.unnamed(np.atleast_1d(rows).shape[-1])
     return np.stack([space.vector(row) for row in (rows if rows.ndim == 2 else [np.atleast_1d(rows)])]), space
@@ -144,7 +241,7 @@ def _more_starts(given: Array, count: int | None, space: ParameterSpace, seed: i
     the first start."""
     if count is None:
         return given
-    if count < len(given):
+    if not is_whole(count, len(given)):
         raise InputError(f"Expected num_starts of at least the {len(given)} starts that are given, got {count!r}.")
     rng = np.random.Generator(np.random.Philox(key=[int(seed or 0), 1 << 40]))
     shape = (count - len(given), space.dimension)

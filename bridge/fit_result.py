@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.special import ndtri, stdtrit
 
 from bridge.errors import InputError
 from bridge.simulator import ParameterSpace
+from bridge.wording import describe_end, format_duration, format_value, printable
 
 Array = NDArray[np.float64]
 
@@ -46,7 +48,8 @@ class FitEnd:
     """Where one of several starts has come to.
 
     Attributes:
-        start, parameters: (d,). loss: the last one that is known: of those that were kept to the end the final one.
+        start, parameters: (d,). loss: of those that were kept to the end that of the simulator's output there, as
+            of the whole fit; of others that of the last smoothed output.
         steps: that it was given.
     """
 
@@ -86,7 +89,8 @@ class End:
         output, start_output: of the simulator itself at these. num_evaluations: that the end has taken.
         num_failed: of all runs. num_reused: evaluations of earlier fits that it began with.
         ends: of all starts, where there are several that go on side by side.
-        at_limit: whether the last step was as long as it might be.
+        at_limit: whether the last step was as long as it might be. warnings: in words.
+        noise: variance of one run of the simulator, over that of the target, averaged over outputs; 0 if unknown.
     """
 
     x: Array
@@ -100,6 +104,8 @@ class End:
     num_reused: int = 0
     ends: tuple[FitEnd, ...] = ()
     at_limit: bool = False
+    noise: float = 0.0
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,10 +117,11 @@ class FitResult:
         parameters: (d,) recovered values. start: (d,) where it began; of several starts, that of the best.
         standard_error: (d,) statistical error of the recovered values: the square roots of the covariance's diagonal;
             None with a loss of one's own; infinite where a parameter is not determined; 0 where it was fixed.
-        loss: final value: of the smoothed output at the last scale, 1/2 mean, or with method="kriging" of the model at
-            the end, 1/2 sum.
+        loss: of `output`, the same for every method: 1/2 sum (output - target)^2 / variance (variance 1 where none is
+            given), and the prior's 1/2 sum (parameter - mean)^2 / deviation^2. See `bridge.goodness.Goodness`, also for
+            chi_square, dof, p_value and loss_share (of each output, of the target's shape).
         stop_reason: "converged", "standard_error" (they are as small as was asked), "max_steps", "max_runs",
-            "max_time" or "interrupted".
+            "max_time", "interrupted", or "numerics" (the method's own arithmetic failed; these are the best so far).
         history: one `FitStep` a step.
         num_evaluations: simulator runs, all ranks together, those of the surrogate apart (`num_surrogate`).
         num_cached: of these, found in a store instead of run anew: what was finished before an interruption, or is in a
@@ -159,6 +166,10 @@ class FitResult:
     num_surrogate: int = 0
     method_reason: str = ""
     ends: tuple[FitEnd, ...] = field(default=(), repr=False)
+    chi_square: float | None = None
+    dof: int | None = None
+    p_value: float | None = None
+    loss_share: Array | None = field(default=None, repr=False)
     interval_dof: float = np.inf
 
     def interval(self, level: float = 0.95) -> tuple[Array, Array]:
@@ -178,6 +189,69 @@ class FitResult:
         lower, upper = self.parameters - away, self.parameters + away
         return np.maximum(lower, self.space.lower), np.minimum(upper, self.space.upper)
 
+    def __getitem__(self, name: str) -> float:
+        """The recovered value of a parameter, by its name."""
+        if name not in self.space.names:
+            raise InputError(f"Expected one of the parameters {', '.join(self.space.names)}, got {name!r}.")
+        return float(self.parameters[self.space.names.index(name)])
+
+    def __str__(self) -> str:
+        """The table that `bridge fit` prints: parameters, how well the target is explained, cost, and warnings."""
+        rows = [("parameter", "recovered", "std. error", "start", "unit")]
+        for i, p in enumerate(self.space.parameters):
+            value, error = float(self.parameters[i]), None
+            if self.standard_error is not None:
+                error = float(self.standard_error[i])
+            shown = "-" if error is None or np.isnan(error) else format_value(error, error)
+            rows.append((printable(p.name), format_value(value, error), shown, f"{self.start[i]:.6g}", p.unit))
+        widths = [max(len(row[k]) for row in rows) for k in range(4)]
+        lines = [
+            f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
+            for a, b, c, d, e in rows
+        ]
+        lines += [self.how_good(), self.how_dear()]
+        for text in self.warnings:
+            lines += wrap(printable(text), 100, initial_indent="! ", subsequent_indent="  ")
+        return "\n".join(lines)
+
+    def how_good(self) -> str:
+        """How well the target is explained, in one line."""
+        if self.chi_square is not None:
+            words = f"chi-square {self.chi_square:.4g} for {self.dof} degrees of freedom"
+            return words + ("" if self.p_value is None else f" (p {_probability(self.p_value)})")
+        words = f"loss {self.loss:.5g}"
+        if self.dof is None:
+            return words
+        return f"{words}, half the sum of squared residuals, of {self.dof} degrees of freedom"
+
+    def how_dear(self) -> str:
+        """How the fit ended and what it took, in one line."""
+        words = (
+            f"{describe_end(self.stop_reason)} after {len(self.history)} steps, {self.num_evaluations:,} simulations"
+        )
+        counts = "".join(f", {text}" for text in self.counts())
+        return f"{words}{counts}, {format_duration(self.wall_s)}" + (f" ({self.method})" if self.method else "")
+
+    def largest_shares(self, count: int = 5) -> list[tuple[tuple[int, ...], float]]:
+        """The outputs that are most of the sum of squared residuals: their indices and shares, largest first."""
+        share = self.loss_share
+        if share is None or not np.isfinite(share).all() or not share.any():
+            return []
+        flat = np.argsort(-share.reshape(-1), kind="stable")[:count]
+        at = [tuple(int(k) for k in np.unravel_index(i, share.shape)) for i in flat]
+        return [(index, float(share[index])) for index in at]
+
+    def counts(self) -> list[str]:
+        """What there is to say of the runs besides their number."""
+        found = self.num_cached
+        words = (
+            (self.num_failed, f"{self.num_failed:,} failed"),
+            (found, f"{found:,} found in the store, {self.num_evaluations - found:,} carried out"),
+            (self.num_reused, f"{self.num_reused:,} of earlier runs used again"),
+            (self.num_surrogate, f"{self.num_surrogate:,} of the surrogate besides"),
+        )
+        return [text for number, text in words if number]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: each parameter with unit, start and standard error, and how the run ended."""
         parameters = {}
@@ -194,7 +268,11 @@ class FitResult:
         return {
             "parameters": parameters,
             "stop_reason": self.stop_reason,
-            "loss": self.loss,
+            "loss": _number(self.loss),
+            "chi_square": _number(self.chi_square),
+            "dof": self.dof,
+            "p_value": _number(self.p_value),
+            "largest_shares": [{"index": list(i), "share": share} for i, share in self.largest_shares()],
             "steps": len(self.history),
             "num_evaluations": self.num_evaluations,
             "num_failed": self.num_failed,
@@ -210,3 +288,12 @@ class FitResult:
             ],
             "wall_s": round(self.wall_s, 3),
         }
+
+
+def _probability(p: float) -> str:
+    return f"= {p:.2g}" if p >= 1e-12 else "< 1e-12"
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if value is not None and np.isfinite(value) else None

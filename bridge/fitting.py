@@ -6,30 +6,37 @@ The module is not called `fit`, because the function `bridge.fit` is: a package 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
+from bridge.checks import is_number, refuse_unknown
 from bridge.errors import BridgeError, InputError
 from bridge.fit_problem import FitProblem, Start, make_problem
 from bridge.fit_result import End, FitEnd, FitResult, FitStep
+from bridge.goodness import Goodness, goodness_of, unexplained
 from bridge.identifiability import doubts
+from bridge.identity import identity_of, identity_of_function
+from bridge.interrupts import listening, look
 from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
-from bridge.misfit import LinearMap, Loss
+from bridge.misfit import LinearMap, Loss, PriorOf
 from bridge.progress import Observer, Observers, make_observers
 from bridge.reuse import Earlier, Source, described, earlier_rows, sources
 from bridge.runs import Run
 from bridge.search import MOST_ROWS
 from bridge.searching import Searching
-from bridge.simulator import Simulator, as_simulator, simulator_name
+from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name
+from bridge.smoothing import smooth
 from bridge.uncertainty import without
 
 if TYPE_CHECKING:
@@ -38,6 +45,13 @@ if TYPE_CHECKING:
 __all__ = ["FitEnd", "FitResult", "FitStep", "fit"]
 
 _UNLIMITED = 10**15
+_INTERRUPTED = "bridge: interrupted; the fit ends with the best so far. Once more to leave at once."
+_LEFT_OUT = (
+    "The fit was interrupted: what it would run at its end, for errors and outputs, is left out. With the same "
+    "directory= it goes on where it was."
+)
+
+_log = logging.getLogger("bridge")
 
 
 def fit(
@@ -60,7 +74,7 @@ def fit(
     robust: str | tuple[str, float] | None = None,
     coarse: Sequence[float | LinearMap] | None = None,
     loss: Loss | None = None,
-    prior: Mapping[str, tuple[float, float]] | None = None,
+    prior: PriorOf | None = None,
     fixed: Sequence[str] = (),
     tied: Mapping[str, str] | None = None,
     max_runs: int | None = None,
@@ -128,8 +142,9 @@ def fit(
         coarse: from coarse to fine, widths [pixels] of Gaussian blurs of what is compared, along the last two axes, or
             linear maps; equal shares of the first four fifths of the steps, then none (gauss-newton, adam, torch).
         loss: l(output, target) -> number, in place of least squares (adam, torch, natural).
-        prior: name -> (mean, standard deviation), Gaussian; it counts against `variance`. A loss of one's own is taken
-            for a negative log likelihood.
+        prior: name -> (mean, standard deviation), Gaussian; several names in a tuple -> (means, covariance) of these
+            together, and (means, covariance) of all. It counts against `variance`. A loss of one's own is taken for a
+            negative log likelihood.
         fixed: names of parameters that keep their start. tied: name -> another that it is to equal.
         max_runs: the budget, with what is run at the end; kriging's default is 60 (d + 1).
         max_seconds: stops after the step in which so much time has passed since this call. The result then depends on
@@ -165,12 +180,14 @@ def fit(
         SystemExit: with code 75, with a directory: stopped by a signal; start it again.
     """
     begin = time.monotonic()
-    if max_seconds is not None and not max_seconds > 0:
+    refuse_unknown("bridge.fit", smoothing, fit_settings())
+    _check_kinds(target, start, variance, fixed, tied, prior, loss, on_step)
+    if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
         raise InputError(f"Expected a positive max_seconds, got {max_seconds!r}.")
     problem = make_problem(
         *(simulator, target, start),
         seed=seed, num_starts=num_starts, spread=_spread(scale), variance=variance, whiten=whiten, loss=loss,
-        robust=robust, prior=prior, fixed=fixed, tied=tied,
+        robust=robust, prior=prior, fixed=fixed, tied=tied, guess=scale is None,
     )  # fmt: skip
     method_, reason = choose(
         *(method, problem.simulator, problem.free.dimension),
@@ -188,11 +205,14 @@ def fit(
     # It checks its settings: a fit that is refused leaves nothing behind.
     chosen = make_method(problem, settings, seed, comm, smoothing)
     # Before there is a run: one that is refused leaves nothing behind.
+    if directory is not None or sources(reuse):
+        for smoothed in chosen.smoothed:
+            smoothed.execution.filing(smoothed.simulator)
+    described_ = {} if directory is None else _described(problem, settings, chosen, seed, smoothing)
     begun = directory is not None and resume and any(Path(directory).glob("checkpoint-*.npz"))
     earlier = _earlier(sources(reuse), problem, chosen, directory, begun)
     run: Run | None = None
     if directory is not None:
-        described_ = _described(problem, settings, chosen, seed, smoothing)
         described_["reuse"] = list(map(described, sources(reuse)))
         # Few runs, each of use to other fits: not to be thrown away.
         keep = method_ == "kriging"
@@ -205,7 +225,8 @@ def fit(
                 smoothed.execution = replace(smoothed.execution, store=run.store)
     way, dispatcher = chosen.way, chosen.smoothed[0].dispatcher.thinking
     observers = make_observers(progress, root=dispatcher.rank == 0)
-    with nullcontext() if run is None else run, observers:
+    alone = chosen.smoothed[0].dispatcher.size == 1
+    with nullcontext() if run is None else run, observers, listening(_INTERRUPTED) if alone else nullcontext():
         _start(observers, problem, chosen, title)
         history, stop_reason = _restored(run, chosen)
         if earlier is not None and isinstance(way, Searching) and (run is None or run.state is None):
@@ -218,13 +239,22 @@ def fit(
             observers.step(record)
             if on_step is not None:
                 on_step(record)
+        end: End | None = None
         try:
+            if run is not None and run.state is not None and "result" in run.state:
+                result = _result_from(run.state["result"], problem.space, history)
+                if dispatcher.rank == 0:
+                    _log.info("the fit in %s is finished: its result is returned again, nothing is run", run.directory)
+                observers.end(result)
+                return result
             while not stop_reason and (chosen.limit is None or len(history) < chosen.limit):
                 spent = history[-1].num_evaluations if history else 0
                 record = problem.record(way.advance(len(history), spent))
                 record = replace(record, num_cached=found + cost.cached, num_surrogate=ran + cost.surrogate)
-                if not history and method == "auto":
-                    record = replace(record, note="; ".join(filter(None, [record.note, f"{method_}: {reason}"])))
+                if not history:
+                    chosen_so = f"{method_}: {reason}" if method == "auto" else ""
+                    notes = filter(None, [record.note, chosen_so, problem.scales_in_words])
+                    record = replace(record, note="; ".join(notes))
                 history.append(record)
                 observers.step(record)
                 if on_step is not None:
@@ -237,14 +267,21 @@ def fit(
                     stop_reason = "max_time"
                 if run is not None:
                     run.checkpoint(len(history), _state(history, stop_reason, way))
+                if not stop_reason:
+                    look()
             stop_reason = stop_reason or "max_steps"
+            end = way.finish(len(history))
         except KeyboardInterrupt:
             if dispatcher.size > 1:
                 raise  # ranks are told at different places: this ends them all
             stop_reason = "interrupted"
             if run is not None:
                 run.set_aside()
-        end = way.finish(len(history))
+            if isinstance(way, Searching) and way.ends_without_runs:
+                end = way.finish(len(history))
+        left_out = end is None
+        end = _cut_short(way, problem, history) if end is None else end
+        good, misses = _goodness(problem, end)
         stated = end.stated
         at_bound = (end.x <= problem.lower) | (end.x >= problem.upper)
         covariance = None if stated is None else problem.covariance(without(stated.covariance, at_bound))
@@ -252,8 +289,8 @@ def fit(
             space=problem.space,
             parameters=problem.whole(end.x),
             start=problem.whole(end.start),
-            standard_error=None if covariance is None else np.sqrt(np.diag(covariance)),
-            loss=end.loss,
+            standard_error=_last_errors(history) if left_out else _deviations(covariance),
+            loss=good.loss,
             stop_reason=stop_reason,
             history=tuple(history),
             num_evaluations=(history[-1].num_evaluations if history else 0) + end.num_evaluations,
@@ -262,7 +299,10 @@ def fit(
             start_output=end.start_output,
             covariance=covariance,
             warnings=(
+                *((_LEFT_OUT,) * left_out),
+                *end.warnings,
                 *_unfinished(end, stop_reason),
+                *misses,
                 *doubts(stated, problem.free, end.x * problem.natural, at_bound),
             ),
             num_reused=end.num_reused,
@@ -273,9 +313,82 @@ def fit(
             method_reason=reason,
             ends=problem.ends(end) if len(problem.starts) > 1 else (),
             interval_dof=np.inf if stated is None else stated.dof,
+            chi_square=good.chi_square,
+            dof=good.dof,
+            p_value=good.p_value,
+            loss_share=good.share,
         )
+        if run is not None and stop_reason != "interrupted":
+            # Started again, it has nothing to do: not even the runs of its end.
+            run.checkpoint(len(history), {**_state(history, stop_reason, way), "result": _plain(result)}, at_once=True)
         observers.end(result)
     return result
+
+
+def _goodness(problem: FitProblem, end: End) -> tuple[Goodness, tuple[str, ...]]:
+    """How well the target is explained at the end, and what to say of it."""
+    if not np.isfinite(end.output).all():  # that run failed: the method knows no more than its own loss
+        return Goodness(end.loss), ()
+    good = goodness_of(problem.misfit, end.output, end.x, problem.known_noise, end.noise)
+    target = problem.misfit.target.numpy()
+    return good, unexplained(good, end.output - target, end.start_output - target)
+
+
+def _cut_short(way: Way, problem: FitProblem, history: Sequence[FitStep]) -> End:
+    """The end of a fit that was interrupted: what is known, without another run."""
+    unknown = np.full(tuple(problem.misfit.target.shape), np.nan)
+    loss, failed = (history[-1].loss, history[-1].num_failed) if history else (float("nan"), 0)
+    return End(way.x, problem.free_starts[0], loss, None, unknown, unknown, num_evaluations=0, num_failed=failed)
+
+
+def _deviations(covariance: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+    return None if covariance is None else np.sqrt(np.diag(covariance))
+
+
+def _last_errors(history: Sequence[FitStep]) -> NDArray[np.float64] | None:
+    known = history[-1].standard_error if history else None
+    return None if known is None else np.array(known)
+
+
+def _plain(result: FitResult) -> dict[str, Any]:
+    """What a run keeps of its result: all but what it keeps anyway."""
+    kept = {name: value for name, value in vars(result).items() if name not in ("space", "history", "ends")}
+    return {**kept, "ends": [dict(vars(end)) for end in result.ends]}
+
+
+def _result_from(kept: Mapping[str, Any], space: ParameterSpace, history: Sequence[FitStep]) -> FitResult:
+    ends = tuple(FitEnd(**end) for end in kept["ends"])
+    return FitResult(**{**kept, "ends": ends, "space": space, "history": tuple(history)})
+
+
+def fit_settings() -> list[str]:
+    """The keywords that `fit` takes: its own, and those of `bridge.smooth`."""
+    own = [name for name in signature(fit).parameters if name != "smoothing"]
+    return list(dict.fromkeys([*own, *list(signature(smooth).parameters)[1:]]))
+
+
+def _check_kinds(
+    target: Any, start: Any, variance: Any, fixed: Any, tied: Any, prior: Any, loss: Any, on_step: Any
+) -> None:
+    """Refuses what is of another kind altogether, and says what is expected there."""
+    for name, value in (("target", target), ("start", start), ("variance", variance)):
+        if isinstance(value, str | os.PathLike):
+            load = f" Load the file first: numpy.load({os.fspath(value)!r})." if name == "target" else ""
+            raise InputError(f"Expected numbers as {name}, got the text {os.fspath(value)!r}.{load}")
+    if isinstance(fixed, Mapping):
+        raise InputError(
+            f"Expected a list of names as fixed, got {fixed!r}: they keep their start. Give {list(fixed)}."
+        )
+    if tied is not None and not isinstance(tied, Mapping):
+        raise InputError(f"Expected tied as name -> the name that it is to equal, got {tied!r}.")
+    if prior is not None and not isinstance(prior, Mapping | tuple):
+        raise InputError(f"Expected prior as name -> (mean, standard deviation), got {prior!r}.")
+    if loss is not None and not callable(loss):
+        raise InputError(
+            f"Expected loss as a function of output and target, got {loss!r}. Least squares need none: leave it out."
+        )
+    if on_step is not None and not callable(on_step):
+        raise InputError(f"Expected on_step as a function of a FitStep, got {on_step!r}.")
 
 
 def _unfinished(end: End, stop_reason: str) -> tuple[str, ...]:
@@ -290,7 +403,8 @@ def _unfinished(end: End, stop_reason: str) -> tuple[str, ...]:
 
 def _spread(scale: float | tuple[float, float] | None) -> float:
     """Of starts that are drawn about a given one, natural units."""
-    return 1.0 if scale is None else float(scale if isinstance(scale, int | float) else scale[0])
+    first: Any = scale[0] if isinstance(scale, Sequence) else scale
+    return float(first) if is_number(first) else 1.0  # what is no scale is refused where the method is made
 
 
 def _start(observers: Observers, problem: FitProblem, chosen: Chosen, title: str) -> None:
@@ -336,6 +450,7 @@ def _earlier(
             shape = tuple(problem.misfit.target.shape)
             found = earlier_rows(
                 *(reuse, problem.simulator, problem.free, shape, way.loss_of_rows, MOST_ROWS),
+                name=chosen.smoothed[0].execution.filing(chosen.smoothed[0].simulator).name,
                 but=directory,
             )
         except BridgeError as problem_:
@@ -353,11 +468,17 @@ def _described(
     stages: list[Any] = []
     for given in s.coarse or ():
         stages.append(given if isinstance(given, int | float) else _digest(given(_whitened(misfit.whiten, probe))))
+    functions: dict[str, Any] = {"loss": misfit.loss, "whiten": misfit.whiten, "optimiser": s.optimiser}
+    functions |= {f"coarse[{i}]": given for i, given in enumerate(s.coarse or ())}
+    plain = chosen.smoothed[0]
     return {
-        "simulator": simulator_name(problem.simulator), "seed": seed, "method": s.method, "steps": chosen.limit,
+        "simulator": simulator_name(problem.simulator),
+        "identity": plain.execution.filing(plain.simulator).name,
+        **{f"code of {k}": identity_of_function(f, k) for k, f in functions.items() if callable(f)},
+        "seed": seed, "method": s.method, "steps": chosen.limit,
         "num_samples": s.num_samples, "tolerance": s.tolerance, "start": problem.starts.tolist(),
         "halving": s.halving, "target": _digest(misfit.target), "max_runs": s.max_runs, "restarts": s.restarts,
-        "prior": [prior.precision.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
+        "prior": [prior.information.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
         "variance": _digest(misfit.variance), "whiten": _digest(_whitened(misfit.whiten, probe)), "coarse": stages,
         "stop_at_error": s.stop_at_error, "smoothing": _words(smoothing),
         **chosen.described,
@@ -366,9 +487,14 @@ def _described(
 
 def _words(smoothing: Mapping[str, Any]) -> dict[str, str]:
     """Settings as text that is the same in another process; where finished evaluations are kept is none of them."""
-    words = {k: repr(v) for k, v in sorted(smoothing.items()) if k != "store"}
-    if smoothing.get("surrogate") is not None:
-        words["surrogate"] = simulator_name(as_simulator(smoothing["surrogate"]))
+    words = {}
+    for name, value in sorted(smoothing.items()):
+        if name == "surrogate" and value is not None:
+            words[name] = identity_of(as_simulator(value))
+        elif value is None or isinstance(value, bool | int | float | str):
+            words[name] = repr(value)
+        elif name != "store":
+            words[name] = identity_of_function(value, name)
     return words
 
 

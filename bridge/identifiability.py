@@ -30,7 +30,7 @@ def doubts(stated: Stated | None, space: ParameterSpace, theta: Array, at_bound:
             )
         if np.isinf(e):
             said.append(f"{p.name} is not determined by the target: outputs do not depend on it by itself. {advice}")
-        elif e > 0.5 * min(p.upper - p.lower, 20 * p.natural_scale):
+        elif e > 0.5 * min(p.upper - p.lower, 20 * (p.natural_scale or 1.0)):
             said.append(f"{p.name} is hardly determined by the target: its standard error is {e:.3g}{unit}. {advice}")
         if bounded:
             said.append(f"{p.name} ended at its bound {value:g}{unit}: no standard error of it is stated there.")

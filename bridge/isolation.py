@@ -20,8 +20,8 @@ import sys
 import time
 import traceback
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar, final
 
@@ -29,8 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge import errors
-from bridge.environment import child_environment, describe_status, thread_count
-from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, SetupError
+from bridge.arrays import real_array
+from bridge.checks import is_whole
+from bridge.environment import child_environment, describe_status, marked, thread_count
+from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
 from bridge.simulator import (
     BlockStructure,
     ParameterSpace,
@@ -45,6 +47,7 @@ T = TypeVar("T")
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
 _START_SECONDS = 120.0
 _LOOK_SECONDS = 1.0
+_AGAIN_SECONDS = 0.05
 
 
 @final
@@ -97,7 +100,10 @@ class IsolatedSimulator:
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         if not self.row_by_row:
             return self._rows(inputs, seeds)
-        return np.concatenate([self._rows(inputs[i : i + 1], seeds[i : i + 1]) for i in range(len(inputs))])
+        rows = [self._rows(inputs[i : i + 1], seeds[i : i + 1]) for i in range(len(inputs))]
+        if len(shapes := {row.shape[1:] for row in rows}) > 1:
+            raise OutputError(f"Expected outputs of one shape from {self.name!r}, got {sorted(shapes)}.")
+        return np.concatenate(rows)
 
     def _rows(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         if self._process is None or self._process.poll() is not None:
@@ -149,7 +155,7 @@ class IsolatedSimulator:
     def _start(self) -> None:
         self.close()
         ours, theirs = Pipe()
-        environment = child_environment(thread_count())
+        environment = marked(child_environment(thread_count()))
         program = "import sys; from bridge.isolation import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
         # Where this process finds its modules, the child must: a script's folder, above all.
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -170,6 +176,13 @@ class IsolatedSimulator:
                 f"Expected simulator {self.name!r} to load in another process, got {result[0]}: {result[1]}."
             )
 
+    def kill(self) -> None:
+        """Kills the child and its session, from another thread than the one that waits for it and notices."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """Ends the child, and all that it has started in its session; a later call starts another one."""
         if self._process is not None:
@@ -187,13 +200,14 @@ class SimulatorPool:
     """
 
     def __init__(self, inner: Simulator, workers: int, timeout_s: float | None = None) -> None:
-        if int(workers) != workers or workers < 1:
+        if not is_whole(workers, 1):
             raise InputError(f"Expected a positive integer of workers, got {workers!r}.")
         self.inner, self.workers, self.name = inner, int(workers), simulator_name(inner)
         self._children = [IsolatedSimulator(inner, timeout_s) for _ in range(self.workers)]
         self._free: queue.SimpleQueue[IsolatedSimulator] = queue.SimpleQueue()
         for child in self._children:
             self._free.put(child)
+        self._stopped = False
         # The same threads for ever: a child is told to end when the thread that has started it does.
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="bridge-worker")
 
@@ -220,13 +234,26 @@ class SimulatorPool:
         """Evaluates in whichever child is free; waits for one."""
         child = self._free.get()
         try:
+            if self._stopped:
+                raise EvaluationError(f"Simulator {self.name!r} was interrupted.")
             return child(inputs, seeds)
         finally:
             self._free.put(child)
 
     def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
         """Calls `work`, which may call this simulator, in one of as many threads as there are children."""
+        self._stopped = False
         return self._threads.submit(work, *arguments)
+
+    def stop(self, waiting: Sequence[Future[Any]]) -> None:
+        """Ends the calls that have been submitted, at once: those that run fail, the others never begin."""
+        self._stopped = True
+        for future in waiting:
+            future.cancel()
+        while waiting:
+            for child in self._children:
+                child.kill()
+            waiting = list(wait(waiting, _AGAIN_SECONDS).not_done)
 
     def close(self) -> None:
         """Ends the children; a later call starts others."""
@@ -253,6 +280,7 @@ def serve(descriptor: int, parent: int) -> None:
     os.set_inheritable(descriptor, False)
     with Connection(descriptor) as pipe:
         simulator: Any = None
+        reply: tuple[str, Any]
         with contextlib.suppress(EOFError):
             while True:
                 question = pipe.recv()
@@ -260,9 +288,7 @@ def serve(descriptor: int, parent: int) -> None:
                     if simulator is None:
                         simulator, answer = pickle.loads(question), None
                     else:
-                        answer = simulator(*question)
-                        if hasattr(answer, "detach"):
-                            answer = answer.detach().cpu().numpy()
+                        answer = real_array(simulator(*question), f"from simulator {simulator_name(simulator)!r}")
                     reply = ("ok", answer)
                 except Exception as error:
                     trace = "".join(traceback.format_exception(error)[-6:])

@@ -1,7 +1,7 @@
 """A fit described by a TOML file: the simulator, the target, the start, and where the results go.
 
 [simulator]                 # name = ..., and the arguments of its class or factory
-name = "cryoet"
+name = "cryoet"             # or a function of your own: "mysim.py:projectile", in a file beside this one
 [target]
 file = "target.mrc"         # paths are relative to the TOML file
 [start]                     # one value a parameter
@@ -15,6 +15,7 @@ directory = "results"       # relative to where the command is started
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -26,16 +27,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge import registry
+from bridge.checks import did_you_mean, refuse_unknown
 from bridge.dispatch import is_root
 from bridge.errors import InputError, SetupError
 from bridge.files import write_json, write_whole
-from bridge.fitting import FitResult, fit
+from bridge.fitting import FitResult, fit, fit_settings
 from bridge.progress import Observer
 from bridge.report import draw_fit
-from bridge.simulator import FileFormat, Simulator
+from bridge.simulator import FileFormat, Simulator, as_simulator
 
 _log = logging.getLogger("bridge")
 _SECTIONS = ("simulator", "target", "start", "fit", "output")
+_KEYS = {"target": ("file",), "output": ("directory", "title")}
 _NOT_IN_A_FILE = (
     *("simulator", "target", "start", "loss", "on_step", "comm", "smoothing", "store", "progress", "title"),
     *("directory", "resume", "overwrite", "whiten"),
@@ -62,13 +65,74 @@ def _load(path: Path) -> dict[str, Any]:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"Expected TOML in {path}, got: {error}.") from error
-    unknown = sorted(set(data) - set(_SECTIONS))
     missing = [s for s in ("simulator", "target", "start", "fit") if not isinstance(data.get(s), dict)]
-    if unknown or missing:
+    for section in data:
+        if section not in _SECTIONS:
+            raise InputError(
+                f"Expected the sections {', '.join(_SECTIONS)} in {path}, got unknown [{section}]."
+                f"{did_you_mean(section, _SECTIONS)}"
+            )
+    if missing:
         raise InputError(
-            f"Expected the sections {', '.join(_SECTIONS)} in {path}, got unknown {unknown} and missing {missing}."
+            f"Expected the sections {', '.join(_SECTIONS)} in {path}, got none called {', '.join(missing)}."
         )
+    for section, known in _KEYS.items():
+        _refuse_unknown(data.get(section, {}), known, section, path)
     return data
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], section: str, path: Path) -> None:
+    for key in table:
+        if key not in known:
+            meant = did_you_mean(key, known)
+            listing = "" if meant else f" Known: {', '.join(known)}."
+            raise InputError(f"Unknown setting {key!r} in [{section}] of {path}.{meant}{listing}")
+
+
+def make_simulator(
+    name: str, options: Mapping[str, Any] | None = None, *, folder: Path | None = None, names: Sequence[str] = ()
+) -> Any:
+    """Makes a simulator by its registered name, or of `file.py:function`.
+
+    What a file's name stands for is a simulator, a class or factory of one, or a function f(theta). The latter takes
+    the options of `bridge.as_simulator`.
+
+    Args:
+        options: arguments of the class or factory. folder: where a relative file is.
+        names: of the parameters, where a function says nothing of them.
+
+    Raises:
+        InputError: nothing of that name, arguments that it does not take, or what it makes is no simulator.
+    """
+    given = dict(options or {})
+    if not registry.is_file(name):
+        return registry.make(name, **given)
+    found = registry.from_file(name, folder)
+    if isinstance(found, Simulator) and not inspect.isclass(found):
+        if given:
+            raise InputError(f"Expected no arguments for {name!r}, which is a simulator already, got {sorted(given)}.")
+        return found
+    if not callable(found):
+        raise InputError(f"Expected a function or a simulator as {name!r}, got {type(found).__name__}.")
+    if inspect.isclass(found) or _makes_one(found, given):
+        registry.check_arguments(name, found, (), given)
+        found, given = found(**given), {}
+        if isinstance(found, Simulator):
+            return found
+    known = [key for key in inspect.signature(as_simulator).parameters if key not in ("function", "structure")]
+    refuse_unknown(f"{name!r}", given, known)
+    if names and "names" not in given:
+        given["names"] = list(names)
+    return as_simulator(found, **given)
+
+
+def _makes_one(function: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a function can be called with the options alone: then it makes a simulator, and is none."""
+    try:
+        inspect.signature(function).bind(**options)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def load_simulator(path: str | Path) -> Any:
@@ -78,14 +142,18 @@ def load_simulator(path: str | Path) -> Any:
         InputError: the file is missing, malformed, or names no simulator.
     """
     path = Path(path)
-    options = {key: _resolve(value, path.parent) for key, value in _load(path)["simulator"].items()}
+    data = _load(path)
+    options = {key: _resolve(value, path.parent) for key, value in data["simulator"].items()}
     name = options.pop("name", None)
     if not isinstance(name, str):
-        raise InputError(f"Expected name = ... in [simulator] of {path}. Known: {registry.list_simulators()}.")
+        raise InputError(
+            f"Expected name = ... in [simulator] of {path}. Known: {', '.join(registry.list_simulators())}. One of "
+            'your own is named by its file: name = "mysim.py:function".'
+        )
     try:
-        return registry.make(name, **options)
-    except TypeError as error:
-        raise InputError(f"Expected the arguments of {name!r} in [simulator] of {path}, got: {error}.") from error
+        return make_simulator(name, options, folder=path.parent, names=list(data["start"]))
+    except InputError as error:
+        raise InputError(f"In [simulator] of {path}: {error}") from error
 
 
 def load_job(path: str | Path, directory: str | Path | None = None) -> Job:
@@ -98,8 +166,7 @@ def load_job(path: str | Path, directory: str | Path | None = None) -> Job:
     data = _load(path)
     settings = dict(data["fit"])
     allowed = _fit_settings()
-    if wrong := sorted(set(settings) - set(allowed)):
-        raise InputError(f"Unknown settings {wrong} in [fit] of {path}. Known: {', '.join(allowed)}.")
+    _refuse_unknown(settings, allowed, "fit", path)
     if isinstance(settings.get("scale"), list):
         settings["scale"] = tuple(settings["scale"])
     simulator = load_simulator(path)
@@ -119,10 +186,7 @@ def load_job(path: str | Path, directory: str | Path | None = None) -> Job:
 
 
 def _fit_settings() -> list[str]:
-    from bridge.smoothing import smooth
-
-    names = [*inspect.signature(fit).parameters, *inspect.signature(smooth).parameters]
-    return sorted(set(names) - set(_NOT_IN_A_FILE))
+    return sorted(set(fit_settings()) - set(_NOT_IN_A_FILE))
 
 
 def _resolve(value: Any, folder: Path) -> Any:
@@ -156,11 +220,27 @@ def write_output(simulator: Simulator, stem: Path, output: NDArray[Any]) -> Path
     return write_whole(stem.with_suffix(".npy"), lambda p: np.save(p, output, allow_pickle=False))
 
 
+def is_finished(job: Job) -> bool:
+    """Whether the fit of a job has nothing left to run."""
+    try:
+        status = json.loads((job.directory / "run" / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(status, dict) and status.get("state") == "done"
+
+
 def run_job(
-    job: Job, progress: str | Sequence[Observer] = "auto", resume: bool = False, overwrite: bool = False
+    job: Job, progress: str | Sequence[Observer] = "auto", resume: bool = True, overwrite: bool = False
 ) -> tuple[FitResult, list[Path]]:
     """Fits and writes parameters.json, history.json, the fitted output and fit.png, and, so that it can be resumed, the
-    run (`bridge.Run`) in run/. Collective under MPI; rank 0 prints and writes. `progress`: as in `make_observers`."""
+    run (`bridge.Run`) in run/. Collective under MPI; rank 0 prints and writes.
+
+    Args:
+        progress: as in `make_observers`. resume, overwrite: as in `bridge.Run`.
+
+    Returns:
+        the result, and the files: none on other ranks, and none where the fit was interrupted before its end is known.
+    """
     result = fit(
         job.simulator,
         job.target,
@@ -172,7 +252,8 @@ def run_job(
         overwrite=overwrite,
         **job.settings,
     )
-    return result, write_results(job, result) if is_root() else []
+    known = result.stop_reason != "interrupted" or bool(np.isfinite(result.output).all())
+    return result, write_results(job, result) if known and is_root() else []
 
 
 def write_results(job: Job, result: FitResult) -> list[Path]:

@@ -42,6 +42,9 @@ _LENGTH, _ROUGHNESS, _NUGGET = (0.5, 1.2), (-5.0, 3.0), (-9.0, 5.0)
 _SPREAD_OF_LENGTHS = 0.7
 # Where the search for the kernel begins, in the same logarithms: smooth, very smooth, rough.
 _STARTS = ((0.0, -6.0, -9.0), (1.5, -9.0, -12.0), (0.0, 0.0, -3.0))
+# A likelihood that cannot be had; parameters from which on squares are not kept coordinate by coordinate; what rounding
+# makes of the largest number of a Gram matrix.
+_NO_KERNEL, _MANY, _ROUNDING = 1e10, 40, 1e-15
 _FEATURES = 128  # of the smooth part of a draw, and of its rough part
 
 
@@ -86,15 +89,22 @@ class Kriging:
     def _covariance(self, points: Array, rough: bool = True) -> tuple[Array, Array]:
         """Kernel between points (q, d) and the rows, without nugget, (q, n); and -2 of its derivative in r^2, without
         the linear part."""
-        k, slope = _kernel(_squares(points, self.rows) @ self._inverse_squares, self.roughness if rough else 0.0)
+        k, slope = _kernel(self._distances(points), self.roughness if rough else 0.0)
         linear = ((points - self._middle) * self._inverse_squares) @ (self.rows - self._middle).T
         return k + _LINEAR * linear, slope
+
+    def _distances(self, points: Array) -> Array:
+        """Squared, in lengths, (q, n)."""
+        if points.shape[1] <= _MANY:
+            return np.asarray(_squares(points, self.rows) @ self._inverse_squares)
+        a, b = (x * np.sqrt(self._inverse_squares) for x in (points - self._middle, self.rows - self._middle))
+        return np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * a @ b.T, 0.0)
 
     @cached_property
     def _solved(self) -> tuple[Array, Array, float]:
         """K^-1, K^-1 1 and 1^T K^-1 1."""
         k = self._covariance(self.rows)[0]
-        inverse = cho_solve(cho_factor(k + self.nugget * np.eye(len(k)), lower=True), np.eye(len(k)))
+        inverse = cho_solve(_factor(k + self.nugget * np.eye(len(k))), np.eye(len(k)))
         ones = inverse.sum(axis=1)
         return inverse, ones, float(ones.sum())
 
@@ -206,7 +216,12 @@ class Draw:
 
 
 def fit_kriging(
-    rows: Array, gram: Array, before: Array | None = None, thorough: bool = True, rough: bool = True
+    rows: Array,
+    gram: Array,
+    before: Array | None = None,
+    thorough: bool = True,
+    unit: Array | None = None,
+    rough: bool = True,
 ) -> Kriging:
     """The kernel of largest marginal likelihood times prior.
 
@@ -216,23 +231,32 @@ def fit_kriging(
 
     Args:
         rows: (n, d), n >= 2. gram: (n, n).
-        before: a kernel to begin from. thorough: also begin from the three defaults. rough: else next to no rough part.
+        before: a kernel to begin from. thorough: also begin from the three defaults.
+        unit: (d,) of the lengths' defaults, 1 where left out. rough: else next to no rough part.
     """
+    if unit is not None and (unit != 1).any():
+        own = np.append(np.log(unit), (0.0, 0.0))
+        found = fit_kriging(rows / unit, gram, None if before is None else before - own, thorough, rough=rough)
+        return replace(found, rows=rows, kernel=found.kernel + own)
     n, d = rows.shape
     centring = np.eye(n) - 1 / n
     centred = centring @ gram @ centring
     independent = float(np.clip(np.trace(centred) ** 2 / max((centred**2).sum(), 1e-300), 1, _MOST_INDEPENDENT))
-    squares, base = _squares(rows, rows), np.log(1.5 * np.sqrt(d))
+    between, base = _Between(rows), np.log(1.5 * np.sqrt(d))
     away = rows - rows.mean(axis=0)
+    # What the Gram matrix has lost to rounding, where all outputs are far from the target, is noise as well.
+    lost = _ROUNDING * float(np.diag(gram).max()) / max(float(np.trace(centred)) / (n - 1), 1e-300)
+    least_nugget = float(np.clip(lost, _LEAST_NUGGET, 1.0))
 
     def objective(t: Array) -> tuple[float, Array]:
         scaled = np.exp(-2 * t[:d])
-        k, slope = _kernel(squares @ scaled, float(np.exp(t[d])))
+        distances = between.scaled(scaled)
+        k, slope = _kernel(distances, float(np.exp(t[d])))
         nugget = float(np.exp(t[d + 1]))
         try:
             factor = cho_factor(k + _LINEAR * (away * scaled) @ away.T + nugget * np.eye(n), lower=True)
-        except LinAlgError:
-            return 1e10, np.zeros(d + 2)
+        except (LinAlgError, ValueError):
+            return _NO_KERNEL, np.zeros(d + 2)
         inverse = cho_solve(factor, np.eye(n))
         ones = inverse.sum(axis=1)
         P = inverse - np.outer(ones, ones) / ones.sum()
@@ -242,8 +266,8 @@ def fit_kriging(
         S = 0.5 * independent * (P - ((n - 1) / q) * PG @ P)
         g = np.empty(d + 2)
         # z . z' is -r^2 / 2 but for what a free constant takes up, of which S knows nothing.
-        g[:d] = np.einsum("ij,ijk->k", S * (slope + _LINEAR), squares) * scaled
-        smooth = _kernel(squares @ scaled, 0.0)[0]
+        g[:d] = between.summed(S * (slope + _LINEAR)) * scaled
+        smooth = _kernel(distances, 0.0)[0]
         g[d] = float((S * (k - smooth)).sum())
         g[d + 1] = nugget * float(np.trace(S))
         mean = float(t[:d].mean())
@@ -253,26 +277,33 @@ def fit_kriging(
         for i, (centre, sd) in ((d, _ROUGHNESS), (d + 1, _NUGGET)):
             value += 0.5 * ((t[i] - centre) / sd) ** 2
             g[i] += (t[i] - centre) / sd**2
+        if not (np.isfinite(value) and np.isfinite(g).all()):
+            return _NO_KERNEL, np.zeros(d + 2)
         return float(value), g
 
-    bounds = [(base - 3, base + 5)] * d + [(-12.0, 3.0 if rough else -11.0), (np.log(_LEAST_NUGGET), 2.0)]
+    bounds = [(base - 3, base + 5)] * d + [(-12.0, 3.0 if rough else -11.0), (np.log(least_nugget), 2.0)]
     starts = [] if before is None else [before]
     if before is None or thorough:
         starts += [np.concatenate([np.full(d, base + length), [part, nugget]]) for length, part, nugget in _STARTS]
+    if d > _MANY:  # a step of the search for a kernel costs n^3, n more than 2 d
+        starts = starts[:2]
     lower, upper = np.array(bounds).T
     best = None
     for start in starts:
         found = minimize(
             *(objective, np.clip(start, lower, upper)),
-            jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 30},
+            jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 30 if d <= _MANY else 12},
         )  # fmt: skip
         if best is None or found.fun < best.fun:
             best = found
     assert best is not None
-    model = Kriging(rows, gram, np.asarray(best.x), 1.0)
+    kernel = np.asarray(best.x)
+    if best.fun >= _NO_KERNEL:  # of none is there a likelihood: smooth enough to go on with
+        kernel = np.clip(np.concatenate([np.full(d, base + 1.5), [-9.0, -3.0]]), lower, upper)
+    model = Kriging(rows, gram, kernel, 1.0)
     inverse, ones, total = model._solved
     trace = float(((inverse - np.outer(ones, ones) / total) * gram).sum())
-    return replace(model, amplitude=max(trace / (n - 1), 1e-300))
+    return replace(model, amplitude=max(trace / (n - 1), 1e-300) if np.isfinite(trace) else 1e-300)
 
 
 def levenberg_marquardt(
@@ -285,6 +316,8 @@ def levenberg_marquardt(
     """
     z = np.clip(begin, lower, upper)
     value, slope, normal = objective(z)
+    if not (np.isfinite(value) and np.isfinite(slope).all() and np.isfinite(normal).all()):
+        return z, np.inf
     damping = 1e-3
     for _ in range(60):
         free = ~(((z <= lower) & (slope > 0)) | ((z >= upper) & (slope < 0)))
@@ -293,10 +326,14 @@ def levenberg_marquardt(
             break
         step = np.zeros(len(z))
         damped = normal[np.ix_(free, free)] + damping * np.diag(size + 1e-9 * size.max())
-        step[free] = -np.linalg.solve(damped, slope[free])
+        try:
+            step[free] = -np.linalg.solve(damped, slope[free])
+        except LinAlgError:
+            damping *= 10
+            continue
         new = np.clip(z + step, lower, upper)
         after = objective(new)
-        if not after[0] < value:
+        if not (after[0] < value and np.isfinite(after[1]).all() and np.isfinite(after[2]).all()):
             damping *= 10
             continue
         little = value - after[0] < 1e-10 * value and float(np.abs(new - z).max()) < 1e-6
@@ -305,6 +342,45 @@ def levenberg_marquardt(
         if little:
             break
     return z, value
+
+
+def _factor(k: Array) -> tuple[Array, bool]:
+    """The Cholesky factor, of a matrix with more on its diagonal where rounding has made it indefinite.
+
+    Raises:
+        LinAlgError: it is not finite.
+    """
+    size = float(np.diag(k).max())
+    for jitter in (0.0, 1e-13, 1e-11, 1e-9, 1e-7, 1e-5):
+        try:
+            factor: tuple[Array, bool] = cho_factor(k + jitter * size * np.eye(len(k)) if jitter else k, lower=True)
+            return factor
+        except (LinAlgError, ValueError):
+            continue
+    raise LinAlgError("no factor of the kernel's matrix")
+
+
+class _Between:
+    """Squared differences between n rows, coordinate by coordinate; many of them by products of matrices."""
+
+    def __init__(self, rows: Array) -> None:
+        self.away = rows - rows.mean(axis=0)
+        self.squares = _squares(rows, rows) if rows.shape[1] <= _MANY else None
+
+    def scaled(self, scales: Array) -> Array:
+        """sum_k scales_k (x_ik - x_jk)^2, (n, n)."""
+        if self.squares is not None:
+            return np.asarray(self.squares @ scales)
+        half = self.away * scales
+        own = (half * self.away).sum(axis=1)
+        return np.maximum(own[:, None] + own[None] - 2 * half @ self.away.T, 0.0)
+
+    def summed(self, weights: Array) -> Array:
+        """sum_ij weights_ij (x_ik - x_jk)^2, (d,), of symmetric weights."""
+        if self.squares is not None:
+            return np.asarray(np.einsum("ij,ijk->k", weights, self.squares))
+        each = weights.sum(axis=1) @ self.away**2
+        return np.asarray(2 * each - 2 * ((weights @ self.away) * self.away).sum(axis=0))
 
 
 def _squares(a: Array, b: Array) -> Array:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.checks import did_you_mean, is_number, is_whole
 from bridge.coarse import make_stages
-from bridge.descent import FAILED, Descent, Schedule, repeated
+from bridge.descent import FAILED, Descent, Schedule, end_runs, repeated
 from bridge.errors import InputError
 from bridge.fit_problem import FitProblem
 from bridge.fit_result import End, FitStep
@@ -22,6 +23,7 @@ from bridge.search import Search
 from bridge.searching import Searching
 from bridge.simulator import Simulator, Structured, as_simulator
 from bridge.smoothing import SmoothedSimulator, smooth
+from bridge.soundness import HUGE
 
 Array = NDArray[np.float64]
 MethodName = Literal["auto", "kriging", "gauss-newton", "adam", "torch", "natural"]
@@ -85,9 +87,15 @@ class MethodSettings:
         """First and last scale."""
         default = (1.0, 1.0) if self.method == "kriging" else (2.0, 0.1)
         given = default if self.scale is None else self.scale
-        first, last = (given, given) if isinstance(given, int | float) else given
-        if not (first > 0 and last > 0):
-            raise InputError(f"Expected positive scales, got {self.scale!r}.")
+        if isinstance(given, Mapping):
+            raise InputError(
+                f"Expected a scale of a fit in natural units, a number or (first, last), got {given!r}. Sizes of "
+                f"single parameters belong to the simulator: bridge.as_simulator(f, natural_scale={dict(given)!r})."
+            )
+        pair: Any = (given, given) if is_number(given) else given
+        if len(pair) != 2 or not all(is_number(x) and x > 0 for x in pair):
+            raise InputError(f"Expected positive scales, a number or (first, last), got {self.scale!r}.")
+        first, last = pair
         return float(first), float(last)
 
 
@@ -113,7 +121,7 @@ def choose(
 ) -> tuple[str, str]:
     """The method that "auto" stands for, and why."""
     if method not in METHODS:
-        raise InputError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.")
+        raise InputError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}")
     if method != "auto":
         return method, "as asked"
     if optimiser:
@@ -163,8 +171,21 @@ def _kriging(
         tolerance=0.1 if s.tolerance is None else s.tolerance,
         restarts=10 if s.restarts is None else s.restarts,
         robust=misfit.robust,
+        ordinary=misfit.ordinary_cost(),
+        guessed=problem.guessed,
+        unknown=problem.unknown,
     )
-    way = Searching(plain, misfit, search, problem.natural, budget, problem.known_noise, starts, _asked(problem, s))
+    way = Searching(
+        plain,
+        misfit,
+        search,
+        problem.natural,
+        budget,
+        problem.known_noise,
+        starts,
+        problem.free.names,
+        _asked(problem, s),
+    )
     return Chosen(way, [plain], s.steps, budget, {"scale": list(s.widths())})
 
 
@@ -174,10 +195,11 @@ def _descent(
     steps, samples = s.steps or _STEPS[s.method], s.num_samples or 32
     first, last = s.widths()
     misfit, natural, starts = problem.misfit, problem.natural, problem.free_starts
-    smoothed = smooth(problem.simulator, seed=seed, num_samples=samples, scale=first, comm=comm, **smoothing)
+    smoothed = smooth(problem.simulator, seed=seed, num_samples=samples, scale=first * natural, comm=comm, **smoothing)
     budget = s.max_runs or 10**15
     rows = len(starts) * smoothed.strategy.num_rows * smoothed.strategy.replicates
-    least = 2 * rows + 2 + (0 if problem.misfit.loss is not None else repeated(smoothed))
+    least = 2 * rows + end_runs(smoothed, misfit, len(starts))
+    least += 0 if misfit.loss is not None else repeated(smoothed)
     if budget < least:
         raise InputError(
             f"Expected max_runs of at least {least}, for a step and what is run at the end, got {s.max_runs}."
@@ -204,7 +226,7 @@ def _descent(
         carried = {**smoothing, "surrogate": _loss_of(smoothing.get("surrogate"), problem)}
         of_loss = smooth(
             LossAndSquare(problem.simulator, misfit, natural),
-            seed=seed, num_samples=samples, scale=first, comm=comm, **carried,
+            seed=seed, num_samples=samples, scale=first * natural, comm=comm, **carried,
         )  # fmt: skip
         of_loss.dispatcher, of_loss.spent = smoothed.dispatcher, smoothed.spent
         used.append(of_loss)
@@ -233,9 +255,10 @@ def _asked(problem: FitProblem, s: MethodSettings) -> Array | None:
     if isinstance(given, Mapping):
         asked = np.full(free.dimension, np.inf)
         for name, error in given.items():
-            asked[free.index(name)] = error / free.parameters[free.index(name)].natural_scale
+            asked[free.index(name)] = error / problem.natural[free.index(name)]
     else:
-        asked = np.full(free.dimension, float(given))
+        # In the natural scales that were said: none that are guessed are known to who asks.
+        asked = float(given) * problem.said / problem.natural
     if not (asked > 0).all() or not np.isfinite(asked).any():
         raise InputError(f"Expected positive standard errors in stop_at_error, got {given!r}.")
     return asked
@@ -245,11 +268,16 @@ def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any])
     """Refuses what a method has no use for: a setting that is silently ignored misleads."""
     method, own_loss = s.method, problem.misfit.loss is not None
     limits = (
-        ("at least one step", s.steps is None or s.steps >= 1, s.steps),
-        ("max_runs of at least 2", s.max_runs is None or s.max_runs >= 2, s.max_runs),
-        ("restarts of 0 or more", s.restarts is None or s.restarts >= 0, s.restarts),
-        ("a tolerance of 0 or more", s.tolerance is None or s.tolerance >= 0, s.tolerance),
-        ("a positive learning_rate", s.learning_rate is None or s.learning_rate > 0, s.learning_rate),
+        ("at least one step", s.steps is None or is_whole(s.steps, 1), s.steps),
+        ("at least one run a step", s.num_samples is None or is_whole(s.num_samples, 1), s.num_samples),
+        ("max_runs of at least 2", s.max_runs is None or is_whole(s.max_runs, 2), s.max_runs),
+        ("restarts of 0 or more", s.restarts is None or is_whole(s.restarts, 0), s.restarts),
+        ("a tolerance of 0 or more", s.tolerance is None or (is_number(s.tolerance) and s.tolerance >= 0), s.tolerance),
+        (
+            "a positive learning_rate",
+            s.learning_rate is None or (is_number(s.learning_rate) and s.learning_rate > 0),
+            s.learning_rate,
+        ),
     )
     for what, good, given in limits:
         if not good:
@@ -290,6 +318,10 @@ def _plain(sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, 
     if given := sorted(set(smoothing) & set(_DESIGN)):
         raise InputError(f"Expected none of {given} with method='kriging', which smooths nothing. Leave them out.")
     carried = {"simulator_seeds": "independent", **smoothing}
-    if carried.get("failures") == "drop":
+    raises = carried.get("failures", "raise") == "raise"
+    if raises or carried.get("failures") == "drop":
         carried.update(failures="penalty", penalty=FAILED, min_ok=0.0)
-    return smooth(sim, seed=seed, num_samples=1, points="qmc-latin", covariate="none", comm=comm, **carried)
+    plain = smooth(sim, seed=seed, num_samples=1, points="qmc-latin", covariate="none", comm=comm, **carried)
+    # A run that raises ends the fit, unless it is told otherwise; one of NaN or enormous numbers is a bad one.
+    plain.strategy = replace(plain.strategy, errors_raise=raises, largest=HUGE)
+    return plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
 from bridge.robust import Robust
-from bridge.simulator import Simulator, simulator_name
+from bridge.simulator import ParameterSpace, Simulator, simulator_name
 
 Array = NDArray[np.float64]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -100,24 +100,29 @@ class Cholesky:
 @final
 @dataclass(frozen=True)
 class Prior:
-    """A Gaussian: 1/2 sum p_i (z_i - mu_i)^2 of parameters in natural units.
+    """A Gaussian: 1/2 (z - mu)^T P (z - mu) of parameters in natural units.
 
     Attributes:
-        precision: p, (d,), 0 where there is none. mean: mu, (d,).
+        information: P, (d, d), 0 where nothing is known. mean: mu, (d,).
     """
 
-    precision: Array
+    information: Array
     mean: Array
 
     def __call__(self, z: Array) -> tuple[float, Array]:
-        away = z - self.mean
-        return 0.5 * float(self.precision @ away**2), np.asarray(self.precision * away)
+        slope = self.information @ (z - self.mean)
+        return 0.5 * float(slope @ (z - self.mean)), np.asarray(slope)
+
+    @property
+    def known(self) -> int:
+        """How many numbers it says something of."""
+        return int(np.linalg.matrix_rank(self.information))
 
 
 @final
 @dataclass(frozen=True)
 class Misfit:
-    """1/m (sum_j rho(r_j) + prior), r = B(T(y - t) / sigma): the loss, and what each method needs of it.
+    """sum_j rho(r_j) + prior, r = B(T(y - t) / sigma): the loss, and what each method needs of it.
 
     With a loss l of one's own, l(B T(y), B T(t)) + prior.
 
@@ -164,7 +169,11 @@ class Misfit:
                     + self.prior(z)[0]
                 )
             r = self.residual(output).numpy()
-        return (self.cost(r) + self.prior(z)[0]) / len(r)
+        return self.cost(r) + self.prior(z)[0]
+
+    def ordinary_cost(self) -> float:
+        """sum rho(r) of an output that is the target's mean everywhere."""
+        return self.cost(self.residual(torch.full_like(self.target, float(self.target.mean()))).numpy())
 
     def cost(self, r: Array) -> float:
         """sum rho(r)."""
@@ -175,7 +184,10 @@ class Misfit:
             raise InputError(f"Expected a target of shape {tuple(output.shape)}, got {tuple(self.target.shape)}.")
 
     def value_and_gradient(self, output: torch.Tensor, z: Array) -> tuple[float, torch.Tensor, Array]:
-        """The loss of an output at z, and its derivatives in the output and, by the prior alone, in z."""
+        """The loss of an output at z, and its derivatives in the output and, by the prior alone, in z.
+
+        With least squares the derivatives are those of the loss over m, so that a learning rate does not depend on m.
+        """
         prior, slope = self.prior(z)
         leaf = output.detach().to(torch.float64).requires_grad_(True)
         if self.loss is not None:
@@ -188,7 +200,22 @@ class Misfit:
         r = residual.detach().numpy()
         psi = r if self.robust is None else self.robust.weight(r) * r
         (gradient,) = torch.autograd.grad(residual, leaf, torch.as_tensor(psi / m))
-        return (self.cost(r) + prior) / m, gradient, slope / m
+        return self.cost(r) + prior, gradient, slope / m
+
+    def shares(self, output: torch.Tensor) -> Array | None:
+        """The part that each output has in sum r^2, of the target's shape; None where `whiten` mixes outputs.
+
+        With a covariance V they are e V^-1 e elementwise, e = y - t: they add up to 1, and one may be negative.
+        """
+        e = output.to(torch.float64) - self.target
+        if self.whiten is None:
+            part = e**2 / self.variance
+        elif isinstance(self.whiten, Cholesky):
+            part = e * torch.cholesky_solve(e.reshape(-1, 1), self.whiten.factor).reshape(e.shape)
+        else:
+            return None
+        total = float(part.sum())
+        return (part / total if total > 0 else torch.zeros_like(part)).numpy()
 
     def jacobian(self, jacobian: torch.Tensor, natural: Array) -> torch.Tensor:
         """dr/dz (m, d) in natural units, of the output's (*shape, d) in the parameters' own."""
@@ -200,7 +227,7 @@ class Misfit:
         return J * torch.as_tensor(natural)
 
     def normal(self, J: torch.Tensor, r: torch.Tensor, z: Array) -> tuple[Array, Array]:
-        """J^T W J + prior's precision, (d, d), and the gradient of sum_j rho(r_j) + prior, (d,).
+        """J^T W J + P of the prior, (d, d), and the gradient of sum_j rho(r_j) + prior, (d,).
 
         W = psi(r) / r, 1 for least squares: iteratively reweighted least squares.
         """
@@ -209,7 +236,7 @@ class Misfit:
         else:
             w = torch.as_tensor(self.robust.weight(r.numpy()))
             H, g = (J * w[:, None]).T @ J, J.T @ (w * r)
-        return H.numpy() + np.diag(self.prior.precision), g.numpy() + self.prior(z)[1]
+        return H.numpy() + self.prior.information, g.numpy() + self.prior(z)[1]
 
     def spread_of(self, deviation: Array) -> Array:
         """(m,) variances of residuals of outputs with independent errors of such standard deviations, (*shape).
@@ -221,7 +248,8 @@ class Misfit:
             return np.asarray((scale**2 / self.variance).reshape(-1).numpy())
         rng = np.random.Generator(np.random.Philox(key=2))
         signs = rng.choice([-1.0, 1.0], size=(16, *self.target.shape))
-        return np.asarray(np.mean([self._mapped(scale * torch.as_tensor(x)).numpy() ** 2 for x in signs], axis=0).reshape(-1))
+        drawn = [self._mapped(scale * torch.as_tensor(x)).numpy() ** 2 for x in signs]
+        return np.asarray(np.mean(drawn, axis=0).reshape(-1))
 
     def residuals_of(self, outputs: Array) -> Array:
         """(n, m) of outputs (n, *shape), not finite where they are not."""
@@ -236,18 +264,83 @@ class Misfit:
         return mapped
 
 
-def make_prior(prior: Any, space: Any) -> Prior:
-    """From name -> (mean, standard deviation), in natural units.
+PriorOf = Mapping[Any, tuple[Any, Any]] | tuple[Any, Any]
+
+
+def make_prior(prior: PriorOf | None, space: ParameterSpace) -> Prior:
+    """A prior from what is known of parameters, or of several together.
+
+    Args:
+        prior: name -> (mean, standard deviation); several names, in a tuple or with commas between them -> (means,
+            covariance) of these together; (means, covariance) of all.
 
     Raises:
-        InputError: an unknown name, or a standard deviation that is not positive.
+        InputError: an unknown name, one that is named twice, a standard deviation that is not positive, or a covariance
+            that is not symmetric and positive definite.
     """
-    precision, mean = np.zeros(space.dimension), np.zeros(space.dimension)
-    for name, (centre, deviation) in (prior or {}).items():
-        i, natural = space.index(name), space.parameters[space.index(name)].natural_scale
-        if not (np.isfinite(centre) and deviation > 0):
+    d, natural = space.dimension, space.natural_scale
+    information, mean = np.zeros((d, d)), np.zeros(d)
+    seen: set[int] = set()
+    for names, (centre, spread) in _by_names(prior, space).items():
+        at = [space.index(name) for name in names]
+        if len(set(at)) < len(at) or seen & set(at):
+            raise InputError(f"Expected each parameter once in prior=, got one of {', '.join(names)} again.")
+        seen |= set(at)
+        centres, covariance = np.atleast_1d(np.asarray(centre, float)), np.asarray(spread, float)
+        what = f"prior[{', '.join(map(repr, names))}]"
+        if len(at) == 1 and covariance.ndim == 0:
+            if centres.shape != (1,) or not (np.isfinite(centres[0]) and covariance > 0):
+                raise InputError(f"Expected {what} = (mean, standard deviation > 0), got ({centre!r}, {spread!r}).")
+            information[at[0], at[0]] = (natural[at[0]] / float(covariance)) ** 2
+        else:
+            information[np.ix_(at, at)] = _inverse_covariance(what, centres, covariance, natural[at])
+        mean[at] = centres / natural[at]
+    return Prior(information, mean)
+
+
+def marginal_deviations(prior: PriorOf | None, space: ParameterSpace) -> dict[str, float]:
+    """The standard deviation of each parameter of which a prior says something; what is no prior is passed over."""
+    found: dict[str, float] = {}
+    for names, (_, spread) in _by_names(prior, space).items():
+        size = np.asarray(spread, float)
+        sizes = size.reshape(-1) if size.ndim == 0 else np.sqrt(np.maximum(np.diag(size), 0)) if size.ndim == 2 else ()
+        found |= {name: float(s) for name, s in zip(names, sizes, strict=False) if np.isfinite(s) and s > 0}
+    return found
+
+
+def _inverse_covariance(what: str, means: Array, covariance: Array, unit: Array) -> Array:
+    """Of several parameters, in natural units."""
+    k = len(unit)
+    if means.shape == (k,) and covariance.shape == (k, k):
+        sizes = np.sqrt(np.maximum(np.diag(covariance), 0))
+        if np.isfinite(means).all() and np.isfinite(covariance).all() and (sizes > 0).all():
+            correlation = covariance / np.outer(sizes, sizes)  # parameters may have very different units
+            if (
+                np.allclose(correlation, correlation.T, rtol=0, atol=1e-8)
+                and np.linalg.eigvalsh(correlation)[0] > 1e-12
+            ):
+                inverse = np.linalg.inv(correlation) / np.outer(sizes / unit, sizes / unit)
+                return np.asarray((inverse + inverse.T) / 2)
+    raise InputError(
+        f"Expected {what} = (means of shape ({k},), covariance ({k}, {k}), symmetric and positive definite), got "
+        f"shapes {means.shape} and {covariance.shape}, or numbers that are no covariance."
+    )
+
+
+def _by_names(prior: PriorOf | None, space: ParameterSpace) -> dict[tuple[str, ...], tuple[Any, Any]]:
+    if prior is None:
+        return {}
+    given = prior if isinstance(prior, Mapping) else {space.names: prior}
+    named = {}
+    for key, value in given.items():
+        if isinstance(key, str):
+            names = (key,) if key in space.names else tuple(name.strip() for name in key.split(","))
+        else:
+            names = tuple(key)
+        if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str) or len(value) != 2:
             raise InputError(
-                f"Expected prior[{name!r}] = (mean, standard deviation > 0), got ({centre!r}, {deviation!r})."
+                f"Expected prior[{', '.join(names)}] = (mean, standard deviation), or (means, covariance) of several "
+                f"parameters, got {value!r}."
             )
-        precision[i], mean[i] = (natural / deviation) ** 2, centre / natural
-    return Prior(precision, mean)
+        named[names] = (value[0], value[1])
+    return named

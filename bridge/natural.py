@@ -27,7 +27,7 @@ from bridge.descent import Look, Schedule
 from bridge.errors import InputError
 from bridge.misfit import Misfit
 from bridge.simulator import Parallel, ParameterSpace, Simulator, computes_row_by_row, simulator_name
-from bridge.smoothing import SmoothedSimulator
+from bridge.smoothing import SmoothedSimulator, floating_rows
 
 Array = NDArray[np.float64]
 
@@ -72,10 +72,11 @@ class LossAndSquare:
         return replace(self, inner=self.inner.bound(comm))
 
     def __call__(self, inputs: Array, seeds: NDArray[np.uint64]) -> Array:
-        outputs = self.inner(inputs, seeds)
+        outputs = floating_rows(self.inner, inputs, seeds).to("cpu", torch.float64)
+        good = torch.isfinite(outputs.reshape(len(outputs), -1)).all(dim=1).tolist()
         losses = [
-            self.misfit.value(torch.as_tensor(y), x / self.natural) if np.isfinite(np.asarray(y)).all() else np.nan
-            for y, x in zip(outputs, inputs, strict=True)
+            self.misfit.value(y, x / self.natural) if fine else np.nan
+            for y, x, fine in zip(outputs, inputs, good, strict=True)
         ]
         return np.stack([losses, np.square(losses)], axis=1)
 

@@ -91,21 +91,6 @@ def draw_fit(result: FitResult, target: NDArray[Any], path: Path, title: str = "
     return write_whole(path, lambda p: figure.savefig(p, dpi=90, format="png"))
 
 
-def summary(result: FitResult) -> str:
-    """The recovered parameters as a table in plain text."""
-    lines = [f"{'parameter':<24}{'recovered':>14}{'std. error':>12}{'start':>12}  unit"]
-    for i, p in enumerate(result.space.parameters):
-        error = "-" if result.standard_error is None else f"{result.standard_error[i]:.2g}"
-        lines.append(f"{p.name:<24}{result.parameters[i]:>14.6g}{error:>12}{result.start[i]:>12.6g}  {p.unit}")
-    lines.append(
-        f"{result.stop_reason} after {len(result.history)} steps, {result.num_evaluations} simulations, "
-        f"{result.wall_s:.1f} s"
-    )
-    if counts := _counts(result):
-        lines.append("; ".join(counts))
-    return "\n".join(lines)
-
-
 # --- the page -------------------------------------------------------------------------------------------------
 
 _FEW, _MANY = 24, 12  # numbers of an output that are a table; parameters that get a panel of their own
@@ -170,6 +155,9 @@ def write_report(
     parts = [f"<h1>{escape(heading)}</h1>", f"<p>{escape(_story(result))}</p>"]
     parts += [f'<p class="warn">{escape(w)}</p>' for w in result.warnings]
     parts += ["<h2>Parameters</h2>", _parameter_table(result), _correlation_table(result)]
+    if shares := result.largest_shares():
+        rows = [[", ".join(map(str, index)), f"{100 * share:.3g} %"] for index, share in shares]
+        parts += ["<h3>The outputs that the loss comes from</h3>", _table(["output", "share"], rows, (1,))]
     try:
         parts += ["<h2>Outputs</h2>", _outputs(result, target, simulator)]
         parts += ["<h2>Convergence</h2>", _convergence(result)]
@@ -197,23 +185,13 @@ def _story(result: FitResult) -> str:
     d = result.space.dimension
     words = f"{d} parameter{'s' if d > 1 else ''}. The fit {describe_end(result.stop_reason)} after "
     words += f"{len(result.history)} steps and {result.num_evaluations:,} simulations"
-    counts = _counts(result)
+    counts = result.counts()
     words += (f" ({'; '.join(counts)})" if counts else "") + f", in {format_duration(result.wall_s)}. "
     if result.history:
-        words += f"The loss went from {result.history[0].loss:.5g} to {result.loss:.5g}."
-    return words
-
-
-def _counts(result: FitResult) -> list[str]:
-    """What there is to say of the runs besides their number."""
-    found = result.num_cached
-    words = (
-        (result.num_failed, f"{result.num_failed:,} failed"),
-        (found, f"{found:,} found in the store, {result.num_evaluations - found:,} carried out"),
-        (result.num_reused, f"{result.num_reused:,} of earlier runs used again"),
-        (result.num_surrogate, f"{result.num_surrogate:,} of the surrogate besides"),
-    )
-    return [text for number, text in words if number]
+        words += f"The loss went from {result.history[0].loss:.5g} to {result.loss:.5g}. "
+    if result.chi_square is not None:
+        words += f"{result.how_good()[0].upper()}{result.how_good()[1:]}."
+    return words.rstrip()
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from bridge.identity import identity_of
 from bridge.reduced import ReducedSimulator
 from bridge.simulator import ParameterSpace, Simulator, simulator_name
 from bridge.store import Key, Store
@@ -64,6 +63,7 @@ def earlier_rows(
     shape: tuple[int, ...],
     losses: Callable[[Array], Array],
     most: int,
+    name: str,
     but: str | os.PathLike[str] | None = None,
 ) -> Earlier:
     """The evaluations in some directories that a fit can begin with, in an order that does not depend on theirs.
@@ -73,6 +73,7 @@ def earlier_rows(
         simulator: of the fit. space: its parameters, without what is fixed or tied. shape: of an output.
         losses: (k, m) outputs -> (k,) their losses.
         most: of more rows than this, those nearest to the best one are taken (natural units).
+        name: under which the simulator's evaluations are filed.
         but: the fit's own directory.
 
     Raises:
@@ -87,7 +88,7 @@ def earlier_rows(
             raise InputError(
                 f"Expected reuse of other runs, got the fit's own directory {str(but)!r}. Give it another."
             )
-        for row in _usable(store, described(source), simulator, space, shape, losses):
+        for row in _usable(store, described(source), simulator, name, space, shape, losses):
             seen += 1
             rows.setdefault(row.order, row)
     chosen = [rows[order] for order in sorted(rows)]
@@ -120,11 +121,11 @@ def _usable(
     store: Store,
     where: str,
     simulator: Simulator,
+    name: str,
     space: ParameterSpace,
     shape: tuple[int, ...],
     losses: Callable[[Array], Array],
 ) -> Iterator[_Row]:
-    name = identity_of(simulator)
     names = store.names()
     if names and name not in names:
         raise InputError(

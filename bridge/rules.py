@@ -61,7 +61,7 @@ class Seen:
         """
         width, theta = self.schedule.width(step), torch.as_tensor(x * self.natural)
         if widths is None:
-            estimate = self.smoothed.estimate(theta, step, scale=width)
+            estimate = self.smoothed.estimate(theta, step, scale=torch.as_tensor(width * self.natural))
         else:
             estimate = self.smoothed.estimate(theta, step, scales=torch.as_tensor(widths[:, None] * self.natural))
         return width, self.schedule.misfit(self.misfit, step), estimate

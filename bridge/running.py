@@ -14,6 +14,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -24,7 +26,8 @@ from numpy.typing import NDArray
 from bridge.design import Design, Strategy
 from bridge.dispatch import Dispatcher
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError
-from bridge.identity import identity_of, innermost
+from bridge.identity import Filing, innermost
+from bridge.interrupts import running
 from bridge.isolation import IsolatedSimulator, SimulatorPool
 from bridge.scale import perturb
 from bridge.simulator import ParameterSpace, Simulator, computes_row_by_row, simulator_name
@@ -62,6 +65,7 @@ class Execution:
         store: finished evaluations on disk.
         step_limit_s: after so long all ranks show where they are, and the job ends.
         role: before the simulator's name in the store: two simulators of one name may be at work.
+        filings: by id of the simulator, see `filing`.
     """
 
     keep_bytes: int = 24_000_000
@@ -71,6 +75,17 @@ class Execution:
     store: Store | None = None
     step_limit_s: float | None = None
     role: str = ""
+    filings: dict[int, tuple[Simulator, Filing]] = field(default_factory=dict, repr=False, compare=False)
+
+    def filing(self, simulator: Simulator) -> Filing:
+        """Under which name a simulator's evaluations are filed: what it was when this was first asked.
+
+        Raises:
+            InputError: something in it cannot be seen.
+        """
+        if id(simulator) not in self.filings:
+            self.filings[id(simulator)] = simulator, Filing(simulator)
+        return self.filings[id(simulator)][1]
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,34 @@ class _Call:
     failures: dict[int, Failure] = field(default_factory=dict)
     seconds: float = 0.0
     found: int = 0
+
+
+_default_device: ContextVar[torch.device] = ContextVar("default_device")
+
+
+@contextmanager
+def ordinary_torch() -> Iterator[None]:
+    """Keeps torch's settings of the caller away from sums: autocast would round them, memory made in inference mode
+    could not be used outside of it, and a default device is not where arrays of numpy are."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        device = torch.get_default_device()
+        if device.type != "cpu":
+            stack.callback(_default_device.reset, _default_device.set(device))
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
+def torch_of_simulators() -> Iterator[None]:
+    """A simulator may differentiate inside, wherever it is called from, and has the caller's default device."""
+    device = _default_device.get(None)
+    with torch.enable_grad(), nullcontext() if device is None else device:
+        yield
 
 
 class Runner:
@@ -122,12 +165,12 @@ class Runner:
         self.own: list[int] = []
         self.failures: dict[int, Failure] = {}
         self.clipped = self.found = 0
-        self._filed_as = "" if execution.store is None else execution.role + identity_of(simulator)
+        self._filing = None if execution.store is None else execution.filing(simulator)
         self.output_shape: tuple[int, ...] = ()
         self._shape = simulator.output_shape
         self._rows_done = 0
         self._seconds = 0.0
-        self._tolerant = strategy.failures != "raise"
+        self._tolerant = strategy.failures != "raise" and not strategy.errors_raise
 
     def run(self) -> Iterator[Outputs]:
         """Evaluates unit after unit; outputs come in the order of the claims.
@@ -135,6 +178,13 @@ class Runner:
         Raises:
             EvaluationError: a run failed and failures="raise".
         """
+        try:
+            yield from self._run()
+        finally:
+            if self._filing is not None:
+                self._filing.after_calls()
+
+    def _run(self) -> Iterator[Outputs]:
         done = self._in_turn() if not isinstance(self._simulator, SimulatorPool) else self._at_once(self._simulator)
         for call, F in done:
             self._rows_done, self._seconds = self._rows_done + len(call.inputs), self._seconds + call.seconds
@@ -157,21 +207,26 @@ class Runner:
         more = True
         try:
             while True:
-                running = [future for _, future in waiting if not future.done()]
-                while more and len(running) < pool.workers and len(waiting) < _AHEAD * pool.workers:
+                busy = [future for _, future in waiting if not future.done()]
+                while more and len(busy) < pool.workers and len(waiting) < _AHEAD * pool.workers:
                     call = next(planned, None)
                     if call is None:
                         more = False
                         break
-                    running.append(pool.submit(self._carry_out, call))
-                    waiting.append((call, running[-1]))
+                    busy.append(pool.submit(self._carry_out, call))
+                    waiting.append((call, busy[-1]))
                 if not waiting:
                     return
                 if waiting[0][1].done():
                     call, future = waiting.popleft()
                     yield call, future.result()
                 else:
-                    wait(running, return_when=FIRST_COMPLETED)
+                    with running:
+                        wait(busy, return_when=FIRST_COMPLETED)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # an interrupt must not wait for what is running
+                pool.stop([future for _, future in waiting])
+            raise
         finally:
             wait([future for _, future in waiting])
 
@@ -268,8 +323,8 @@ class Runner:
         inputs, seeds = call.inputs[rows], call.seeds[rows]
         store = self._execution.store
         k, key = len(inputs), None
-        if store is not None:
-            key = store.key(self._filed_as, innermost(self._simulator, inputs)[1], seeds)
+        if store is not None and self._filing is not None:
+            key = store.key(self._execution.role + self._filing.name, innermost(self._simulator, inputs)[1], seeds)
             known = store.get(key) if self._dispatcher.leads else None
             if self._dispatcher.group is not None:
                 # What the group's first rank has, none needs to evaluate; which file it is in is its own affair.
@@ -295,7 +350,9 @@ class Runner:
             error: Exception | None = None
             try:
                 # Copies: a simulator that writes into its arguments must not change the design.
-                outputs = self._simulator(np.array(inputs, order="C"), seeds.copy())
+                inputs_, seeds_ = np.array(inputs, order="C"), seeds.copy()
+                with running, torch_of_simulators():
+                    outputs = self._simulator(inputs_, seeds_)
             except SystemExit as leaving:
                 # Meant for a program of its own; here it would take a rank away from the others.
                 error = EvaluationError(f"Simulator {self.name!r} called sys.exit({leaving.code!r}).")
@@ -324,17 +381,17 @@ class Runner:
         """Refuses outputs that are not finite, or marks their rows as failed and fills them in."""
         # One sum finds every NaN and infinity at a fraction of the cost of looking at each number.
         assert out.F is not None
-        if not math.isfinite(out.F.sum().item()):
+        if not abs(out.F.sum().item()) < self._strategy.largest:
             self._refuse(out)
 
     def _refuse(self, out: Outputs) -> None:
         F = out.F
         assert F is not None
-        bad = ~torch.isfinite(F).all(dim=1)
+        bad = ~(F.abs() < self._strategy.largest).all(dim=1)
         if not bool(bad.any()):
             return  # finite numbers whose sum overflows
         row = int(torch.nonzero(bad)[0])
-        if self._tolerant:
+        if self._strategy.failures != "raise":
             first = out.problem * self._strategy.num_rows + out.start
             for i in torch.nonzero(bad).flatten().tolist():
                 self.failures.setdefault(first + i, Failure("non-finite", f"{self._name_row(out, i)}: NaN or infinite"))

@@ -30,8 +30,9 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.dispatch import Dispatcher, get_dispatcher
-from bridge.errors import BridgeError, InputError, SetupError, StoppedError, exit_code
+from bridge.errors import BridgeError, InputError, SetupError, StoppedError, exit_code, exit_status
 from bridge.files import write_json, write_whole
+from bridge.interrupts import Held
 from bridge.store import Store
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Run:
 
     Interrupted by a signal or near the end of the allocation, the block ends with `SystemExit(75)` after the state has
     been written; killed in any other way, the run goes on from the last checkpoint, and finished evaluations are not
-    paid for again. Started again on any number of ranks it ends with bitwise the result of an uninterrupted run.
+    paid for again. Of a process that was killed `status.json` still says that it is running: it has `pid` and `host`
+    to look for. Started again on any number of ranks it ends with bitwise the result of an uninterrupted run.
 
     Args:
         directory: of this run alone.
@@ -130,6 +132,7 @@ class Run:
         self.state: Any = None if packed is None else _unpacked(*packed)
         self._snapshot: tuple[int, Any] | None = None if packed is None else (self.step, packed)
         self._written: int | None = None if packed is None else self.step
+        self._behind = False
         self.store = Store(self.directory / "evaluations", above_s=journal_above_s)
         self.store.advance(self.step)
         if self._died and self._all.rank == 0:
@@ -163,7 +166,7 @@ class Run:
             ):
                 raise InputError(
                     f"Expected a directory without an unfinished run, got {self.directory} with one at step "
-                    f"{status.get('step')}. Resume it (--resume), or begin anew and lose it (--fresh)."
+                    f"{status.get('step')}. Resume it, or begin anew and lose it (overwrite=True)."
                 )
             for path in checkpoints:
                 path.unlink()
@@ -176,7 +179,8 @@ class Run:
             listing = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in differ)
             raise InputError(
                 f"Expected the settings of the run in {self.directory}, got others: {listing}. Use them again, or "
-                "another directory."
+                "another directory, or begin anew and lose that run: resume=False, overwrite=True (or --fresh)."
+                f"{_hint(differ)}"
             )
         if status.get("state") == "running":
             self._died = "(process {pid} on {host}, {ranks} ranks)".format_map(status)
@@ -217,7 +221,7 @@ class Run:
                 let it pass to the end of the block.
         """
         packed = _packed(state)
-        self._snapshot = (step, packed)
+        self._snapshot, self._behind = (step, packed), True
         with self._dispatcher.led(self.store, "advance", (step,), {}):
             self.store.advance(step)
         now = time.monotonic()
@@ -243,7 +247,7 @@ class Run:
 
     def _write(self, between_steps: bool = True) -> None:
         """Writes the snapshot and, between steps, forgets the evaluations, which came before it. Collective."""
-        if self._snapshot is None or self._written == self._snapshot[0]:
+        if self._snapshot is None or not self._behind:
             return
         step, packed = self._snapshot
         failed = np.zeros(1)
@@ -257,7 +261,7 @@ class Run:
         self._written_at = time.monotonic()
         if self._all.scatter_add(failed)[0]:
             return
-        self._written = step
+        self._written, self._behind = step, False
         if between_steps and not self._keep:
             with self._dispatcher.led(self.store, "clear", (step,), {}):
                 self.store.clear(step)
@@ -282,11 +286,22 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with Held() as held:
+            self._end(kind, error)
+            if held.asked:
+                self._tell("done" if kind is None and not self._unfinished else "stopped", 130, KeyboardInterrupt())
+        if kind is not None and issubclass(kind, StoppedError):
+            if self._all.rank == 0:
+                print(f"bridge: {error} Started again, the run in {self.directory} goes on.", file=sys.stderr)
+            raise SystemExit(exit_code(StoppedError)) from error
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
+        """Writes what is to be kept, and how the run has ended."""
         try:
             if kind is None or issubclass(kind, StoppedError):
                 # The other ranks are here as well. What was evaluated since the last step may be asked for again.
                 self._write(between_steps=False)
-            elif self._all.rank == 0 and self._snapshot is not None and self._written != self._snapshot[0]:
+            elif self._all.rank == 0 and self._snapshot is not None and self._behind:
                 with contextlib.suppress(OSError):
                     self._save(*self._snapshot)
         finally:
@@ -297,15 +312,16 @@ class Run:
             self._tell("stopped" if self._unfinished else "done", 0)
         elif issubclass(kind, StoppedError):
             self._tell("stopped", 75, error)
+        elif issubclass(kind, KeyboardInterrupt):
+            self._tell("stopped", 130, error)
+        elif isinstance(error, SystemExit):
+            code = exit_status(error)
+            self._tell("failed" if code else "stopped", code, error)
         else:
             code = exit_code(kind) if issubclass(kind, BridgeError) else 1
             self._tell("failed", code, error)
         if self._lock is not None:
             self._lock.close()
-        if kind is not None and issubclass(kind, StoppedError):
-            if self._all.rank == 0:
-                print(f"bridge: {error} Started again, the run in {self.directory} goes on.", file=sys.stderr)
-            raise SystemExit(exit_code(StoppedError)) from error
 
     def status(self) -> dict[str, Any]:
         """What `status.json` says; empty where there is none."""
@@ -333,6 +349,25 @@ class Run:
             write_json(self.directory / "status.json", status)
         except OSError as failure:
             _log.warning("no status.json: %s", failure)
+
+
+def correct_status(directory: Path, code: int) -> None:
+    """Makes `status.json` say how this process ends, where that is not how its run has ended."""
+    path = directory / "status.json"
+    with contextlib.suppress(OSError, ValueError):
+        status = json.loads(path.read_text(encoding="utf-8"))
+        mine = (status["pid"], status["host"]) == (os.getpid(), socket.gethostname())
+        if mine and status["state"] != "running" and status["exit_code"] != code:
+            write_json(path, {**status, "exit_code": code})
+
+
+def _hint(differ: Sequence[str]) -> str:
+    if not any(key == "identity" or key.startswith("code of") for key in differ):
+        return ""
+    return (
+        " Code counts with all that it uses, and packages with their versions: where only text was changed and results "
+        "are the same, give the function an attribute `identity`, a text, from the first run on."
+    )
 
 
 def _seconds_left() -> float | None:

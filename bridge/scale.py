@@ -7,8 +7,9 @@ torch operations, so that their gradients follow by the chain rule.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ Array = NDArray[np.float64]
 Form = Literal["diagonal", "matrix"]
 
 
+def as_tensor(values: Any) -> torch.Tensor:
+    """A tensor as it is; numbers on the CPU, whatever torch's default device is."""
+    return values if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
+
+
 @dataclass(frozen=True)
 class LowerTriangular:
     """L is the lower triangle of a (d, d) tensor, the rest is taken as 0; its gradient is lower-triangular too."""
@@ -28,7 +34,7 @@ class LowerTriangular:
     tensor: torch.Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensor", torch.as_tensor(self.tensor))
+        object.__setattr__(self, "tensor", as_tensor(self.tensor))
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class LogScale:
     tensor: torch.Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensor", torch.as_tensor(self.tensor))
+        object.__setattr__(self, "tensor", as_tensor(self.tensor))
 
     def exponential(self) -> torch.Tensor:
         """L, float64, differentiable in the tensor."""
@@ -50,7 +56,7 @@ class LogScale:
         return torch.linalg.matrix_exp(tensor) if tensor.ndim == 2 else torch.exp(tensor)
 
 
-ScaleLike = float | torch.Tensor | NDArray[np.float64] | LowerTriangular | LogScale
+ScaleLike = float | torch.Tensor | NDArray[np.float64] | LowerTriangular | LogScale | Mapping[str, float]
 
 
 def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) -> tuple[torch.Tensor, Form]:
@@ -78,7 +84,16 @@ def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) ->
         tensor = torch.tril(tensor)
     else:
         # Straight to float64: as_tensor of a Python number would round it to float32.
-        tensor = torch.as_tensor(scale, dtype=torch.float64)
+        try:
+            given = (
+                scale if isinstance(scale, torch.Tensor) else torch.as_tensor(scale, dtype=torch.float64, device="cpu")
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"Expected a scale that is a number, ({d},) or ({d}, {d}), got {scale!r}. Give numbers, in the order "
+                "of the parameters."
+            ) from error
+        tensor = given.to(torch.float64)
         if tensor.ndim == 0:
             tensor = tensor * torch.as_tensor(natural, dtype=torch.float64, device=tensor.device)
         elif tuple(tensor.shape) not in ((d,), (d, d)):

@@ -20,16 +20,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import numpy as np
+from numpy.linalg import LinAlgError
 from numpy.typing import NDArray
 
-from bridge.errors import EvaluationError, InputError
+from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.kriging import Kriging, fit_kriging, levenberg_marquardt
 from bridge.robust import Robust
+from bridge.soundness import corrected_units, looks_like_noise, sensitivities, tamed
 
 Array = NDArray[np.float64]
 
-# Rows that the model is made of: those nearest to the best, but for those of a loss so many times that of the best
-# 2 (d + 1).
+# Rows that the model is made of: those nearest to the best, at least 2 (d + 1), but for those of a loss so many times
+# that of the best 2 (d + 1).
 MOST_ROWS, _CLIFF = 150, 30.0
 # How much of the variance counts against the first point.
 _CAUTION = 0.3
@@ -49,8 +51,14 @@ _STILL_STEP, _STILL_GAIN, _STILL_HOPE = 1e-4, 1e-6, 0.01
 _STUCK_GAIN, _STUCK_ROUNDS, _STUCK_NEAR = 3e-4, 4, 0.1
 # Restarts are about the start, at so many spreads the first two, at twice that the next two, and so on.
 _SCATTER = 3.0
-# Without a known noise: a loss of less than this part of the first runs' is no reason to look elsewhere.
-_LITTLE = 0.02
+# Without a known noise: a loss of less than this part of the first runs' is no reason to look elsewhere; neither is one
+# of less than that part of the target's own variance, where residuals look like noise.
+_LITTLE, _LIKE_NOISE = 0.02, 0.5
+# Nor one that so many earlier searches have come to as well, where most of the target is explained.
+_AGREE, _AGREED = 2, 0.2
+# A loss of less than this part of the start's, and of the target's own variance, is nothing: ten digits agree. One of
+# less than that part may have come to the last digits. A model that fails so often in turn ends the search.
+_NOTHING, _RELATIVELY_NOTHING, _MOST_MISHAPS = 1e-20, 1e-9, 4
 _RESCALINGS = 3
 # Of the further points of a round, where runs are noisy: those at a standard error's distance, which tell the slopes.
 # The region shrinks there where noise breaks promises. No farther than this (natural units).
@@ -70,8 +78,11 @@ class Search:
             say that the target is explained.
         robust: rho in place of r^2 / 2. Each round takes the least squares that touch this loss from above at the best
             run so far: outputs are weighted by psi(r) / r of that run, and the Gram matrix is made anew.
+        ordinary: the loss of the target's own mean.
+        guessed: (d,) of which parameters nothing was said of natural scales. unknown: nor known from start or bounds.
 
     Attributes:
+        unit: (d,) natural units that distances are measured in: 1, but for parameters whose natural scale is a guess.
         rows: (n, d). residuals: (n, m), whitened. failed: (n,) runs without an output. reused: how many of the first
             are of earlier fits.
         best: (d,) where the loss is least as far as is known. step: (d,) from there to where it is expected to be.
@@ -94,6 +105,9 @@ class Search:
         tolerance: float,
         restarts: int,
         robust: Robust | None = None,
+        ordinary: float = 0.0,
+        guessed: NDArray[np.bool_] | None = None,
+        unknown: NDArray[np.bool_] | None = None,
     ) -> None:
         self.start, self.lower, self.upper = start, lower, upper
         self.spread, self.seed, self.batch, self.prior = spread, seed, batch, prior
@@ -101,7 +115,12 @@ class Search:
         self.known_noise, self.tolerance = known_noise, tolerance
         self.restarts = self.restarts_left = restarts
         self.robust, self.offset = robust, 0.0  # what the loss is above the weighted squares
+        self.ordinary = ordinary
         d = len(start)
+        self.unit = np.ones(d)
+        self.guessed = np.zeros(d, dtype=bool) if guessed is None else guessed
+        self.unknown = np.zeros(d, dtype=bool) if unknown is None else unknown
+        self.mishaps, self.whole = 0, True  # in turn; whether all of the numerics have gone well
         self._length = np.sqrt(min(d, 4))
         self.rows, self.residuals = np.zeros((0, d)), np.zeros((0, 0))
         self.failed = np.zeros(0, dtype=bool)
@@ -110,6 +129,7 @@ class Search:
         self.radius, self.kernel = _FIRST_RADIUS, np.zeros(0)
         self.promise: tuple[float, float] | None = None  # loss at the base, and the gain expected of the next point
         self.at_edge, self.still = False, 0
+        self.noisy = False
         self.rounding = 0.0  # variance of one run, summed over outputs, that steps of the outputs make
         self.step = np.full(d, np.inf)  # to where the least loss is expected
         self.ends: list[tuple[float, Array]] = []
@@ -134,6 +154,7 @@ class Search:
         count = max(self.batch, min(d + 1, 2 * self.batch)) - 1
         rng = self._rng()
         away = self._directions(rng, count) * (self.spread * self._length * rng.choice([-1.0, 1.0], size=(count, 1)))
+        away = away * self.unit
         points = start + away
         # Away from a bound, not onto it: two rows at the same place tell nothing.
         outside = (points < self.lower) | (points > self.upper)
@@ -156,7 +177,8 @@ class Search:
             self.points = self.points[: max(1, len(self.points) - len(rows))]
             return
         known = (rows == self.start).all(axis=1).any()
-        self._choose(len(rows))
+        self._balance()
+        self._chosen(len(rows))
         if self.stopped:
             # Nothing is left of the target: one run confirms it.
             self.stopped, self.points = "", self.best[None] if known else self.start[None]
@@ -187,7 +209,45 @@ class Search:
                 f"Expected outputs, got none: all {len(self.rows)} runs about the start failed. "
                 "Try the start by itself, and bounds that keep away from where the simulator fails."
             )
-        self._choose(before)
+        if self.round == 1:
+            self._balance()
+        self._chosen(before)
+
+    def _chosen(self, before: int) -> None:
+        """The next points; where the model's numerics fail, random ones nearer to the best run."""
+        try:
+            self._choose(before)
+            self.mishaps = 0
+        except BridgeError:
+            raise
+        except (LinAlgError, ValueError, ArithmeticError) as problem:
+            self._retreat(problem)
+
+    def _retreat(self, problem: Exception) -> None:
+        self.mishaps += 1
+        losses = self._losses()
+        best = int(np.argmin(losses))
+        self.best, self.best_loss = self.rows[best], float(losses[best]) + self.offset
+        self.radius, self.promise, self.at_edge, self.kernel = 0.25 * self.radius, None, False, np.zeros(0)
+        self.step = np.full(len(self.start), np.inf)
+        self.way.append((len(self.rows), self.best_loss))
+        self.note = f"the model of all runs has failed ({problem}): points at random, nearer to the best run"
+        if self.mishaps >= _MOST_MISHAPS:
+            self.stopped, self.whole = "numerics", False
+            return
+        away = self._rng().uniform(-1.0, 1.0, (self._size, len(self.start))) * self.radius * self.unit
+        self.points = np.clip(self.best + away, self.lower, self.upper)
+
+    def _balance(self) -> None:
+        """Corrects guessed natural scales by how much the first outputs change with each parameter."""
+        good = np.flatnonzero(~self.failed)
+        if not self.guessed.any() or len(good) < 2:
+            return
+        gram = tamed(self.gram[np.ix_(good, good)], self._usual_loss())
+        seen = sensitivities(self.rows[good], gram)
+        if seen is not None:
+            residual = float(np.sqrt(gram[0, 0]))
+            self.unit = corrected_units(seen, self.guessed, self.unknown, residual)
 
     def _gram(self, before: int) -> Array:
         if self.robust is not None:
@@ -251,12 +311,12 @@ class Search:
         if centre is None:
             own = np.arange(self.first_row, len(self.rows))
             centre = self.rows[own[int(np.argmin(losses[own]))]]
-        distance = ((self.rows - centre) ** 2).sum(axis=1)
+        distance = (((self.rows - centre) / self.unit) ** 2).sum(axis=1)
         if len(losses) > enough:
             # One kernel cannot do justice to cliffs far off and to what matters here.
             cliffs = np.isfinite(losses) & (losses > _CLIFF * np.sort(losses)[enough - 1])
             distance[cliffs] = np.inf
-        order = np.argsort(distance, kind="stable")[:MOST_ROWS]
+        order = np.argsort(distance, kind="stable")[: max(MOST_ROWS, enough)]
         return np.sort(order[np.isfinite(distance[order])])
 
     def _losses(self) -> Array:
@@ -277,14 +337,14 @@ class Search:
         weighted: by the weights of a robust loss.
         """
         near, stand_in = self.rows_of_model(centre)
-        gram = self.gram[np.ix_(stand_in, stand_in)]
+        gram = tamed(self.gram[np.ix_(stand_in, stand_in)], self._usual_loss())
         if self.robust is not None and not weighted:
             gram = self.residuals[stand_in] @ self.residuals[stand_in].T
         return self._fitted(near, gram)
 
     def _fitted(self, near: NDArray[np.intp], gram: Array) -> Kriging:
         thorough = len(self.rows) < 40 or self.round % 4 == 0
-        return fit_kriging(self.rows[near], gram, self.kernel if self.kernel.size else None, thorough)
+        return fit_kriging(self.rows[near], gram, self.kernel if self.kernel.size else None, thorough, self.unit)
 
     def _least(
         self, of: Callable[[Array], tuple[float, Array, Array]], begin: Array, lower: Array, upper: Array
@@ -299,16 +359,20 @@ class Search:
         return levenberg_marquardt(objective, begin, lower, upper)
 
     def _box(self, base: Array, radius: float) -> tuple[Array, Array]:
-        return np.maximum(self.lower, base - radius), np.minimum(self.upper, base + radius)
+        return np.maximum(self.lower, base - radius * self.unit), np.minimum(self.upper, base + radius * self.unit)
+
+    def _far(self, step: Array) -> float:
+        """The largest coordinate of a step, in units."""
+        return float(np.abs(step / self.unit).max())
 
     def _choose(self, before: int) -> None:
         losses = self._losses()
-        if losses.min() <= 1e-28 * float(np.max(losses, where=~self.failed, initial=0.0)):
+        if losses.min() <= _NOTHING * self._much(self._usual_loss()):
             self.best, self.best_loss = self.rows[int(np.argmin(losses))], float(losses.min())
             self.step, self.stopped = np.zeros(len(self.start)), "converged"
             return
         near, stand_in = self.rows_of_model()
-        model = self._fitted(near, self.gram[np.ix_(stand_in, stand_in)])
+        model = self._fitted(near, tamed(self.gram[np.ix_(stand_in, stand_in)], self._usual_loss()))
         self.kernel = model.kernel
         expected = np.array([model.loss(z, 1.0)[0] + self.prior(z)[0] for z in self.rows[near]])
         expected[self.failed[near]] = np.inf
@@ -316,6 +380,7 @@ class Search:
         best = own[int(np.argmin(losses[own]))]
         # Where runs are noisy the least of many is too low: what the model makes of all of them counts.
         noisy = model.noise > 0.1 * losses[best]
+        self.noisy = bool(noisy)
         if noisy:
             base, loss = self.rows[near][int(np.argmin(expected))], float(expected.min())
         else:
@@ -329,11 +394,11 @@ class Search:
                 self.radius *= 0.5
             elif ratio > 0.5 and self.at_edge:
                 found = self.rows[before + int(np.argmin(losses[before:]))]
-                self.radius = max(2.0 * self.radius, 0.0 if noisy else float(np.abs(found - self.best).max()))
+                self.radius = max(2.0 * self.radius, 0.0 if noisy else self._far(found - self.best))
                 self.note = "the trust region grows"
         self.radius = float(np.clip(self.radius, _LEAST_RADIUS, 1e3))
         points, gain, hope = self._round(model, base, loss, noisy or self.rounding > 0.1 * losses[best])
-        step = float(np.max(np.abs(points[0] - base)))
+        step = self._far(points[0] - base)
         self.promise, self.step = (loss + self.offset, max(gain, 1e-12 * loss)), points[0] - base
         self.best, self.best_loss, self.scale = base, loss + self.offset, max(step, 1e-12)
         self.points = np.array(points)
@@ -348,7 +413,7 @@ class Search:
 
         target, _ = self._least(cautious, base, *box)
         gain = loss - model.loss(target, 0.0)[0] - self.prior(target)[0]
-        step = float(np.max(np.abs(target - base)))
+        step = self._far(target - base)
         self.at_edge = step > 0.9 * self.radius
         points, hope, by_loss = [target], 0.0, 0
         if self.at_edge and self._size > 1:
@@ -358,7 +423,7 @@ class Search:
                 by_loss = round(_BY_LOSS * min(1.0, _FEW / len(base)) * self._size)
             if self._size > len(points):
                 smooth, _ = self._least(lambda z: model.loss(z, _CAUTION, rough=False), base, *box)
-                if float(np.abs(smooth - target).max()) > _SAME * step:
+                if self._far(smooth - target) > _SAME * step:
                     points.append(smooth)
         rng = self._rng()
         for_slopes = round(_FOR_SLOPES * max(self._size - by_loss - len(points), 0)) if noisy else 0
@@ -368,21 +433,24 @@ class Search:
             points.append(point)
             hope = max(hope, promised)
         if by_loss:
-            of_loss = _of_loss(model)
+            of_loss = _of_loss(model, self.unit)
             points += [self._drawn(rng, of_loss, base, points, box)[0] for _ in range(self._size - len(points))]
         return points, gain, hope
 
-    def _for_slopes(self, rng: np.random.Generator, model: Kriging, base: Array, loss: float, count: int) -> list[Array]:
+    def _for_slopes(
+        self, rng: np.random.Generator, model: Kriging, base: Array, loss: float, count: int
+    ) -> list[Array]:
         """Points a standard error of the fit away, where the slopes of noisy outputs can be told."""
         if count == 0:
             return []
         d = len(base)
-        dw = model.differences(base, np.full(d, 0.1))
+        dw = model.differences(base, 0.1 * self.unit) * self.unit
         noise = max(model.noise, self.rounding)
         values, axes = np.linalg.eigh(dw.T @ model.gram @ dw - noise * dw.T @ dw)
         variance = 1.0 if self.known_noise else 2 * max(loss, 0.0) / self.residuals.shape[1]
         sizes = np.minimum(np.sqrt(variance / np.maximum(values, 1e-300)), _FARTHEST)
-        away = self._directions(rng, count) * (np.sqrt(d) * rng.choice([-1.0, 1.0], size=(count, 1))) @ (axes * sizes).T
+        turned = self._directions(rng, count) * (np.sqrt(d) * rng.choice([-1.0, 1.0], size=(count, 1)))
+        away = turned @ (axes * sizes).T * self.unit
         outside = (base + away < self.lower) | (base + away > self.upper)
         return list(np.clip(np.where(outside, base - away, base + away), self.lower, self.upper))
 
@@ -396,19 +464,20 @@ class Search:
     ) -> tuple[Array, float]:
         """A point where a draw is least, apart from the others, and how much less than at the base it promises."""
         target, step = others[0], others[0] - base
-        reach = max(float(np.linalg.norm(step)), (1e-3 + 0.1 * self.radius) * self._length)
-        apart = _SAME * max(float(np.abs(step).max()), 1e-9)
+        reach = max(float(np.linalg.norm(step / self.unit)), (1e-3 + 0.1 * self.radius) * self._length)
+        apart = _SAME * max(self._far(step), 1e-9)
         wide = 1.0
         for _ in range(1 + _WIDER):
             draw = model.draw(rng, wide)
             away = rng.normal(size=(_PROBES, len(base)))
             away *= (reach * np.geomspace(0.05, 8.0, _PROBES) / np.linalg.norm(away, axis=1))[:, None]
+            away *= self.unit
             probes = np.vstack([np.clip(target + away, *box), target])
             losses = draw.losses(probes) + np.array([self.prior(z)[0] for z in probes])
             begins = {int(np.argmin(losses)), _PROBES}
             ends = [self._least(draw.loss, probes[i], *box) for i in sorted(begins)]
             point, value = min(ends, key=lambda end: end[1])
-            if min(float(np.abs(point - other).max()) for other in others) > apart:
+            if min(self._far(point - other) for other in others) > apart:
                 break
             wide *= 2.0
         return point, draw.loss(base)[0] + self.prior(base)[0] - value
@@ -417,7 +486,8 @@ class Search:
 
     def _maybe_stop(self, step: float, gain: float, hope: float, noisy: bool) -> None:
         """Ends or restarts where neither what is expected of the next point nor what is hoped for is worth a round."""
-        nothing = 1e-9 * self._first_loss()
+        much = self._much(self._usual_loss())
+        nothing, little = _NOTHING * much, self.best_loss < _RELATIVELY_NOTHING * much
         still = gain < max(_STILL_GAIN * self.best_loss, nothing) and hope < max(_STILL_HOPE * self.best_loss, nothing)
         still &= step < _STILL_STEP or self.best_loss < nothing
         if self.known_noise:
@@ -428,7 +498,10 @@ class Search:
         explained = self._explained()
         if explained or self.restarts_left == 0:
             # Runs that average noise gain no loss, but precision.
-            over = self.still >= 2 or (not noisy and not self.known_noise and self._stuck(gain, 2))
+            # So little is left that what looks like noise are the last digits.
+            last_digits = noisy and little and not self.known_noise
+            over = self.still >= 2 or (last_digits and self._stuck(gain))
+            over |= not noisy and not self.known_noise and self._stuck(gain, 2)
         else:
             over = self.still >= 2 or self._stuck(gain)
         if not over:
@@ -451,7 +524,7 @@ class Search:
         if past and min(past) - least < little and (gain < little or self.radius < _STUCK_NEAR):
             return True
         return any(
-            float(np.abs(self.best - end).max()) < _STUCK_NEAR and self.best_loss > (1 - _STUCK_GAIN) * loss
+            self._far(self.best - end) < _STUCK_NEAR and self.best_loss > (1 - _STUCK_GAIN) * loss
             for loss, end in self.ends
         )
 
@@ -466,21 +539,39 @@ class Search:
             return
         far = _SCATTER * self.spread * 2.0 ** ((self.restarts - self.restarts_left) // 2)
         self.restarts_left -= 1
-        away = far * self._rng().normal(size=len(self.start))
+        away = far * self.unit * self._rng().normal(size=len(self.start))
         self.first_row, self.radius, self.promise, self.still, self.way = len(self.rows), _FIRST_RADIUS, None, 0, []
         self.points = self._first(np.clip(self.start + away, self.lower, self.upper))
         self.note = f"restart {self.restarts - self.restarts_left}: {why}"
 
     def _explained(self) -> bool:
         """Whether the loss is that of noise: by chi-square where its size is known, else if little of the start's is
-        left."""
+        left, or residuals look like noise."""
         if self.known_noise:
             m = self.residuals.shape[1]
             return bool(2 * self.best_loss < m + 5 * np.sqrt(2 * m))
-        return bool(self.best_loss < _LITTLE * self._first_loss())
+        if self.best_loss < _LITTLE * self._much(self._first_loss()):
+            return True
+        if self.best_loss < _LIKE_NOISE * self.ordinary and looks_like_noise(self.residual_at(self.best)):
+            return True
+        alike = [self.best_loss > (1 - _STUCK_GAIN) * loss for loss, z in self.ends if self._far(self.best - z) < 1]
+        return self.best_loss < _AGREED * self.ordinary and len(alike) >= _AGREE and all(alike)
+
+    def _much(self, usual: float) -> float:
+        """A loss that counts for much: one that is usual among the first runs, or that of the target's mean."""
+        return min(usual, self.ordinary) if self.ordinary > 0 else usual
+
+    def _usual_loss(self) -> float:
+        """Of the start, or half of the first runs' where that is more: one run of a huge output says nothing."""
+        losses = self._losses()
+        at_start = losses[(self.rows == self.start).all(axis=1) & ~self.failed]
+        first = float(at_start.min()) if len(at_start) else 0.0
+        return max(first, min(self._first_loss(), 1e4 * first) if first > 0 else self._first_loss())
 
     def _first_loss(self) -> float:
         losses = self._losses()
+        if not np.isfinite(losses).any():
+            return 0.0
         if self.reused:  # many of them may be near to where an earlier fit has ended
             return float(np.percentile(losses[: self.reused], 75))
         return float(np.median(losses[np.isfinite(losses)][: self.batch]))
@@ -508,7 +599,7 @@ class Search:
             "still",
         ),
         *("ends", "best", "best_loss", "scale", "note", "stopped", "points", "spread", "restarts_left"),
-        *("offset", "step", "way"),
+        *("offset", "step", "way", "unit", "mishaps", "whole", "noisy", "rounding"),
     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -522,7 +613,7 @@ class Search:
         self.way = [(int(rows), float(loss)) for rows, loss in saved["way"]]
 
 
-def _of_loss(model: Kriging) -> Kriging:
+def _of_loss(model: Kriging, unit: Array) -> Kriging:
     """A model of the same rows as if there were one output, the root of twice the loss without its prior."""
     root = np.sqrt(np.diag(model.gram))
-    return fit_kriging(model.rows, np.outer(root, root))
+    return fit_kriging(model.rows, np.outer(root, root), unit=unit)

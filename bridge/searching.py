@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.descent import SMALL_STEP, plain_outputs
-from bridge.errors import BridgeError, InputError
-from bridge.fit_result import End, FitStep
+from bridge.descent import SMALL_STEP, plain_outputs, useless_start
+from bridge.errors import BridgeError, EvaluationError, InputError
+from bridge.fit_result import End, FitStep, Stated
 from bridge.lattice import Lattice
 from bridge.misfit import Misfit
 from bridge.search import Search
+from bridge.simulator import may_be_noisy
 from bridge.smoothing import SmoothedSimulator
-from bridge.uncertainty import Stated, of_search
+from bridge.soundness import unusable
+from bridge.uncertainty import of_search
 
 Array = NDArray[np.float64]
 
@@ -31,7 +33,7 @@ class Searching:
         plain: the simulator itself, as a smoothed one of one run a point.
         budget: of runs, those at the end included. known_noise: whether the target's variance is known.
         starts: (k, d) natural units, the search's own among them: all are run in the first round.
-        asked: (d,) standard errors that suffice, natural units; None to go on.
+        names: of the parameters. asked: (d,) standard errors that suffice, natural units; None to go on.
     """
 
     def __init__(
@@ -43,11 +45,12 @@ class Searching:
         budget: int,
         known_noise: bool,
         starts: Array,
+        names: Sequence[str],
         asked: Array | None = None,
     ) -> None:
         self.plain, self.misfit, self.search, self.natural = plain, misfit, search, natural
         self.budget, self.known_noise, self.starts, self.asked = budget, known_noise, starts, asked
-        self.precise = 0
+        self.names, self.precise = tuple(names), 0
         self.error: Array | None = None
         self.lattice = Lattice()
         self._add_starts()
@@ -77,7 +80,9 @@ class Searching:
         shape = tuple(self.misfit.target.shape)
         if step == 0 and outputs.shape[1:] != shape:
             raise InputError(f"Expected a target of shape {outputs.shape[1:]}, got {shape}.")
-        failed = np.asarray(~np.isfinite(outputs.reshape(len(points), -1)).all(axis=1))
+        failed = unusable(outputs)
+        if step == 0 and failed[0] and self.plain.strategy.errors_raise:
+            raise EvaluationError(useless_start(points[0] * self.natural, outputs[0], self.names))
         if failed.all():  # and perhaps without a shape
             outputs = np.full((len(points), *shape), np.nan)
         residuals = self.misfit.residuals_of(outputs)
@@ -137,7 +142,8 @@ class Searching:
         error, saved = None, None
         if dispatcher.rank == 0:
             try:
-                change()
+                with np.errstate(all="ignore"):  # what overflows or is no number is looked at where it counts
+                    change()
             except BridgeError as problem:
                 error = problem
             saved = {name: value for name, value in self.to_dict().items() if name not in _EVERYWHERE}
@@ -150,26 +156,73 @@ class Searching:
         """Whether the standard errors are those asked for, and what is expected of the next round small beside them."""
         if self.asked is None or not self.search.kernel.size:
             return
-        self.error = np.sqrt(np.diag(self._stated().covariance))
+        stated = self._stated()
+        if stated is None:
+            return
+        self.error = np.sqrt(np.diag(stated.covariance))
         current = np.array_equal(self.search.overall[1], self.search.best)
         small = (np.abs(self.search.step) <= SMALL_STEP * self.asked).all() and not self.search.at_edge
         self.precise = self.precise + 1 if current and small and (self.error <= self.asked).all() else 0
 
     def finish(self, step: int) -> End:
         loss, best = self.search.overall
-        stated = None
+        stated, noise = None, 0.0
         if len(self.search.rows):
-            stated = self.plain.dispatcher.thinking.broadcast_object(self._stated())
+            thinking = self.plain.dispatcher.thinking
+            told = (self._stated(), self._noise()) if thinking.rank == 0 else None
+            stated, noise = thinking.broadcast_object(told)
         outputs, runs = self.outputs_at(np.stack([best, self.search.start]), step)
         return End(
             *(best, self.search.start, loss, stated, outputs[0], outputs[1]),
             num_evaluations=runs,
             num_failed=int(self.search.failed.sum()),
             num_reused=self.search.reused,
+            noise=noise,
+            warnings=self._said(stated is not None),
         )
 
-    def _stated(self) -> Stated:
-        return of_search(self.search, self.misfit, self.known_noise, self.lattice)
+    def _noise(self) -> float:
+        """Variance of one run, over that of the target, averaged over outputs, as far as the model tells."""
+        if not may_be_noisy(self.plain.simulator):
+            return 0.0
+        try:
+            model = self.search.model(self.search.overall[1], weighted=False)
+        except (np.linalg.LinAlgError, ValueError, ArithmeticError):
+            return 0.0
+        return model.noise / self.search.residuals.shape[1]
+
+    @property
+    def ends_without_runs(self) -> bool:
+        """Whether all that `finish` needs has been run."""
+        needed = (self.search.overall[1], self.search.start)
+        return self.misfit.plain and all((self.search.rows == z).all(axis=1).any() for z in needed)
+
+    def _stated(self) -> Stated | None:
+        """None where the numerics of the model fail."""
+        try:
+            with np.errstate(all="ignore"):
+                return of_search(self.search, self.misfit, self.known_noise, self.lattice)
+        except BridgeError:
+            raise
+        except (np.linalg.LinAlgError, ValueError, ArithmeticError):
+            return None
+
+    def _said(self, has_errors: bool) -> tuple[str, ...]:
+        search, said = self.search, []
+        failed = int(search.failed.sum())
+        if failed and self.plain.strategy.errors_raise:
+            said.append(
+                f"{failed} of {len(search.rows)} runs gave NaN, infinite or enormous outputs and were taken for bad ones. "
+                "If the best run is near to them, bound the parameters to where the simulator works."
+            )
+        if not search.whole:
+            said.append(
+                "The fit ended early: its model of the runs failed numerically several times in turn. The parameters "
+                "are those of the best run so far. Check the natural scales, the bounds, and outputs that are outliers."
+            )
+        if not has_errors and len(search.rows):
+            said.append("No standard errors: the model of the runs is numerically singular at the end.")
+        return tuple(said)
 
     def outputs_at(self, points: Array, step: int) -> tuple[NDArray[Any], int]:
         """(k, *shape) outputs at points: of rows that have been run, else of a run more; and how many of these."""
@@ -185,7 +238,8 @@ class Searching:
         return np.stack(outputs), runs
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.search.to_dict(), "precise": self.precise, "error": self.error, "lattice": self.lattice.to_dict()}
+        own = {"precise": self.precise, "error": self.error, "lattice": self.lattice.to_dict()}
+        return {**self.search.to_dict(), **own}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         self.search.restore(saved)

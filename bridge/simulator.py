@@ -16,6 +16,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.arrays import real_array
+from bridge.checks import checked_function, did_you_mean, is_number, known_keywords
 from bridge.errors import EvaluationError, InputError, OutputError
 
 Kind = Literal["continuous", "staircase", "integer"]
@@ -31,7 +33,8 @@ class Parameter:
         unit: unit as text, "" where there is none.
         lower, upper: the closed domain in which the simulator may be queried.
         natural_scale: a change of this size matters to the simulator [the parameter's unit]. A plain number given
-            as the smoothing scale is in these units, so that 300 kV may stand beside 1 A.
+            as the smoothing scale is in these units, so that 300 kV may stand beside 1 A. None where nothing is said:
+            a smoothing then takes 1, and `bridge.fit` goes by the bounds, the start and what the first runs show.
         kind: "continuous", "staircase" (constant between steps) or "integer".
         description: one line for `bridge info`.
     """
@@ -40,11 +43,13 @@ class Parameter:
     unit: str = ""
     lower: float = -np.inf
     upper: float = np.inf
-    natural_scale: float = 1.0
+    natural_scale: float | None = None
     kind: Kind = "continuous"
     description: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InputError(f"Expected a parameter name, got {self.name!r}. Names are text: {str(self.name)!r}.")
         if not self.name:
             raise InputError("Expected a parameter name, got an empty string. Give every parameter a name.")
         if not self.lower < self.upper:
@@ -52,7 +57,7 @@ class Parameter:
                 f"Expected lower < upper for parameter {self.name!r}, got [{self.lower}, {self.upper}]. "
                 "Exchange or widen the bounds."
             )
-        if not (np.isfinite(self.natural_scale) and self.natural_scale > 0):
+        if self.natural_scale is not None and not (np.isfinite(self.natural_scale) and self.natural_scale > 0):
             raise InputError(
                 f"Expected a positive, finite natural_scale for parameter {self.name!r}, got {self.natural_scale}."
             )
@@ -110,7 +115,8 @@ class ParameterSpace:
 
     @property
     def natural_scale(self) -> NDArray[np.float64]:
-        return np.array([p.natural_scale for p in self.parameters], dtype=np.float64)
+        """(d,), 1 where nothing is said."""
+        return np.array([p.natural_scale or 1.0 for p in self.parameters], dtype=np.float64)
 
     @property
     def bounded(self) -> bool:
@@ -119,7 +125,8 @@ class ParameterSpace:
     def index(self, name: str) -> int:
         """Column of the parameter called `name`; an unknown name lists the known ones."""
         if name not in self.names:
-            raise InputError(f"Unknown parameter {name!r}. Known parameters: {', '.join(self.names)}.")
+            meant = did_you_mean(str(name), self.names)
+            raise InputError(f"Unknown parameter {name!r}. Known parameters: {', '.join(self.names)}.{meant}")
         return self.names.index(name)
 
     def vector(self, values: Mapping[str, float] | ArrayLike) -> NDArray[np.float64]:
@@ -130,8 +137,14 @@ class ParameterSpace:
             missing = [n for n in self.names if n not in values]
             if missing:
                 raise InputError(f"Expected a value for each parameter, got none for {', '.join(missing)}.")
+            for n in self.names:
+                if not is_number(values[n]):
+                    raise InputError(f"Expected a number for parameter {n!r}, got {values[n]!r}.")
             return np.array([float(values[n]) for n in self.names], dtype=np.float64)
-        vector = np.asarray(values, dtype=np.float64)
+        try:
+            vector = np.asarray(values, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"Expected {self.dimension} numbers ({', '.join(self.names)}), got {values!r}.") from error
         if vector.shape != (self.dimension,):
             raise InputError(
                 f"Expected {self.dimension} values ({', '.join(self.names)}), got an array of shape {vector.shape}."
@@ -223,6 +236,25 @@ class Simulator(Protocol):
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> Any: ...
 
 
+@runtime_checkable
+class Identified(Protocol):
+    """A simulator that says itself which one it is: the same text as long as its outputs stay the same."""
+
+    @property
+    def identity(self) -> str | None: ...
+
+
+@runtime_checkable
+class IdentityParts(Protocol):
+    """Something that says of which values its outputs are made; its other attributes are no part of its identity.
+
+    Values are gone through as attributes are; a `Path` stands for the content of that file or folder.
+    """
+
+    @property
+    def identity_parts(self) -> Any: ...
+
+
 class BlockStructure:
     """Which outputs each parameter touches: the other derivatives are exactly zero, and their noise is not paid for.
 
@@ -310,6 +342,16 @@ def makes_memory(simulator: Simulator) -> bool:
     return isinstance(simulator, FunctionSimulator) and not simulator.vectorized
 
 
+def may_be_noisy(simulator: Simulator) -> bool:
+    """Whether outputs may depend on the seed: not those of a function that is not given one."""
+    while not isinstance(simulator, FunctionSimulator):
+        inner = getattr(simulator, "inner", None)
+        if inner is None:
+            return True
+        simulator = inner
+    return simulator.seeded
+
+
 @runtime_checkable
 class Parallel(Protocol):
     """A simulator that is itself parallel: `bound(comm)` is the same one, run by the ranks of a communicator."""
@@ -346,8 +388,24 @@ class _With:
         self.__name__ = getattr(function, "__name__", type(function).__name__)
         self.__wrapped__ = function
 
+    @property
+    def identity_parts(self) -> Any:
+        return self.function  # who runs it together is no part of what it is
+
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments, self.last)
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a function that raised."""
+    if isinstance(error, IndexError) and "too many indices" in str(error):
+        return (
+            "It is called with one vector, (d,). If it takes all rows at once, (k, d), declare "
+            "bridge.as_simulator(f, vectorized=True)."
+        )
+    if isinstance(error, TypeError) and "must be Tensor, not numpy" in str(error):
+        return "It is called with a numpy array: begin with theta = torch.as_tensor(theta)."
+    return "Call it there by itself to see the whole traceback."
 
 
 @dataclass(frozen=True)
@@ -361,6 +419,7 @@ class FunctionSimulator:
     seeded: bool = False
     structure: BlockStructure | None = None
     parallel: bool = False
+    identity: str | None = None
     memory: _Memory = field(default_factory=_Memory, repr=False, compare=False)
 
     def bound(self, comm: Any) -> FunctionSimulator:
@@ -370,6 +429,12 @@ class FunctionSimulator:
                 "as_simulator(f, parallel=True); it is then called as f(theta, comm)."
             )
         return replace(self, function=_With(self.function, comm), parallel=False)
+
+    @property
+    def identity_parts(self) -> Any:
+        # The same function makes something else of a number than of an array.
+        ways = [way for way in ("vectorized", "seeded") if getattr(self, way)]
+        return self.function, *ways
 
     @property
     def row_by_row(self) -> bool:
@@ -389,12 +454,13 @@ class FunctionSimulator:
         for i, (x, seed) in enumerate(zip(inputs, seeds, strict=True)):
             try:
                 # A copy: a function that changes its argument must not change the design.
-                result = np.asarray(self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy()))
+                given = self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy())
             except Exception as error:
                 raise EvaluationError(
                     f"Simulator {self.name!r} raised {type(error).__name__}: {error} at parameters {x.tolist()}, "
-                    f"seed {int(seed)}. Call it there by itself to see the whole traceback."
+                    f"seed {int(seed)}. {_advice(error)}"
                 ) from error
+            result = real_array(given, f"from simulator {self.name!r}")
             if i == 0:
                 stacked = self.memory.empty((len(inputs), *result.shape), result.dtype)
             if result.shape != stacked.shape[1:]:
@@ -408,19 +474,21 @@ class FunctionSimulator:
         return stacked
 
 
+@known_keywords
 def as_simulator(
     function: Callable[..., Any] | Simulator,
     *,
     names: Sequence[str] | None = None,
-    units: Sequence[str] | None = None,
-    bounds: Sequence[tuple[float, float]] | None = None,
-    natural_scale: Sequence[float] | None = None,
+    units: Sequence[str] | Mapping[str, str] | None = None,
+    bounds: Bounds | None = None,
+    natural_scale: Sequence[float] | Mapping[str, float] | None = None,
     output_shape: tuple[int, ...] | None = None,
     outside: Outside = "clip",
     vectorized: bool = False,
     seeded: bool = False,
     structure: BlockStructure | None = None,
     parallel: bool = False,
+    identity: str | None = None,
 ) -> Simulator:
     """Wraps a function as a simulator.
 
@@ -428,51 +496,109 @@ def as_simulator(
         function: `f(theta)` with theta (d,) float64 -> array of any fixed shape; with `vectorized=True`,
             `f(inputs)` with inputs (k, d) -> (k, *output_shape); with `seeded=True` a further argument, the seed
             (int) or seeds (k,). A `Simulator` is returned unchanged when nothing else is given.
-        names: one a parameter; p0, p1, ... where only units, bounds or scales are given.
-        units: unit of each parameter.
-        bounds: (lower, upper) of each parameter; -inf and inf are allowed.
+        names: one a parameter; p0, p1, ... where only units, bounds or scales are given, and not by name.
+        units: unit of each parameter. Like bounds and natural scales: one a parameter, or name -> unit of some.
+        bounds: (lower, upper) of each parameter; None (or -inf, inf) where there is no bound.
         natural_scale: of each parameter, see `Parameter`.
         output_shape: shape of one output; learned from the first call when left out.
         outside: "clip", "raise" or "ignore", see `ParameterSpace`.
         structure: which outputs each parameter touches, where that is known.
         parallel: the function is an MPI program itself: its last argument is the communicator (mpi4py) of the ranks
             that call it together, see `ranks_per_evaluation` of `bridge.smooth`; the first rank's result counts.
+        identity: a text under which evaluations are filed; change it whenever outputs do. Needed where what the
+            function uses cannot be seen (an open file, a connection), see docs/reuse.md.
 
     Returns:
         a `Simulator`.
 
     Raises:
-        InputError: not callable, or lists of different lengths.
+        InputError: not callable, a function of other arguments, or lists of different lengths.
     """
     described = {"names": names, "units": units, "bounds": bounds, "natural_scale": natural_scale}
     given = {key: value for key, value in described.items() if value is not None}
     if isinstance(function, Simulator):
-        if given or output_shape is not None or vectorized or seeded or structure is not None or parallel:
+        others = output_shape, structure, identity
+        if given or vectorized or seeded or parallel or any(other is not None for other in others):
             raise InputError(
                 f"{type(function).__name__} is a Simulator already and describes itself; call as_simulator on a "
                 "plain function, or drop the other arguments."
             )
         return function
     if not callable(function):
-        raise InputError(f"Expected a function or a Simulator, got {type(function).__name__}.")
+        hint = f" bridge.make({function!r}, ...) makes the one of that name." if isinstance(function, str) else ""
+        raise InputError(f"Expected a function or a Simulator, got {type(function).__name__}.{hint}")
     if inspect.isclass(function):
         raise InputError(f"Expected a function or a Simulator, got the class {function.__name__}. Make an instance.")
-    space = None
-    if given:
-        lengths = {key: len(value) for key, value in given.items()}
-        if len(set(lengths.values())) != 1:
-            raise InputError(f"Expected lists of one length (one entry a parameter), got {lengths}.")
-        (d,) = set(lengths.values())
-        parameters = [Parameter(f"p{i}" if names is None else names[i]) for i in range(d)]
-        for i in range(d):
-            if units is not None:
-                parameters[i] = replace(parameters[i], unit=units[i])
-            if bounds is not None:
-                parameters[i] = replace(parameters[i], lower=float(bounds[i][0]), upper=float(bounds[i][1]))
-            if natural_scale is not None:
-                parameters[i] = replace(parameters[i], natural_scale=float(natural_scale[i]))
-        space = ParameterSpace(tuple(parameters), outside=outside)
-    return FunctionSimulator(function, space, output_shape, vectorized, seeded, structure, parallel)
+    if identity is not None and not (isinstance(identity, str) and identity):
+        raise InputError(f"Expected identity as a text that is not empty, got {identity!r}.")
+    arguments = ("inputs" if vectorized else "theta", *(("seed",) * seeded), *(("comm",) * parallel))
+    checked_function(function, arguments, {"seeded": seeded})
+    space = ParameterSpace(_parameters(given), outside=outside) if given else None
+    return FunctionSimulator(function, space, output_shape, vectorized, seeded, structure, parallel, identity)
+
+
+Pair = tuple[float | None, float | None] | None
+Bounds = Sequence[Pair] | Mapping[str, Pair]
+
+
+def _parameters(given: Mapping[str, Any]) -> tuple[Parameter, ...]:
+    """From the lists and mappings of `as_simulator`, of which there is at least one."""
+    lists = {key: value for key, value in given.items() if not isinstance(value, Mapping)}
+    for key, value in lists.items():
+        if isinstance(value, str):
+            apart = [part.strip() for part in value.split(",")]
+            raise InputError(f"Expected a list of {key}, one a parameter, got the text {value!r}. Give {key}={apart}.")
+        if is_number(value) or not hasattr(value, "__len__"):
+            raise InputError(f"Expected a list of {key}, one a parameter, got {value!r}. Give {key}=[{value!r}, ...].")
+    if isinstance(given.get("names"), Mapping):
+        raise InputError(f"Expected names as a list, got {given['names']!r}. Give names={list(given['names'])}.")
+    pairs = lists.get("bounds")
+    if pairs is not None and len(pairs) and all(is_number(x) for x in pairs):
+        raise InputError(
+            f"Expected bounds as one (lower, upper) a parameter, got {pairs!r}. For the same bounds everywhere give "
+            f"bounds=[{tuple(pairs)!r}, ...], as often as there are parameters."
+        )
+    lengths = {key: len(value) for key, value in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise InputError(f"Expected lists of one length (one entry a parameter), got {lengths}.")
+    keys = list(dict.fromkeys(name for value in given.values() if isinstance(value, Mapping) for name in value))
+    names = lists.get("names")
+    if names is None:
+        names = keys or [f"p{i}" for i in range(next(iter(lengths.values())))]
+        if lengths and len(names) != next(iter(lengths.values())):
+            raise InputError(f"Expected lists of {len(names)} entries, for {', '.join(names)}, got {lengths}.")
+    plain = ParameterSpace(tuple(Parameter(name) for name in names))
+    of: dict[str, list[Any]] = {}
+    for key, nothing in (("units", ""), ("bounds", None), ("natural_scale", None)):
+        value = given.get(key)
+        if isinstance(value, Mapping):
+            for name in value:
+                plain.index(name)
+            value = [value.get(name, nothing) for name in plain.names]
+        of[key] = [nothing] * plain.dimension if value is None else list(value)
+    parameters = []
+    for name, unit, pair, scale in zip(plain.names, of["units"], of["bounds"], of["natural_scale"], strict=True):
+        parameter = Parameter(name, unit, *_bound(name, pair))
+        if scale is not None:
+            if not is_number(scale):
+                raise InputError(f"Expected a number as natural_scale of parameter {name!r}, got {scale!r}.")
+            parameter = replace(parameter, natural_scale=float(scale))
+        parameters.append(parameter)
+    return tuple(parameters)
+
+
+def _bound(name: str, pair: Any) -> tuple[float, float]:
+    """(lower, upper), infinite where there is None."""
+    if pair is None:
+        return -np.inf, np.inf
+    entries = list(pair) if hasattr(pair, "__len__") and not isinstance(pair, str) else []
+    if len(entries) != 2 or not all(x is None or is_number(x) for x in entries):
+        raise InputError(
+            f"Expected (lower, upper) as bounds of parameter {name!r}, numbers or None, got {pair!r}. Give (0, None) "
+            "for a lower bound alone."
+        )
+    lower, upper = entries
+    return -np.inf if lower is None else float(lower), np.inf if upper is None else float(upper)
 
 
 def simulator_name(simulator: Simulator) -> str:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.autograd import forward_ad
 
 from bridge.adaptive import AdaptiveEstimate, Quantity, estimate_to
-from bridge.autograd import Call, Smooth, has_tangent, to_numpy
-from bridge.design import Strategy, make_strategy
+from bridge.arrays import one_number
+from bridge.autograd import Call, Smooth, apply, has_tangent, make_keys, old_vmap_depth, to_numpy
+from bridge.checks import is_whole, known_keywords, refuse_unknown
+from bridge.design import Strategy, make_strategy, whole_number
 from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.distributions import Distribution
 from bridge.environment import step_limit
@@ -25,16 +29,18 @@ from bridge.fidelity import Surrogate, make_surrogate
 from bridge.isolation import IsolatedSimulator, SimulatorPool
 from bridge.points import PointSet
 from bridge.running import Execution
-from bridge.scale import Form, ScaleLike, check_scale, parse_scale
+from bridge.scale import Form, ScaleLike, as_tensor, check_scale, parse_scale
 from bridge.simulator import (
     Parallel,
     ParameterSpace,
     Simulator,
     as_simulator,
     computes_row_by_row,
+    makes_memory,
     simulator_name,
 )
 from bridge.store import Store
+from bridge.streaming import as_rows
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -87,7 +93,7 @@ class SmoothedSimulator:
         self.dispatcher, self.execution, self.surrogate = dispatcher, execution, surrogate
         self.spare: list[torch.Tensor] = []
         self.spent = Spent()
-        self._last: tuple[int, int, bytes] | None = None
+        self._last: tuple[bytes, bytes] | None = None
         self._warned = False
 
     def __repr__(self) -> str:
@@ -105,15 +111,27 @@ class SmoothedSimulator:
 
     @_outside_graphs
     def __call__(
-        self, theta: torch.Tensor, step: int = 0, *, scale: ScaleLike | None = None, problem: int = 0
+        self,
+        theta: torch.Tensor,
+        step: int | torch.Tensor = 0,
+        *,
+        scale: ScaleLike | None = None,
+        problem: int | torch.Tensor = 0,
     ) -> torch.Tensor:
         """The smoothed value f_L(theta), differentiable in theta and in the scale.
+
+        Under `torch.func.vmap` each problem is what a call of its own would be, whatever `chunk_size` is: all have the
+        same noise. `vmap(lambda x, b: smoothed(x, problem=b))(X, torch.arange(len(X)))` gives each its own, that of
+        `smoothed(X)`.
 
         Args:
             theta: (*batch, d) parameters; a batch is one dispatch of batch x num_samples runs, with independent noise.
             step: part of the key of the noise: pass the iteration. The same (seed, step) and theta give the same bits.
+                An integer, or an integer tensor: one number, or one for each problem of the batch.
             scale: in place of the one given to `smooth`, for a schedule or under `torch.func.vmap`.
-            problem: key of the first row of the batch; `problem=b` reproduces row b of a batched call.
+            problem: key of the first row of the batch; `problem=b` reproduces row b of a batched call. An integer
+                tensor of shape `batch` has a key for each: with the numbers of the data of a minibatch, a datum has the
+                same noise in whichever batch it is.
 
         Returns:
             (*batch, *output_shape), dtype and device of theta. Collective under MPI.
@@ -122,16 +140,15 @@ class SmoothedSimulator:
             InputError: theta or scale of the wrong shape or not finite.
             EvaluationError, OutputError: a run failed or gave something unusable.
         """
-        theta, tensor, form, space = self._prepare(theta, step, scale, problem)
+        theta, tensor, form, space = self._prepare(theta, scale)
         transformed = torch._C._functorch.maybe_current_level() is not None
-        if not transformed:
-            self._notice_frozen_noise(theta, step, problem)
+        keys = _make_keys(step, problem, theta.shape[:-1])
+        if not transformed and not old_vmap_depth():
+            self._notice_frozen_noise(theta, keys)
         tangents = has_tangent(theta, tensor)
         need = torch.is_grad_enabled() or tangents
         call = Call(
             self,
-            step,
-            problem,
             0,
             space,
             form,
@@ -140,17 +157,17 @@ class SmoothedSimulator:
         )
         core = 1 if form == "diagonal" else 2
         shared = tensor.reshape((1,) * (theta.ndim - 1) + tuple(tensor.shape[tensor.ndim - core :]))
-        value: torch.Tensor = Smooth.apply(theta, shared, call)[0]
+        value: torch.Tensor = apply(Smooth, theta, shared, keys, call)[0]
         return value
 
     @_outside_graphs
     def estimate(
         self,
         theta: torch.Tensor,
-        step: int = 0,
+        step: int | torch.Tensor = 0,
         *,
         scale: ScaleLike | None = None,
-        problem: int = 0,
+        problem: int | torch.Tensor = 0,
         replicate: int = 0,
         scale_gradient: bool = False,
         scales: torch.Tensor | None = None,
@@ -166,10 +183,11 @@ class SmoothedSimulator:
         Returns:
             an `Estimate`. Collective under MPI, as are its methods.
         """
-        own = None if scales is None else torch.as_tensor(scales, dtype=torch.float64)
-        first = scale if own is None else own.reshape(-1, *own.shape[torch.as_tensor(theta).ndim - 1 :])[0]
-        theta, tensor, form, space = self._prepare(theta, step, first, problem)
-        call = Call(self, step, problem, replicate, space, form, need_theta=True, need_scale=scale_gradient)
+        own = None if scales is None else as_tensor(scales).to(torch.float64)
+        first = scale if own is None else own.reshape(-1, *own.shape[as_tensor(theta).ndim - 1 :])[0]
+        theta, tensor, form, space = self._prepare(theta, first)
+        keys = _make_keys(step, problem, theta.shape[:-1])
+        call = Call(self, whole_number("replicate", replicate), space, form, need_theta=True, need_scale=scale_gradient)
         core = 1 if form == "diagonal" else 2
         shared = tensor.reshape((1,) * (theta.ndim - 1) + tuple(tensor.shape[tensor.ndim - core :]))
         if own is not None:
@@ -178,7 +196,7 @@ class SmoothedSimulator:
                     f"Expected a scale for each problem, {(*theta.shape[:-1], *tensor.shape)}, got {tuple(own.shape)}."
                 )
             shared = own
-        number = call.evaluate(theta, shared)
+        number = call.evaluate(theta, shared, keys)
         return Estimate(call.evaluations[number], tuple(theta.shape[:-1]), lambda x: x.to(theta))
 
     @_outside_graphs
@@ -186,11 +204,11 @@ class SmoothedSimulator:
         self,
         theta: torch.Tensor,
         target: torch.Tensor,
-        step: int = 0,
+        step: int | torch.Tensor = 0,
         *,
         weight: torch.Tensor | float = 1.0,
         scale: ScaleLike | None = None,
-        problem: int = 0,
+        problem: int | torch.Tensor = 0,
     ) -> torch.Tensor:
         """mean_j w_j (f_L(theta)_j - target_j)^2, unbiased in value and gradient: (*batch,), differentiable once.
 
@@ -200,7 +218,7 @@ class SmoothedSimulator:
         centred = self
         if self.strategy.covariate == "auto":
             centred = self.with_strategy(replace(self.strategy, covariate="loo"))
-        given, tensor, _, _ = centred._prepare(theta, step, scale, problem)
+        given, tensor, _, _ = centred._prepare(theta, scale)
         estimate = centred.estimate(
             given.detach(), step, scale=scale, problem=problem, scale_gradient=tensor.requires_grad
         )
@@ -217,7 +235,7 @@ class SmoothedSimulator:
     def estimate_to(
         self,
         theta: torch.Tensor,
-        step: int = 0,
+        step: int | torch.Tensor = 0,
         *,
         relative_error: float,
         budget: int,
@@ -228,17 +246,21 @@ class SmoothedSimulator:
         return estimate_to(self, theta, step, relative_error=relative_error, budget=budget, of=of, scale=scale)
 
     def _prepare(
-        self, theta: torch.Tensor, step: int, scale: ScaleLike | None, problem: int
+        self, theta: torch.Tensor, scale: ScaleLike | None
     ) -> tuple[torch.Tensor, torch.Tensor, Form, ParameterSpace]:
-        theta = torch.as_tensor(theta)
+        try:
+            theta = as_tensor(theta)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"Expected a tensor of parameters, (d,) or (*batch, d), got {theta!r}. Give numbers in the order of "
+                "the parameters: torch.tensor([...])."
+            ) from error
         if not theta.is_floating_point():
             raise InputError(f"Expected floating-point parameters, got dtype {theta.dtype}. Use theta.double().")
         if theta.ndim == 0:
             raise InputError("Expected parameters of shape (d,) or (*batch, d), got a scalar. Use theta.reshape(1).")
         if math.prod(theta.shape) == 0:
             raise InputError(f"Expected at least one parameter and one problem, got shape {tuple(theta.shape)}.")
-        if step != int(step) or step < 0 or problem != int(problem) or problem < 0:
-            raise InputError(f"Expected step and problem to be non-negative integers, got {step!r} and {problem!r}.")
         d = theta.shape[-1]
         space = self.simulator.space or ParameterSpace.unnamed(d)
         if space.dimension != d:
@@ -247,17 +269,21 @@ class SmoothedSimulator:
                 f"{tuple(theta.shape)}."
             )
         tensor, form = parse_scale(
-            self.scale if scale is None else scale, space.natural_scale, self.strategy.distribution
+            self.scale if scale is None else _by_name(scale, self.simulator),
+            space.natural_scale,
+            self.strategy.distribution,
         )
         return theta, tensor, form, space
 
-    def _notice_frozen_noise(self, theta: torch.Tensor, step: int, problem: int) -> None:
-        key = to_numpy(theta).tobytes()
-        last, self._last = self._last, (step, problem, key)
-        same_key = last is not None and last[:2] == (step, problem) and len(last[2]) == len(key)
-        if self._warned or last is None or not same_key or last[2] == key:
+    def _notice_frozen_noise(self, theta: torch.Tensor, keys: torch.Tensor) -> None:
+        if forward_ad._current_level >= 0:
+            theta = forward_ad.unpack_dual(theta).primal
+        numbers, values = keys.numpy().tobytes(), to_numpy(theta).tobytes()
+        last, self._last = self._last, (numbers, values)
+        if self._warned or last is None or last[0] != numbers or last[1] == values or len(last[1]) != len(values):
             return
         self._warned = True
+        step = int(keys.reshape(-1, 2)[0, 0])
         warnings.warn(
             f"The parameters changed but step={step} did not: the noise is frozen, so an optimiser fits it. Pass the "
             "iteration, smoothed(theta, step=i). (Shown once; frozen noise on purpose is fine.)",
@@ -265,6 +291,27 @@ class SmoothedSimulator:
         )
 
 
+def _make_keys(step: int | torch.Tensor, problem: int | torch.Tensor, batch: Sequence[int]) -> torch.Tensor:
+    return make_keys(_key("step", step, batch), _key("problem", problem, batch), batch)
+
+
+def _key(name: str, value: Any, batch: Sequence[int]) -> int | torch.Tensor:
+    """A number, or a tensor of them, whose values are looked at where the mapping of `torch.func.vmap` is undone."""
+    if isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "iu":
+        value = torch.as_tensor(value)
+    if not isinstance(value, torch.Tensor):
+        return whole_number(name, value)
+    exact = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    if not exact or tuple(value.shape) not in ((), tuple(batch)):
+        shapes = "one number" if len(batch) == 0 else f"one number, or one for each problem, of shape {tuple(batch)}"
+        raise InputError(
+            f"Expected {name} to be an integer of at least 0, or an integer tensor ({shapes}), got a tensor of shape "
+            f"{tuple(value.shape)} and {value.dtype}."
+        )
+    return value
+
+
+@known_keywords
 def smooth(
     simulator: Callable[..., Any] | Simulator,
     *,
@@ -308,8 +355,8 @@ def smooth(
         seed: of all noise; required.
         num_samples: N, simulator runs for each parameter vector; powers of two suit Sobol' points.
         distribution: gaussian, logistic, gumbel, cauchy, laplace, triangular, or a `Distribution`.
-        scale: L: a number (in the parameters' natural units), (d,) (its diagonal), (d, d) (L itself) or
-            `LowerTriangular`, or `LogScale`; tensors that require grad are learned.
+        scale: L: a number (in the parameters' natural units), (d,) (its diagonal), or name -> its entry there, (d, d)
+            (L itself) or `LowerTriangular`, or `LogScale`; tensors that require grad are learned.
         points: auto, mc, qmc-latin, rqmc-latin, qmc-cartesian, rqmc-cartesian, sobol, qmc-net, rqmc-net, halton,
             orthogonal, or a `PointSet`. "auto" chooses by N, d and the distribution; `Estimate.points_reason` says why.
         antithetic: pairs eps, -eps; symmetric densities and even N.
@@ -380,11 +427,13 @@ def smooth(
     if schedule not in ("auto", "static", "dynamic"):
         raise InputError(f"Unknown schedule={schedule!r}. Known: auto, static, dynamic.")
     for name, number, least in (("retries", retries, 0), ("ranks_per_evaluation", ranks_per_evaluation, 1)):
-        if int(number) != number or number < least:
+        if not is_whole(number, least):
             raise InputError(f"Expected an integer {name} of at least {least}, got {number!r}.")
     for name, limit in (("memory_megabytes", memory_megabytes), ("step_limit_s", step_limit_s)):
         if limit is not None and not limit > 0:
             raise InputError(f"Expected a positive {name}, got {limit!r}.")
+    if store is not None and not isinstance(store, Store):
+        raise InputError(f"Expected a store, got {store!r}. Give store=bridge.Store({store!r}).")
     dispatcher = get_dispatcher(comm, ranks_per_evaluation)
     if ranks_per_evaluation > 1 and (isolate is not None or workers is not None):
         raise InputError("Expected ranks_per_evaluation without isolate and workers: the ranks run the simulator.")
@@ -399,6 +448,7 @@ def smooth(
         cheap = as_simulator(surrogate)
         stand_in = make_surrogate(cheap, wrapped, strategy, surrogate_samples, surrogate_weight)
         stand_in = replace(stand_in, simulator=_placed(cheap, dispatcher, isolate, workers, timeout_s))
+    scale = _by_name(scale, wrapped)
     wrapped = _placed(wrapped, dispatcher, isolate, workers, timeout_s)
     if wrapped.space is not None:
         _validate_scale(scale, wrapped.space, strategy)
@@ -412,6 +462,9 @@ def smooth(
         store=store,
         step_limit_s=step_limit() if step_limit_s is None else float(step_limit_s),
     )
+    if store is not None:  # refused now, not at the first call
+        for one in (wrapped, *(() if stand_in is None else (stand_in.simulator,))):
+            execution.filing(one)
     return SmoothedSimulator(wrapped, strategy, scale, dispatcher, execution, stand_in)
 
 
@@ -429,6 +482,18 @@ def _placed(
     if workers is not None:
         return SimulatorPool(simulator, workers, timeout_s)
     return simulator if isolate is None else IsolatedSimulator(simulator, timeout_s)
+
+
+def _by_name(scale: ScaleLike, simulator: Simulator) -> ScaleLike:
+    """A scale of single parameters as L's diagonal."""
+    if not isinstance(scale, Mapping):
+        return scale
+    if simulator.space is None:
+        raise InputError(
+            f"Expected a scale that is a number or (d,), as the simulator does not name its parameters, got {scale!r}. "
+            f"Name them: bridge.as_simulator(f, names={list(scale)})."
+        )
+    return simulator.space.vector(scale)
 
 
 def _validate_scale(scale: ScaleLike, space: ParameterSpace, strategy: Strategy) -> None:
@@ -465,18 +530,20 @@ class LossSimulator:
         return replace(self, inner=self.inner.bound(comm))
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> torch.Tensor:
-        outputs = self.inner(inputs, seeds)
-        losses = []
-        with torch.no_grad():
-            for output in outputs:
-                value = torch.as_tensor(self.loss(torch.as_tensor(output)))
-                if value.numel() != 1:
-                    raise InputError(
-                        f"Expected the loss to return one number for an output, got shape {tuple(value.shape)}. Reduce "
-                        "it with .mean() or .sum()."
-                    )
-                losses.append(value.to(torch.float64).reshape(()))
-        return torch.stack(losses)
+        rows = floating_rows(self.inner, inputs, seeds)
+        with torch.enable_grad():  # a loss may differentiate inside
+            # Numbers, not tensors: a loss may return the same memory every time.
+            losses = [one_number(self.loss(row), "from the loss", InputError) for row in rows]
+        return torch.tensor(losses, dtype=torch.float64)
+
+
+def floating_rows(simulator: Simulator, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> torch.Tensor:
+    """What a loss gets of a simulator, (k, *output_shape): float32 where outputs are, else float64; never integers,
+    which wrap. In memory that the loss may write to."""
+    name = simulator_name(simulator)
+    rows, shape = as_rows(simulator(inputs, seeds), len(inputs), simulator.output_shape, name, torch.float64)
+    rows = rows.reshape(len(inputs), *shape)
+    return rows if makes_memory(simulator) else rows.clone()
 
 
 def smooth_loss(
@@ -489,9 +556,13 @@ def smooth_loss(
 
     Args:
         simulator: as in `smooth`.
-        loss: l: a tensor of one output -> one number; called without gradients.
+        loss: l: a tensor of one output -> one number; called without gradients. The tensor is float32 where outputs
+            are, else float64: integers and booleans never wrap. Numbers that an output lacks are NaN.
         **settings: the other arguments of `smooth`; the loss is taken of a surrogate's outputs, too.
     """
+    refuse_unknown("bridge.smooth_loss", settings, list(signature(smooth).parameters)[1:])
+    if not callable(loss):
+        raise InputError(f"Expected a function of one output as the loss, got {loss!r}. Give lambda y: ...")
     if settings.get("surrogate") is not None:
         settings["surrogate"] = LossSimulator(as_simulator(settings["surrogate"]), loss)
     return smooth(LossSimulator(as_simulator(simulator), loss), **settings)

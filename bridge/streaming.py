@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import floating, real_array
 from bridge.dispatch import TreeSum
 from bridge.errors import EvaluationError, OutputError
 
@@ -28,6 +29,8 @@ CHUNK = 8
 CHUNK_NUMBERS = 1 << 17
 # Rows of a streamed leaf: below, the additions of the tree cost more than those of the leaves.
 STREAMED_LEAF = 32
+# All of their values are float32 values.
+_NARROW = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -64,34 +67,35 @@ def rows_at_once(num_outputs: int) -> int:
     return max(CHUNK, CHUNK_NUMBERS // max(1, num_outputs) // CHUNK * CHUNK)
 
 
-def as_rows(outputs: Any, k: int, shape: tuple[int, ...] | None, name: str) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """A simulator's outputs as a (k, m) floating tensor, and the shape of one output; the one place of conversion."""
+def as_rows(
+    outputs: Any, k: int, shape: tuple[int, ...] | None, name: str, narrow: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """A simulator's outputs as a (k, m) floating tensor, and the shape of one output; the one place of conversion.
+
+    Args:
+        narrow: dtype of numbers that float32 has room for: booleans, integers of up to 16 bits, float16 and bfloat16.
+            float32 stays what it is, and all else becomes float64.
+    """
     if not isinstance(outputs, torch.Tensor):
-        array = np.asarray(outputs)
-        if array.dtype.kind not in "fiub":
-            raise OutputError(
-                f"Expected real numbers from simulator {name!r}, got an array of dtype {array.dtype}. Return the real "
-                "and imaginary parts, or a numeric array."
-            )
-        if array.dtype == np.longdouble or not array.dtype.isnative or array.dtype in (np.uint32, np.uint64):
-            array = array.astype(np.float64)
-        elif array.dtype == np.uint16:
-            array = array.astype(np.float32)
+        array = real_array(outputs, f"from simulator {name!r}")
+        array = floating(array, np.float32 if narrow == torch.float32 else np.float64)
         # Read-only memory (a memory map, a broadcast) cannot back a tensor.
-        outputs = torch.as_tensor(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+        flags = array.flags
+        outputs = torch.as_tensor(array if flags.writeable and flags.c_contiguous and flags.aligned else array.copy())
     tensor = outputs.detach()
+    if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
+        tensor = torch.as_tensor(real_array(tensor, f"from simulator {name!r}")).to(tensor.device)
     if tensor.ndim == 0 or tensor.shape[0] != k or (shape is not None and tuple(tensor.shape[1:]) != shape):
         want = f"({k}, {', '.join(map(str, shape))})" if shape else f"({k},)" if shape == () else f"({k}, ...)"
         hint = " If one output is a scalar, declare output_shape=()." if tensor.shape == (k,) else ""
         raise OutputError(
             f"Expected outputs of shape {want} from simulator {name!r} for {k} rows, got {tuple(tensor.shape)}.{hint}"
         )
-    if tensor.is_complex():
-        raise OutputError(f"Expected real numbers from simulator {name!r}, got a tensor of dtype {tensor.dtype}.")
+    if tensor.numel() == 0:
+        raise OutputError(f"Expected at least one number from simulator {name!r}, got shape {tuple(tensor.shape[1:])}.")
     if tensor.dtype not in (torch.float32, torch.float64):
-        exact = (torch.uint8, torch.int8, torch.int16, torch.bool, torch.float16, torch.bfloat16)
-        tensor = tensor.to(torch.float32 if tensor.dtype in exact else torch.float64)
-    return aligned(tensor.reshape(k, -1)), tuple(outputs.shape[1:])
+        tensor = tensor.to(narrow if tensor.dtype in _NARROW else torch.float64)
+    return aligned(tensor.reshape(k, -1)), tuple(tensor.shape[1:])
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

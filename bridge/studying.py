@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from bridge.checks import is_whole, known_keywords
 from bridge.errors import InputError, SetupError
 from bridge.files import write_whole
 from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name
@@ -141,13 +142,14 @@ class StudyResult:
         return write_whole(Path(path), lambda p: figure.savefig(p, dpi=110, format="png"))
 
 
+@known_keywords
 def study(
     simulator: Callable[..., Any] | Simulator,
     theta: Mapping[str, float] | ArrayLike,
     *,
     seed: int,
     budget: int,
-    scale: float | ArrayLike = 1.0,
+    scale: float | ArrayLike | Mapping[str, float] = 1.0,
     strategies: Sequence[str] = tuple(STRATEGIES),
     distributions: Sequence[str] = DISTRIBUTIONS,
     factors: Sequence[float] = FACTORS,
@@ -162,7 +164,7 @@ def study(
     Args:
         simulator: as in `smooth`. theta: where: name -> value, or (d,).
         seed: of all noise. budget: simulator runs that may be spent.
-        scale: a number (natural units) or (d,) diagonal. factors: it is multiplied by each of these.
+        scale: a number (natural units), (d,) diagonal, or name -> its entry. factors: it is multiplied by each.
         strategies: of `bridge.studying.STRATEGIES`. distributions: names, as in `smooth`.
 
     Returns:
@@ -179,9 +181,16 @@ def study(
     if not strategies or not distributions or not factors or min(factors) <= 0:
         raise InputError("Expected at least one strategy and distribution, and positive factors.")
     if sim.space is None and isinstance(theta, Mapping):
-        raise InputError("Expected parameters as a vector: the simulator does not name its parameters.")
+        raise InputError(
+            "Expected parameters as a vector: the simulator does not name its parameters. Name them: "
+            f"bridge.as_simulator(f, names={list(theta)})."
+        )
     space = sim.space or ParameterSpace.unnamed(len(np.atleast_1d(np.asarray(theta))))
     x = torch.as_tensor(space.vector(theta))
+    if isinstance(scale, Mapping):
+        scale = space.vector(scale)
+    if not is_whole(budget, 1):
+        raise InputError(f"Expected a whole number of runs as budget, got {budget!r}.")
     candidates = len(strategies) + len(set(distributions) - {"gaussian"}) + len(set(factors) - {1.0})
     each = (budget - 1) // (candidates * REPEATS)
     if each < _LEAST_ROWS:

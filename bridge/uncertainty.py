@@ -47,9 +47,9 @@ def of_least_squares(normal: Array, variance: float, precision: Array) -> Array:
     """(J^T J / sigma^2 + P)^-1: infinite where a parameter is not determined.
 
     Args:
-        normal: J^T J of whitened residuals, (d, d). variance: sigma^2 of these. precision: the prior's P, (d,).
+        normal: J^T J of whitened residuals, (d, d). variance: sigma^2 of these. precision: the prior's P, (d, d).
     """
-    return inverse(normal / variance + np.diag(precision))
+    return inverse(normal / variance + precision)
 
 
 def of_robust(normal: Array, J: Array, residual: Array, robust: Robust, precision: Array) -> Array:
@@ -60,20 +60,20 @@ def of_robust(normal: Array, J: Array, residual: Array, robust: Robust, precisio
 
     Args:
         normal: J^T J, without weights. J: (m, d), for the leverages alone. residual: (m,) in standard deviations.
-        precision: the prior's P, (d,).
+        precision: the prior's P, (d, d).
     """
     a, b = robust.spread(residual, leverages(J, robust.weight(residual), precision))
-    bread = inverse(b * normal + np.diag(precision))
+    bread = inverse(b * normal + precision)
     open_ = np.isinf(np.diag(bread))
     bread[open_, open_] = 0
-    result = bread @ (a * normal + np.diag(precision)) @ bread
+    result = bread @ (a * normal + precision) @ bread
     result[open_, open_] = np.inf
     return np.asarray(result)
 
 
 def leverages(J: Array, weight: Array, precision: Array) -> Array:
     """h_i = w_i J_i (J^T W J + P)^-1 J_i^T, (m,): how far the fit follows each number. They add up to d without P."""
-    covariance = inverse((J.T * weight) @ J + np.diag(precision))
+    covariance = inverse((J.T * weight) @ J + precision)
     open_ = np.isinf(np.diag(covariance))
     covariance[open_, open_] = 0
     return np.asarray(weight * ((J @ covariance) * J).sum(axis=1))
@@ -247,8 +247,8 @@ class Evidence:
         if np.ptp(V) <= 1e-12 * uniform and not any(rho) and not self.normal.noise.any() and (unit == uniform):
             return of_least_squares(self.told, unit, precision), dof if not known or misfit else np.inf, notes
         root = np.sqrt(V)[:, None] * J / unit
-        meat = root.T @ _correlated(root, rho, self.shape) + np.diag(precision)
-        bread = inverse(self.told / unit + np.diag(precision))
+        meat = root.T @ _correlated(root, rho, self.shape) + precision
+        bread = inverse(self.told / unit + precision)
         return _sandwich(bread, meat), dof if not known or misfit else np.inf, notes
 
     def _outliers(self, J: Array, r: Array, h: Array, dof: float, V: Array, noise: Array) -> tuple[Array, str]:
@@ -287,7 +287,7 @@ class Evidence:
     def _with_steps(self, covariance: Array, step: Array, precision: Array) -> tuple[Array, list[str]]:
         """With what the fit itself is still away from the minimum, or none where that is more."""
         d = len(step)
-        metric = self.told + np.diag(precision)
+        metric = self.told + precision
         for s, noise in ((step, self.jitter * chdtri(d, _STEP)), (*self._bias_step(precision),)):
             length = float(s @ metric @ s)
             if length <= noise or not np.isfinite(length):
@@ -314,7 +314,7 @@ class Evidence:
         if self.bias is None or not np.isfinite(self.bias).all() or len(self.r) <= d:
             return np.zeros(d), 0.0
         J = self.normal.mean
-        covariance = finite_inverse(J.T @ J + np.diag(precision))
+        covariance = finite_inverse(J.T @ J + precision)
         s = covariance @ (J.T @ self.bias)
         rest = self.bias - J @ s
         n = max(len(rest) - d, 1)
@@ -434,7 +434,7 @@ def of_descent(
     told = normal.told(step_noise)
     prior = misfit.prior
     slope = normal.mean.T @ r if misfit.robust is None else normal.mean.T @ (misfit.robust.weight(r) * r)
-    step = -finite_inverse(told + np.diag(prior.precision)) @ (slope + prior(z)[1])
+    step = -finite_inverse(told + prior.information) @ (slope + prior(z)[1])
     rounding: Array | float = 0.0
     floor: Array | float = 0.0
     bias = None
@@ -452,14 +452,14 @@ def of_descent(
     if len(outputs) and np.isfinite(outputs[0]).all():
         bias = r - misfit.residual(torch.as_tensor(outputs[0])).numpy()
     # A full step has the noise of its outputs; one cut short, of length L beside noise s, walks about by sqrt(s L / 1.6).
-    noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(told + np.diag(prior.precision)))).max(initial=0.0)
+    noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(told + prior.information))).max(initial=0.0)
     cut = min(1.0, longest / (1.6 * noise)) if noise > 0 else 1.0
     evidence = Evidence(
         normal, told, r, tuple(misfit.target.shape), left=step_noise * jitter * cut, seen=jitter, rounding=rounding,
         floor=floor, step=step if past is not None else None, jitter=jitter * (1 + step_noise),
         wander=None if past is None or step_noise or len(past) < 2 else np.atleast_2d(np.cov(past.T)), bias=bias,
     )  # fmt: skip
-    return evidence.stated(prior.precision, known, misfit.robust)
+    return evidence.stated(prior.information, known, misfit.robust)
 
 
 def finite_inverse(normal: Array) -> Array:
@@ -481,7 +481,7 @@ def _unclear(
     finite = np.isfinite(variance) & (variance > 0)
     directions = np.where(np.outer(finite, finite), covariance, 0) / np.where(finite, variance, 1)
     signal, noise = (np.einsum("ia,ij,ja->a", directions, M, directions) for M in (told, normal.noise))
-    by_prior = np.where(finite, variance, 0) * precision > 0.5
+    by_prior = np.where(finite, variance, 0) * np.diag(precision) > 0.5
     deviation = normal.deviation(signal, noise)
     open_ = finite & ~by_prior
     return np.asarray(open_ & (signal < _CLEAR * deviation)), np.asarray(open_ & (signal <= _LOST * deviation))
@@ -504,11 +504,11 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
         on = lattice.holds(misfit.target.numpy())
         floor = rounding * (on if misfit.plain else on.all())
     # Of outputs that have steps the smooth part, for which rounding is noise.
-    model = fit_kriging(search.rows[near], F @ F.T, rough=False) if rounding.any() else search.model(z, weighted=False)
+    model = fit_kriging(search.rows[near], F @ F.T, unit=search.unit, rough=False) if rounding.any() else search.model(z, weighted=False)
     w = model.at(z)[0]
     r = F.T @ w if robust is None else search.residual_at(z)
     noise = np.maximum(model.residual_noise(F), rounding)
-    width, left = np.full(d, 0.1), noise * float(w @ w)
+    width, left = 0.1 * search.unit, noise * float(w @ w)
     # Differences over the errors themselves: the slope between two steps of a staircase is not what counts.
     for _ in range(3):
         dw = model.differences(z, width)
@@ -518,17 +518,17 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
         normal = Normal(J, J.T @ J, total * dw.T @ dw, max(min(independent, float(m)), 1.0))
         told = normal.told()
         weight = 1.0 if robust is None else robust.weight(r)
-        step = -finite_inverse(told + np.diag(prior.precision)) @ (J.T @ (weight * r) + prior(z)[1])
+        step = -finite_inverse(told + prior.information) @ (J.T @ (weight * r) + prior(z)[1])
         step = np.clip(z + step, search.lower, search.upper) - z
         evidence = Evidence(
             normal, told, r, tuple(misfit.target.shape), left=left, seen=left, floor=floor, step=step
         )  # fmt: skip
-        stated = evidence.stated(prior.precision, known, robust)
+        stated = evidence.stated(prior.information, known, robust)
         error = np.sqrt(np.diag(stated.covariance))
         if not np.isfinite(error).any():
-            error = np.sqrt(np.diag(of_least_squares(told, max(float(r @ r) / m, 1e-300), prior.precision)))
+            error = np.sqrt(np.diag(of_least_squares(told, max(float(r @ r) / m, 1e-300), prior.information)))
         wide = 2.0 if rounding.any() else 1.0
-        width = np.clip(np.where(np.isnan(error), width, wide * error), 1e-4, 1.0)
+        width = np.clip(np.where(np.isnan(error), width, wide * error), 1e-4 * search.unit, search.unit)
     return stated
 
 

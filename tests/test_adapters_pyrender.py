@@ -314,7 +314,7 @@ def test_stock_shading_is_plain_pyrenders(in_subprocess: Callable[..., str]) -> 
         from adapters.cameras import turntable_pose as _turntable_pose
         from adapters.pyrender import PyrenderSimulator
         mesh = trimesh.creation.torus(1.0, 0.3)
-        options = dict(size=(96, 128), normalise=False, antialias=4, shading="pbr", platform="egl")
+        options = dict(size=(96, 128), normalise=False, antialias=4, shading="pbr", platform="egl", two_sided=False)
         ours = PyrenderSimulator(mesh, outputs=("rgb", "depth"), **options)(
             np.array([[30.0, 40.0, 4.0, 20.0]]), np.zeros(1, np.uint64))[0]
         pyrender = compat.load("egl")

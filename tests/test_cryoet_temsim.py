@@ -339,7 +339,6 @@ def test_structures_are_read_as_the_program_does(tmp_path: Path) -> None:
     (tmp_path / "p.pdb").write_text(
         "MODEL        1\n" + line("ATOM", " CA", "GLY", 1, "C") + line("ATOM", " N", "PRO", 2, "N") + "ENDMDL\n"
         "MODEL        2\n" + line("ATOM", " NZ", "LYS", 3, "N") + line("HETATM", " O", "HOH", 4, "O") + "ENDMDL\n"
-        "ATOM      1  CA  GLY A   1       1.000\n"
     )
     (tmp_path / "t.txt").write_text("# copies\n6 4\n1 0 0 0\n0 1 0 0\n0 0 1 0\n0 -1 0 5\n1 0 0 0\n0 0 1 7\n")
     one = read_structure(tmp_path / "p.pdb")

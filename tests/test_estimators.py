@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -190,7 +191,10 @@ def test_a_batch_is_its_problems_one_by_one_bitwise(keep):
     assert together.shape == (3, 1, 2)
     for b in range(3):
         assert torch.equal(smoothed(batch[b, 0], step=4, problem=b), together[b, 0])
-    assert torch.equal(torch.func.vmap(lambda t: smoothed(t, step=4))(batch[:, 0]), together[:, 0])
+    numbers = torch.arange(3)
+    assert torch.equal(smoothed(batch, step=4, problem=numbers[:, None]), together)
+    mapped = torch.func.vmap(lambda t, b: smoothed(t, step=4, problem=b))(batch[:, 0], numbers)
+    assert torch.equal(mapped, together[:, 0])
 
 
 def test_kept_and_streamed_agree():
@@ -226,8 +230,9 @@ def test_torch_func_transforms_agree_with_the_estimate():
     assert torch.equal(value, smoothed(X))
     batch = torch.stack([X, X + 0.1])
     stacked = smoothed.estimate(batch).jacobian()
-    np.testing.assert_allclose(torch.func.vmap(torch.func.jacrev(smoothed))(batch), stacked, rtol=1e-12)
-    np.testing.assert_allclose(torch.func.vmap(torch.func.jacfwd(smoothed))(batch), stacked, rtol=1e-12)
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        mapped = torch.func.vmap(lambda x, b: jacobian(partial(smoothed, problem=b))(x))(batch, torch.arange(2))  # noqa: B023
+        np.testing.assert_allclose(mapped, stacked, rtol=1e-12)
     grad_L = torch.func.vmap(torch.func.grad(lambda s: smoothed(X, scale=s).sum()))(torch.tensor([0.4, 0.5]))
     s = torch.tensor(0.4, requires_grad=True)
     assert grad_L[0].item() == pytest.approx(torch.autograd.grad(smoothed(X, scale=s).sum(), s)[0].item(), rel=1e-6)

@@ -22,7 +22,7 @@ def jennrich_sampson(x):
 @pytest.mark.parametrize("longest", [10.0, 0.5, 0.01])
 def test_a_step_that_is_too_long_is_that_of_levenberg(longest):
     target = torch.as_tensor(A @ TRUTH)
-    misfit = Misfit(target, torch.ones(()), None, Prior(np.zeros(3), np.zeros(3)))
+    misfit = Misfit(target, torch.ones(()), None, Prior(np.zeros((3, 3)), np.zeros(3)))
     seen = Seen(None, misfit, np.ones(3), Schedule(1.0, 0.1, 10))
     step = seen.step(misfit, torch.as_tensor(A), torch.zeros(30, dtype=torch.float64), np.zeros(3), longest)
     H, g = A.T @ A, -A.T @ A @ TRUTH

@@ -78,7 +78,7 @@ def refits(signal, count):
             simulator, matrix @ truth + rng.normal(size=M), truth, seed=seed, method="gauss-newton", variance=1.0,
             scale=0.1, num_samples=16, steps=16, tolerance=0.0, simulator_seeds="independent",
         )  # fmt: skip
-        assert result.num_evaluations == 18 * 16 + 2
+        assert result.num_evaluations == 18 * 16 + 3
         away.append(result.parameters - truth)
         stated.append(result.standard_error)
         said.append(result.warnings)
@@ -133,5 +133,5 @@ def test_replicates_of_ones_own_need_no_second_jacobian():
         simulator, matrix @ np.ones(3), np.ones(3), seed=0, method="gauss-newton", variance=1.0, scale=0.1,
         num_samples=16, steps=4, replicates=4, simulator_seeds="independent",
     )  # fmt: skip
-    assert result.num_evaluations == 5 * 16 + 2
+    assert result.num_evaluations == 5 * 16 + 3
     assert any(w.startswith("c acts") for w in result.warnings)

@@ -212,7 +212,6 @@ def test_a_floor_under_the_camera_reaches_to_the_horizon_and_not_above() -> None
     )
     pose = np.eye(4)
     pose[:3, 3] = (0, height, 0)
-    near = 1e-3 * 900 * np.sqrt(2)
     simulator = RasterSimulator(
         floor, size=(size, size), outputs=("depth", "silhouette"), camera="se3", lens=45.0, base_pose=pose,
         normalise=False,
@@ -221,10 +220,9 @@ def test_a_floor_under_the_camera_reaches_to_the_horizon_and_not_above() -> None
     _, v = pixel_directions(size, 45.0)
     with np.errstate(divide="ignore"):
         expected = np.where(v < 0, height / -v, np.inf)
-    seen = (expected > near) & (expected < 900)
+    seen = expected < 900
     assert np.array_equal(covered == 1, seen)
     assert seen.any()
-    assert (~seen[v < 0]).any()  # what is nearer than the near plane is cut off
     # Half a pixel below the horizon, corners snapped by up to 1/512 pixel move the depth by up to 0.4 %.
     assert depth[seen] == pytest.approx(expected[seen], rel=5e-3)
     assert depth[v < -0.1] == pytest.approx(expected[v < -0.1] * seen[v < -0.1], rel=1e-3)
@@ -253,10 +251,11 @@ def test_projections_far_outside_the_image_are_cut_without_overflow() -> None:
         slope = (1e4 + 1) / (1e4 - 0.02)
         with np.errstate(divide="ignore"):
             expected = (1 + 0.02 * slope) / (slope - v)
-        near = 1e-3 * np.linalg.norm([1e4, 1e4])
-        inside = (expected > near) & (expected < 1e4) & (np.abs(u * expected) < 1e4 * (1 - expected / 1e4))
+        inside = (expected > 0.02) & (expected < 1e4) & (np.abs(u * expected) < 1e4 * (1 - expected / 1e4))
         assert (covered[inside] == 1).mean() > 0.97 if inside.any() else (covered == 0).all()
-        assert depth[inside & (covered == 1)] == pytest.approx(expected[inside & (covered == 1)], rel=0.02)
+        # At 89.9 deg the horizon is 7 / 256 pixel from the middle row's centre, and corners are rounded to 1 / 256.
+        rel = 0.02 if lens < 80 else 0.07
+        assert depth[inside & (covered == 1)] == pytest.approx(expected[inside & (covered == 1)], rel=rel)
 
 
 # --- pyrender -------------------------------------------------------------------------------------------------

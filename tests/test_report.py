@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from bridge.errors import InputError
 from bridge.fitting import FitResult, FitStep
-from bridge.report import summary, write_report
+from bridge.report import write_report
 from bridge.simulator import Parameter, ParameterSpace
 
 pytest.importorskip("matplotlib", reason="matplotlib is optional (extra `report`)")
@@ -230,6 +231,20 @@ def test_the_same_fit_gives_the_same_page(tmp_path):
 
 
 def test_the_table_on_the_terminal():
-    lines = summary(make([1.0])).splitlines()
-    assert lines[1].split() == ["a", "1", "0.02", "0", "um"]
-    assert lines[-1] == "converged after 5 steps, 1234 simulations, 200.0 s"
+    told = make([1.0], warnings=("b is not determined by the target: " + "so it is " * 20,), method="kriging")
+    lines = str(told).splitlines()
+    assert lines[1].split() == ["a", "1.000", "0.020", "0", "um"]
+    assert lines[3] == "loss 0.001"
+    assert lines[4] == "converged after 5 steps, 1,234 simulations, 3 min 20 s (kriging)"
+    assert lines[5].startswith("! b is not determined")
+    assert all(len(line) <= 100 for line in lines)
+    assert "chi-square 7.25 for 9 degrees of freedom (p = 0.61)" in str(
+        make([1.0], chi_square=7.25, dof=9, p_value=0.6109)
+    )
+    assert "(p < 1e-12)" in str(make([1.0], chi_square=1e6, dof=9, p_value=0.0))
+
+
+def test_a_value_by_its_name():
+    assert make([1.0])["b"] == 2.0
+    with pytest.raises(InputError, match=r"parameters a, b, got 'c'"):
+        make([1.0])["c"]

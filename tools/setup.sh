@@ -17,6 +17,24 @@ TORCH_INDEX=${TORCH_INDEX:-}
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$@" >&2; exit 1; }
 
+# --- the interpreter that was asked for ---------------------------------------------------------------------------
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
+can_make_venv() { "$1" -c 'import ensurepip, venv' 2>/dev/null; }
+home_of() { "$1" -c 'import os, sys; print(os.path.realpath(sys.base_prefix), sys.version)' 2>/dev/null || true; }
+
+# Another one in its place would go unnoticed.
+asked=
+if [ "$PYTHON" != python3 ]; then
+    asked=$PYTHON
+    case $(version_of "$PYTHON") in
+        3.1[1-9] | 3.[2-9][0-9]) ;;
+        "") die "PYTHON=$PYTHON cannot be run. Name an interpreter of Python 3.11 or later, or leave PYTHON= out." ;;
+        *) die "PYTHON=$PYTHON is Python $(version_of "$PYTHON"); 3.11 or later is needed. Name another, or leave it out." ;;
+    esac
+fi
+# Whether the environment is of that one; of any, where none was asked for.
+is_of_asked() { [ -z "$asked" ] || [ "$(home_of "$asked")" = "$(home_of "$VENV/bin/python")" ]; }
+
 # --- done already? ----------------------------------------------------------------------------------------------
 # The stamp is written last, so an interrupted set-up has none, nor has the half environment that a failed
 # `python3 -m venv` leaves. It holds what the environment was made from: pip puts absolute paths into it, hence PWD.
@@ -30,20 +48,18 @@ fingerprint() { { pwd -P; cat pyproject.toml constraints.txt tools/setup.sh; } |
 torch_index_now=$(cat "$VENV/.torch-index" 2>/dev/null || true)
 [ -n "$TORCH_INDEX" ] || TORCH_INDEX=$torch_index_now  # later calls need not repeat it
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && [ "$TORCH_INDEX" = "$torch_index_now" ] &&
-    has_project; then
+    is_of_asked && has_project; then
     exit 0
 fi
 
 # --- what the system has ----------------------------------------------------------------------------------------
-version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
-can_make_venv() { "$1" -c 'import ensurepip, venv' 2>/dev/null; }
-
-# Sets `python` to an interpreter that will do: PYTHON if it is one, else another that is installed. One that cannot
+# Sets `python` to an interpreter that will do: the one that was asked for, else any that is installed. One that cannot
 # make virtual environments is taken only if no other is there.
 find_python() {
-    local candidate
+    local candidate candidates=(python3 python3.13 python3.12 python3.11)
+    [ -z "$asked" ] || candidates=("$asked")
     python=
-    for candidate in "$PYTHON" python3.13 python3.12 python3.11 python3; do
+    for candidate in "${candidates[@]}"; do
         case $(version_of "$candidate") in 3.1[1-9] | 3.[2-9][0-9]) ;; *) continue ;; esac
         if can_make_venv "$candidate"; then
             python=$candidate
@@ -155,7 +171,7 @@ healthy() {
         [ ! -e "$traces" ] || [ -e "$traces/RECORD" ] || return 1
     done
 }
-if [ "$TORCH_INDEX" != "$torch_index_now" ] || ! healthy; then
+if [ "$TORCH_INDEX" != "$torch_index_now" ] || ! healthy || ! is_of_asked; then
     if [ -d "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
         die "$VENV exists and is no virtual environment; it was left as it is. Name another: make setup VENV=..."
     fi

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from bridge.dispatch.tree import TreeSum, run_of
 from bridge.environment import device_index, thread_count
-from bridge.errors import InputError
+from bridge.errors import BridgeError, InputError, exit_code
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -272,12 +273,25 @@ def get_dispatcher(comm: Intracomm | None = None, ranks_per_evaluation: int = 1)
             from bridge.dispatch.serial import SerialDispatcher
 
             _worlds[1] = SerialDispatcher()
+            _exit_by_code()
         else:
             raise InputError(
                 f"Expected several ranks for ranks_per_evaluation={ranks_per_evaluation}, got one process. Start the "
                 f"script as `mpirun -n {ranks_per_evaluation} python script.py`, or with a multiple of that."
             )
     return _worlds[ranks_per_evaluation]
+
+
+def _exit_by_code() -> None:
+    """An uncaught error of ours ends the process with its exit code, as it does under `bridge run` and on ranks."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        before(kind, value, trace)
+        if issubclass(kind, BridgeError):
+            raise SystemExit(exit_code(kind))
+
+    sys.excepthook = hook
 
 
 def is_root() -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
-from simulators.cryoet.files import read_mrc
+from simulators.cryoet.mrc import read_mrc
 
 Array = NDArray[np.float64]
 
@@ -123,6 +123,11 @@ class DensityMap:
             if key not in _KEYS:
                 raise InputError(f"Unknown key {key!r} of a map. Known keys: {', '.join(_KEYS)}.")
         return cls.from_file(options["map"], **{k: v for k, v in options.items() if k != "map"})
+
+    @property
+    def identity_parts(self) -> Any:
+        """What images depend on."""
+        return self.values, self.voxel_angstrom, self.first_angstrom
 
     @property
     def digest(self) -> str:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from bridge.errors import InputError
 from simulators.cryoet.physics import ICE_MOLECULES_PER_ANGSTROM3, POTENTIAL_CONSTANT
-from simulators.cryoet.specimen import Specimen, import_gemmi
+from simulators.cryoet.specimen import Specimen
+from simulators.cryoet.structure import import_gemmi
 
 # Volume of solvent displaced by an atom [angstrom^3]: Fraser, MacRae & Suzuki (1978), J. Appl. Cryst. 11, 693.
 _DISPLACED = {1: 5.15, 6: 16.44, 7: 2.49, 8: 9.13, 15: 5.73, 16: 19.86}

@@ -308,7 +308,8 @@ def _images(
 ) -> tuple[NDArray[Any], tuple[float, float]]:
     """The images in the order of the table, and the edges of their pixels, as positive numbers."""
     if stack is not None:
-        images, size, _ = read_oriented(stack, y_axis)
+        found = read_oriented(stack, y_axis)
+        images, size = found.images, found.edges
         if len(images) != tilts.rows:
             raise InputError(
                 f"Expected {tilts.rows} images in {str(stack)!r}, as {str(tilts.path)!r} has rows, got {len(images)}."
@@ -320,7 +321,7 @@ def _images(
     if len(set(names)) != len(names):
         raise InputError(f"Expected each rlnMicrographName once in {str(tilts.path)!r}, got some again.")
     opened: dict[str, tuple[NDArray[Any], tuple[float, float]]] = {}
-    found = []
+    chosen = []
     for name in names:
         match = re.fullmatch(r"(\d{1,9})@(.+)", name, re.ASCII)
         file = name if match is None else match[2]
@@ -330,22 +331,22 @@ def _images(
                     f"Expected an image at {str(folder / file)!r}, as {str(tilts.path)!r} has it, found none. Give "
                     "project=..., the folder from which paths in the tables count, or stack=..."
                 )
-            images, size, _ = read_oriented(folder / file, y_axis)
-            opened[file] = images, (abs(size[0]), abs(size[1]))
+            read = read_oriented(folder / file, y_axis)
+            opened[file] = read.images, (abs(read.edges[0]), abs(read.edges[1]))
         images = opened[file][0]
         if match is None and len(images) != 1:
             raise InputError(f"Expected one image in {file!r}, got {len(images)}: write N@{file} in rlnMicrographName.")
         section = 1 if match is None else int(match[1])
         if not 1 <= section <= len(images):
             raise InputError(f"Expected image {section} in {file!r}, as {str(tilts.path)!r} has it, got {len(images)}.")
-        found.append(images[section - 1])
-    shapes, edges = {image.shape for image in found}, [size for _, size in opened.values()]
+        chosen.append(images[section - 1])
+    shapes, edges = {image.shape for image in chosen}, [size for _, size in opened.values()]
     if len(shapes) != 1 or not np.allclose(edges, edges[0], rtol=1e-3):
         raise InputError(
             f"Expected images of one shape and pixel in {str(tilts.path)!r}, got shapes {sorted(shapes)[:3]} and "
             f"pixels of {sorted({edge[0] for edge in edges})[:3]} angstrom."
         )
-    return np.stack(found), edges[0]
+    return np.stack(chosen), edges[0]
 
 
 def _doses(

@@ -147,6 +147,12 @@ class CryoET:
         put(self, "_projections", {})
 
     @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What images depend on; of the bounds the margin, and the room for structures that move."""
+        names = ("specimen", "shape", "pixel_size_angstrom", "microscope", "detector", "parameters", "mode", "noise")
+        return {name: getattr(self, name) for name in (*names, "pose", "deformation", "_padded", "_source")}
+
+    @property
     def space(self) -> ParameterSpace:
         """Names, units, bounds and natural scales of the inputs."""
         return self._space  # type: ignore[attr-defined]

@@ -5,9 +5,7 @@ Axes: +x is the direction of columns, +y of rows, the beam runs along +z. Length
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,30 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bridge.errors import InputError, SetupError
+from bridge.errors import InputError
+from simulators.cryoet.structure import Group, import_gemmi, read_structure_file
 
 if TYPE_CHECKING:
     from simulators.cryoet.maps import DensityMap
 
 _HYDROGENS = ("riding", "file", "none")
-_FILE_KEYS = ("file", "assembly", "hydrogens")
+_FILE_KEYS = ("file", "assembly", "hydrogens", "model", "unknown_atoms")
 _HELIX_KEYS = ("helix", "num_subunits")
 _FIELD_KEYS = ("copies", "field_angstrom", "seed", "spacing_angstrom")
 
 # Mean composition of one residue of a protein (from the frequencies of amino acids in UniProt), by atomic number.
 _RESIDUE = {6: 4.94, 7: 1.36, 8: 1.48, 16: 0.04}
 _RESIDUE_HYDROGENS = 7.76
-
-
-def import_gemmi() -> Any:
-    """gemmi, or a `SetupError` that says how to get it."""
-    try:
-        import gemmi
-    except ImportError as error:
-        raise SetupError(
-            'Expected the package gemmi, which cannot be imported. Install it: pip install "simulation-bridge[cryoet]".'
-        ) from error
-    return gemmi
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,39 +150,40 @@ class Specimen:
         return cls(xyz, np.asarray(elements), w, b, h, np.zeros(n, dtype=np.int64), name, residues)
 
     @classmethod
-    def from_file(cls, path: str | Path, assembly: str | None = "1", *, hydrogens: str = "riding") -> Specimen:
-        """Reads PDB or mmCIF, plain or compressed (.gz), and centres it on its mean position weighted by mass.
+    def from_file(
+        cls,
+        path: str | Path,
+        assembly: str | None = "1",
+        *,
+        hydrogens: str = "riding",
+        model: int | str | None = None,
+        unknown_atoms: str = "error",
+    ) -> Specimen:
+        """Reads PDB or mmCIF, plain or compressed, and centres it on its mean position weighted by mass.
 
-        Water is left out: it belongs to the solvent. Alternative locations count with their occupancies.
+        Water is left out: it belongs to the solvent. Alternative locations count with their occupancies, and so do
+        models whose occupancies add up to 1; see `simulators.cryoet.structure`.
 
         Args:
             path: the file.
             assembly: name of the biological assembly; None for the atoms of the file as they stand.
             hydrogens: "riding" (each residue's hydrogens that the file lacks ride on its carbons and nitrogens, in
                 equal parts), "file" (only those in the file) or "none".
+            model: number of one model of the file, or "all"; by default all where their occupancies add up to 1, else
+                the first one and a warning.
+            unknown_atoms: "error", or "skip" to leave out atoms of unknown elements.
 
         Returns:
             the specimen, centred.
 
         Raises:
-            InputError: no such file, not readable, no atoms, or unknown assembly.
+            InputError: no such file, not readable, no atoms, an unknown atom, model or assembly.
         """
-        gemmi = import_gemmi()
         path = Path(path)
         if hydrogens not in _HYDROGENS:
             raise InputError(f"Unknown hydrogens={hydrogens!r}. Known: {', '.join(_HYDROGENS)}.")
-        if not path.is_file():
-            raise InputError(f"Expected a PDB or mmCIF file, found none at {str(path)!r}. Check the path.")
-        try:
-            return _from_structure(gemmi, path, assembly, hydrogens)
-        except InputError:
-            raise
-        # What gemmi, gzip and text decoding raise for bytes that are not what they should be.
-        except (RuntimeError, ValueError, OSError, EOFError, IndexError, zlib.error) as error:
-            raise InputError(
-                f"Expected a PDB or mmCIF file (.pdb, .cif, also .gz), got {str(path)!r}, which gemmi cannot read: "
-                f"{error}. Check the file and its extension."
-            ) from error
+        found = read_structure_file(path, assembly=assembly, model=model, unknown_atoms=unknown_atoms)
+        return _from_groups(found.groups, path, hydrogens)
 
     @classmethod
     def helix(cls, num_subunits: int = 245) -> Specimen:
@@ -237,9 +226,10 @@ class Specimen:
         """A specimen from plain data, as a job file holds it.
 
         Args:
-            options: a `Specimen` or `DensityMap`; "helix"; a path; or a mapping with `file` (and `assembly`,
-                `hydrogens`) or `helix = true` (and `num_subunits`), and for a field `copies`, `field_angstrom`, `seed`,
-                `spacing_angstrom`; or a mapping with `map` and the arguments of `DensityMap.from_file`.
+            options: a `Specimen` or `DensityMap`; "helix"; a path; or a mapping with `file` (and the other
+                arguments of `from_file`) or `helix = true` (and `num_subunits`), and for a field `copies`,
+                `field_angstrom`, `seed`, `spacing_angstrom`; or a mapping with `map` and the arguments of
+                `DensityMap.from_file`.
         """
         from simulators.cryoet.maps import DensityMap
 
@@ -276,6 +266,11 @@ class Specimen:
     def num_atoms(self) -> int:
         """Number of atoms or beads, riding hydrogens not counted."""
         return len(self.positions)
+
+    @property
+    def identity_parts(self) -> Any:
+        """What images depend on: the atoms, and where they deform what belongs together."""
+        return self.digest, self.residues
 
     @property
     def digest(self) -> str:
@@ -354,80 +349,40 @@ class Specimen:
         )
 
 
-def _from_structure(gemmi: Any, path: Path, assembly: str | None, hydrogens: str) -> Specimen:
-    structure = gemmi.read_structure(str(path))
-    if structure.input_format == gemmi.CoorFormat.Pdb:
-        _check_columns(path)
-    if len(structure) == 0 or structure[0].count_atom_sites() == 0:
-        raise InputError(f"Expected atoms in {str(path)!r}, found none. Is it a coordinate file, and whole?")
-    model = structure[0]
-    if assembly is not None and len(structure.assemblies):
-        named = {a.name: a for a in structure.assemblies}
-        if str(assembly) not in named:
-            raise InputError(
-                f"Unknown assembly {assembly!r} of {str(path)!r}. Known: {', '.join(named)}; None takes the atoms "
-                "of the file as they stand."
-            )
-        model = gemmi.make_assembly(named[str(assembly)], model, gemmi.HowToNameCopiedChain.Short)
-    elif assembly not in (None, "1"):
-        raise InputError(f"Unknown assembly {assembly!r}: {str(path)!r} names no assemblies. Use assembly=None.")
-    return _from_model(gemmi, model, path, hydrogens)
-
-
-def _check_columns(path: Path) -> None:
-    """Coordinates of a PDB file must be numbers: gemmi reads as far as it understands, and would say nothing."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="latin-1") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.startswith(("ATOM", "HETATM")):
-                for start in (30, 38, 46):
-                    try:
-                        float(line[start : start + 8])
-                    except ValueError as error:
-                        raise InputError(
-                            f"Expected a coordinate in columns {start + 1} to {start + 8} of line {number} of "
-                            f"{str(path)!r}, got {line[start : start + 8]!r}. Is the file whole, and a PDB file?"
-                        ) from error
-
-
-def _from_model(gemmi: Any, model: Any, path: Path, hydrogens: str) -> Specimen:
+def _from_groups(groups: Sequence[Group], path: Path, hydrogens: str) -> Specimen:
+    gemmi = import_gemmi()
     rows: list[tuple[float, ...]] = []
     owners: list[tuple[int, str, int, bool]] = []
+    # One number for a residue that several models have a share of: it deforms as one.
+    numbers: dict[tuple[object, str], int] = {}
     count = 0
-    for chain in model:
-        for residue in chain:
-            if residue.is_water():
-                continue
-            atoms = [a for a in residue if hydrogens != "none" or not a.is_hydrogen()]
-            if not atoms:
-                continue
-            riding = _riding(gemmi, residue) if hydrogens == "riding" else 0.0
-            node = _node(atoms)
-            owners += [(count, chain.name, residue.seqid.num or 0, i == node) for i in range(len(atoms))]
+    for group in groups:
+        residue = group.residue
+        atoms = [a for a in residue if hydrogens != "none" or not a.is_hydrogen()]
+        if not atoms:
+            continue
+        riding = _riding(gemmi, residue) if hydrogens == "riding" else 0.0
+        mine = numbers.get((group.key, residue.name)) if group.model else None
+        node = _node(atoms) if mine is None else None
+        if mine is None:
+            mine = numbers[group.key, residue.name] = count
             count += 1
-            for a in atoms:
-                carried = riding if a.element.atomic_number in (6, 7) else 0.0
-                rows.append((*a.pos.tolist(), a.element.atomic_number, a.occ, max(a.b_iso, 0.0), carried))
+        owners += [(mine, group.chain, residue.seqid.num or 0, i == node) for i in range(len(atoms))]
+        for a in atoms:
+            carried = riding if a.element.atomic_number in (6, 7) else 0.0
+            rows.append((*a.pos.tolist(), a.element.atomic_number, a.occ, a.b_iso, carried))
     if not rows:
-        raise InputError(f"Expected atoms other than water in {str(path)!r}, found none. Choose another structure.")
+        raise InputError(f"Expected atoms other than hydrogen in {str(path)!r}, found none. Choose another structure.")
     table = np.array(rows)
-    if not np.isfinite(table).all():
-        raise InputError(f"Expected numbers for each atom in {str(path)!r}, got some that are none. Correct the file.")
-    numbers = table[:, 3].astype(np.int64)
-    for z in np.unique(numbers):
-        if gemmi.Element(int(z)).c4322 is None or z < 1:
-            raise InputError(
-                f"Expected elements with electron scattering factors, got {gemmi.Element(int(z)).name!r} in "
-                f"{str(path)!r}. Correct or remove those atoms."
-            )
-    mass = np.array([gemmi.Element(int(z)).weight for z in numbers]) * table[:, 4]
+    elements = table[:, 3].astype(np.int64)
+    mass = np.array([gemmi.Element(int(z)).weight for z in elements]) * table[:, 4]
     if not mass.sum() > 0:
         raise InputError(f"Expected occupancies > 0 in {str(path)!r}, got none. Correct the structure.")
     centred = table[:, :3] - np.average(table[:, :3], axis=0, weights=mass)
     residues = Residues(*(np.array(column) for column in zip(*owners, strict=True)))
     return Specimen.from_atoms(
         centred,
-        numbers,
+        elements,
         weights=table[:, 4],
         b_factors=table[:, 5],
         hydrogens=table[:, 6],

@@ -142,9 +142,9 @@ class TEMSim:
     Not in it: tilts, several particles, `use_defocus_corr`, `famp`, errors of alignment, several detectors.
 
     Args:
-        particle: a PDB file, read as the program reads it; or a `Specimen`, whose hydrogens are its own.
+        particle: a PDB or mmCIF file, see `read_structure`; or a `Specimen`, whose hydrogens are its own.
         transforms: file of copies, see `read_structure`.
-        add_hydrogen: of a PDB file's residues.
+        add_hydrogen: of a file's residues.
         voxel_size_nm: of the maps.
         shape: (rows, columns).
         pixel_size_nm: in the specimen.
@@ -155,6 +155,7 @@ class TEMSim:
         noise: "none", "poisson" (electrons are counted) or "full" (and the DQE adds to their variance).
         device: where waves, images and counts are computed, see `CryoET`; projections and the tables of lens and
             scattering are made by the processor for each parameter vector, and copied.
+        model, unknown_atoms: of a file, see `Specimen.from_file`.
 
     Raises:
         InputError: a setting that is unknown or out of range, or a structure that cannot be read.
@@ -178,6 +179,8 @@ class TEMSim:
     natural_scale: Mapping[str, float] | None = None
     noise: Literal["none", "poisson", "full"] = "none"
     device: str | torch.device = "cpu"
+    model: int | str | None = None
+    unknown_atoms: str = "error"
 
     output_suffix: ClassVar[str] = ".mrc"
 
@@ -205,8 +208,21 @@ class TEMSim:
                 "atoms only; CryoET takes maps."
             )
         if not isinstance(self.particle, Specimen):
-            put(self, "particle", read_structure(self.particle, self.transforms, add_hydrogen=self.add_hydrogen))
+            particle = read_structure(
+                self.particle,
+                self.transforms,
+                add_hydrogen=self.add_hydrogen,
+                model=self.model,
+                unknown_atoms=self.unknown_atoms,
+            )
+            put(self, "particle", particle)
         put(self, "_projections", {})
+
+    @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What images depend on."""
+        names = ("particle", "voxel_size_nm", "shape", "pixel_size_nm", "optics", "sample", "camera", "placement")
+        return {name: getattr(self, name) for name in (*names, "parameters", "noise")}
 
     @property
     def space(self) -> ParameterSpace:

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from bridge.errors import InputError
 from simulators.cryoet.physics import POTENTIAL_CONSTANT, REST_ENERGY_EV, wavelength_angstrom
 from simulators.cryoet.potential import peng_coefficients
-from simulators.cryoet.specimen import Specimen, import_gemmi
+from simulators.cryoet.specimen import Specimen
+from simulators.cryoet.structure import read_structure_file
 
 Array = NDArray[np.float64]
 
@@ -73,40 +74,37 @@ def riding_hydrogens(residue: str, atom: str) -> int:
     return _HYDROGENS.get(residue, {}).get(atom, 0)
 
 
-def read_structure(path: str | Path, transforms: str | Path | None = None, *, add_hydrogen: bool = True) -> Specimen:
-    """All atoms of a PDB file, of all its models and with water, as the program reads them; not centred.
+def read_structure(
+    path: str | Path,
+    transforms: str | Path | None = None,
+    *,
+    add_hydrogen: bool = True,
+    model: int | str | None = None,
+    unknown_atoms: str = "error",
+) -> Specimen:
+    """The atoms of a PDB or mmCIF file, with water, and hydrogens where the program puts them; not centred.
+
+    The reader is that of `Specimen.from_file`. The program itself counts all models, and leaves out atoms without an
+    element in columns 77 and 78: model="all" does the former.
 
     Args:
-        path: a PDB file; lines without an element in columns 77 and 78 are left out.
+        path: the file, plain or compressed.
         transforms: table of 3 x 4 matrices (after comments "rows 4", then three rows a copy) [angstrom].
         add_hydrogen: each residue's hydrogens count at the atoms that carry them.
+        model, unknown_atoms: see `Specimen.from_file`.
 
     Raises:
-        InputError: no such file, or nothing in it.
+        InputError: no such file, or nothing in it that can be read.
     """
     path = Path(path)
-    gemmi = import_gemmi()
+    found = read_structure_file(path, model=model, unknown_atoms=unknown_atoms, water=True)
     rows: list[tuple[float, ...]] = []
-    try:
-        lines = path.read_text(encoding="latin-1").splitlines()
-        for line in lines:
-            if not line.startswith(("ATOM", "HETATM")) or len(line) < 77:
-                continue
-            number = gemmi.Element(line[76:78].strip()).atomic_number
-            place = [float(line[start : start + 8]) for start in (30, 38, 46)]
-            # One on a residue of a name that fills three columns, or the program does not know it.
-            riding = riding_hydrogens(line[17:20].strip(), line[12:16].strip()) if add_hydrogen else 0
-            rows.append((*place, number, float(line[54:60]), float(line[60:66]), riding))
-    except (OSError, ValueError) as error:
-        raise InputError(f"Expected a PDB file at {str(path)!r}, got {error}. Check the path and the file.") from error
-    table = np.array(rows).reshape(-1, 7)
-    table = table[table[:, 3] > 0]
-    if not np.isfinite(table).all():
-        raise InputError(
-            f"Expected finite numbers of all atoms in {str(path)!r}, got NaN or infinity. Correct the file."
-        )
-    if not len(table):
-        raise InputError(f"Expected atoms with elements in columns 77 and 78 of {str(path)!r}, got none.")
+    for group in found.groups:
+        name = group.residue.name
+        for a in group.residue:
+            riding = riding_hydrogens(name, a.name) if add_hydrogen else 0
+            rows.append((*a.pos.tolist(), a.element.atomic_number, a.occ, a.b_iso, riding))
+    table = np.array(rows)
     matrices = np.eye(3, 4)[None] if transforms is None else _read_transforms(Path(transforms))
     positions = np.concatenate([table[:, :3] @ m[:, :3].T + m[:, 3] for m in matrices])
     numbers, weights, b, riding_all = (np.tile(table[:, i], len(matrices)) for i in (3, 4, 5, 6))

@@ -274,7 +274,8 @@ def read_tilt_series(
         InputError: a file that is missing, cannot be read or has another number of images; an argument missing.
     """
     sections = None if mdoc is None else _read_mdoc(Path(mdoc))
-    images, edges, _ = read_oriented(stack, y_axis)
+    read = read_oriented(stack, y_axis)
+    images, edges = read.images, read.edges
     pixel = _pixel(stack, edges, mdoc, sections, pixel_size_angstrom)
     n = len(images)
     if tilts is not None:

@@ -162,6 +162,13 @@ class TiltSeries:
         self._check_tilt()
 
     @property
+    def identity_parts(self) -> dict[str, Any]:
+        """What images depend on; of the bounds the margin, and the room for structures that move."""
+        names = ("particles", "scheme", "shape", "pixel_size_angstrom", "microscope", "detector", "parameters", "mode")
+        names = (*names, "noise", "radiation_damage", "deformation", "deformed", "_values", "_padded")
+        return {name: getattr(self, name) for name in names} | {"room": self._volumes.largest}  # type: ignore[attr-defined]
+
+    @property
     def space(self) -> ParameterSpace:
         """Names, units, bounds and natural scales of the inputs."""
         return self._space  # type: ignore[attr-defined]

@@ -36,7 +36,6 @@ def rows(k: int) -> object:
 def ours(kind: str, size: int) -> Works:
     import numpy as np
 
-    from adapters.cameras import inverse_pose
     from adapters.pyrender import PyrenderSimulator, _projections
     from adapters.raster import RasterSimulator
 
@@ -57,13 +56,14 @@ def ours(kind: str, size: int) -> Works:
     pixels = np.empty((size, size, *channels), dtype)
     scene, renderer = session.scene, session.renderer
     views = simulator._model.views(inputs)
-    cameras, projections = inverse_pose(views.camera), _projections(views, (size, size))
+    poses, projections = simulator._from_centres(views), _projections(views, (size, size))
+    nodes = session.objects[0].nodes
 
     def bare() -> None:
         with session:
-            for pose, camera, projection in zip(views.camera, cameras, projections, strict=True):
-                scene.set_pose(scene.main_camera_node, pose)
-                renderer.look(camera, projection, None)
+            for pose, projection in zip(poses[:, 0], projections, strict=True):
+                scene.poses |= dict.fromkeys(nodes, pose)
+                renderer.look(projection, None)
                 renderer.draw(scene, flag, 0, session.nodes)
                 renderer.read(what, number, pixels)
 

@@ -1,0 +1,159 @@
+"""First mistakes, each told in a sentence: a keyword that is nearly right, a value of another kind."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from bridge.errors import InputError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# What others call it: those of our words that may be meant, in the order in which they are looked for.
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("iterations", "n_steps", "num_steps", "nsteps", "n_iter", "niter", "num_iterations", "max_iter", "maxiter",
+         "max_iterations", "max_steps", "epochs"),
+        ("steps",),
+    ),
+    **dict.fromkeys(("lr", "rate", "step_size"), ("learning_rate",)),
+    **dict.fromkeys(
+        ("n_samples", "samples", "nsamples", "n", "batch_size", "population", "popsize"), ("num_samples",)
+    ),
+    **dict.fromkeys(
+        ("max_evals", "max_evaluations", "maxfun", "maxfev", "n_calls", "num_runs", "runs"), ("max_runs", "budget")
+    ),
+    **dict.fromkeys(("budget",), ("max_runs",)),
+    **dict.fromkeys(("sigma", "std", "noise", "stddev"), ("variance", "scale")),
+    **dict.fromkeys(("epsilon", "eps", "smoothing", "width"), ("scale",)),
+    **dict.fromkeys(("x0", "theta", "theta0", "initial", "init", "guess"), ("start",)),
+    **dict.fromkeys(("data", "observed", "y", "observation"), ("target",)),
+    **dict.fromkeys(("tol", "ftol", "xtol", "rtol", "atol"), ("tolerance",)),
+    **dict.fromkeys(("n_workers", "num_workers", "processes", "n_jobs", "jobs", "pool", "threads"), ("workers",)),
+    **dict.fromkeys(("callback", "on_iteration"), ("on_step",)),
+    **dict.fromkeys(("verbose", "verbosity", "quiet"), ("progress",)),
+    **dict.fromkeys(("output", "out", "folder", "path", "run", "dir"), ("directory",)),
+    **dict.fromkeys(("timeout", "time_limit"), ("timeout_s", "max_seconds")),
+    **dict.fromkeys(("random_state", "rng", "random_seed"), ("seed",)),
+    **dict.fromkeys(("freeze", "frozen", "constant"), ("fixed",)),
+    **dict.fromkeys(("algorithm", "solver"), ("method",)),
+    **dict.fromkeys(("lower", "upper", "limits", "ranges"), ("bounds",)),
+    **dict.fromkeys(("parameter_names", "params", "parameters"), ("names",)),
+    **dict.fromkeys(("batched", "vectorised", "vectorize"), ("vectorized",)),
+}  # fmt: skip
+_OF_SEEDS = ("seed", "seeds", "rng", "random_state", "key")
+# What a simulator says of itself, and not who calls it.
+_OF_SIMULATORS = ("names", "units", "bounds", "natural_scale", "output_shape", "vectorized", "seeded", "structure")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is meant, or nothing."""
+    known = list(known)
+    for other in (word, word.replace("-", "_"), word.replace("_", "-")):
+        if other.lower() in (k.lower() for k in known):
+            return next(k for k in known if k.lower() == other.lower())
+    for other in _SYNONYMS.get(word.lower(), ()):
+        if other in known:
+            return other
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return close[0] if close else ""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'steps'?", or nothing where no known word is near."""
+    meant = nearest(word, known)
+    square = ", its square" if meant == "variance" and word in _SYNONYMS else ""
+    return f" Did you mean {meant!r}{square}?" if meant and meant != word else ""
+
+
+def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises InputError for the first keyword of `what` that is not known; it says which is meant."""
+    known = list(known)
+    for word in given:
+        if word in known:
+            continue
+        meant, of_simulator = did_you_mean(word, known), nearest(word, _OF_SIMULATORS)
+        if of_simulator == word or (of_simulator and not meant):
+            raise InputError(
+                f"Unknown argument {word!r} of {what}. The simulator says it: give "
+                f"bridge.as_simulator(f, {of_simulator}=...) in place of f."
+            )
+        if meant:
+            raise InputError(f"Unknown argument {word!r} of {what}.{meant}")
+        raise InputError(f"Unknown argument {word!r} of {what}. Known: {', '.join(known)}.")
+
+
+def known_keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: an unknown keyword is an `InputError` that names the near one, in place of a bare TypeError."""
+    known = list(inspect.signature(function).parameters)
+    what = f"bridge.{function.__name__}"
+
+    @wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> T:
+        refuse_unknown(what, kwargs, known)
+        return function(*args, **kwargs)
+
+    return inner
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number of at least so much; text and booleans are none."""
+    try:
+        return not isinstance(value, bool | str) and int(value) == value and value >= least
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value can be taken for one real number; text and booleans cannot."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bool | str)
+
+
+def checked_function(function: Callable[..., Any], given: tuple[str, ...], declared: Mapping[str, bool]) -> None:
+    """Refuses a function that cannot be called with as many arguments as it will be, and says what to do.
+
+    Args:
+        given: what it will be called with: theta, seed, comm.
+        declared: the settings of `as_simulator` that say so.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C
+        return
+    try:
+        signature.bind(*given)
+    except TypeError:
+        pass
+    else:
+        return
+    name = getattr(function, "__name__", type(function).__name__)
+    empty, positional = inspect.Parameter.empty, (0, 1)  # POSITIONAL_ONLY, POSITIONAL_OR_KEYWORD
+    needed = [p.name for p in signature.parameters.values() if p.kind in positional and p.default is empty]
+    shown = f"{name}{signature}"
+    expected = f"Expected a function f({', '.join(given)}), got {shown}."
+    if not declared["seeded"] and len(needed) == 2 and needed[1].lower() in _OF_SEEDS:
+        raise InputError(
+            f"{expected} If {needed[1]!r} is the seed of its noise, declare it: "
+            f"bridge.as_simulator({name}, seeded=True)."
+        )
+    if declared["seeded"] and len(needed) == len(given) - 1:
+        raise InputError(
+            f"{expected} With seeded=True it is called with its seed as well: add an argument, def "
+            f"{name}({', '.join([*needed, 'seed'])}), or leave seeded=True out."
+        )
+    if len(needed) > len(given):
+        theta, more = given[0], needed[: len(needed) - len(given) + 1]
+        lost = ", ".join(["*" + theta, *given[1:]])
+        raise InputError(
+            f"{expected} All parameters come as one array: unpack it, {', '.join(more)} = {theta}, or give "
+            f"lambda {', '.join(given)}: {name}({lost})."
+        )
+    raise InputError(f"{expected} Give it these arguments, in this order.")

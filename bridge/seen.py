@@ -1,0 +1,673 @@
+"""All that can be seen of a value, as a digest: the same in every process, another one where a call could tell.
+
+It goes through closures, defaults, attributes, containers, arrays, the code of functions and of classes, and what that
+code names in its modules, as far as these are the user's own; packages that are installed count by version. What a call
+keeps for itself is left out: `functools.cached_property`, `lru_cache`, names that code writes and never reads. Where
+something cannot be seen there is an error, never a digest that leaves it out.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import collections.abc
+import contextlib
+import copyreg
+import ctypes
+import enum
+import functools
+import hashlib
+import importlib
+import importlib.util
+import io
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from bridge.code import Facts, facts_of, loaded_constants
+from bridge.files import content_digest
+from bridge.packages import owner_of
+from bridge.simulator import Identified, IdentityParts
+
+_DEEPEST = 20_000
+_POINTER = struct.calcsize("P")
+_LARGE = 1_000_000  # bytes of an array whose digest is kept
+# What has its content somewhere else, though some of it may look as if it could be seen.
+_WORDS: dict[type, str] = {
+    io.IOBase: "an open file", socket.socket: "a socket", types.GeneratorType: "a generator", threading.local: "a "
+    "thread's own variables", ctypes.CDLL: "a library loaded by ctypes", subprocess.Popen: "a running program",
+    type(threading.Lock()): "a lock", type(threading.RLock()): "a lock",
+}  # fmt: skip
+_COUNTED = (int, float, list, dict, set, collections.deque, collections.Counter, collections.defaultdict)
+_PURE = (list, dict, set, frozenset, tuple, str, bytes, int, float, bytearray)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Of a class: what says nothing about what its instances do.
+_NOISE = _words(
+    "__module__ __doc__ __dict__ __weakref__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
+    "__qualname__ __firstlineno__ __static_attributes__ __slotnames__ __slots__ __orig_bases__ __parameters__ "
+    "__abstractmethods__ _abc_impl __dataclass_params__ __dataclass_fields__ __match_args__ __attrs_attrs__ "
+    "__attrs_props__ _is_protocol _is_runtime_protocol __protocol_attrs__ __non_callable_proto_members__ "
+    "__classcell__ __classdictcell__ __subclasshook__ __hash__ __reduce_cython__ __setstate_cython__"
+)
+_MADE = _words(
+    "__init__ __new__ __repr__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __setattr__ __delattr__ __replace__ "
+    "__getstate__ __setstate__ __getnewargs__ __attrs_init__ _dataclass_getstate _dataclass_setstate"
+)
+_ENUM = _words("_member_names_ _member_map_ _value2member_map_ _unhashable_values_ _hashable_values_")
+
+
+class UnseenError(Exception):
+    """Something in a value cannot be seen: where, and what it is."""
+
+
+def digest_of(value: Any, name: str, kept: dict[int, tuple[Any, str]] | None = None) -> str:
+    """32 hexadecimal digits of all that can be seen of a value.
+
+    Args:
+        name: of the value, for errors.
+        kept: digests of large arrays by id, used again and added to; only for arrays that are not changed meanwhile.
+
+    Raises:
+        UnseenError: something in it cannot be seen.
+    """
+    walk, limit = _Walk([name], kept), sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, _DEEPEST))  # one function names another, and that one the next
+    try:
+        walk.see(value)
+    except RecursionError:
+        raise UnseenError(f"{name}: nested too deeply") from None
+    finally:
+        sys.setrecursionlimit(limit)
+    return walk.out.hexdigest()
+
+
+class _Walk:
+    def __init__(self, path: list[str], kept: dict[int, tuple[Any, str]] | None) -> None:
+        self.out = hashlib.blake2b(digest_size=16)
+        self._path, self._kept = path, kept
+        # What has an identity of its own is gone through once; the number is that of its first appearance.
+        self._numbers: dict[tuple[int, bool], int] = {}
+        self._alive: list[Any] = []  # no other object may take the place, and the id, of one that has been seen
+
+    def put(self, tag: str, data: bytes | str = b"") -> None:
+        data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
+        self.out.update(f"{tag}:{len(data)}:".encode())
+        self.out.update(data)
+
+    @contextlib.contextmanager
+    def inside(self, where: str) -> Iterator[None]:
+        self._path.append(where)
+        yield
+        self._path.pop()
+
+    def see_as(self, where: str, value: Any) -> None:
+        with self.inside(where):
+            self.see(value)
+
+    def unseen(self, what: str) -> UnseenError:
+        return UnseenError(f"{' of '.join(reversed(self._path))}: {what}")
+
+    def apart(self, value: Any) -> bytes:
+        """The digest of a value by itself, to bring what has no order into one."""
+        walk = _Walk(self._path, self._kept)
+        walk.see(value)
+        return walk.out.digest()
+
+    def again(self, value: Any, ordered: bool = True) -> bool:
+        """Whether this very object has been seen already; its number stands for it."""
+        key = id(value), ordered
+        if key in self._numbers:
+            self.put("again", str(self._numbers[key]))
+            return True
+        self._numbers[key] = len(self._numbers)
+        self._alive.append(value)
+        return False
+
+    # -- values ---------------------------------------------------------------------------------------------------
+
+    def see(self, value: Any, ordered: bool = True) -> None:
+        """Adds a value.
+
+        Args:
+            ordered: whether the order of a dictionary can make a difference.
+        """
+        kind = type(value)
+        if value is None or value is Ellipsis or value is NotImplemented:
+            self.put("constant", str(value))
+        elif kind in (bool, int):
+            self.put(kind.__name__, hex(value))
+        elif kind is float:
+            self.put("float", struct.pack("<d", value))
+        elif kind is complex:
+            self.put("complex", struct.pack("<dd", value.real, value.imag))
+        elif kind is str:
+            self.put("str", value)
+        elif kind in (bytes, bytearray, memoryview):
+            self.put(kind.__name__, bytes(value))
+        elif kind in (tuple, list):
+            self._items(value)
+        elif kind in (set, frozenset):
+            self._set(value)
+        elif kind in (dict, types.MappingProxyType):
+            self._dict(value, ordered)
+        elif isinstance(value, np.ndarray | np.generic):
+            self._array(value)
+        elif isinstance(value, torch.Tensor):
+            self._tensor(value)
+        elif isinstance(value, PurePath):
+            self._file(value)
+        elif isinstance(value, CodeType):
+            self._code(value)
+        else:
+            self._object(value)
+
+    def _items(self, value: Any) -> None:
+        if isinstance(value, list) and self.again(value):
+            return
+        self.put(type(value).__name__, str(len(value)))
+        for i, item in enumerate(value):
+            self.see_as(f"item {i}", item)
+
+    def _set(self, value: Any) -> None:
+        self.put(type(value).__name__, str(len(value)))
+        for digest in sorted(self.apart(item) for item in value):
+            self.out.update(digest)
+
+    def _dict(self, value: Mapping[Any, Any], ordered: bool) -> None:
+        if self.again(value, ordered):
+            return
+        self.put("dict" if ordered else "table", str(len(value)))
+        keys = list(value)
+        if not ordered:
+            texts = all(type(key) is str for key in keys)
+            keys = sorted(keys) if texts else sorted(keys, key=self.apart)
+        for key in keys:
+            with self.inside(f"key {key!r}" if isinstance(key, str | int | float) else f"a {type(key).__name__} key"):
+                self.see(key)
+                self.see(value[key])
+
+    def _array(self, value: Any) -> None:
+        array = np.asarray(value)
+        self.put(type(value).__name__, f"{array.dtype.str} {array.shape}")
+        if type(value) not in (np.ndarray, np.memmap) and isinstance(value, np.ndarray):
+            self._class(type(value))
+            if isinstance(value, np.ma.MaskedArray):
+                self._array(np.ma.getmaskarray(value))
+                self.see(value.fill_value)
+                array = np.ma.getdata(value)
+        self._numbers_of(np.asarray(array), value)
+
+    def _numbers_of(self, array: np.ndarray[Any, Any], owner: Any) -> None:
+        """Adds the numbers of an array, the owner's or a view of it."""
+        if array.dtype.names is not None:
+            # Field by field: what lies between them is anything.
+            for name in array.dtype.names:
+                self.put("field", f"{name} {array.dtype.fields[name][0].str}")
+                self._numbers_of(np.asarray(array[name]), None)
+        elif array.dtype.hasobject:
+            for i, item in enumerate(array.reshape(-1).tolist()):
+                self.see_as(f"item {i}", item)
+        elif array.nbytes < _LARGE:
+            self.out.update(_bytes(array))
+        else:
+            known = None if self._kept is None or owner is None else self._kept.get(id(owner))
+            if known is None:
+                known = owner, hashlib.blake2b(_bytes(array), digest_size=16).hexdigest()
+                if self._kept is not None and owner is not None:
+                    self._kept[id(owner)] = known
+            self.put("large", known[1])
+
+    def _tensor(self, value: torch.Tensor) -> None:
+        self.put("tensor", f"{value.dtype} {tuple(value.shape)} {value.layout}")
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
+            self._class(type(value))
+        plain = value.detach()
+        if plain.layout == torch.sparse_coo:
+            plain = plain.coalesce()
+            self._tensor(plain.indices())
+            self._tensor(plain.values())
+            return
+        if plain.layout != torch.strided or plain.is_quantized or plain.device.type == "meta":
+            raise self.unseen(f"a tensor with layout {value.layout} on {value.device}")
+        plain = plain.resolve_conj().resolve_neg().to("cpu").contiguous().reshape(-1)
+        self._numbers_of(plain.view(torch.uint8).numpy() if plain.numel() else np.empty(0, np.uint8), value)
+
+    def _file(self, value: PurePath) -> None:
+        """A path stands for what is there; its name is none of it. Where nothing is, its last part stands for it."""
+        path = os.path.expanduser(value)
+        if not os.path.exists(path):
+            self.put("no file", value.name)
+            return
+        try:
+            self.put("file", content_digest(path))
+        except OSError as error:
+            raise self.unseen(f"{str(value)!r}, which cannot be read ({error})") from error
+
+    # -- objects --------------------------------------------------------------------------------------------------
+
+    def _object(self, value: Any) -> None:
+        if callable(value) and isinstance(value, Identified) and isinstance(value.identity, str):
+            self.put("identity", value.identity)
+        elif isinstance(value, enum.Enum):
+            self.put("enum", str(value.name))
+            self.see(value._value_)
+            self._class(type(value))
+        elif isinstance(value, type):
+            self._class(value)
+        elif isinstance(value, ModuleType):
+            self._module(value, None)
+        elif isinstance(value, np.dtype | torch.dtype | torch.device | torch.Size):
+            self.put("kind", repr(value))
+        elif isinstance(value, np.ufunc):
+            if "(vectorized)" in value.__name__:
+                raise self.unseen("a function made by numpy.frompyfunc, whose content is hidden")
+            self.put("ufunc", f"{value.__name__} {owner_of('numpy')}")
+        elif isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
+            self._builtin(value)
+        elif isinstance(value, types.WrapperDescriptorType | types.MethodDescriptorType | types.GetSetDescriptorType):
+            self.put("descriptor", f"{value.__objclass__.__qualname__}.{value.__name__}")
+        elif not self.again(value):
+            self._compound(value)
+
+    def _compound(self, value: Any) -> None:
+        if isinstance(value, FunctionType):
+            self._function(value)
+        elif isinstance(value, MethodType):
+            self.put("method")
+            self.see_as("function", value.__func__)
+            if not _is_global_generator(value.__self__):
+                self.see_as("object", value.__self__)
+        elif isinstance(value, functools.partial):
+            self.put("partial")
+            self._class(type(value))
+            self.see_as("function", value.func)
+            for i, item in enumerate(value.args):
+                self.see_as(f"partial argument {i}", item)
+            for name in sorted(value.keywords):
+                self.put("keyword", name)
+                self.see_as(f"partial argument {name!r}", value.keywords[name])
+            self._attributes(vars(value))
+        elif isinstance(value, staticmethod | classmethod):
+            self.put(type(value).__name__)
+            self.see(value.__func__)
+        elif isinstance(value, property):
+            self.put("property")
+            for part in (value.fget, value.fset, value.fdel):
+                self.see(part)
+        elif isinstance(value, functools.cached_property):
+            self.put("cached property")
+            self.see(value.func)
+        elif isinstance(value, np.vectorize):
+            self.put("vectorize", f"{value.otypes} {value.signature} {sorted(map(str, value.excluded))}")
+            self.see(value.pyfunc)
+        elif isinstance(value, weakref.WeakKeyDictionary | weakref.WeakValueDictionary | weakref.WeakSet):
+            self.put("weak")  # of what others have
+        elif isinstance(value, weakref.ReferenceType):
+            self.put("weak")
+            self.see(value())
+        elif isinstance(value, torch.Generator):
+            self.put("generator")
+            self._tensor(value.get_state())
+        elif (python := _wrapped(value)) is not None:
+            self.put("wrapped")
+            self.see(getattr(value, "targetoptions", None))
+            self.see(python)
+        else:
+            self._instance(value)
+
+    def _builtin(self, value: Any) -> None:
+        owner = value.__self__
+        self.put("builtin", value.__qualname__)
+        if owner is None or isinstance(owner, ModuleType):
+            self._home(str(getattr(value, "__module__", None) or getattr(owner, "__name__", "")))
+        elif not _is_global_generator(owner):
+            self.see_as("object", owner)
+
+    def _home(self, module: str) -> None:
+        """Where something in C comes from: its package's version, or the file of the user's own."""
+        path = getattr(sys.modules.get(module), "__file__", None)
+        self.put("module", f"{module} {owner_of(module) or (content_digest(path) if path else '')}")
+
+    def _instance(self, value: Any) -> None:
+        kind = type(value)
+        module = kind.__module__
+        for base, words in _WORDS.items():
+            if isinstance(value, base) and not isinstance(value, io.StringIO | io.BytesIO):
+                raise self.unseen(words)
+        own = owner_of(module) is None
+        if isinstance(value, collections.abc.Iterator) and not (own and _is_python(kind)):
+            raise self.unseen(f"{_article(kind.__name__)}, which calls use up")
+        self.put("instance")
+        if isinstance(value, IdentityParts):
+            self._class(kind)
+            self._attributes(value.identity_parts)
+            return
+        if module.partition(".")[0] == "trimesh" and self._trimesh(value):
+            return
+        self._class(kind)
+        if isinstance(value, set | frozenset):
+            self._set(value)
+            self._attributes(getattr(value, "__dict__", {}))
+            return
+        state = _state(value)
+        if state is None:
+            self._reduced(value, kind)
+            return
+        dropped = {n for n in state if _cached(kind, n)} | (_written(kind, state) if own else set())
+        self._attributes({n: v for n, v in state.items() if n not in dropped})
+
+    def _reduced(self, value: Any, kind: type) -> None:
+        """By what pickle would make of it."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                reduce = copyreg.dispatch_table.get(kind)
+                parts = value.__reduce_ex__(4) if reduce is None else reduce(value)
+        except Exception as error:
+            raise self.unseen(f"{_article(kind.__name__)} ({kind.__module__}), whose content is hidden") from error
+        if isinstance(parts, str):
+            self.put("global", parts)
+            self._home(str(getattr(value, "__module__", None) or kind.__module__))
+            return
+        self._alive.append(parts)
+        function, arguments, state, items, pairs = (*parts, None, None, None)[:5]
+        self.put("reduced", getattr(function, "__qualname__", ""))
+        skip = 1 if arguments and arguments[0] is kind else 0
+        for i, item in enumerate(arguments[skip:]):
+            self.see_as(f"part {i}", item)
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict) and all(isinstance(key, str) for key in part):
+                self._attributes({n: v for n, v in part.items() if not _cached(kind, n)})
+            else:
+                self.see_as("state", part)
+        for i, item in enumerate(items or ()):
+            self.see_as(f"item {i}", item)
+        for key, item in pairs or ():
+            with self.inside(f"key {key!r}"):
+                self.see(key)
+                self.see(item)
+
+    def _attributes(self, attributes: Any) -> None:
+        if not isinstance(attributes, Mapping):
+            self.see(attributes)
+            return
+        for name in sorted(attributes, key=str):
+            self.put("attribute", str(name))
+            self.see_as(f"attribute {str(name)!r}", attributes[name])
+
+    def _trimesh(self, value: Any) -> bool:
+        """Meshes without what they keep of what they have computed; whether this was one."""
+        name = type(value).__name__
+        self.put("trimesh", f"{name} {owner_of('trimesh')}")
+        if name == "Cache":
+            return True
+        if name == "SceneGraph":
+            for node in sorted(value.nodes_geometry, key=str):
+                matrix, geometry = value[node]
+                self.put("node", f"{node} {geometry}")
+                self._array(matrix)
+            return True
+        if name == "Trimesh":
+            for array in (value.vertices, value.faces, value.vertex_normals):
+                self._array(array)
+            self.see_as("attribute 'visual'", value.visual)
+            for part in ("vertex_attributes", "face_attributes", "units", "metadata"):
+                self.see_as(f"attribute {part!r}", getattr(value, part))
+            return True
+        if name == "ColorVisuals":
+            self.put("colours", str(value.kind))
+            if value.kind:
+                self._array(getattr(value, f"{value.kind}_colors"))
+            return True
+        if name == "TextureVisuals":
+            self._attributes({n: v for n, v in vars(value).items() if n not in ("mesh", "_cache")})
+            return True
+        if name == "DataStore":
+            self._attributes({n: np.asarray(v) for n, v in value.data.items()})
+            return True
+        return False
+
+    # -- code -----------------------------------------------------------------------------------------------------
+
+    def _function(self, function: FunctionType) -> None:
+        home = str(function.__globals__.get("__name__", function.__module__) or "")
+        owner = owner_of(home)
+        code = function.__code__
+        facts = facts_of(code)
+        if owner is not None:
+            # Not the user's own; but what it closes over may be.
+            self.put("function", f"{home}.{function.__qualname__} {owner}")
+        else:
+            self.put("function")
+            self._code(code)
+            for i, item in enumerate(function.__defaults__ or ()):
+                self.see_as(f"default {i}", item)
+            for name, item in sorted((function.__kwdefaults__ or {}).items()):
+                self.put("default", name)
+                self.see_as(f"default {name!r}", item)
+            own = {n for n in code.co_freevars if _content(function, n) is function}
+            own |= {n for n in facts.globals if function.__globals__.get(n) is function}
+            written = {a for (n, a), uses in facts.uses.attributes.items() if n in own and uses == {"write"}}
+            dropped = {n for n, v in vars(function).items() if n in written and type(v) in _COUNTED}
+            self._attributes({n: v for n, v in vars(function).items() if n not in dropped})
+        if owner is None or "<locals>" in function.__qualname__ or function.__closure__:
+            for name in code.co_freevars:
+                self._variable("closure variable", name, _content(function, name), facts)
+        if owner is None:
+            self._globals(function.__globals__, facts)
+
+    def _variable(self, kind: str, name: str, value: Any, facts: Facts) -> None:
+        if facts.uses.only(name, "write") and type(value) in _COUNTED:
+            return  # counted, and not looked at
+        self.put("variable", name)
+        with self.inside(f"{'function' if isinstance(value, FunctionType) and kind[0] == 'g' else kind} {name!r}"):
+            if isinstance(value, ModuleType):
+                self._module(value, facts)
+            else:
+                self.see(value, ordered=not facts.uses.only(name, "lookup", "write"))
+
+    def _globals(self, names: Mapping[str, Any], facts: Facts) -> None:
+        for name in sorted(facts.globals):
+            if name in ("__name__", "__file__"):
+                continue
+            if name in names:
+                self._variable("global variable", name, names[name], facts)
+            else:
+                self.put("builtin" if hasattr(builtins, name) else "no variable", name)
+        for module, level in sorted(facts.imports):
+            self.put("import", f"{level} {module}")
+            package = str(names.get("__package__") or "")
+            with self.inside(f"import {module!r}"), contextlib.suppress(ImportError, ValueError):
+                full = importlib.util.resolve_name("." * level + module, package) if level else module
+                owner = owner_of(full)
+                if owner is not None:
+                    self.put("module", owner)
+                else:
+                    self._module(importlib.import_module(full), facts)
+
+    def _module(self, module: ModuleType, facts: Facts | None) -> None:
+        """A module: its version, or what the code at hand takes from it, or all of its text."""
+        owner = owner_of(module.__name__)
+        if owner is not None:
+            self.put("module", f"{module.__name__} {owner}")
+        elif facts is None:
+            path = getattr(module, "__file__", None)
+            self.put("module", content_digest(path) if path else module.__name__)
+        else:
+            self.put("module")
+            for name in sorted(facts.names & vars(module).keys()):
+                value = vars(module)[name]
+                self.put("variable", name)
+                with self.inside(f"{'function' if isinstance(value, FunctionType) else 'variable'} {name!r}"):
+                    if isinstance(value, ModuleType):
+                        if not self.again(value):
+                            self._module(value, facts)
+                    else:
+                        self.see(value)
+
+    def _code(self, code: CodeType) -> None:
+        """Not where it stands, what it is called, nor its comments."""
+        self.put("code", code.co_code)
+        shape = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+        self.put("names", repr((shape, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)))
+        for constant in loaded_constants(code):
+            self.see(constant)
+
+    def _class(self, kind: type) -> None:
+        module = str(kind.__module__)
+        owner = owner_of(module)
+        if owner is not None:
+            self.put("class", f"{module}.{kind.__qualname__} {owner}")
+            return
+        if self.again(kind):
+            return
+        self.put("class", kind.__qualname__)
+        with self.inside(f"class {kind.__qualname__}"):
+            for base in (*kind.__bases__, type(kind)):
+                self._class(base)
+            noise = _NOISE | _written(kind, vars(kind))
+            if issubclass(kind, enum.Enum):
+                noise |= _ENUM | kind.__members__.keys()
+                for name, member in kind.__members__.items():
+                    self.put("member", name)
+                    self.see_as(f"member {name!r}", member._value_)
+            for name in sorted(vars(kind).keys() - noise):
+                value = vars(kind)[name]
+                if isinstance(value, types.MemberDescriptorType) or _generated(kind, name, value):
+                    continue
+                self.put("attribute", name)
+                self.see_as(f"{'method' if isinstance(value, FunctionType) else 'attribute'} {name!r}", value)
+            for name, field in sorted(getattr(kind, "__dataclass_fields__", {}).items()):
+                self.put("field", name)
+                with self.inside(f"field {name!r}"):
+                    for part in (field.default, field.default_factory):
+                        self.put("none") if "MISSING" in type(part).__name__ else self.see(part)
+
+
+def _bytes(array: np.ndarray[Any, Any]) -> Any:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _content(function: FunctionType, name: str) -> Any:
+    """What a closure variable holds; a text where it is not yet filled."""
+    assert function.__closure__ is not None
+    try:
+        return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
+    except ValueError:
+        return "not filled"
+
+
+def _wrapped(value: Any) -> Any:
+    """The function behind one that somebody else's package has compiled, cached or wrapped, if it is such a one."""
+    kind = type(value)
+    if not callable(value) or owner_of(kind.__module__) is None:
+        return None  # its attributes can be seen
+    found = getattr(value, "py_func", None)
+    return getattr(value, "__wrapped__", None) if found is None and not _is_python(kind) else found
+
+
+def _is_global_generator(value: Any) -> bool:
+    """Whether it is one of the generators that all of a process uses: these are no part of any function."""
+    return value is random._inst or value is np.random.mtrand._rand
+
+
+def _is_python(kind: type) -> bool:
+    """Whether all that an instance has is in attributes: it is no larger than these need."""
+    slots = 0
+    for base in kind.__mro__:
+        names = vars(base).get("__slots__", ())
+        slots += len([names] if isinstance(names, str) else [*names])
+    pointers = slots + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
+    return kind.__itemsize__ == 0 and kind.__basicsize__ <= object.__basicsize__ + _POINTER * pointers
+
+
+def _state(value: Any) -> Mapping[str, Any] | None:
+    """An instance's attributes, as far as they would travel; None where that is not all of it."""
+    kind = type(value)
+    if not _is_python(kind) or isinstance(value, BaseException):
+        return None
+    custom = any("__reduce_ex__" in vars(base) or "__reduce__" in vars(base) for base in kind.__mro__[:-1])
+    if custom and owner_of(kind.__module__) is not None:
+        return None
+    try:
+        state = value.__getstate__()
+    except Exception:
+        return None
+    if isinstance(state, tuple) and len(state) == 2 and all(isinstance(s, dict | None) for s in state):
+        state = {**(state[0] or {}), **(state[1] or {})}  # of __dict__, and of __slots__
+    if state is None:
+        return {}
+    return state if isinstance(state, dict) and all(isinstance(n, str) for n in state) else {"state": state}
+
+
+def _cached(kind: type, name: str) -> bool:
+    """Whether an attribute is one that is computed when it is asked for, and kept."""
+    found = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+    return type(found).__name__ == "cached_property"
+
+
+def _generated(kind: type, name: str, value: Any) -> bool:
+    """A method that dataclasses, attrs or named tuples have written: its text follows from the fields."""
+    function = getattr(value, "__func__", value)
+    made = any(f"__{word}__" in vars(kind) for word in ("dataclass_fields", "attrs_attrs")) or hasattr(kind, "_fields")
+    return (
+        made
+        and name in _MADE
+        and isinstance(function, FunctionType)
+        and function.__code__.co_filename.startswith(("<string>", "<attrs generated"))
+    )
+
+
+def _written(kind: type, attributes: Mapping[str, Any]) -> set[str]:
+    """Attributes that count: what `__call__`, and what it calls of its class, adds to and never looks at."""
+    counted = {name for name, value in attributes.items() if type(value) in _COUNTED}
+    if not counted or "__call__" not in dir(kind):
+        return set()
+    waiting, done = ["__call__"], set()
+    uses: dict[str, set[str]] = {}
+    while waiting:
+        name = waiting.pop()
+        if name in done:
+            continue
+        done.add(name)
+        found = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+        for part in (
+            found,
+            getattr(found, "__func__", None),
+            getattr(found, "fget", None),
+            getattr(found, "func", None),
+        ):
+            if not isinstance(part, FunctionType):
+                continue
+            facts = facts_of(part.__code__)
+            waiting += facts.names
+            first = part.__code__.co_varnames[0] if part.__code__.co_argcount else ""
+            if not facts.uses.only(first, "attribute") and first in facts.uses.names:
+                return set()  # the object itself goes somewhere
+            for (base, attribute), what in facts.uses.attributes.items():
+                # Of whatever object: it may be this one under another name.
+                uses.setdefault(attribute, set()).update(what if base == first else {"read"})
+    return {name for name in counted if uses.get(name) == {"write"}}
