@@ -316,7 +316,11 @@ class Search:
             # One kernel cannot do justice to cliffs far off and to what matters here.
             cliffs = np.isfinite(losses) & (losses > _CLIFF * np.sort(losses)[enough - 1])
             distance[cliffs] = np.inf
-        order = np.argsort(distance, kind="stable")[: max(MOST_ROWS, enough)]
+        order, most = np.argsort(distance, kind="stable"), max(MOST_ROWS, enough)
+        if self.noisy and len(order) > most:  # of as many rows, those that are apart tell more
+            order = order[: max(most, int((distance <= len(self.start) * (2 * _FARTHEST) ** 2).sum()))]
+            order = order[np.unique(np.linspace(0, len(order) - 1, most).astype(int))]
+        order = order[:most]
         return np.sort(order[np.isfinite(distance[order])])
 
     def _losses(self) -> Array:

@@ -9,7 +9,7 @@ target is not given, or is too small for the residuals, V comes from these. Wher
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import final
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.signal import lfilter
-from scipy.special import chdtrc, chdtri, fdtrc, stdtr
+from scipy.special import chdtrc, chdtri, fdtrc, gammaln, stdtr
 
 from bridge.fit_result import Stated
 from bridge.kriging import fit_kriging
@@ -230,7 +230,7 @@ class Evidence:
             V = np.maximum(V, rounding + floor)
         rho: list[float] = []
         if not known or misfit:
-            V, why = self._outliers(J, r, h, dof, V, left)
+            V, why = self._outliers(J, r, h, dof, V, left, rounding + floor)
             if not why:
                 rho, grown = _alike(r / np.sqrt(np.maximum(V, 1e-300)), J, self.shape)
                 V = V * grown
@@ -251,7 +251,9 @@ class Evidence:
         bread = inverse(self.told / unit + precision)
         return _sandwich(bread, meat), dof if not known or misfit else np.inf, notes
 
-    def _outliers(self, J: Array, r: Array, h: Array, dof: float, V: Array, noise: Array) -> tuple[Array, str]:
+    def _outliers(
+        self, J: Array, r: Array, h: Array, dof: float, V: Array, noise: Array, least: Array
+    ) -> tuple[Array, str]:
         """V with what outliers have of their own, or why one sigma for all outputs is wrong: a single one decides that
         is far noisier than the others."""
         h = np.clip(h, 0, 1 - 1e-12)
@@ -261,7 +263,9 @@ class Evidence:
             # Of the residuals without those found: r_o^2 / (1 - h_o) is what leaving one out takes off their squares.
             squares = np.where(found, 0, r * loo)
             left = dof - float(found.sum()) - 1
-            rest = np.maximum((min(float(r @ r), float(squares.sum()) + 1e-300) - squares) / left, 1e-300)
+            rest = np.maximum(
+                (min(float(r @ r), float(squares.sum()) + 1e-300) - squares) / left, np.maximum(least, 1e-300)
+            )
             t = np.where(found, 0, np.abs(r) / np.sqrt(rest * (1 - h)))
             k = int(np.argmax(t))
             if not 2 * len(r) * stdtr(left, -float(t[k])) < _OUTLIER:
@@ -462,6 +466,18 @@ def of_descent(
     return evidence.stated(prior.information, known, misfit.robust)
 
 
+def _on_plateau(J: Array, rounding: Array, precision: Array) -> Array:
+    """Covariance where all outputs that have steps are those of the target.
+
+    An output keeps its step with probability 1 - |J_o dz| / step_o, and all do with exp(-sum |J_o dz| / step_o), nearly.
+    Its second moment is taken with the sum the same in all directions of J^T J: (d + 1) / c^2, c the mean of the sum.
+    """
+    d, J = J.shape[1], J / np.sqrt(12 * rounding)[:, None]
+    h = np.clip(leverages(J, np.ones(len(J)), np.zeros((d, d))), 0, 1)
+    c = float(np.exp(gammaln(d / 2) - gammaln((d + 1) / 2))) / np.sqrt(np.pi) * float(np.sqrt(h).sum())
+    return of_least_squares(J.T @ J, (d + 1) / max(c, 1e-6) ** 2, precision)
+
+
 def finite_inverse(normal: Array) -> Array:
     """As `inverse`, 0 in place of infinite."""
     result = inverse(normal)
@@ -504,11 +520,18 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
         on = lattice.holds(misfit.target.numpy())
         floor = rounding * (on if misfit.plain else on.all())
     # Of outputs that have steps the smooth part, for which rounding is noise.
-    model = fit_kriging(search.rows[near], F @ F.T, unit=search.unit, rough=False) if rounding.any() else search.model(z, weighted=False)
+    model = (
+        fit_kriging(search.rows[near], F @ F.T, unit=search.unit, rough=False)
+        if rounding.any()
+        else search.model(z, weighted=False)
+    )
     w = model.at(z)[0]
     r = F.T @ w if robust is None else search.residual_at(z)
     noise = np.maximum(model.residual_noise(F), rounding)
     width, left = 0.1 * search.unit, noise * float(w @ w)
+    stepped = rounding > 0
+    exact = bool(stepped.any()) and bool((np.abs(search.residual_at(z)) < 1e-3 * np.sqrt(12 * rounding))[stepped].all())
+    exact = exact and robust is None and bool((search.residual_at(z)[~stepped] == 0).all())
     # Differences over the errors themselves: the slope between two steps of a staircase is not what counts.
     for _ in range(3):
         dw = model.differences(z, width)
@@ -524,6 +547,8 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
             normal, told, r, tuple(misfit.target.shape), left=left, seen=left, floor=floor, step=step
         )  # fmt: skip
         stated = evidence.stated(prior.information, known, robust)
+        if exact:
+            stated = replace(stated, covariance=_on_plateau(J[stepped], rounding[stepped], prior.information), notes=())
         error = np.sqrt(np.diag(stated.covariance))
         if not np.isfinite(error).any():
             error = np.sqrt(np.diag(of_least_squares(told, max(float(r @ r) / m, 1e-300), prior.information)))
@@ -559,8 +584,6 @@ def lifted(covariance: Array, lift: Array) -> Array:
 def in_units(covariance: Array, natural: Array) -> Array:
     """From natural units to the parameters' own."""
     return np.asarray(covariance * np.outer(natural, natural))
-
-
 
 
 def without(covariance: Array, which: NDArray[np.bool_]) -> Array:

@@ -97,7 +97,9 @@ class Draw(NamedTuple):
     rng: np.random.Generator
     number: int
 
-    def problem(self, function=None, target=None, variance=None, *, seeded=False, truth=None, natural=None, bounds=None):
+    def problem(
+        self, function=None, target=None, variance=None, *, seeded=False, truth=None, natural=None, bounds=None
+    ):
         rng, truth = self.rng, self.truth if truth is None else truth
         natural = np.array(self.model.natural if natural is None else natural)
         target = self.clean + self.sigma * rng.normal(size=self.clean.size) if target is None else target
@@ -169,7 +171,9 @@ def loud(draw: Draw) -> Problem:
         return np.hstack([function(p), 20000 * draw.sigma * (p @ weights)[:, None]])
 
     clean = wider(draw.truth[None])[0]
-    return draw.problem(_noisy(wider, deviation), clean + deviation * draw.rng.normal(size=m + 1), deviation**2, seeded=True)
+    return draw.problem(
+        _noisy(wider, deviation), clean + deviation * draw.rng.normal(size=m + 1), deviation**2, seeded=True
+    )
 
 
 def wrong(draw: Draw) -> Problem:
