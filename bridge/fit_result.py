@@ -68,7 +68,7 @@ class Stated:
         unclear: (d,) of which parameters the variance is a lower bound. notes: why none is stated, or what it rests on.
         sensitivity: (d,) root of the squared change of all outputs over a natural unit, in whitened residuals, and
             `hidden`, (d,) how large it is by noise alone.
-        residual: root of the mean squared residual.
+        residual: root of the mean squared residual. least: (d,) of unclear parameters, the error or less than that.
     """
 
     covariance: Array
@@ -78,6 +78,7 @@ class Stated:
     sensitivity: Array = field(default_factory=lambda: np.zeros(0))
     hidden: Array = field(default_factory=lambda: np.zeros(0))
     residual: float = np.nan
+    least: Array = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)

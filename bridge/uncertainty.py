@@ -31,13 +31,17 @@ Array = NDArray[np.float64]
 # Standard deviations by which the information on a parameter is to exceed nothing: its error is then good to a sixth.
 _CLEAR, _LOST = 3.0, 1.0
 _ALIKE = 0.25
-# Chance of a chi-square as large as that from which on it is a misfit, of an outlier, and of a step that is no noise.
-_MISFIT, _OUTLIER, _STEP = 0.01, 1e-3, 0.05
+# Chance of a chi-square as large as that from which on it scales errors, and from which on that is said; of an outlier, and of a step that is no noise.
+_MISFIT, _SAID, _OUTLIER, _STEP = 0.01, 1e-4, 1e-3, 0.05
 # Of its standard error: how far a parameter may go without an output that is an outlier; how far the expected step may
 # be, which counts as an error of the fit, until none is stated.
 _INFLUENCE, _UNFINISHED = 1.0, 1.0
 _MOST_OUTLIERS = 0.1
-# Correlation of neighbouring residuals that is too much to tell from so many how large errors are.
+# Correlation of neighbouring residuals with which they do not tell how large errors are; less of it where m are few, by
+# this over the root of m.
+_OF_FEW, _FAR_TOO_ALIKE = 1.25, 0.6
+# Of residuals at the start: those that are left of a target without noise.
+_EXACT = 1e-6
 _TOO_ALIKE, _CORRELATIONS = 0.6, np.append(np.arange(0, 0.95, 0.1), 0.97)
 # Noise of an output beside the median one, and its share of a parameter, with which one sigma for all is wrong.
 _LOUD, _SHARE, _HEARD = 25.0, 0.3, 0.01
@@ -169,6 +173,8 @@ class Evidence:
         step: (d,) that is still expected; jitter: variance of its outputs that noise makes.
         wander: (d, d) covariance of where a descent goes about its end.
         bias: (m,) what smoothing adds to the outputs, and noise.
+        first: root of the mean squared residual where the fit began, infinite if unknown.
+        newton: whether the fit came here by steps of Gauss-Newton. fresh: whether by Jacobians other than J.
     """
 
     normal: Normal
@@ -183,6 +189,9 @@ class Evidence:
     jitter: float = 0.0
     wander: Array | None = None
     bias: Array | None = None
+    first: float = np.inf
+    newton: bool = True
+    fresh: bool = False
 
     def stated(self, precision: Array, known: bool, robust: Robust | None) -> Stated:
         """Errors, or none and why. known: whether the target's variance is, 1 in these units."""
@@ -193,12 +202,19 @@ class Evidence:
             covariance, dof = of_robust(self.told, J, r, robust, precision), np.inf
         else:
             covariance, dof, notes = self._least_squares(J, r + J @ step, precision, known)
-        covariance, more = self._with_steps(covariance, step, precision)
         unclear, lost = _unclear(self.normal, self.told, covariance, precision)
+        covariance, more = self._with_steps(covariance, step, precision)
+        least = np.sqrt(np.diag(covariance))
+        lost = lost if self.newton else unclear
         covariance[lost], covariance[:, lost] = np.nan, np.nan
         size = float(np.sqrt(np.mean(r**2))) if len(r) else np.nan
         signal, noise = np.diag(self.normal.naive), np.diag(self.normal.noise)
-        return Stated(covariance, dof, unclear, (*notes, *more), np.sqrt(signal), np.sqrt(noise), size)
+        return Stated(covariance, dof, unclear, (*notes, *more), np.sqrt(signal), np.sqrt(noise), size, least)
+
+    @property
+    def _exact(self) -> bool:
+        """Whether residuals are those of a target without noise, met but for rounding."""
+        return bool(np.isfinite(self.first) and self.r @ self.r < (_EXACT * self.first) ** 2 * len(self.r))
 
     def _least_squares(self, J: Array, r: Array, precision: Array, known: bool) -> tuple[Array, float, list[str]]:
         d, none = len(self.told), np.full((len(self.told), len(self.told)), np.nan)
@@ -211,13 +227,14 @@ class Evidence:
         if known:
             V = 1.0 + rounding
             chi2 = float((r**2 / (V + seen)).sum())
-            if dof > 0.5 and chdtrc(dof, chi2) < _MISFIT:
+            if dof >= 1 and chdtrc(dof, chi2) < _MISFIT:
                 misfit = True
                 V = V * (chi2 / dof)
+            if misfit and chdtrc(dof, chi2) < _SAID:
                 notes.append(
-                    f"The target is not explained to within its variance: chi-square {chi2:.4g} of {dof:.4g} degrees of "
-                    f"freedom. Standard errors are {np.sqrt(chi2 / dof):.3g} times as large for it. Look for what the "
-                    "simulator lacks, for another minimum (other starts, restarts=), or for a variance that is too small."
+                    f"Standard errors are {np.sqrt(chi2 / dof):.3g} times as large as the variance alone would make "
+                    f"them, since residuals are (chi-square {chi2:.4g} of {dof:.4g}): they hold if what is left of the "
+                    "target is as good as independent noise."
                 )
             V = V + left
         else:
@@ -229,23 +246,32 @@ class Evidence:
             V = np.maximum(float((r**2).sum()) / dof - seen, 0.0) + left
             V = np.maximum(V, rounding + floor)
         rho: list[float] = []
-        if not known or misfit:
+        if self._exact:  # what is left has the pattern of rounding
+            pass
+        elif not known or misfit:
             V, why = self._outliers(J, r, h, dof, V, left, rounding + floor)
             if not why:
-                rho, grown = _alike(r / np.sqrt(np.maximum(V, 1e-300)), J, self.shape)
+                seen_rho, rho, grown = _alike(r / np.sqrt(np.maximum(V, 1e-300)), J, self.shape)
                 V = V * grown
-                if max(rho, default=0.0) > _TOO_ALIKE:
+                if max(seen_rho, default=0.0) > max(_TOO_ALIKE - _OF_FEW / np.sqrt(len(r)), 0.1):
                     why = (
                         f"No standard error is stated: residuals of neighbouring outputs are alike (correlation "
-                        f"{max(rho):.2f}), so that something other than independent noise is left of the target. Give "
+                        f"{max(seen_rho):.2f}), so that something other than independent noise is left of the target. Give "
                         "variance= as the covariance of its noise, or to the simulator what it lacks."
                     )
             if why:
                 return none, dof, [*notes, why]
+        elif float(r @ r) > 0.5 * dof and max(_alike(r, J, self.shape)[0], default=0.0) > _FAR_TOO_ALIKE:
+            return none, dof, [
+                "No standard error is stated: residuals of neighbouring outputs are alike, but the variance given is that "
+                "of independent noise. Give variance= as the covariance of the target's noise."
+            ]  # fmt: skip
         uniform = float(V.mean())
         unit = 1.0 if known else max(uniform, 1e-300)
         if np.ptp(V) <= 1e-12 * uniform and not any(rho) and not self.normal.noise.any() and (unit == uniform):
             return of_least_squares(self.told, unit, precision), dof if not known or misfit else np.inf, notes
+        if self.fresh:  # the Jacobians of the steps were others: their noise is not in the estimate as it is in J^T J
+            J = J @ _turned(self.normal.naive, self.told)
         root = np.sqrt(V)[:, None] * J / unit
         meat = root.T @ _correlated(root, rho, self.shape) + precision
         bread = inverse(self.told / unit + precision)
@@ -292,7 +318,11 @@ class Evidence:
         """With what the fit itself is still away from the minimum, or none where that is more."""
         d = len(step)
         metric = self.told + precision
-        for s, noise in ((step, self.jitter * chdtri(d, _STEP)), (*self._bias_step(precision),)):
+        # Gauss-Newton's steps lead to a minimum as far as noise lets them; of others that is not known.
+        beta = float(np.linalg.eigvals(finite_inverse(metric) @ self.normal.noise).real.max(initial=0.0))
+        by_slopes = 2 * beta / (1 + beta) * float(self.r @ self.r) / max(len(self.r) - d, 1) if self.fresh else 0.0
+        expected = (self.jitter + by_slopes) * chdtri(d, _STEP) if self.newton else 0.0
+        for s, noise in ((step, expected), self._bias_step(precision)):
             length = float(s @ metric @ s)
             if length <= noise or not np.isfinite(length):
                 continue
@@ -301,7 +331,7 @@ class Evidence:
             with np.errstate(invalid="ignore"):
                 far = np.abs(s) * np.sqrt(part) > _UNFINISHED * error
             covariance = covariance + part * np.outer(s, s)
-            if far.any():
+            if far.any() and not self._exact:
                 by = np.max(np.abs(s[far]) / np.maximum(error[far], 1e-300))
                 return np.full_like(covariance, np.nan), [
                     f"No standard error is stated: the fit has not converged, and parameters would still move by "
@@ -334,8 +364,8 @@ def _data(J: Array, r: Array) -> NDArray[np.bool_]:
     return np.asarray((size > least * size.max(initial=0.0)) | (np.abs(r) > least * np.abs(r).max(initial=0.0)))
 
 
-def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], float]:
-    """Correlation rho >= 0 of neighbouring residuals along each axis, and by how much the mean squared residual is
+def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], list[float], float]:
+    """Correlation rho >= 0 of neighbouring residuals along each axis, that to reckon with, and by how much the mean squared residual is
     larger than it seems, since a fit follows what is alike.
 
     Moments of residuals M e, M = 1 - J (J^T J)^-1 J^T, with e of correlation R = rho^|i - j|: the rho at which
@@ -344,12 +374,13 @@ def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], flo
     shape = shape if np.prod(shape) == len(r) else (len(r),)
     size = float(r @ r)
     if size <= 0 or len(r) < 4:
-        return [0.0] * len(shape), 1.0
+        return [0.0] * len(shape), [0.0] * len(shape), 1.0
     q = J @ _root(finite_inverse(J.T @ J))  # H = q q^T
-    found, grown = [], 1.0
+    found, used, grown = [], [], 1.0
     for axis, n in enumerate(shape):
         if n < 4:
             found.append(0.0)
+            used.append(0.0)
             continue
         seen = float(r @ _neighbours(r[:, None], shape, axis)[:, 0]) / size
         Lq = _neighbours(q, shape, axis)
@@ -365,10 +396,12 @@ def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], flo
             at.append((alike / max(total, 1e-12), total))
         ratios, totals = np.array(at).T
         ratios = np.maximum.accumulate(ratios)
-        rho = float(np.interp(seen, ratios, _CORRELATIONS))
+        rho, error = float(np.interp(seen, ratios, _CORRELATIONS)), 1 / np.sqrt(len(r))
         found.append(rho)
-        grown *= float(totals[0] / max(np.interp(rho, _CORRELATIONS, totals), 0.05 * totals[0]))
-    return found, grown
+        # Those that go unnoticed are the low ones among estimates: two standard errors more, where it is not about 0.
+        used.append(min(rho + 2 * error * min(rho / error, 1.0), float(_CORRELATIONS[-1])))
+        grown *= float(totals[0] / max(np.interp(used[-1], _CORRELATIONS, totals), 0.05 * totals[0]))
+    return found, used, grown
 
 
 def _neighbours(columns: Array, shape: tuple[int, ...], axis: int) -> Array:
@@ -398,6 +431,16 @@ def _correlated(columns: Array, rho: Sequence[float], shape: tuple[int, ...]) ->
             back = np.flip(lfilter([1.0], [1.0, -part], np.flip(x, axis), axis=axis), axis)
             x = ahead + back - x
     return np.asarray(x.reshape(columns.shape))
+
+
+def _turned(naive: Array, told: Array) -> Array:
+    """M, M^T naive M = told, and 1 where these are the same."""
+    values, vectors = np.linalg.eigh(naive)
+    good = values > 1e-14 * max(float(values.max()), 1e-300)
+    root = (vectors[:, good] * np.sqrt(values[good])) @ vectors[:, good].T
+    back = (vectors[:, good] / np.sqrt(values[good])) @ vectors[:, good].T
+    part, axes = np.linalg.eigh(back @ told @ back)
+    return np.asarray(back @ (axes * np.sqrt(np.maximum(part, 0))) @ axes.T @ root)
 
 
 def _sandwich(bread: Array, meat: Array) -> Array:
@@ -455,13 +498,16 @@ def of_descent(
             rounding = rounding * np.exp(-4 * np.pi**2 * change / np.maximum(12 * rounding, 1e-300))
     if len(outputs) and np.isfinite(outputs[0]).all():
         bias = r - misfit.residual(torch.as_tensor(outputs[0])).numpy()
+    first = np.inf
+    if len(outputs) > 1 and np.isfinite(outputs[1]).all():
+        first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
     # A full step has the noise of its outputs; one cut short, of length L beside noise s, walks about by sqrt(s L / 1.6).
     noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(told + prior.information))).max(initial=0.0)
     cut = min(1.0, longest / (1.6 * noise)) if noise > 0 else 1.0
     evidence = Evidence(
         normal, told, r, tuple(misfit.target.shape), left=step_noise * jitter * cut, seen=jitter, rounding=rounding,
         floor=floor, step=step if past is not None else None, jitter=jitter * (1 + step_noise),
-        wander=None if past is None or step_noise or len(past) < 2 else np.atleast_2d(np.cov(past.T)), bias=bias,
+        first=first, newton=bool(step_noise) or past is None, fresh=True, wander=None if past is None or step_noise or len(past) < 2 else np.atleast_2d(np.cov(past.T)), bias=bias,
     )  # fmt: skip
     return evidence.stated(prior.information, known, misfit.robust)
 
@@ -529,6 +575,10 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     r = F.T @ w if robust is None else search.residual_at(z)
     noise = np.maximum(model.residual_noise(F), rounding)
     width, left = 0.1 * search.unit, noise * float(w @ w)
+    good = search.residuals[~search.failed]
+    first = (
+        float(np.sqrt(np.median((good[: max(len(search.start) + 1, 6)] ** 2).mean(axis=1)))) if len(good) else np.inf
+    )
     stepped = rounding > 0
     exact = bool(stepped.any()) and bool((np.abs(search.residual_at(z)) < 1e-3 * np.sqrt(12 * rounding))[stepped].all())
     exact = exact and robust is None and bool((search.residual_at(z)[~stepped] == 0).all())
@@ -544,7 +594,7 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
         step = -finite_inverse(told + prior.information) @ (J.T @ (weight * r) + prior(z)[1])
         step = np.clip(z + step, search.lower, search.upper) - z
         evidence = Evidence(
-            normal, told, r, tuple(misfit.target.shape), left=left, seen=left, floor=floor, step=step
+            normal, told, r, tuple(misfit.target.shape), left=left, seen=left, floor=floor, step=step, first=first
         )  # fmt: skip
         stated = evidence.stated(prior.information, known, robust)
         if exact:
