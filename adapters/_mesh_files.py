@@ -69,7 +69,11 @@ def read_meshes(path: Path, trimesh: Any) -> list[Any]:
         nodes = list(scene.graph.nodes_geometry)
         if kind == "obj":
             nodes.reverse()  # its reader works through the file from the end
-    return placed_meshes(scene, nodes)
+    meshes = placed_meshes(scene, nodes)
+    for mesh in meshes:
+        if mesh.metadata["object"] == path.name or re.fullmatch(r"geometry_\d+", mesh.metadata["object"]):
+            mesh.metadata["object"] = path.stem
+    return meshes
 
 
 def placed_meshes(scene: Any, nodes: Sequence[Any]) -> list[Any]:
@@ -132,11 +136,27 @@ def _as_utf8(kind: str, data: bytes) -> bytes:
             return decode(header).encode() + mark + body
     if kind == "stl":
         count = int.from_bytes(data[80:84], "little")
-        if len(data) == 84 + 50 * count or b"facet" not in data.replace(b"\0", b"").lower():
-            return data  # binary
-        if re.search(r"vertex[^\n]*(?:nan|inf)", decode(data).lower()):
-            raise ValueError("expected finite vertices, got NaN or infinity")  # trimesh would leave its faces out
+        if len(data) == 84 + 50 * count:
+            return data
+        words = decode(data).lower()
+        if "facet" not in words:
+            raise ValueError(f"expected text, or {84 + 50 * count} bytes for {count} triangles, got {len(data)} bytes")
+        _check_stl(words)
     return decode(data).encode()
+
+
+def _check_stl(words: str) -> None:
+    """Refuses what trimesh would leave out without a word: faces with NaN, and a solid that does not end."""
+    if re.search(r"^\s*vertex.*(?:nan|inf)", words, re.MULTILINE):
+        raise ValueError("expected finite vertices, got NaN or infinity")
+    facets, vertices, solids, ends = (
+        len(re.findall(rf"^\s*{word}\b", words, re.MULTILINE)) for word in ("facet", "vertex", "solid", "endsolid")
+    )
+    if vertices != 3 * facets or solids != ends:
+        raise ValueError(
+            f"expected three corners in each of {facets} facets, and the end of each of {solids} solids, "
+            f"got {vertices} and {ends}; the file may have been cut off"
+        )
 
 
 def _resolver(path: Path, trimesh: Any) -> Any:
@@ -169,6 +189,9 @@ def _cured_obj(text: str) -> str:
     text = re.sub(r"^[ \t]*([a-z_]+)[ \t]+", r"\1 ", text, flags=re.MULTILINE)
     if re.search(r"^[vf][^\n]*(?:[\t\f\v#]|  )", text, flags=re.MULTILINE):
         text = re.sub(r"^[vf].*$", lambda m: " ".join(m[0].partition("#")[0].split()), text, flags=re.MULTILINE)
+    short = re.search(r"^v(?: [^ \n]+){0,2}$", text, flags=re.MULTILINE)
+    if short:
+        raise ValueError(f"expected vertices of three coordinates, got {short[0]!r}")
     if not _UNUSUAL.search(text):
         return text
     lines = text.split("\n")
@@ -261,11 +284,14 @@ def _cured_off(text: str) -> str:
     lines = [line for line in re.sub(r"#.*", "", body).splitlines() if line.strip()]
     vertices, faces = map(int, lines[0].split()[:2])
     words = [line.split() for line in lines[1 + vertices : 1 + vertices + faces]]
+    whole = sum(len(word) > int(word[0]) for word in words)
+    if whole < faces or any(int(word[0]) < 3 for word in words):
+        raise ValueError(
+            f"expected {faces} faces of three corners or more, got {whole}; the file may have been cut off"
+        )
     if all(word[0] == "3" for word in words):
         return text
     loops = [np.array(word[1 : 1 + int(word[0])], dtype=np.int64) for word in words]
-    if len(loops) < faces or min(map(len, loops)) < 3:
-        raise ValueError(f"expected {faces} faces of three corners or more, got {len(loops)}")
     positions = np.array([line.split()[:3] for line in lines[1 : 1 + vertices]], dtype=np.float64)
     _check_range(loops, len(positions))
     cut = cut_polygons(positions, loops)
@@ -294,8 +320,20 @@ def _ply_polygons(mesh: Any) -> list[NDArray[Any]]:
 
 
 def _cut_ply(mesh: Any) -> None:
-    """Replaces trimesh's fans, where they are wrong, in a mesh that was read from a PLY file."""
+    """Replaces trimesh's fans, where they are wrong, in a mesh that was read from a PLY file.
+
+    Raises:
+        ValueError: there are fewer vertices or faces than the file's head says.
+    """
+    for name, element in mesh.metadata.get("_ply_raw", {}).items():
+        data = element.get("data")
+        found = len(next(iter(data.values())) if isinstance(data, dict) else data) if data is not None else 0
+        if name in ("vertex", "face") and found < element["length"]:
+            said = f"expected {element['length']} lines of element {name}, got {found}"
+            raise ValueError(f"{said}; the file may have been cut off")
     polygons = _ply_polygons(mesh)
+    if any(len(polygon) < 3 for polygon in polygons):
+        raise ValueError("expected faces of three corners or more, got one with fewer")
     if not any(len(polygon) > 3 for polygon in polygons):
         return
     vertices = np.asarray(mesh.vertices)
@@ -316,9 +354,12 @@ def _gltf_order(scene: Any, path: Path, trimesh: Any) -> list[Any]:
     data = path.read_bytes()
     if data[:4] == b"glTF":
         data = data[20 : 20 + int.from_bytes(data[12:16], "little")]
+    header = json.loads(decode(data))
     place: dict[Any, int] = {}
     counts: dict[Any, int] = {}
-    for i, node in enumerate(json.loads(decode(data)).get("nodes", [])):  # named as trimesh does it
+    for i, node in enumerate(header.get("nodes", [])):  # named as trimesh does it
+        if node.get("mesh", 0) >= max(len(header.get("meshes", [])), 1):
+            raise ValueError(f"expected existing meshes, got number {node['mesh']} in node {i}")
         place[trimesh.util.unique_name(node.get("name", str(i)), place, counts=counts)] = i
     parents = scene.graph.transforms.parents
     geometries = {name: i for i, name in enumerate(scene.geometry)}

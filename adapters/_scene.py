@@ -82,6 +82,8 @@ def load_scene(mesh: Any, *, normalise: bool, up: str) -> Scene:
     radius = _place([g for geometries in objects for g in geometries], normalise=normalise, up=up)
     centres, radii = [], []
     for geometries in objects:
+        for geometry in geometries:
+            _give_normals(geometry)
         vertices = np.concatenate([g.vertices[np.unique(g.faces)] for g in geometries])
         centres.append((vertices.min(axis=0) + vertices.max(axis=0)) / 2)
         radii.append(np.linalg.norm(vertices - centres[-1], axis=1).max())
@@ -111,9 +113,12 @@ def _geometries(mesh: Any) -> list[Any]:
         try:
             meshes = read_meshes(path, trimesh)
         except Exception as error:  # readers of a dozen formats raise whatever they like
+            said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            if isinstance(error, ModuleNotFoundError) and error.name == "charset_normalizer":
+                said = "bytes that are no text"  # trimesh would guess at its encoding
             raise InputError(
-                f"Expected a readable mesh file, got {str(path)!r}: {type(error).__name__}: {error}. Formats: GLB, "
-                "OBJ, PLY, STL, ...; try `trimesh.load_scene` on it, or repair it and export it anew."
+                f"Expected a readable mesh file, got {str(path)!r}: {said.rstrip('.')}. Formats: GLB, OBJ, PLY, STL, "
+                "...; try `trimesh.load_scene` on it, or repair it and export it anew."
             ) from error
     elif isinstance(mesh, trimesh.Scene):
         meshes, what = placed_meshes(mesh, list(mesh.graph.nodes_geometry)), "the scene"
@@ -137,6 +142,23 @@ def _geometries(mesh: Any) -> list[Any]:
         if isinstance(material, trimesh.visual.material.MultiMaterial):
             m.visual.material = material.to_pbr()
     return meshes
+
+
+def _give_normals(mesh: Any) -> None:
+    """Gives normals to vertices whose faces' normals cancel: of a sheet with two sides, those of one of them."""
+    normals, faces = np.array(mesh.vertex_normals), np.asarray(mesh.faces)
+    none = np.linalg.norm(normals, axis=1) < 0.5
+    if not none[faces].any():
+        return
+    _, first = np.unique(np.sort(faces, axis=1), axis=0, return_index=True)
+    normals[none] = import_trimesh().Trimesh(mesh.vertices, faces[np.sort(first)], process=False).vertex_normals[none]
+    # Else that of any of its faces; all to one side, as what is interpolated between opposite ones has no direction.
+    none = np.linalg.norm(normals, axis=1) < 0.5
+    one = mesh.face_normals * np.sign(mesh.face_normals.sum(axis=1, keepdims=True) + 1e-9)
+    for corner in faces.T:
+        which = none[corner] & (np.linalg.norm(one, axis=1) > 0.5)
+        normals[corner[which]] = one[which]
+    mesh.vertex_normals = normals
 
 
 def _see_through(mesh: Any) -> bool:

@@ -238,12 +238,13 @@ def _all_parameters(
 ) -> list[_Free]:
     found = [_Free("camera", *entry) for entry in _camera_parameters(camera, lens, scene.radius)]
     for i, radius in enumerate(scene.radii):
+        text = f"of {scene.names[i]!r}"
         for axis in "xyz":
-            turn = Parameter(f"object{i}_rotation_{axis}_deg", "deg", natural_scale=10.0)
+            turn = Parameter(f"object{i}_rotation_{axis}_deg", "deg", natural_scale=10.0, description=text)
             found.append(_Free("objects", turn, 0.0))
         for axis in "xyz":
-            bound = 100 * scene.radius
-            shift = Parameter(f"object{i}_shift_{axis}", "", -bound, bound, 0.1 * max(radius, 1e-6 * scene.radius))
+            bound, scale = 100 * scene.radius, 0.1 * max(radius, 1e-6 * scene.radius)
+            shift = Parameter(f"object{i}_shift_{axis}", "", -bound, bound, scale, description=text)
             found.append(_Free("objects", shift, 0.0))
     text = "of the light to the {}, seen from the objects towards the camera"
     for name, side in (("azimuth", "right"), ("elevation", "top")):
@@ -253,7 +254,8 @@ def _all_parameters(
     for i, meshes in enumerate(scene.objects):
         default = (1.0, 1.0, 1.0) if any(mesh.visual.defined for mesh in meshes) else colour
         for name, value in zip(("red", "green", "blue"), default, strict=True):
-            found.append(_Free("colours", Parameter(f"object{i}_{name}", "", 0.0, 1.0, 0.1), value))
+            text = f"of {scene.names[i]!r}"
+            found.append(_Free("colours", Parameter(f"object{i}_{name}", "", 0.0, 1.0, 0.1, description=text), value))
     return found
 
 

@@ -1,7 +1,8 @@
 """How wrong a pose is: angles, translations, distances of model points, reprojection, overlap of masks.
 
 Poses are rigid motions (..., 4, 4), object to camera, as `RasterSimulator.object_to_camera` gives them; leading axes
-are batches that broadcast. Needs numpy and scipy alone.
+are batches that broadcast. Needs numpy and scipy alone. What cannot be a pose, a point or a mask, NaN among it, is an
+`InputError` in every function; units are the caller's: poses and points in the same one, angles in degrees.
 
 Reference: ADD and ADI are due to Hinterstoisser et al. (ACCV 2012); all are usual in the BOP benchmark of object poses
 (Hodan et al., ECCV 2018).
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import ConvexHull, QhullError, cKDTree
 
-from adapters.cameras import inverse_pose
+from adapters.cameras import Orthographic, Perspective, Pinhole, inverse_pose
 from bridge.errors import InputError
 
 
@@ -38,6 +39,7 @@ def rotation_angle_deg(first: ArrayLike, second: ArrayLike) -> NDArray[np.float6
         InputError: not rotations.
     """
     a, b = _rotations(first), _rotations(second)
+    _fit(a.shape[:-2], b.shape[:-2])
     chord = np.sqrt(((a - b) ** 2).sum(axis=(-2, -1)))
     return np.rad2deg(2 * np.arcsin(np.clip(chord / np.sqrt(8), 0, 1)))
 
@@ -57,6 +59,7 @@ def axis_angle_deg(first: ArrayLike, second: ArrayLike, axis: ArrayLike) -> NDAr
     """
     u = _direction(axis)
     a, b = _rotations(first) @ u, _rotations(second) @ u
+    _fit(a.shape[:-1], b.shape[:-1])
     # From the half angle's tangent, accurate for all angles: |a - b| / |a + b|.
     difference, total = np.linalg.norm(a - b, axis=-1), np.linalg.norm(a + b, axis=-1)
     return np.rad2deg(2 * np.arctan2(difference, total))
@@ -66,7 +69,9 @@ def direction_angle_deg(
     azimuth_deg: ArrayLike, elevation_deg: ArrayLike, true_azimuth_deg: ArrayLike, true_elevation_deg: ArrayLike
 ) -> NDArray[np.float64]:
     """Angle between two viewing directions of a turntable camera, (...) [deg]."""
-    a, e, b, f = map(np.deg2rad, (azimuth_deg, elevation_deg, true_azimuth_deg, true_elevation_deg))
+    angles = (azimuth_deg, elevation_deg, true_azimuth_deg, true_elevation_deg)
+    a, e, b, f = (np.deg2rad(_numbers("angles", angle)) for angle in angles)
+    _fit(a.shape, e.shape, b.shape, f.shape)
     # The haversine: sin^2(angle / 2).
     half = np.sin((e - f) / 2) ** 2 + np.cos(e) * np.cos(f) * np.sin((a - b) / 2) ** 2
     return np.rad2deg(2 * np.arcsin(np.sqrt(np.clip(half, 0, 1))))
@@ -75,6 +80,7 @@ def direction_angle_deg(
 def translation_error(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
     """|t_1 - t_2| of poses (..., 4, 4), in their unit."""
     a, b = _poses(first), _poses(second)
+    _fit(a.shape[:-2], b.shape[:-2])
     return np.linalg.norm(a[..., :3, 3] - b[..., :3, 3], axis=-1)
 
 
@@ -90,7 +96,9 @@ def add(points: ArrayLike, first: ArrayLike, second: ArrayLike) -> NDArray[np.fl
     Returns:
         (...) in the points' unit.
     """
-    difference = _moved(points, first) - _moved(points, second)
+    a, b = _poses(first), _poses(second)
+    _fit(a.shape[:-2], b.shape[:-2])
+    difference = _moved(points, a) - _moved(points, b)
     return np.linalg.norm(difference, axis=-1).mean(axis=-1)
 
 
@@ -105,7 +113,9 @@ def adi(points: ArrayLike, estimate: ArrayLike, truth: ArrayLike) -> NDArray[np.
         (...) in the points' unit. It underestimates errors of objects that are not symmetric.
     """
     x = _points(points)
-    p, q = np.broadcast_arrays(_poses(estimate), _poses(truth))
+    p, q = _poses(estimate), _poses(truth)
+    _fit(p.shape[:-2], q.shape[:-2])
+    p, q = np.broadcast_arrays(p, q)
     # Distances do not change under a common motion: one tree, of the points at rest, serves all poses.
     tree = cKDTree(x)
     relative = inverse_pose(q) @ p
@@ -113,13 +123,15 @@ def adi(points: ArrayLike, estimate: ArrayLike, truth: ArrayLike) -> NDArray[np.
     return np.array(errors).reshape(p.shape[:-2])
 
 
-def reprojection_error(points: ArrayLike, first: ArrayLike, second: ArrayLike, lens: ArrayLike) -> NDArray[np.float64]:
+def reprojection_error(
+    points: ArrayLike, first: ArrayLike, second: ArrayLike, lens: ArrayLike | Pinhole
+) -> NDArray[np.float64]:
     """Mean distance in the image between the projections of model points under two poses.
 
     Args:
         points: (n, 3) points of the object.
         first, second: (..., 4, 4) poses, object to camera; OpenGL axes, the camera looks along -z.
-        lens: (f_x, f_y, c_x, c_y) [pixel].
+        lens: (f_x, f_y, c_x, c_y) [pixel], or a `Pinhole`.
 
     Returns:
         (...) [pixel].
@@ -127,11 +139,17 @@ def reprojection_error(points: ArrayLike, first: ArrayLike, second: ArrayLike, l
     Raises:
         InputError: a point is not in front of the camera.
     """
-    numbers = np.asarray(lens, dtype=np.float64)
-    if numbers.shape != (4,) or not (np.isfinite(numbers).all() and (numbers[:2] > 0).all()):
+    if isinstance(lens, Pinhole):
+        lens = (lens.fx, lens.fy, lens.cx, lens.cy)
+    elif isinstance(lens, Perspective | Orthographic):
+        raise InputError(f"Expected lens as (fx, fy, cx, cy) or Pinhole, got {lens!r}, which knows no pixels.")
+    numbers = _numbers("lens as (fx, fy, cx, cy)", lens)
+    if numbers.shape != (4,) or not (numbers[:2] > 0).all():
         raise InputError(f"Expected lens as (fx, fy, cx, cy) with positive focal lengths, got {lens!r}.")
+    poses = _poses(first), _poses(second)
+    _fit(poses[0].shape[:-2], poses[1].shape[:-2])
     images = []
-    for pose in (first, second):
+    for pose in poses:
         seen = _moved(points, pose)
         depth = -seen[..., 2:]
         if not (depth > 0).all():
@@ -145,10 +163,20 @@ def mask_iou(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
 
     Args:
         first, second: values in [0, 1]: silhouettes, or fractions of pixels.
+
+    Raises:
+        InputError: other values or NaN, sizes that differ.
     """
-    p, t = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if p.ndim < 2 or p.shape[-2:] != t.shape[-2:]:
+    p, t = _numbers("masks", first), _numbers("masks", second)
+    if p.ndim < 2 or p.shape[-2:] != t.shape[-2:] or 0 in p.shape[-2:]:
         raise InputError(f"Expected masks (..., height, width) of one size, got {p.shape} and {t.shape}.")
+    _fit(p.shape[:-2], t.shape[:-2])
+    for mask in (p, t):
+        if mask.size and (mask.min() < 0 or mask.max() > 1):
+            raise InputError(
+                f"Expected masks with values in [0, 1], got {mask.min():g} to {mask.max():g}. Divide images of bytes "
+                "by 255; compare numbers of objects with one number (mask == 2)."
+            )
     both = np.minimum(p, t).sum(axis=(-2, -1))
     either = np.maximum(p, t).sum(axis=(-2, -1))
     return np.where(either > 0, both / np.where(either > 0, either, 1), 1.0)
@@ -249,8 +277,8 @@ class Symmetry:
 
 def _turns(axis: ArrayLike, order: int) -> NDArray[np.float64]:
     """(order, 3, 3): turns by 0, 360 / order, ... deg about an axis."""
-    if order < 1:
-        raise InputError(f"Expected a positive order of the symmetry, got {order}.")
+    if isinstance(order, bool) or not isinstance(order, int | np.integer) or order < 1:
+        raise InputError(f"Expected a positive order of the symmetry as an integer, got {order!r}.")
     x, y, z = _direction(axis)
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
     angle = 2 * np.pi * np.arange(order)[:, None, None] / order
@@ -258,37 +286,74 @@ def _turns(axis: ArrayLike, order: int) -> NDArray[np.float64]:
 
 
 def _direction(axis: ArrayLike) -> NDArray[np.float64]:
-    u = np.asarray(axis, dtype=np.float64)
+    u = _numbers("an axis", axis)
     length = np.linalg.norm(u)
     if u.shape != (3,) or not (np.isfinite(length) and length > 0):
         raise InputError(f"Expected an axis as three numbers, not all zero, got {axis!r}.")
     return u / length
 
 
+def _numbers(what: str, value: ArrayLike) -> NDArray[np.float64]:
+    if np.ma.is_masked(value):
+        raise InputError(f"Expected {what} as plain numbers, got masked ones. Fill them, or leave them out.")
+    try:
+        array = np.asarray(value)
+        array = array.astype(np.float64) if array.dtype.kind in "biufO" else array
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor with a gradient or on a device
+        raise InputError(f"Expected {what} as real numbers, got {type(value).__name__}: {error}.") from error
+    if array.dtype != np.float64:
+        raise InputError(f"Expected {what} as real numbers, got dtype {array.dtype}.")
+    if not np.isfinite(array).all():
+        number = int(array.size - np.isfinite(array).sum())
+        raise InputError(f"Expected {what} as finite numbers, got NaN or infinity in {number} of {array.size}.")
+    return array
+
+
+def _fit(*shapes: tuple[int, ...]) -> None:
+    """Refuses batches that do not broadcast."""
+    try:
+        np.broadcast_shapes(*shapes)
+    except ValueError as error:
+        said = " and ".join(map(str, shapes))
+        raise InputError(f"Expected batches that fit each other, got leading axes {said}.") from error
+
+
 def _rotations(value: ArrayLike) -> NDArray[np.float64]:
-    matrix = np.asarray(value, dtype=np.float64)
+    matrix = _numbers("rotations", value)
     if matrix.shape[-2:] == (4, 4):
         matrix = matrix[..., :3, :3]
     if matrix.shape[-2:] != (3, 3):
         raise InputError(f"Expected rotations (..., 3, 3) or poses (..., 4, 4), got shape {matrix.shape}.")
-    product = matrix @ np.swapaxes(matrix, -1, -2)
-    if not (np.allclose(product, np.eye(3), atol=1e-6) and (np.linalg.det(matrix) > 0).all()):
-        raise InputError("Expected rotations (orthogonal, of determinant 1), got other matrices.")
+    off = np.abs(matrix @ np.swapaxes(matrix, -1, -2) - np.eye(3)).max(initial=0)
+    if off > 1e-5:
+        raise InputError(
+            f"Expected rotations (orthogonal, of determinant 1), got R R^T that is off the identity by {off:.2g}. Take "
+            "scales out, and write rotations with six digits or more."
+        )
+    if not (np.linalg.det(matrix) > 0).all():
+        raise InputError("Expected rotations (orthogonal, of determinant 1), got a mirror image of determinant -1.")
     return matrix
 
 
 def _poses(value: ArrayLike) -> NDArray[np.float64]:
-    pose = np.asarray(value, dtype=np.float64)
+    pose = _numbers("poses", value)
     if pose.shape[-2:] != (4, 4):
         raise InputError(f"Expected poses (..., 4, 4), got shape {pose.shape}.")
     _rotations(pose)
+    if np.abs(pose[..., 3, :] - [0, 0, 0, 1]).max(initial=0) > 1e-9:
+        row = pose.reshape(-1, 4, 4)[:, 3]
+        row = row[np.abs(row - [0, 0, 0, 1]).max(axis=1).argmax()]
+        raise InputError(
+            f"Expected poses with the last row 0 0 0 1, got {row.tolist()}. The translation belongs into the last "
+            "column: transpose matrices that have it below."
+        )
     return pose
 
 
 def _points(value: ArrayLike) -> NDArray[np.float64]:
-    points = np.asarray(value, dtype=np.float64)
-    if points.ndim != 2 or points.shape[1] != 3 or not len(points) or not np.isfinite(points).all():
-        raise InputError(f"Expected finite points (n, 3), got shape {points.shape}.")
+    points = _numbers("points", value)
+    if points.ndim != 2 or points.shape[1] != 3 or not len(points):
+        raise InputError(f"Expected points (n, 3), at least one, got shape {points.shape}.")
     return points
 
 

@@ -49,13 +49,14 @@ class Facts:
 
     Attributes:
         globals: names that it looks up in its module. names: all names of globals, attributes and imports.
-        imports: (module, level) of what it imports.
+        imports: (module, level) of what it imports. texts: constants.
         uses: of globals, closure variables, and the first argument.
     """
 
     globals: frozenset[str]
     names: frozenset[str]
     imports: frozenset[tuple[str, int]]
+    texts: frozenset[str]
     uses: Uses
 
 
@@ -63,6 +64,7 @@ class Facts:
 def facts_of(code: CodeType) -> Facts:
     names, imports, found, uses = set(code.co_names), set(), set(), _uses(code)
     before: list[Any] = []
+    texts = {constant for constant in code.co_consts if isinstance(constant, str)}
     for instruction in dis.get_instructions(code):
         if instruction.opname in (*_GLOBAL, "STORE_GLOBAL", "DELETE_GLOBAL"):
             found.add(str(instruction.argval))
@@ -77,6 +79,7 @@ def facts_of(code: CodeType) -> Facts:
         found |= facts.globals
         names |= facts.names
         imports |= facts.imports
+        texts |= facts.texts
         own = {*inner.co_varnames[:1]} - set(inner.co_freevars)
         uses.add(
             Uses(
@@ -84,7 +87,7 @@ def facts_of(code: CodeType) -> Facts:
                 {key: set(u) for key, u in facts.uses.attributes.items() if key[0] not in own},
             )
         )
-    return Facts(frozenset(found), frozenset(names), frozenset(imports), uses)
+    return Facts(frozenset(found), frozenset(names), frozenset(imports), frozenset(texts), uses)
 
 
 def nested(code: CodeType) -> Iterator[CodeType]:
@@ -92,10 +95,11 @@ def nested(code: CodeType) -> Iterator[CodeType]:
     return (constant for constant in code.co_consts if isinstance(constant, CodeType))
 
 
-def loaded_constants(code: CodeType) -> list[Any]:
+@functools.lru_cache(maxsize=4096)
+def loaded_constants(code: CodeType) -> tuple[Any, ...]:
     """The constants that it uses: not its docstring."""
     indices = {i.arg for i in dis.get_instructions(code) if i.opcode in dis.hasconst and i.arg is not None}
-    return [None if isinstance(c, str) and i not in indices else c for i, c in enumerate(code.co_consts)]
+    return tuple(None if isinstance(c, str) and i not in indices else c for i, c in enumerate(code.co_consts))
 
 
 # -- what is done with names: the stack, run in thought -----------------------------------------------------------

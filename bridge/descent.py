@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.coarse import stage_of
-from bridge.errors import EvaluationError
+from bridge.errors import BridgeError, EvaluationError, NonFiniteError
 from bridge.estimate import Estimate
-from bridge.fit_result import End, FitEnd, FitStep
+from bridge.fit_result import End, FitEnd, FitStep, Stated
 from bridge.misfit import LinearMap, Misfit
 from bridge.simulator import may_be_noisy
 from bridge.smoothing import SmoothedSimulator, smooth
@@ -31,6 +31,8 @@ Array = NDArray[np.float64]
 FAILED = 1e300
 # The share of the steps in which the worse half of several starts is dropped again and again.
 _RACE = 0.5
+# How often in turn half of a step is taken back; the share of runs with which a step is still one.
+_RETREATS, _LEAST_LEFT = 6, 0.1
 # Steps of less than this part of the errors asked for are small against them.
 SMALL_STEP = 0.25
 
@@ -112,6 +114,7 @@ class Descent:
         known_noise: whether the target's variance is known.
         asked: (d,) standard errors that suffice, natural units; None to go on.
         newton: how many scales a step of Gauss-Newton may be long; 0 of other steps.
+        others: smoothed simulators that the rule evaluates besides.
 
     Reference: successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identification", AISTATS 2016.
     """
@@ -132,6 +135,7 @@ class Descent:
         known_noise: bool,
         asked: Array | None,
         newton: float,
+        others: Sequence[SmoothedSimulator] = (),
     ) -> None:
         self.smoothed, self.misfit, self.starts, self.rule = smoothed, misfit, starts, rule
         self.natural, self.lower, self.upper, self.schedule = natural, lower, upper, schedule
@@ -143,7 +147,8 @@ class Descent:
         self._x, self.active = starts, np.arange(len(starts))
         self.past: list[Array] = []
         self.dropped: list[tuple[int, Array, float, int]] = []
-        self.best, self.done = 0, ""
+        self.best, self.done, self.others = 0, "", tuple(others)
+        self.first_loss, self.tolerant = np.inf, False
         self.calm, self.precise, self.last_runs, self.failed, self.at_limit = 0, 0, 0, 0, False
 
     @property
@@ -157,10 +162,11 @@ class Descent:
         return 2 * self.last_runs + self._repeated + end_runs(self.smoothed, self.misfit, len(self.active))
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
-        look = self.rule.look(self._x, step)
+        look, more, said = self._looked(step)
         best = int(np.argmin(look.loss))
         before = self._x[best]
         self.last_runs = look.num_evaluations
+        self.first_loss = min(self.first_loss, float(look.loss.min())) if step == 0 else self.first_loss
         self.failed += look.num_failed
         dispatcher = self.smoothed.dispatcher.thinking
         self.past = [*self.past, self._x][-self.window :]
@@ -169,7 +175,7 @@ class Descent:
         error = None
         if look.known is not None:
             error = tuple((np.sqrt(np.diag(look.known[best][0])) * self.natural).tolist())
-        self.best, note = best, look.note
+        self.best, note = best, "; ".join(filter(None, [look.note, said]))
         self.at_limit = look.at_limit is not None and bool(look.at_limit[best])
         if step in self.races and len(self.active) > 1:
             note = self._drop(look.loss, step)
@@ -178,11 +184,61 @@ class Descent:
             float(look.loss[best]),
             look.width,
             tuple((before * self.natural).tolist()),
-            num_evaluations + look.num_evaluations,
+            num_evaluations + look.num_evaluations + more,
             standard_error=error,
             num_failed=self.failed,
             note=note,
         )
+
+    def _looked(self, step: int) -> tuple[Look, int, str]:
+        """What the rule sees and where it goes, runs made in vain before it could, and what there is to say of that.
+
+        Outputs that are not finite, or enormous, are dropped from the first one on; where most are, or the step comes
+        to nothing, x goes half of the way back.
+        """
+        more, said = 0, ""
+        for _ in range(1 + _RETREATS):
+            try:
+                look = self.rule.look(self._x, step)
+                if np.isfinite(look.loss).all() and np.isfinite(look.x).all():
+                    return look, more, said
+                problem: BridgeError = EvaluationError(
+                    f"Expected a finite loss and a finite step at {(self._x * self.natural).tolist()}, got other "
+                    "numbers: outputs or their changes are too large to be squared. Start nearer, use a smaller scale, "
+                    "or fit a logarithm of the output."
+                )
+            except NonFiniteError as error:
+                problem = error
+                if self._tolerate():
+                    more, said = (
+                        more + self._rows(),
+                        "outputs that are not finite, or enormous, are dropped from here on",
+                    )
+                    continue
+            except EvaluationError as error:
+                problem = error
+                if not self.tolerant:
+                    raise
+            if not self.past:
+                raise problem
+            more, said = more + self._rows(), "most outputs are no use there: half of the step is taken back"
+            self._x = (self._x + self.past[-1]) / 2
+        raise problem
+
+    def _rows(self) -> int:
+        strategy = self.smoothed.strategy
+        return len(self._x) * strategy.num_rows * strategy.replicates
+
+    def _tolerate(self) -> bool:
+        """From here on drops outputs that are not finite; whether that is news. Runs that raise end the fit still."""
+        news = False
+        for smoothed in (self.smoothed, *self.others):
+            if smoothed.strategy.failures == "raise":
+                kept = min(smoothed.strategy.min_ok, _LEAST_LEFT)
+                smoothed.strategy = replace(smoothed.strategy, failures="drop", errors_raise=True, min_ok=kept)
+                news = True
+        self.tolerant = self.tolerant or news
+        return news
 
     def _judge(self, look: Look, best: int) -> None:
         """Whether there is nothing more to do."""
@@ -215,9 +271,15 @@ class Descent:
 
         Of the best start once more, by runs of its own: two Jacobians tell how large their noise is.
         """
-        final = self._final(self._x)
+        try:
+            final = self._final(self._x)
+        except NonFiniteError:
+            if not self._tolerate():
+                raise
+            final = self._final(self._x)
         losses = np.array([self.misfit.value(y, z) for y, z in zip(final.value, self._x, strict=True)])
         best = int(np.argmin(losses))
+        said: list[str] = []
         runs = final.num_evaluations
         estimates = []
         if self.misfit.loss is None:
@@ -238,11 +300,24 @@ class Descent:
             values, jacobians = (torch.cat(of) for of in zip(*estimates, strict=True))
             step_noise = (2.0 if self._repeated else 1.0) if self.newton else 0.0
             past = np.array([p[best] for p in [*self.past, self._x]])
-            told = of_descent(
-                self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past,
-                (outputs[best], outputs[-1]), last=self.schedule.last, longest=self.newton * self.schedule.last,
-            )  # fmt: skip
+            told: Stated | None = None
+            try:
+                with np.errstate(all="ignore"):
+                    told = of_descent(
+                        self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past,
+                        (outputs[best], outputs[-1]), last=self.schedule.last, longest=self.newton * self.schedule.last,
+                    )  # fmt: skip
+            except (np.linalg.LinAlgError, ArithmeticError, ValueError):
+                said.append("No standard errors: the numbers of the Jacobian at the end are too large or too small.")
             stated = self.smoothed.dispatcher.thinking.broadcast_object(told)
+        worse = self._worse(float(losses[best]), outputs[[best, -1]], ends[[best, -1]])
+        if worse:
+            said.append(worse)
+        if self.tolerant:
+            said.append(
+                f"{self.failed} runs gave NaN, infinite or enormous outputs and were dropped. If the answer is near to "
+                "them, bound the parameters to where the simulator works."
+            )
         # What stands in the table is the loss of the simulator itself, as that of the whole fit is.
         plain = [self.misfit.value(torch.as_tensor(y), z) for y, z in zip(outputs[:-1], self._x, strict=True)]
         losses = np.where(np.isfinite(plain), plain, losses)
@@ -253,6 +328,8 @@ class Descent:
             num_evaluations=runs + more,
             num_failed=self.failed,
             at_limit=self.at_limit,
+            warnings=tuple(said),
+            no_better=bool(worse),
             ends=tuple(FitEnd(self.starts[i], x, loss, steps) for i, x, loss, steps in sorted(table, key=_number)),
             noise=noise,
         )
@@ -262,12 +339,27 @@ class Descent:
         apart = self.misfit.residuals_of(np.stack([one, other]))
         return float(np.mean((apart[0] - apart[1]) ** 2) / 2) if np.isfinite(apart).all() else 0.0
 
+    def _worse(self, loss: float, outputs: NDArray[Any], ends: Array) -> str:
+        """What to say of an end that is worse than the start, by the smoothed outputs and by the simulator's own."""
+        if not np.isfinite(outputs).all():
+            return ""
+        at_end, at_start = (self.misfit.value(torch.as_tensor(y), z) for y, z in zip(outputs, ends, strict=True))
+        if not (at_end > at_start and loss > self.first_loss):
+            return ""
+        return (
+            f"The fit has come to a place that is worse than the start: its loss is {at_end:.4g} there, and {at_start:.4g} "
+            "at the start. Take more samples (num_samples=), a smaller scale, or method='kriging'."
+        )
+
     def _final(self, x: Array, replicate: int = 0) -> Estimate:
         theta = torch.as_tensor(x * self.natural)
         scale = torch.as_tensor(self.schedule.last * self.natural)
         return self.smoothed.estimate(theta, self.schedule.steps, scale=scale, replicate=replicate)
 
-    _KEPT = ("_x", "active", "past", "dropped", "best", "done", "calm", "precise", "last_runs", "failed", "at_limit")
+    _KEPT = (
+        *("_x", "active", "past", "dropped", "best", "done", "calm", "precise", "last_runs", "failed", "at_limit"),
+        *("first_loss", "tolerant"),
+    )
 
     def to_dict(self) -> dict[str, Any]:
         return {"rule": self.rule.to_dict(), **{name: getattr(self, name) for name in self._KEPT}}
@@ -275,6 +367,8 @@ class Descent:
     def restore(self, saved: Mapping[str, Any]) -> None:
         for name in self._KEPT:
             setattr(self, name, saved[name])
+        if self.tolerant:
+            self._tolerate()
         self.rule.keep(self.active)
         self.rule.restore(saved["rule"])
 
@@ -317,14 +411,15 @@ def last_outputs(
     strategy = smoothed.strategy
     once = smooth(
         smoothed.simulator, seed=strategy.seed, num_samples=1, points="qmc-latin", covariate="none",
-        failures="raise" if strategy.failures == "raise" else "penalty",
-        penalty=None if strategy.failures == "raise" else FAILED, min_ok=0.0,
+        failures="penalty", penalty=FAILED, min_ok=0.0,
     )  # fmt: skip
+    raises = strategy.failures == "raise" or strategy.errors_raise
+    once.strategy = replace(once.strategy, errors_raise=raises, largest=strategy.largest)
     once.dispatcher, once.execution, once.spent = smoothed.dispatcher, smoothed.execution, smoothed.spent
     try:
         outputs = plain_outputs(once, thetas, step)
     except EvaluationError:
-        if strategy.failures == "raise":
+        if raises:
             raise
         outputs = np.full((len(thetas), *shape), np.nan)
     return outputs, len(thetas)

@@ -23,6 +23,10 @@ class EvaluationError(BridgeError, RuntimeError):
     """An evaluation of a simulator failed: it raised, ended abnormally, or gave non-finite numbers."""
 
 
+class NonFiniteError(EvaluationError):
+    """A simulator gave NaN, infinity, or numbers too large to be squared."""
+
+
 class OutputError(EvaluationError):
     """An evaluation ended, but its output is missing, unreadable or of the wrong shape."""
 

@@ -27,8 +27,8 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.design import Strategy, make_design
-from bridge.dispatch import Dispatcher, TreeSum, owner_map
-from bridge.errors import BridgeError, EvaluationError, InputError, OutputError, StoppedError
+from bridge.dispatch import ONCE, Dispatcher, TreeSum, describe_lost, owner_map
+from bridge.errors import BridgeError, EvaluationError, InputError, OutputError, SetupError, StoppedError
 from bridge.running import STATUSES, Execution, Problem, Runner, ordinary_torch
 from bridge.scale import Form, check_scale, pull_back_scale, pull_back_theta, push_scale, push_theta
 from bridge.simulator import (
@@ -104,6 +104,7 @@ class Evaluation:
         """
         self.strategy, self.form, self.dispatcher, self._space = strategy, form, dispatcher, space
         self._simulator, self._name = simulator, simulator_name(simulator)
+        self.owns_outputs = makes_memory(simulator)
         self.num_vectors, self.dimension = thetas.shape
         dispatcher.begin(
             "forward",
@@ -138,7 +139,7 @@ class Evaluation:
         self.num_failed = 0
         self.failures: dict[str, int] = {}
         self.output_shape: tuple[int, ...] = ()
-        self._large = False
+        self.large = False
 
         stream: Stream | None = None
         like: torch.Tensor | None = None
@@ -160,13 +161,14 @@ class Evaluation:
         self.num_evaluations = len(self.problems) * strategy.num_rows
         if self.streamed:
             self.weights: list[Weights] = []
-            self._sums = (stream or Stream(self, self._like, spare)).finish()
+            self._sums, self._values = (stream or Stream(self, self._like, spare)).finish()
         else:
             for unit, parts in chunks.items():
                 self._kept[unit.problem].append((unit, self._assemble(parts)))
             self._valid = self._agree_on_failures()
             self.weights = [self._make_weights(p, self._valid[p]) for p in range(len(self.problems))]
-            self._sums = self._tree_sums([(p, w.value[None]) for p, w in enumerate(self.weights)], spare=spare)
+            sums = self._tree_sums([(p, w.value[None]) for p, w in enumerate(self.weights)], spare=spare)
+            self._sums, self._values = [], [total[0] for total in sums]
 
     def _exchange(self, error: Exception | None, like: torch.Tensor | None, streams: bool) -> None:
         """What ranks tell each other once all runs are done: errors, who has what, what an output is. Collective.
@@ -176,7 +178,8 @@ class Evaluation:
         dispatcher, rank, units = self.dispatcher, self.dispatcher.rank, len(self.units)
         mine = None
         if like is not None:
-            mine = (like.shape[1], str(like.dtype), self.output_shape, streams, self._large)
+            # What is kept may be float32 in one row and float64 in the next.
+            mine = (like.shape[1], str(like.dtype) if streams else "", self.output_shape, streams, self.large)
         told = np.zeros(units + 3 + dispatcher.size)
         told[:units] = owner_map(units, self.runner.own, rank)
         told[units : units + 3] = error is not None, self.runner.clipped, self.runner.found
@@ -184,7 +187,11 @@ class Evaluation:
         told = dispatcher.scatter_add(told)
         if told[units]:
             dispatcher.agree(error)
-        self.owner = told[:units].astype(np.int64) - 1
+        times, owners = np.divmod(told[:units], ONCE)
+        if (times != 1).any():  # nobody has failed or stopped, so that is no simulator's fault
+            missing, twice = int((times == 0).sum()), int((times > 1).sum())
+            raise SetupError(describe_lost(units, missing, twice, dispatcher.library))
+        self.owner = owners.astype(np.int64) - 1
         self.clipped_fraction = float(told[units + 1]) / (len(self.problems) * self.strategy.num_rows)
         self.num_cached = int(told[units + 2])
         layout = mine
@@ -201,9 +208,9 @@ class Evaluation:
                     f"Expected outputs of shape {layout[2]} and {layout[1]} as on the first rank, got {other[2]} and "
                     f"{other[1]} on another. Ranks must run the same simulator."
                 )
-        self.num_outputs, dtype, self.output_shape, self.streamed, self._large = layout
+        self.num_outputs, dtype, self.output_shape, self.streamed, self.large = layout
         if like is None:
-            like = torch.empty((0, layout[0]), dtype=getattr(torch, dtype.removeprefix("torch.")))
+            like = torch.empty((0, layout[0]), dtype=getattr(torch, dtype.removeprefix("torch.") or "float64"))
         self._like = like[:0]
 
     # -- evaluation ------------------------------------------------------------------------------------------------
@@ -218,12 +225,11 @@ class Evaluation:
         self, spare: list[torch.Tensor], chunks: dict[Unit, Chunks]
     ) -> tuple[torch.Tensor | None, Stream | None]:
         like, stream, held = None, None, 0
-        memory = makes_memory(self._simulator)
         for out in self.runner.run():
             F = out.F
             if F is not None and like is None:
                 like, self.output_shape = F, self.runner.output_shape
-                self._large, streams = self._layout(F, self._execution.keep_bytes)
+                self.large, streams = self._layout(F, self._execution.keep_bytes)
                 if streams:
                     stream = Stream(self, F, spare)
             if stream is not None:
@@ -236,7 +242,7 @@ class Evaluation:
                 if held > self._execution.memory_bytes and F.device.type == "cpu":
                     F = spilled(F)
                 # The simulator may use the same memory for its next outputs, unless it was made for this call.
-                elif not memory:
+                elif not self.owns_outputs:
                     F = F.clone()
                 out = out._replace(F=F)
             for unit, part in self.by_unit(out):
@@ -279,13 +285,13 @@ class Evaluation:
     def units_in_leaf(self) -> int:
         """Units of a streamed leaf, from N and the unit alone: 2 rows at N = 16, 32 at N = 256, and never more than 16
         leaves, because each level of the tree holds a sum."""
-        if not self._large:
+        if not self.large:
             return 1
         n, unit = self.strategy.num_samples, self.strategy.leaf_size
         rows = max(min(STREAMED_LEAF, 1 << max(0, (n - 1).bit_length() - 3)), -(-n // 16))
         return max(1, -(-rows // unit) if rows > STREAMED_LEAF else rows // unit)
 
-    def stream_weights(self, p: int, like: torch.Tensor) -> torch.Tensor:
+    def stream_weights(self, p: int) -> Array:
         """[a, W] of problem p as the streamed kernel takes it: (columns, num_rows)."""
         weights = self._make_weights(p, None)
         columns = [weights.value[:, None]]
@@ -293,7 +299,7 @@ class Evaluation:
             columns.append(weights.theta)
         if weights.scale is not None:
             columns.append(weights.scale)
-        return aligned(torch.as_tensor(np.ascontiguousarray(np.hstack(columns).T)).to(like))
+        return np.hstack(columns).T
 
     def _make_weights(self, p: int, valid: NDArray[np.bool_] | None) -> Weights:
         nodes = self.problems[p].design.nodes
@@ -357,15 +363,17 @@ class Evaluation:
         factors = self.dispatcher.broadcast(factors)
         self.factors = self.factors * factors
         for p, factor in enumerate(factors.tolist()):
-            self._sums[p] *= factor
-            if not self.streamed:
+            self._values[p] = self._values[p] * factor
+            if self.streamed:
+                self._sums[p] *= factor
+            else:
                 w = self.weights[p]
                 scale = None if w.scale is None else w.scale * factor
                 self.weights[p] = Weights(w.value * factor, w.theta * factor, scale)
 
     def value(self, b: int) -> torch.Tensor:
         """F^T a of vector b, the mean over its replicates: (m,)."""
-        return _mean([self._sums[p][0] for p in self.replicates(b)])
+        return _mean([self._values[p] for p in self.replicates(b)])
 
     @property
     def has_scale(self) -> bool:
@@ -388,7 +396,7 @@ class Evaluation:
 
     def replicate_values(self, b: int) -> torch.Tensor:
         """(R, m): the values of the replicates."""
-        return torch.stack([self._sums[p][0] for p in self.replicates(b)])
+        return torch.stack([self._values[p] for p in self.replicates(b)])
 
     def replicates(self, b: int) -> range:
         """The problems of vector b."""
@@ -622,7 +630,7 @@ class Evaluation:
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
         spare: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
-        """W F from kept rows, for each (problem, W (c, num_rows)), by a tree over the units. Collective.
+        """W F from kept rows in float64, for each (problem, W (c, num_rows)), by a tree over the units. Collective.
 
         Args:
             columns: for each, the outputs to sum; all where None.
@@ -634,15 +642,17 @@ class Evaluation:
             for unit, F in self._kept[p]:
                 G = F if transform is None else transform(F)
                 G = G if index is None else G[:, index.to(G.device)]
-                part = aligned(torch.as_tensor(np.ascontiguousarray(w[:, unit.start : unit.stop])).to(G))
-                total = sums[q].buffer(G, len(part))
+                part = aligned(torch.as_tensor(np.ascontiguousarray(w[:, unit.start : unit.stop])).to(G.device))
+                total = sums[q].buffer(G if G.dtype == torch.float64 else G[:0].to(torch.float64), len(part))
                 accumulate(total, part, G, first=True)
                 sums[q].add(unit.index, total)
         if self.dispatcher.size == 1:
             return [tree.result() for tree in sums]
         owners = [self.leaf_owner(p, 1) for p, _ in weights]
         like = [
-            self._like.new_empty((len(w), self.num_outputs if columns is None or c is None else len(c)))
+            self._like.new_empty(
+                (len(w), self.num_outputs if columns is None or c is None else len(c)), dtype=torch.float64
+            )
             for (_, w), c in zip(weights, columns or [None] * len(weights), strict=True)
         ]
         return self.dispatcher.finish(sums, like, owners)
@@ -679,8 +689,10 @@ class Evaluation:
             all_columns = self._tree_sums([(p, self.weights[p].theta.T) for p in problems])
         scale = self.problems[problems[0]].scale
         # Column r of L^-T W^T F^T: J = (L^-T A)^T for A (d, m) in eps-space.
-        inverse = np.diag(1 / scale) if scale.ndim == 1 else np.linalg.inv(scale)
-        return [self._masked(columns).T @ aligned(torch.as_tensor(inverse).to(columns)) for columns in all_columns]
+        if scale.ndim == 1:
+            return [self._masked(columns).T * torch.as_tensor(1 / scale).to(columns) for columns in all_columns]
+        inverse = torch.as_tensor(np.linalg.inv(scale))
+        return [self._masked(columns).T @ aligned(inverse.to(columns)) for columns in all_columns]
 
     @collective
     def second_moments(self, b: int, weights: Sequence[Array], centres: torch.Tensor) -> list[torch.Tensor]:
@@ -689,7 +701,7 @@ class Evaluation:
         (p,) = self.replicates(b)
         extra = self.strategy.num_rows - self.strategy.num_samples
         padded = [(p, np.pad(w, ((0, 0), (0, extra)))) for w in weights]
-        return self._tree_sums(padded, transform=lambda F: (F - centres.to(F)).square())
+        return self._tree_sums(padded, transform=lambda F: (F.to(torch.float64) - centres.to(F.device)).square())
 
     @collective
     def row_scalars(self, p: int, function: Callable[[torch.Tensor], torch.Tensor]) -> Array:

@@ -143,7 +143,7 @@ def make_problem(
     """
     whole = as_simulator(simulator)
     starts, given = _given_starts(whole.space, start)
-    space, assumed = with_scales(given, starts, marginal_deviations(prior, given), tied or {}) if guess else (given, {})
+    space, assumed = with_scales(given, starts, marginal_deviations(prior, given), tied or {}, guess)
     for theta in starts:
         if not np.isfinite(theta).all():
             raise InputError(f"Expected a finite start, got {space.mapping(theta)}.")
@@ -172,14 +172,21 @@ def make_problem(
 
 
 def with_scales(
-    space: ParameterSpace, starts: Array, prior: Mapping[str, float], tied: Mapping[str, str]
+    space: ParameterSpace,
+    starts: Array,
+    prior: Mapping[str, float],
+    tied: Mapping[str, str],
+    guess: bool = True,
 ) -> tuple[ParameterSpace, dict[str, str]]:
     """The space with a natural scale for every parameter, and where those come from that nobody has said.
 
     A tenth of the width of bounds, but no more than the start is away from 0 where all values have one sign; where
     bounds span decades a part of the start that grows with these. Without bounds a tenth of the start; where that is 0
-    the prior's deviation, or 1.
+    the prior's deviation, or 1. Without `guess` all that nobody has said are 1.
     """
+    if not guess:
+        one = tuple(replace(p, natural_scale=p.natural_scale or 1.0) for p in space.parameters)
+        return replace(space, parameters=one), {}
     found: dict[str, float] = {}
     assumed: dict[str, str] = {}
     for p, column in zip(space.parameters, starts.T, strict=True):

@@ -92,6 +92,7 @@ class End:
         ends: of all starts, where there are several that go on side by side.
         at_limit: whether the last step was as long as it might be. warnings: in words.
         noise: variance of one run of the simulator, over that of the target, averaged over outputs; 0 if unknown.
+        no_better: whether it is worse than the start.
     """
 
     x: Array
@@ -106,6 +107,7 @@ class End:
     ends: tuple[FitEnd, ...] = ()
     at_limit: bool = False
     noise: float = 0.0
+    no_better: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -122,7 +124,8 @@ class FitResult:
             given), and the prior's 1/2 sum (parameter - mean)^2 / deviation^2. See `bridge.goodness.Goodness`, also for
             chi_square, dof, p_value and loss_share (of each output, of the target's shape).
         stop_reason: "converged", "standard_error" (they are as small as was asked), "max_steps", "max_runs",
-            "max_time", "interrupted", or "numerics" (the method's own arithmetic failed; these are the best so far).
+            "max_time", "interrupted", "numerics" (the method's own arithmetic failed; these are the best so far), or
+            "no_better" (than the start).
         history: one `FitStep` a step.
         num_evaluations: simulator runs, all ranks together, those of the surrogate apart (`num_surrogate`).
         num_cached: of these, found in a store instead of run anew: what was finished before an interruption, or is in a

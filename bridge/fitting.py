@@ -27,8 +27,8 @@ from bridge.fit_result import End, FitEnd, FitResult, FitStep
 from bridge.goodness import Goodness, goodness_of, unexplained
 from bridge.identifiability import doubts
 from bridge.identity import identity_of, identity_of_function
-from bridge.interrupts import listening, look
-from bridge.methods import Chosen, MethodName, MethodSettings, Way, choose, make_method
+from bridge.interrupts import again, listening, look
+from bridge.methods import DESIGN, Chosen, MethodName, MethodSettings, Way, choose, make_method
 from bridge.misfit import LinearMap, Loss, PriorOf
 from bridge.progress import Observer, Observers, make_observers
 from bridge.reuse import Earlier, Source, described, earlier_rows, sources
@@ -180,8 +180,10 @@ def fit(
         SystemExit: with code 75, with a directory: stopped by a signal; start it again.
     """
     begin = time.monotonic()
+    if isinstance(target, torch.Tensor):
+        target = target.detach().cpu().numpy() if target.is_complex() else target.detach().cpu().double().numpy()
     refuse_unknown("bridge.fit", smoothing, fit_settings())
-    _check_kinds(target, start, variance, fixed, tied, prior, loss, on_step)
+    _check_kinds(target, start, variance, fixed, tied, loss, on_step)
     if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
         raise InputError(f"Expected a positive max_seconds, got {max_seconds!r}.")
     problem = make_problem(
@@ -192,11 +194,12 @@ def fit(
     method_, reason = choose(
         *(method, problem.simulator, problem.free.dimension),
         loss=loss is not None, optimiser=optimiser is not None, coarse=coarse is not None,
+        smooths=_smooths(learning_rate, scale, smoothing),
     )  # fmt: skip
     if sources(reuse) and method_ != "kriging":
         raise InputError(
-            f"Expected method='kriging' with reuse, got {method_!r}: a smoothed gradient takes rows drawn about where "
-            "it is, and earlier ones count for next to nothing there. To find the very same runs again, pass store=."
+            f"Expected method='kriging' with reuse, got {method_!r}, for which earlier runs count for next to nothing: "
+            "it goes by those about where it is. To find the very same runs again, pass store=."
         )
     settings = MethodSettings(
         method_, steps, num_samples, scale, learning_rate, optimiser, full_scale, coarse, halving, stop_at_error,
@@ -208,6 +211,8 @@ def fit(
     if directory is not None or sources(reuse):
         for smoothed in chosen.smoothed:
             smoothed.execution.filing(smoothed.simulator)
+            if smoothed.surrogate is not None:
+                smoothed.execution.filing(smoothed.surrogate.simulator)
     described_ = {} if directory is None else _described(problem, settings, chosen, seed, smoothing)
     begun = directory is not None and resume and any(Path(directory).glob("checkpoint-*.npz"))
     earlier = _earlier(sources(reuse), problem, chosen, directory, begun)
@@ -215,7 +220,7 @@ def fit(
     if directory is not None:
         described_["reuse"] = list(map(described, sources(reuse)))
         # Few runs, each of use to other fits: not to be thrown away.
-        keep = method_ == "kriging"
+        keep = method_ in ("kriging", "trust-region")
         run = Run(
             directory, settings=described_, every_s=every_s, resume=resume, overwrite=overwrite, comm=comm,
             keep_evaluations=keep, journal_above_s=0.0 if keep else 0.01,
@@ -272,7 +277,7 @@ def fit(
             stop_reason = stop_reason or "max_steps"
             end = way.finish(len(history))
         except KeyboardInterrupt:
-            if dispatcher.size > 1:
+            if dispatcher.size > 1 or again():
                 raise  # ranks are told at different places: this ends them all
             stop_reason = "interrupted"
             if run is not None:
@@ -281,6 +286,8 @@ def fit(
                 end = way.finish(len(history))
         left_out = end is None
         end = _cut_short(way, problem, history) if end is None else end
+        if end.no_better and stop_reason in ("converged", "standard_error"):
+            stop_reason = "no_better"
         good, misses = _goodness(problem, end)
         stated = end.stated
         at_bound = (end.x <= problem.lower) | (end.x >= problem.upper)
@@ -367,22 +374,28 @@ def fit_settings() -> list[str]:
     return list(dict.fromkeys([*own, *list(signature(smooth).parameters)[1:]]))
 
 
-def _check_kinds(
-    target: Any, start: Any, variance: Any, fixed: Any, tied: Any, prior: Any, loss: Any, on_step: Any
-) -> None:
+def _check_kinds(target: Any, start: Any, variance: Any, fixed: Any, tied: Any, loss: Any, on_step: Any) -> None:
     """Refuses what is of another kind altogether, and says what is expected there."""
     for name, value in (("target", target), ("start", start), ("variance", variance)):
         if isinstance(value, str | os.PathLike):
             load = f" Load the file first: numpy.load({os.fspath(value)!r})." if name == "target" else ""
             raise InputError(f"Expected numbers as {name}, got the text {os.fspath(value)!r}.{load}")
+        if name == "target":
+            try:
+                kind = np.asarray(value).dtype
+            except ValueError as error:
+                raise InputError(f"Expected a target of one shape, got: {error}.") from error
+            if kind.kind == "c":
+                raise InputError("Expected real numbers as target, got complex ones. Stack real and imaginary parts.")
+            if kind.kind not in "biuf":
+                what = type(value).__name__ if np.ndim(value) == 0 else f"an array of dtype {kind}"
+                raise InputError(f"Expected real numbers as target, got {what}.")
     if isinstance(fixed, Mapping):
         raise InputError(
             f"Expected a list of names as fixed, got {fixed!r}: they keep their start. Give {list(fixed)}."
         )
     if tied is not None and not isinstance(tied, Mapping):
         raise InputError(f"Expected tied as name -> the name that it is to equal, got {tied!r}.")
-    if prior is not None and not isinstance(prior, Mapping | tuple):
-        raise InputError(f"Expected prior as name -> (mean, standard deviation), got {prior!r}.")
     if loss is not None and not callable(loss):
         raise InputError(
             f"Expected loss as a function of output and target, got {loss!r}. Least squares need none: leave it out."
@@ -399,6 +412,12 @@ def _unfinished(end: End, stop_reason: str) -> tuple[str, ...]:
         "further away, or the noise of a step is as large as that. Allow more steps (steps=, max_runs=), a larger "
         "scale, or take more samples (num_samples=).",
     )
+
+
+def _smooths(learning_rate: float | None, scale: Any, smoothing: Mapping[str, Any]) -> bool:
+    """Whether settings are given that only smoothing has a use for."""
+    pair = scale is not None and not isinstance(scale, int | float)
+    return learning_rate is not None or pair or bool(set(smoothing) & set(DESIGN))
 
 
 def _spread(scale: float | tuple[float, float] | None) -> float:
@@ -480,7 +499,7 @@ def _described(
         "halving": s.halving, "target": _digest(misfit.target), "max_runs": s.max_runs, "restarts": s.restarts,
         "prior": [prior.information.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
         "variance": _digest(misfit.variance), "whiten": _digest(_whitened(misfit.whiten, probe)), "coarse": stages,
-        "stop_at_error": s.stop_at_error, "smoothing": _words(smoothing),
+        "stop_at_error": s.stop_at_error, "smoothing": _words(smoothing), "natural_scale": problem.natural.tolist(),
         **chosen.described,
     }  # fmt: skip
 

@@ -120,5 +120,6 @@ class Filing:
         except UnseenError:
             return
         if now != self._now:
+            _became.pop(self._now, None)  # it will not be that again
             _became[now] = self.name
             self._now = now

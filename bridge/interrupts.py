@@ -21,12 +21,13 @@ class _Interrupts:
     """The state of this process; one fit at a time listens."""
 
     def __init__(self) -> None:
-        self.listening = self.asked = False
+        self.listening = self.asked = self.twice = False
         self.running = 0
         self.said = ""
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
+            self.twice = True
             raise KeyboardInterrupt
         self.asked = True
         if self.said:
@@ -49,7 +50,8 @@ def listening(said: str = "") -> Iterator[None]:
     if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    _state.listening, _state.asked, _state.running, _state.said = True, False, 0, said
+    _state.__init__()
+    _state.listening, _state.said = True, said
     signal.signal(signal.SIGINT, _state.hear)
     try:
         yield
@@ -85,6 +87,11 @@ class Held:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.asked and kind is None:
             raise KeyboardInterrupt
+
+
+def again() -> bool:
+    """Whether this is the second Ctrl-C: nothing is worth waiting for."""
+    return _state.listening and _state.twice
 
 
 def look() -> None:

@@ -281,6 +281,7 @@ def serve(descriptor: int, parent: int) -> None:
     with Connection(descriptor) as pipe:
         simulator: Any = None
         reply: tuple[str, Any]
+        answer: Any
         with contextlib.suppress(EOFError):
             while True:
                 question = pipe.recv()

@@ -252,7 +252,7 @@ def run_job(
         overwrite=overwrite,
         **job.settings,
     )
-    known = result.stop_reason != "interrupted" or bool(np.isfinite(result.output).all())
+    known = result.stop_reason != "interrupted" or bool(np.isfinite(result.output).any())
     return result, write_results(job, result) if known and is_root() else []
 
 

@@ -24,16 +24,19 @@ from bridge.searching import Searching
 from bridge.simulator import Simulator, Structured, as_simulator
 from bridge.smoothing import SmoothedSimulator, smooth
 from bridge.soundness import HUGE
+from bridge.trust_region import QuadraticSearch, TrustRegion
 
 Array = NDArray[np.float64]
-MethodName = Literal["auto", "kriging", "gauss-newton", "adam", "torch", "natural"]
-METHODS = ("auto", "kriging", "gauss-newton", "adam", "torch", "natural")
-# More parameters than this, or a block structure, and a model of all runs has too little to go by.
-_MOST_PARAMETERS = 40
-_RUNS_A_PARAMETER = 60
+MethodName = Literal["auto", "kriging", "trust-region", "gauss-newton", "adam", "torch", "natural"]
+METHODS = ("auto", "kriging", "trust-region", "gauss-newton", "adam", "torch", "natural")
+# More parameters than this, or a block structure, and a model of all runs takes too long to think.
+_MOST_PARAMETERS = 200
+# More than this, and a quadratic model of a number has too little to go by.
+_MOST_OF_QUADRATIC = 100
+_RUNS_A_PARAMETER, _RUNS_OF_QUADRATIC = 60, 100
 # More parameters than this, and the full L of a natural gradient has more numbers than there are runs to learn from.
 _MOST_OF_FULL = 20
-_DESIGN = ("distribution", "points", "antithetic", "covariate", "replicates", "forward", "surrogate")
+DESIGN = ("distribution", "points", "antithetic", "covariate", "replicates", "forward", "surrogate")
 _STEPS = {"gauss-newton": 24, "adam": 150, "torch": 150, "natural": 150}
 _RATES = {"adam": 0.25, "torch": 0.25, "natural": 1.0}
 
@@ -85,7 +88,7 @@ class MethodSettings:
 
     def widths(self) -> tuple[float, float]:
         """First and last scale."""
-        default = (1.0, 1.0) if self.method == "kriging" else (2.0, 0.1)
+        default = (1.0, 1.0) if self.method in ("kriging", "trust-region") else (2.0, 0.1)
         given = default if self.scale is None else self.scale
         if isinstance(given, Mapping):
             raise InputError(
@@ -117,17 +120,22 @@ class Chosen:
 
 
 def choose(
-    method: str, simulator: Simulator, dimension: int, *, loss: bool, optimiser: bool, coarse: bool
+    method: str, simulator: Simulator, dimension: int, *, loss: bool, optimiser: bool, coarse: bool, smooths: bool
 ) -> tuple[str, str]:
-    """The method that "auto" stands for, and why."""
+    """The method that "auto" stands for, and why.
+
+    smooths: whether settings are given that only smoothing has a use for.
+    """
     if method not in METHODS:
         raise InputError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}")
     if method != "auto":
         return method, "as asked"
     if optimiser:
         return "torch", "an optimiser is given"
-    if loss:
+    if loss and (smooths or coarse or dimension > _MOST_OF_QUADRATIC):
         return "adam", "a loss of one's own: its smoothed gradient is followed"
+    if loss:
+        return "trust-region", "a loss of one's own: a quadratic model in a trust region takes the fewest runs"
     if isinstance(simulator, Structured) and simulator.structure is not None:
         return "gauss-newton", "the simulator says which outputs depend on which parameters"
     if coarse:
@@ -151,13 +159,15 @@ def make_method(
     _check(problem, settings, smoothing)
     if settings.method == "kriging":
         return _kriging(problem, settings, seed, comm, smoothing)
+    if settings.method == "trust-region":
+        return _trust_region(problem, settings, seed, comm, smoothing)
     return _descent(problem, settings, seed, comm, smoothing)
 
 
 def _kriging(
     problem: FitProblem, s: MethodSettings, seed: int | None, comm: Any, smoothing: Mapping[str, Any]
 ) -> Chosen:
-    plain = _plain(problem.simulator, seed, comm, smoothing)
+    plain = _plain(problem.simulator, seed, comm, smoothing, s.method)
     d, starts, misfit = problem.free.dimension, problem.free_starts, problem.misfit
     budget, batch = s.max_runs or _RUNS_A_PARAMETER * (d + 1), max(6, d // 2 + 1)
     search = Search(
@@ -189,6 +199,23 @@ def _kriging(
     return Chosen(way, [plain], s.steps, budget, {"scale": list(s.widths())})
 
 
+def _trust_region(
+    problem: FitProblem, s: MethodSettings, seed: int | None, comm: Any, smoothing: Mapping[str, Any]
+) -> Chosen:
+    plain = _plain(problem.simulator, seed, comm, smoothing, s.method)
+    d, starts = problem.free.dimension, problem.free_starts
+    budget = s.max_runs or _RUNS_OF_QUADRATIC * (d + 1)
+    search = QuadraticSearch(
+        *(starts[0], problem.lower, problem.upper),
+        spread=s.widths()[0],
+        seed=int(seed or 0),
+        batch=s.num_samples or max(2, d // 4),
+        tolerance=1e-6 if s.tolerance is None else s.tolerance,
+    )
+    way = TrustRegion(plain, problem.misfit, search, problem.natural, budget, starts, problem.free.names)
+    return Chosen(way, [plain], s.steps, budget, {"scale": list(s.widths())})
+
+
 def _descent(
     problem: FitProblem, s: MethodSettings, seed: int | None, comm: Any, smoothing: Mapping[str, Any]
 ) -> Chosen:
@@ -196,6 +223,7 @@ def _descent(
     first, last = s.widths()
     misfit, natural, starts = problem.misfit, problem.natural, problem.free_starts
     smoothed = smooth(problem.simulator, seed=seed, num_samples=samples, scale=first * natural, comm=comm, **smoothing)
+    smoothed.strategy = replace(smoothed.strategy, largest=HUGE)
     budget = s.max_runs or 10**15
     rows = len(starts) * smoothed.strategy.num_rows * smoothed.strategy.replicates
     least = 2 * rows + end_runs(smoothed, misfit, len(starts))
@@ -236,7 +264,7 @@ def _descent(
         *(smoothed, misfit, starts, rule),
         natural=natural, lower=problem.lower, upper=problem.upper, schedule=schedule, halving=s.halving,
         tolerance=0.01 if s.tolerance is None else s.tolerance, known_noise=problem.known_noise, asked=asked,
-        newton=LONGEST if s.method == "gauss-newton" else 0.0,
+        newton=LONGEST if s.method == "gauss-newton" else 0.0, others=used[1:],
     )  # fmt: skip
     return Chosen(way, used, steps, budget, described)
 
@@ -286,11 +314,15 @@ def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any])
         what = "variance=" if problem.known_noise else "robust="
         raise InputError(f"Expected no {what} with a loss of your own, which has no use for it. Leave it out.")
     if own_loss and method in ("kriging", "gauss-newton"):
-        raise InputError(f"Expected adam, torch or natural with a loss of your own: {method} needs least squares.")
+        raise InputError(
+            f"Expected trust-region, adam, torch or natural with a loss of your own: {method} needs least squares."
+        )
     if (s.optimiser is not None) != (method == "torch"):
         raise InputError(
             f"Expected optimiser= with method='torch', and only then, got method={method!r} and {s.optimiser!r}."
         )
+    if s.stop_at_error is not None and own_loss:
+        raise InputError("Expected least squares with stop_at_error: a loss of your own has no standard errors.")
     unused = (
         ("learning_rate", s.learning_rate is not None, ("adam", "torch", "natural")),
         ("full_scale", s.full_scale is not None, ("natural",)),
@@ -301,8 +333,6 @@ def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any])
     for name, given, methods in unused:
         if given and method not in methods:
             raise InputError(f"Expected {name} with method {' or '.join(methods)} alone, got method={method!r}.")
-    if s.stop_at_error is not None and own_loss:
-        raise InputError("Expected least squares with stop_at_error: a loss of your own has no standard errors.")
     if method == "natural":
         if smoothing.get("distribution", "gaussian") != "gaussian":
             raise InputError(
@@ -313,10 +343,10 @@ def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any])
             raise InputError("Expected forward='smoothed' with method='natural', which needs the spread of the losses.")
 
 
-def _plain(sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, Any]) -> SmoothedSimulator:
+def _plain(sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, Any], method: str) -> SmoothedSimulator:
     """The simulator itself through the dispatch of a smoothed one: the one midpoint of a Latin set has eps = 0."""
-    if given := sorted(set(smoothing) & set(_DESIGN)):
-        raise InputError(f"Expected none of {given} with method='kriging', which smooths nothing. Leave them out.")
+    if given := sorted(set(smoothing) & set(DESIGN)):
+        raise InputError(f"Expected none of {given} with method={method!r}, which smooths nothing. Leave them out.")
     carried = {"simulator_seeds": "independent", **smoothing}
     raises = carried.get("failures", "raise") == "raise"
     if raises or carried.get("failures") == "drop":

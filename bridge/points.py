@@ -21,6 +21,10 @@ from bridge.errors import InputError
 
 Array = NDArray[np.float64]
 
+# What "auto" takes on itself, about a second: floating-point operations of orthogonal directions, and the dimensions
+# whose scrambles Sobol' points need.
+_DIRECTIONS_AT_ONCE, _SOBOL_AT_ONCE = 2e10, 4096
+
 
 @dataclass(frozen=True)
 class Nodes:
@@ -198,6 +202,14 @@ class Halton(PointSet):
         return np.clip(qmc.Halton(d, scramble=True, rng=rng).random(n), 2.0**-53, 1 - 2.0**-53)
 
 
+def _rotations(normal: Array) -> Array:
+    """The columns of Q of matrices (..., d, r) of independent normal numbers, as rows: (..., r, d)."""
+    q, r = np.linalg.qr(normal)
+    # With the signs of R's diagonal, Q is uniform over the rotations (and reflections).
+    q = q * np.sign(np.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+    return np.asarray(np.swapaxes(q, -1, -2))
+
+
 @final
 class Orthogonal(PointSet):
     """Blocks of d orthogonal directions, each row Gaussian by itself: a Haar rotation times independent chi(d) norms.
@@ -213,12 +225,13 @@ class Orthogonal(PointSet):
         return np.asarray(special.ndtr(self._directions(n, d, rng)))
 
     def _directions(self, n: int, d: int, rng: np.random.Generator) -> Array:
-        blocks = -(-n // d)
-        q, r = np.linalg.qr(rng.standard_normal((blocks, d, d)))
-        # With the signs of R's diagonal, Q is uniform over the rotations (and reflections).
-        q = q * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None, :]
-        norms = np.sqrt(rng.chisquare(d, size=(blocks, d)))
-        return np.asarray((q.transpose(0, 2, 1) * norms[:, :, None]).reshape(blocks * d, d)[:n])
+        # Of the last rotation only the columns that are needed: the first r columns of Q are those of r of A's, and
+        # cost d r^2 in place of d^3.
+        blocks, rest = divmod(n, d)
+        parts = [_rotations(rng.standard_normal((blocks, d, d))).reshape(blocks * d, d)] if blocks else []
+        parts += [_rotations(rng.standard_normal((d, rest)))] if rest else []
+        directions = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return np.asarray(directions * np.sqrt(rng.chisquare(d, size=n))[:, None])
 
     def nodes(self, distribution: Distribution, n: int, d: int, rng: np.random.Generator) -> Nodes:
         if not isinstance(distribution, Gaussian):
@@ -239,13 +252,14 @@ class Auto(PointSet):
     def choose(self, distribution: Distribution, n: int, d: int) -> tuple[PointSet, str]:
         power_of_two = n & (n - 1) == 0
         if np.isinf(fisher_information(distribution)):
-            midpoints = Net(jitter=False) if power_of_two and d <= qmc.Sobol.MAXDIM else Latin(jitter=False)
+            midpoints = Net(jitter=False) if power_of_two and d <= _SOBOL_AT_ONCE else Latin(jitter=False)
             return midpoints, "the score has infinite variance: midpoints bound it"
         if d > qmc.Sobol.MAXDIM:
             return MonteCarlo(), f"more parameters than Sobol' points have dimensions ({qmc.Sobol.MAXDIM})"
-        if isinstance(distribution, Gaussian) and n % 2 == 0 and 2 * d <= n < 4 * (d + 1):
+        gaussian = isinstance(distribution, Gaussian) and 4 * d * n * min(n, d) <= _DIRECTIONS_AT_ONCE
+        if gaussian and n % 2 == 0 and 2 * d <= n < 4 * (d + 1):
             return Antithetic(Orthogonal()), f"few rows ({n}) for {d} parameters: orthogonal pairs"
-        if isinstance(distribution, Gaussian) and 1 < n < 2 * d:
+        if gaussian and 1 < n < 2 * d:
             return Orthogonal(), f"fewer rows ({n}) than pairs for {d} parameters: orthogonal directions"
         if n <= d:
             return Latin(jitter=True), f"no more rows ({n}) than parameters ({d}): only single coordinates can be even"

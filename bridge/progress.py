@@ -106,9 +106,11 @@ class Observers:
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = list(observers)
+        self._begun = False
 
     def start(self, space: ParameterSpace, *, max_steps: int | None, max_runs: int | None, title: str) -> None:
         started: list[Observer] = []
+        self._begun = True
         try:
             for observer in self._observers:
                 observer.start(space, max_steps=max_steps, max_runs=max_runs, title=title)
@@ -129,7 +131,7 @@ class Observers:
     def end(self, result: FitResult | None) -> None:
         """The second call and later ones do nothing."""
         observers, self._observers = self._observers, []
-        for observer in observers:
+        for observer in observers if self._begun else ():  # they were never told of a fit
             try:
                 observer.end(result)
             except Exception:

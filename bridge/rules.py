@@ -72,9 +72,15 @@ class Seen:
         Where it is longer than `longest` in a coordinate, that of Levenberg: with the least multiple of the identity
         (of natural units) more that makes it short enough.
         """
-        H, g = misfit.normal(misfit.jacobian(J, self.natural), misfit.residual(y), z)
+        with np.errstate(all="ignore"):
+            H, g = misfit.normal(misfit.jacobian(J, self.natural), misfit.residual(y), z)
+        if not (np.isfinite(H).all() and np.isfinite(g).all()):
+            return np.full(len(g), np.nan)
         damped = H + 1e-3 * np.diag(np.diag(H)) + 1e-12 * max(float(np.trace(H)), 1e-300) * np.eye(len(g))
-        step = -np.linalg.solve(damped, g)
+        try:
+            step = -np.linalg.solve(damped, g)
+        except np.linalg.LinAlgError:  # numbers too small to be squared
+            step = np.zeros(len(g))
         if np.abs(step).max() <= longest:
             return np.asarray(step)
         values, vectors = np.linalg.eigh(damped)

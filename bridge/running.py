@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from bridge.design import Design, Strategy
 from bridge.dispatch import Dispatcher
-from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError
+from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError, NonFiniteError
 from bridge.identity import Filing, innermost
 from bridge.interrupts import running
 from bridge.isolation import IsolatedSimulator, SimulatorPool
@@ -398,9 +398,11 @@ class Runner:
             # A weight of zero does not undo a NaN.
             F[bad] = self.filling
             return
-        raise EvaluationError(
+        largest = self._strategy.largest
+        what = "NaN or infinite" if math.isinf(largest) else f"NaN, infinite or beyond {largest:g}"
+        raise NonFiniteError(
             f"Expected finite outputs from simulator {self.name!r}, got "
-            f"{int((~torch.isfinite(F[row])).sum())} of {F.shape[1]} numbers NaN or infinite in row {out.start + row} "
+            f"{int((~(F[row].abs() < largest)).sum())} of {F.shape[1]} numbers {what} in row {out.start + row} "
             f"({self._name_row(out, row)}) on {socket.gethostname()}. Bound the parameters to where the simulator "
             'works, or, if failing has nothing to do with the parameters, drop such rows with failures="drop".'
         )

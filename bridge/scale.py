@@ -127,7 +127,11 @@ def check_scale(scale: Array, form: Form) -> None:
             f"Expected a positive scale for each parameter, got {scale.tolist()}. To keep a parameter fixed, leave it "
             "out of the simulator's parameters; a learned scale stays positive as `bridge.LogScale`."
         )
-    if form == "matrix" and (condition := float(np.max(np.linalg.cond(scale)))) > 1e12:
+    if form != "matrix":
+        return
+    # In rows of one length: parameters may have units of very different sizes.
+    lengths = np.linalg.norm(scale, axis=-1, keepdims=True)
+    if (condition := float(np.max(np.linalg.cond(scale / np.where(lengths > 0, lengths, 1.0))))) > 1e12:
         raise InputError(
             f"Expected an invertible scale matrix, got one of condition number {condition:.3g}: {scale.tolist()}. "
             "Directions without noise have no smoothed gradient."

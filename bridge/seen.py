@@ -45,6 +45,7 @@ from bridge.simulator import Identified, IdentityParts
 
 _DEEPEST = 20_000
 _POINTER = struct.calcsize("P")
+_MANY, _WORD = 64, 2**63
 _LARGE = 1_000_000  # bytes of an array whose digest is kept
 # What has its content somewhere else, though some of it may look as if it could be seen.
 _WORDS: dict[type, str] = {
@@ -52,7 +53,8 @@ _WORDS: dict[type, str] = {
     "thread's own variables", ctypes.CDLL: "a library loaded by ctypes", subprocess.Popen: "a running program",
     type(threading.Lock()): "a lock", type(threading.RLock()): "a lock",
 }  # fmt: skip
-_COUNTED = (int, float, list, dict, set, collections.deque, collections.Counter, collections.defaultdict)
+_COUNTED = (int, float, complex, list, dict, set, collections.deque, collections.Counter, collections.defaultdict,
+            np.ndarray, np.float64, np.int64, type(None))  # fmt: skip
 _PURE = (list, dict, set, frozenset, tuple, str, bytes, int, float, bytearray)
 
 
@@ -160,7 +162,7 @@ class _Walk:
         elif kind is complex:
             self.put("complex", struct.pack("<dd", value.real, value.imag))
         elif kind is str:
-            self.put("str", value)
+            self._text(value)
         elif kind in (bytes, bytearray, memoryview):
             self.put(kind.__name__, bytes(value))
         elif kind in (tuple, list):
@@ -180,10 +182,25 @@ class _Walk:
         else:
             self._object(value)
 
+    def _text(self, value: str) -> None:
+        """A text; where it names a program, that program."""
+        if "/" in value[:4096] and len(value) < 4096 and "\0" not in value:
+            with contextlib.suppress(OSError, ValueError):
+                if os.path.isfile(value) and os.access(value, os.X_OK):
+                    self.put("program", f"{os.path.basename(value)} {content_digest(value)}")
+                    return
+        self.put("str", value)
+
     def _items(self, value: Any) -> None:
         if isinstance(value, list) and self.again(value):
             return
         self.put(type(value).__name__, str(len(value)))
+        if len(value) >= _MANY and all(type(item) is float for item in value):
+            self.put("floats", np.array(value).tobytes())  # all at once, as there may be millions
+            return
+        if len(value) >= _MANY and all(type(item) is int and -_WORD <= item < _WORD for item in value):
+            self.put("ints", np.array(value, dtype=np.int64).tobytes())
+            return
         for i, item in enumerate(value):
             self.see_as(f"item {i}", item)
 
@@ -350,6 +367,9 @@ class _Walk:
     def _instance(self, value: Any) -> None:
         kind = type(value)
         module = kind.__module__
+        if any(value is stream for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)):
+            self.put("stream")  # what is said there does not come back
+            return
         for base, words in _WORDS.items():
             if isinstance(value, base) and not isinstance(value, io.StringIO | io.BytesIO):
                 raise self.unseen(words)
@@ -473,6 +493,9 @@ class _Walk:
             for name in code.co_freevars:
                 self._variable("closure variable", name, _content(function, name), facts)
         if owner is None:
+            if facts.names & {"environ", "getenv"}:
+                for text in sorted(facts.texts):
+                    self.put("environment", f"{text}={os.environ.get(text) if text and chr(0) not in text else ''}")
             self._globals(function.__globals__, facts)
 
     def _variable(self, kind: str, name: str, value: Any, facts: Facts) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -86,7 +87,7 @@ class ParameterSpace:
         if not self.parameters:
             raise InputError("Expected at least one parameter, got none. Declare what the simulator varies.")
         names = [p.name for p in self.parameters]
-        twice = sorted({n for n in names if names.count(n) > 1})
+        twice = sorted(n for n, count in Counter(names).items() if count > 1)
         if twice:
             raise InputError(f"Expected distinct parameter names, got {twice} more than once. Rename them.")
         if self.outside not in ("clip", "raise", "ignore"):

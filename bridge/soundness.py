@@ -13,8 +13,9 @@ HUGE = 1e100
 _TAMED = 1e6
 # Residuals that are checked for order: at least so many; standard deviations that their neighbours may be alike by.
 _FEWEST, _ALIKE = 8, 2.0
-# A guess of a natural scale is corrected by no more than this; where nothing was known, by no more than that.
-_CORRECTED, _UNKNOWN = 10.0, 1e9
+# A guess of a natural scale may be wrong by this factor, and is corrected by no more than that beyond; one from nothing
+# is corrected altogether.
+_GUESS, _CORRECTED, _UNKNOWN = 30.0, 100.0, 1e9
 
 
 def unusable(outputs: Array) -> NDArray[np.bool_]:
@@ -92,7 +93,8 @@ def corrected_units(
     known = seen & ~unknown
     usual = float(np.exp(np.log(sensitivity[known]).mean())) if known.any() else 0.3 * residual
     if usual > 0:
-        ratio = (usual / np.where(seen, sensitivity, usual)) ** float(__import__("os").environ.get("EXPO", "1"))
+        ratio = usual / np.where(seen, sensitivity, usual)
+        beyond = np.where(unknown, ratio, np.maximum(ratio / _GUESS, 1.0) * np.minimum(ratio * _GUESS, 1.0))
         most = np.where(unknown, _UNKNOWN, _CORRECTED)
-        units = np.where(guessed & seen, np.clip(ratio, 1 / most, most), 1.0)
+        units = np.where(guessed & seen, np.clip(beyond, 1 / most, most), 1.0)
     return units

@@ -85,7 +85,7 @@ class Store:
     """Evaluations in a directory, which is made where missing; many processes may use it at once.
 
     Args:
-        directory: of one version of the simulators: after a change of their code, take another or delete it.
+        directory: may hold evaluations of any number of simulators: each is filed under its identity.
         above_s: evaluations that took less [s] are not written: to repeat one costs less than to keep it.
 
     Attributes:

@@ -27,6 +27,8 @@ Array = NDArray[np.float64]
 CHUNK = 8
 # But of small outputs, so many rows that the work outweighs a call: this many numbers.
 CHUNK_NUMBERS = 1 << 17
+# Numbers of an output that are converted at once: what is made of 8 rows of them stays in a cache.
+BLOCK = 1 << 14
 # Rows of a streamed leaf: below, the additions of the tree cost more than those of the leaves.
 STREAMED_LEAF = 32
 # All of their values are float32 values.
@@ -110,23 +112,58 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 def accumulate(total: torch.Tensor, weights: torch.Tensor, F: torch.Tensor, first: bool) -> None:
     """Adds weights (c, k) times F (k, m) to total (c, m), in pieces of fixed size; `first`: total is empty memory.
 
-    The value's row goes by itself: its bits are then the same whether or not derivatives are added up beside it, and
-    kernels are made for multiples of four or eight rows.
+    Everything is added up in the dtype of the total and the weights, whatever that of F is. The value's row goes by
+    itself: its bits are then the same whether or not derivatives are added up beside it, and kernels are made for
+    multiples of four or eight rows.
     """
     for start in range(0, len(F), CHUNK):
         W, G = weights[:, start : start + CHUNK], F[start : start + CHUNK]
-        if not first:
-            total[:1].addmm_(W[:1], G)
-            if len(total) > 1:
-                total[1:].addmm_(W[1:], G)
-        elif len(G) == 1:
-            # An outer product, for which the matrix product is several times slower.
-            torch.mul(W, G, out=total)
+        if first and len(G) == 1:
+            # An outer product, for which the matrix product is several times slower, as are two dtypes at once.
+            torch.mul(W, total[:1].copy_(G) if len(total) == 1 else G.to(total.dtype), out=total)
+        elif F.dtype == total.dtype:
+            _add(total, W, G, first)
         else:
-            torch.mm(W[:1], G, out=total[:1])
-            if len(total) > 1:
-                torch.mm(W[1:], G, out=total[1:])
+            wide = total.new_empty((len(G), BLOCK))
+            for left in range(0, F.shape[1], BLOCK):
+                part = G[:, left : left + BLOCK]
+                _add(total[:, left : left + BLOCK], W, wide[:, : part.shape[1]].copy_(part), first)
         first = False
+
+
+def accumulate_differences(
+    total: torch.Tensor, weights: torch.Tensor, F: torch.Tensor, first: bool, in_place: bool
+) -> None:
+    """Adds weights (c, k) times F - r to total (c + 1, m), whose last row is r: the first row that came.
+
+    What is added up is then as small as outputs differ, so that float32 is enough for it. At most `CHUNK` rows.
+
+    Args:
+        in_place: whether F may be written to, which costs a tenth of new memory.
+    """
+    if first:
+        total[-1].copy_(F[0])
+        if len(F) == 1:
+            total[:-1].zero_()
+            return
+    if not in_place:
+        F = F - total[-1]
+    elif F.device.type == "cpu":
+        np.subtract(F.numpy(), total[-1].numpy(), out=F.numpy())  # in half of torch's time
+    else:
+        F.sub_(total[-1])
+    _add(total[:-1], weights, F, first)
+
+
+def _add(total: torch.Tensor, W: torch.Tensor, G: torch.Tensor, first: bool) -> None:
+    if not first:
+        total[:1].addmm_(W[:1], G)
+        if len(total) > 1:
+            total[1:].addmm_(W[1:], G)
+    else:
+        torch.mm(W[:1], G, out=total[:1])
+        if len(total) > 1:
+            torch.mm(W[1:], G, out=total[1:])
 
 
 class Stream:
@@ -134,17 +171,24 @@ class Stream:
 
     Within a leaf rows are added `CHUNK` at a time, counted from its first, whatever calls they come from: one pass over
     the sums for each chunk, and the same bits for any calls.
+
+    Small sums are float64. Large ones, (1 + d) m numbers, are in the dtype of the outputs, for half the memory and
+    half the time. Sums of float32 outputs in float32 would lose what outputs have in common, so the first row of each
+    leaf is taken off the others (see `TreeSum`).
     """
 
     def __init__(self, evaluation: Evaluation, like: torch.Tensor, spare: list[torch.Tensor]) -> None:
         self._e = e = evaluation
         self._like = like[:0].clone()
         self._units_in_leaf = e.units_in_leaf
+        self._sum_dtype = like.dtype if e.large else torch.float64
+        self._differences = self._sum_dtype == torch.float32
         per_problem = e.leaf_of(len(e.runs), self._units_in_leaf)
         # Of each leaf: its first row, and the end of the last leaf.
         firsts = [e.runs[e.leaf_start(leaf, self._units_in_leaf)][0] for leaf in range(per_problem)]
         self._first_rows = [*firsts, e.strategy.num_rows]
-        self._sums = [TreeSum(per_problem, spare) for _ in e.problems]
+        shares = [self._shares(p) if self._differences else None for p in range(len(e.problems))]
+        self._sums = [TreeSum(per_problem, spare, share) for share in shares]
         self._matrix: tuple[int, torch.Tensor] | None = None
         # Leaves of which rows are still to come: one, and one at the end of a run of which others took the rest.
         self._open: dict[tuple[int, int], torch.Tensor] = {}
@@ -154,8 +198,19 @@ class Stream:
         self._waiting: dict[tuple[int, int], list[Outputs]] = {}
         self._rank = e.dispatcher.rank
 
+    def _shares(self, p: int) -> Array:
+        """The sums of the weights over each leaf of problem p: (leaves, columns)."""
+        return np.add.reduceat(self._e.stream_weights(p), self._first_rows[:-1], axis=1).T
+
     def add(self, out: Outputs) -> None:
         """Takes rows; their memory may be used again afterwards."""
+        if self._e.large and out.F is not None and out.F.dtype != self._like.dtype:
+            if self._like.dtype == torch.float32:
+                raise OutputError(
+                    f"Expected outputs of one dtype from simulator {self._e.runner.name!r}, which are added up as they "
+                    f"come, got {self._like.dtype} first and then {out.F.dtype}. Return float64 every time."
+                )
+            out = out._replace(F=out.F.to(self._like.dtype))
         # A leaf is added by the rank that has its first unit, row by row. What a rank takes off others comes from the
         # end of their runs backwards, and the first rows of its own run may belong to a leaf begun by another: these
         # wait until it is known who has what.
@@ -213,27 +268,42 @@ class Stream:
         assert out.F is not None
         p, F = out.problem, aligned(out.F)
         if self._matrix is None or self._matrix[0] != p:
-            self._matrix = (p, self._e.stream_weights(p, F))
+            W = np.ascontiguousarray(self._e.stream_weights(p))
+            self._matrix = (p, aligned(torch.as_tensor(W).to(F.device, self._sum_dtype)))
         part = self._matrix[1][:, out.start : out.start + len(F)]
-        total = self._open.get((p, leaf))
-        if total is None:
-            total = self._open[p, leaf] = self._sums[p].buffer(F, len(part))
-            accumulate(total, part, F, first=True)
+        first = (p, leaf) not in self._open
+        if first:
+            like = F if F.dtype == self._sum_dtype else F[:0].to(self._sum_dtype)
+            self._open[p, leaf] = self._sums[p].buffer(like, len(part) + self._differences)
+        total = self._open[p, leaf]
+        if self._differences:
+            accumulate_differences(total, part, F, first, self._e.owns_outputs or F is not out.F)
         else:
-            accumulate(total, part, F, first=False)
+            accumulate(total, part, F, first)
         self._e.runner.check_finite_sum(total[0], out)
         if done:
             self._sums[p].add(leaf, self._open.pop((p, leaf)))
 
-    def finish(self) -> list[torch.Tensor]:
-        """Completes shared leaves and trees: one (columns, m) a problem, on every rank. Collective."""
+    def finish(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Completes shared leaves and trees: one (columns, m) a problem, on every rank, and the value's row of each in
+        float64. Collective."""
         e = self._e
         if e.dispatcher.size == 1:
-            return [tree.result() for tree in self._sums]
-        self._exchange()
-        like = self._like.new_empty((e.num_columns, e.num_outputs))
-        owners = [e.leaf_owner(p, self._units_in_leaf) for p in range(len(self._sums))]
-        return e.dispatcher.finish(self._sums, [like] * len(self._sums), owners)
+            totals = [tree.result() for tree in self._sums]
+        else:
+            self._exchange()
+            like = self._like.new_empty((e.num_columns + self._differences, e.num_outputs), dtype=self._sum_dtype)
+            owners = [e.leaf_owner(p, self._units_in_leaf) for p in range(len(self._sums))]
+            totals = e.dispatcher.finish(self._sums, [like] * len(self._sums), owners)
+        if not self._differences:
+            return totals, [total[0] for total in totals]
+        values = []
+        for tree, total in zip(self._sums, totals, strict=True):
+            share = tree.share_of(0, tree.num_leaves)
+            values.append(total[0].to(torch.float64).add_(total[-1], alpha=share[0]))
+            for row, w in zip(total[1:-1], share[1:], strict=True):
+                row.add_(total[-1], alpha=w)
+        return [total[:-1] for total in totals], values
 
     def _exchange(self) -> None:
         """Rows of shared leaves go to the rank that has the leaf's first unit; all ranks walk in the same order.

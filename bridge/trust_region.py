@@ -50,7 +50,7 @@ _NOISES, _BENDS = (1e-12, 1e-8, 1e-5, 1e-3, 1e-1, 10.0), (1e-12, 1e-6, 1e-3)
 _CANDIDATES = 64
 _RESCALINGS = 3
 # Rounds in turn that promise less than the noise of the runs, or than the loss's last digits.
-_CALM, _DIGITS = 3, 1e-13
+_CALM, _DIGITS = 5, 1e-13
 _MOST_MISHAPS = 4
 # A loss so many times as far above the best as most others are counts as failed.
 _TAMED = 1e3
@@ -328,8 +328,13 @@ class QuadraticSearch:
     def _maybe_stop(self, gain: float, loss: float) -> None:
         digits = _DIGITS * abs(loss) + 1e-300
         small = max(0.1 * self.noise / np.sqrt(len(self.rows)), digits)
-        self.calm = self.calm + 1 if gain <= small and not self.at_edge else 0
-        if self.radius <= self.tolerance or (self.calm >= _CALM and (self.noise > 0 or self.radius <= 1e-3)):
+        if gain > small or self.at_edge:
+            self.calm = 0
+        elif self._filled_up(self.best):
+            # What a quadratic misses is no noise if it goes away nearer by.
+            self.calm += 1
+            self.radius *= 0.5 if self.noise > 0 else 0.1
+        if self.radius <= self.tolerance or self.calm >= _CALM:
             self.stopped = "converged"
 
     def _retreat(self, problem: Exception) -> None:
@@ -399,11 +404,11 @@ class TrustRegion:
 
     @property
     def next_runs(self) -> int:
-        return 2 if self.search.noise > 0 else 1
+        return 2  # where runs are noisy, the output of the best may have to be had again
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
         search = self.search
-        left = self.budget - num_evaluations - (1 if step else 0)
+        left = self.budget - num_evaluations - 1
         search.points = points = search.points[: max(1, left)]
         outputs = plain_outputs(self.plain, points * self.natural, step)
         shape = tuple(self.misfit.target.shape)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import importlib.util
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -681,6 +683,96 @@ def test_without_any_gl_library_the_packages_are_named(in_subprocess: Callable[.
     assert first == second
     for part in ("libGL.so", "libOSMesa.so", "apt-get install libegl1 libgl1 libgl1-mesa-dri", "dnf install", "pacman"):
         assert part in first
+
+
+_IN_TURN = """
+import os, sys, types
+import numpy as np, torch
+from adapters.pyrender import PyrenderSimulator
+
+def render():
+    image = PyrenderSimulator(size=(16, 16))(np.array([[25.0, 15.0, 4.0, 20.0]]), np.zeros(1, np.uint64))
+    assert image.sum() > 20
+
+def pyrenders():
+    os.environ["PYOPENGL_PLATFORM"] = "egl"
+    sys.modules["pyrender.viewer"] = types.ModuleType("pyrender.viewer")  # needs a screen
+    sys.modules["pyrender.viewer"].Viewer = None
+    import pyrender
+    renderer = pyrender.OffscreenRenderer(16, 16)
+    scene = pyrender.Scene()
+    scene.add(pyrender.PerspectiveCamera(1.0))
+    renderer.render(scene)
+
+def optimise():
+    theta = torch.zeros(2, requires_grad=True)
+    optimiser = torch.optim.Adam([theta], lr=1e-2)
+    theta.sum().backward()
+    optimiser.step()
+    assert "triton" in sys.modules
+
+def compile():
+    assert torch.compile(lambda x: 2 * x.sin(), backend="aot_eager")(torch.ones(3)).shape == (3,)
+
+def triton():
+    import triton
+
+def fork():
+    child = os.fork()
+    if child == 0:
+        try:
+            render(); optimise()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+for name in sys.argv[1].split():
+    globals()[name]()
+print("alive")
+"""
+
+
+@gl
+@pytest.mark.parametrize(
+    "order",
+    ["render fork optimise render", "optimise render", "triton render compile", "pyrenders render optimise"],
+)
+def test_rendering_and_pytorchs_optimisers_share_a_process(order: str, in_subprocess: Callable[..., str]) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton, whose LLVM must get on with Mesa's, is not installed: PyTorch's build for CPUs lacks it")
+    assert in_subprocess(_IN_TURN, order).splitlines()[-1] == "alive"
+
+
+@gl
+def test_tritons_library_is_loaded_before_opengls(in_subprocess: Callable[..., str], tmp_path: Path) -> None:
+    # A stand-in, so that this is looked at where there is no triton, too.
+    folder = tmp_path / "triton" / "_C"
+    folder.mkdir(parents=True)
+    (tmp_path / "triton" / "__init__.py").write_text("raise RuntimeError('triton itself is not imported')")
+    shutil.copy(next(iter(Path(np.__file__).parent.glob("_core/_multiarray_tests*.so"))), folder / "libtriton.so")
+    said = in_subprocess(
+        """
+        import ctypes, sys
+        sys.path.insert(0, sys.argv[1])
+        loaded = []
+        original = ctypes.CDLL.__init__
+        def noted(self, name, *args, **options):
+            loaded.append(str(name))
+            original(self, name, *args, **options)
+        ctypes.CDLL.__init__ = noted
+        import numpy as np
+        from adapters.pyrender import PyrenderSimulator
+        assert not any("triton" in name for name in loaded)  # not before anything is rendered
+        PyrenderSimulator(size=(8, 8))(np.array([[0, 0, 4, 20.0]]), np.zeros(1, np.uint64))
+        names = [name for name in loaded if "triton" in name or "EGL" in name or "libGL" in name or "OSMesa" in name]
+        print(*names)
+        """,
+        str(tmp_path),
+    ).split()
+    assert "libtriton.so" in said[0]
+    assert len(said) > 1
+    assert not any("triton" in name for name in said[1:])
 
 
 @gl

@@ -128,11 +128,14 @@ STAMPS = (
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("mode", [0, 1, 2, 6])
 def test_any_machine_stamp(path: Path, stamp: bytes, order: str, mode: int) -> None:
-    """A wrong one is noted, whichever it is; sizes of 256 sections and columns make sense in both orders."""
+    """A wrong one is noted, whichever it is; sizes of 256 rows and columns make sense in both orders."""
     right = {"<": (b"\x44\x44", b"\x44\x41"), ">": (b"\x11\x11",)}[order]
-    for shape in ((3, 5, 4), (2, 256, 256)):
+    for shape, axes, pack in (
+        ((3, 5, 4), {}, bytes), ((2, 256, 256), {}, bytes), ((2, 3, 4), {16: 0, 17: 0, 18: 0}, bytes),
+        ((2, 3, 4), {16: 0, 17: 0, 18: 0}, gzip.compress),
+    ):  # fmt: skip
         data = numbers(REAL[mode], shape)
-        path.write_bytes(mrc(data, mode, order, stamp=stamp))
+        path.write_bytes(pack(mrc(data, mode, order, stamp=stamp, words=axes)))
         found, said = quietly(lambda: read_stack(path))
         np.testing.assert_array_equal(found.images, data)
         assert found.pixel_size_angstrom == pytest.approx(2.5)

@@ -9,18 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from relion_lab import BEAD, DEFOCI, IMAGES, POSES, SHIFTS, edit, series
 
 from bridge.errors import InputError
 from simulators.cryoet import (
+    Particle,
     RelionParticles,
     RelionSeries,
     TiltScheme,
+    TiltSeries,
     read_relion_particles,
     read_relion_series,
+    read_tilt_series,
     write_stack,
     write_tilt_series,
 )
+from simulators.cryoet.star import read_star
 from simulators.cryoet.tilt_parameters import about_y, about_z
 
 pytest.importorskip("mrcfile", reason="mrcfile is optional (extra `cryoet`)")
@@ -37,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_series_that_was_written_is_read(folder: Path) -> None:
-    found = read_relion_series(folder / "t_series.star", last_dose_e_per_angstrom2=3.5, centre="rounded")
+    found = read_relion_series(folder / "t_series.star", centre="rounded")
     recorded = found.recorded
     np.testing.assert_array_equal(recorded.images, IMAGES)
     assert recorded.pixel_size_angstrom == 4.5
@@ -57,9 +63,92 @@ def test_a_series_that_was_written_is_read(folder: Path) -> None:
 
 
 def test_the_last_dose_is_not_guessed(folder: Path) -> None:
+    text = (folder / "t_series.star").read_text()
+    (folder / "t_series.star").write_text(text.replace("rlnTomoImportFractionalDose", "rlnOther"))
     found = read_relion_series(folder / "t_series.star", centre="rounded")
     assert found.recorded.doses_e_per_angstrom2 is None
     assert any("last_dose_e_per_angstrom2" in line for line in found.assumed)
+
+
+@given(st.lists(st.floats(0.5, 9.0), min_size=3, max_size=3), st.permutations(range(3)))
+@settings(max_examples=15, deadline=None)
+def test_doses_that_differ_come_back(
+    tmp_path_factory: pytest.TempPathFactory, doses: list[float], order: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("doses")
+    names = tuple(f"dose_e_per_angstrom2[{t}]" for t in range(3))
+    of = TiltSeries([Particle(BEAD)], TiltScheme((-40.0, 2.0, 44.0), tuple(order)), (10, 12), 4.5, parameters=names)
+    write_tilt_series(folder, "d", of, np.zeros((3, 10, 12)), doses)
+    found = read_relion_series(folder / "d_series.star").recorded
+    np.testing.assert_allclose(found.doses_e_per_angstrom2, doses, atol=3e-6)
+    np.testing.assert_allclose(
+        read_tilt_series(folder / "d.mrc", mdoc=folder / "d.mdoc").doses_e_per_angstrom2, doses, rtol=1e-5
+    )
+
+
+def relion_4(folder: Path) -> Path:
+    """The series of `folder` as RELION 4 has it: one file, with matrices from voxels of the tomogram to pixels."""
+    tilts = read_star(folder / "t_tilts.star")["t"]
+    series_ = read_star(folder / "t_series.star")["global"]
+    size = np.array([series_.numbers(f"rlnTomoSize{axis}")[0] for axis in "XYZ"])
+    pixel = float(series_.numbers("rlnTomoTiltSeriesPixelSize")[0])
+    rows = []
+    for i in range(tilts.rows):
+        a, b, c = (np.radians(tilts.numbers(f"rlnTomo{k}")[i]) for k in ("ZRot", "YTilt", "XTilt"))
+        z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+        y = np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
+        x = np.array([[1, 0, 0], [0, np.cos(c), -np.sin(c)], [0, np.sin(c), np.cos(c)]])
+        turn = z @ y @ x
+        shift = [tilts.numbers(f"rlnTomo{k}ShiftAngst")[i] / pixel for k in "XY"]
+        to = np.array([13 // 2 + shift[0], 10 // 2 + shift[1], 0.0]) - turn @ (size // 2)
+        matrix = np.column_stack((turn, to))
+        rows.append(
+            " ".join("[" + ",".join(f"{v:.13g}" for v in line) + "]" for line in (*matrix, (0, 0, 0, 1)))
+            + "".join(f" {tilts.columns[k][i]}" for k in ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle"))
+            + f" 1.0 {tilts.columns['rlnMicrographPreExposure'][i]}"
+        )
+    columns = [*(f"rlnTomoProj{k}" for k in "XYZW"), "rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle",
+               "rlnCtfScalefactor", "rlnMicrographPreExposure"]  # fmt: skip
+    head = {k: v[0] for k, v in series_.columns.items() if k != "rlnTomoTiltSeriesStarFile"}
+    head |= {"rlnTomoTiltSeriesName": "t.mrc:mrc", "rlnTomoFrameCount": "3"}
+    path = folder / "tomograms4.star"
+    path.write_text(
+        "data_global\n\nloop_\n" + "".join(f"_{k}\n" for k in head) + " ".join(head.values())
+        + "\n\ndata_t\n\nloop_\n" + "".join(f"_{k}\n" for k in columns) + "\n".join(rows) + "\n"
+    )  # fmt: skip
+    return path
+
+
+def test_tables_of_relion_4(folder: Path) -> None:
+    """The same series from projection matrices."""
+    expected = read_relion_series(folder / "t_series.star", centre="rounded")
+    path = relion_4(folder)
+    found = read_relion_series(path, centre="rounded")
+    for key in ("images", "shifts_angstrom", "doses_e_per_angstrom2", "defocus_um"):
+        np.testing.assert_allclose(getattr(found.recorded, key), getattr(expected.recorded, key), atol=1e-6)
+    assert found.recorded.tilt_axis_deg == pytest.approx(85.3, abs=1e-6)
+    assert found.x_tilt_deg == pytest.approx(1.5, abs=1e-6)
+    np.testing.assert_allclose(found.recorded.scheme.angles_deg, [-43.0, -1.0, 41.0], atol=1e-6)
+    assert found.recorded.scheme.order == expected.recorded.scheme.order
+    text = path.read_text()
+    for old, new, said in (
+        ("_rlnTomoTiltSeriesName", "_rlnOther", "rlnTomoTiltSeriesStarFile.*RELION 5.*RELION 4"),
+        ("_rlnTomoProjY", "_rlnOther", "rlnTomoProjY"),
+        ("_rlnTomoSizeX", "_rlnOther", "rlnTomoSizeX"),
+        (" [0,0,0,1]", " [0,0,0,1]", ""),
+        ("data_t\n", "data_u\n", "data_t"),
+        ("\n[", "\n[9", "enlarge, distort or mirror"),
+        ("\n[", "\n[x", "four numbers like"),
+    ):
+        path.write_text(text.replace(old, new, 1))
+        if said:
+            with pytest.raises(InputError, match=said):
+                read_relion_series(path, centre="rounded")
+        else:
+            read_relion_series(path, centre="rounded")
+    path.write_text(text)
+    with pytest.raises(InputError, match="centre='rounded'"):
+        read_relion_series(path)
 
 
 def test_particles_that_were_written_are_read(folder: Path) -> None:

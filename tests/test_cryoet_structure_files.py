@@ -214,11 +214,29 @@ def test_frames_without_models(tmp_path: Path, read: Reader) -> None:
         [*BACKBONE, "END", *BACKBONE],
         ["MODEL", *BACKBONE, "ENDMDL", "MODEL", *BACKBONE, "ENDMDL"],
         ["MODEL        1", *BACKBONE, "MODEL        1", *BACKBONE],
+        ["MODEL        2", *BACKBONE[::-1], "ENDMDL", "MODEL        0", *BACKBONE, "ENDMDL"],
     ):
         found, said = quietly(lambda lines=lines: read(pdb(tmp_path, *lines)))
         assert (found.num_atoms, len(said)) == (4, 1)
         assert read(pdb(tmp_path, *lines), model="all").num_atoms == 8
         assert read(pdb(tmp_path, *lines), model=2).num_atoms == 4
+    assert read(pdb(tmp_path, *lines), model=2).atomic_numbers.tolist() == [8, 6, 6, 7]
+    assert read(pdb(tmp_path, *lines), model=0).atomic_numbers.tolist() == [7, 6, 6, 8]
+
+
+@alike
+def test_an_assembly_of_shares(tmp_path: Path, read: Reader) -> None:
+    """Each model is doubled by the file's symmetry; TEM-simulator's structures are those of the file."""
+    rows = [
+        f"REMARK 350   BIOMT{i}   {n}" + "".join(f" {float(i == j):9.6f}" for j in (1, 2, 3)) + f"{20 * (n - 1):15.5f}"
+        for n in (1, 2)
+        for i in (1, 2, 3)
+    ]
+    remark = ["REMARK 350 BIOMOLECULE: 1", "REMARK 350 APPLY THE FOLLOWING TO CHAINS: A", *rows]
+    found = read(pdb(tmp_path, *remark, *models(*[chain("A", 0.2)] * 5)))
+    copies = 2 if read == Specimen.from_file else 1
+    assert found.num_atoms == copies * 10
+    assert found.weights.sum() == pytest.approx(copies * 2.0, abs=1e-5)
 
 
 def test_shares_deform_as_one_residue(tmp_path: Path) -> None:
@@ -335,6 +353,8 @@ def test_columns_of_mmcif(tmp_path: Path, read: Reader) -> None:
     assert without.atomic_numbers.tolist() == [7, 6, 30, 26]
     for left_out in ("occupancy", "B_iso_or_equiv", "label_alt_id", "group_PDB", "id", "label_asym_id"):
         assert read(cif(tmp_path, *rows, without=left_out)).atomic_numbers.tolist() == [7, 6, 30, 26]
+    charged = ["HETATM 6 O1- O1 . SO4 E 5 . 4 0 0 1 20", "HETATM 7 ZN2+ ZN . ZN F 6 . 5 0 0 1 20"]
+    assert read(cif(tmp_path, *rows, *charged)).atomic_numbers.tolist() == [7, 6, 30, 26, 8, 30]
     unknown = cif(tmp_path, *rows, "HETATM 6 X UNK . UNX E 5 . 4 0 0 1 20")
     with pytest.raises(InputError, match=r"'X' for atom UNK of residue UNX E .* in line 22 of .*'skip'"):
         read(unknown)

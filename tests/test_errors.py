@@ -150,7 +150,7 @@ def test_fit_checks_its_arguments():
         ({"target": [1.0]}, r"target of shape \(2,\), got \(1,\)"),
         ({"start": {"a": 2.0, "b": 0.2}}, r"a = 2 outside \[0, 1\]"),
         ({"start": {"a": 0.1}}, "got none for b"),
-        ({"method": "newton"}, "Known: auto, kriging, gauss-newton, adam, torch, natural"),
+        ({"method": "newton"}, "Known: auto, kriging, trust-region, gauss-newton, adam, torch, natural"),
         ({"method": "gauss-newton", "loss": torch.nn.functional.mse_loss}, "least squares"),
         ({"variance": -1.0}, "positive, finite variance"),
         ({"scale": (1.0, 0.0)}, "positive scales"),

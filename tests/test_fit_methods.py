@@ -80,12 +80,12 @@ def test_the_sandwich_of_squares_is_that_of_their_jackknife():
 def test_leverages_are_the_hat_matrix_of_the_weighted_fit():
     weight = RNG.uniform(0.1, 1, size=30)
     root = np.sqrt(weight)[:, None] * A
-    h = leverages(A, weight, np.zeros(3))
+    h = leverages(A, weight, np.zeros((3, 3)))
     np.testing.assert_allclose(h, np.diag(root @ np.linalg.pinv(root)), rtol=1e-9)
     assert h.sum() == pytest.approx(3)
-    assert leverages(A, weight, np.full(3, 1e6)).sum() < 1e-3
+    assert leverages(A, weight, 1e6 * np.eye(3)).sum() < 1e-3
     idle = np.concatenate([A, np.zeros((30, 1))], axis=1)
-    np.testing.assert_allclose(leverages(idle, weight, np.zeros(4)), h, rtol=1e-9)
+    np.testing.assert_allclose(leverages(idle, weight, np.zeros((4, 4))), h, rtol=1e-9)
 
 
 @pytest.mark.parametrize(("m", "share"), [(12, 0.1), (12, 0.0), (100, 0.1), (100, 0.0)])
@@ -530,7 +530,7 @@ def test_a_fit_stops_where_the_standard_errors_are_those_asked_for(method):
         ({"robust": "tukey", "variance": 1.0}, "Known: huber, cauchy, soft-l1"),
         ({"robust": ("huber", -1.0), "variance": 1.0}, "positive width"),
         ({"robust": "huber", "variance": 1.0, "loss": lambda y, t: y.sum()}, "loss of your own"),
-        ({"loss": lambda y, t: y.sum(), "method": "kriging"}, "adam, torch or natural"),
+        ({"loss": lambda y, t: y.sum(), "method": "kriging"}, "trust-region, adam, torch or natural"),
         ({"loss": lambda y, t: y.sum(), "stop_at_error": 0.1}, "least squares with stop_at_error"),
         ({"method": "natural", "stop_at_error": 0.1}, "stop_at_error with method kriging or gauss-newton"),
         ({"method": "natural", "distribution": "cauchy"}, "Gaussian noise"),
@@ -574,6 +574,20 @@ COMBINED = [
 ]  # fmt: skip
 
 
+LOSS = {"loss": lambda y, t: ((y - t) ** 2).mean(), "prior": {"b": (0.5, 3.0)}, "num_starts": 3, "max_runs": 60}
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_a_fit_by_a_trust_region_killed_between_two_steps_ends_bitwise_the_same(tmp_path, at):
+    def fit(directory, **more):
+        return bridge.fit(named(decay), SPIKED, START, seed=0, directory=directory, **LOSS, **more)
+
+    whole, resumed = killed_and_resumed(fit, tmp_path, at)
+    assert resumed.history == whole.history
+    assert resumed.output.tobytes() == whole.output.tobytes()
+    assert (whole.method, whole.num_evaluations <= 60) == ("trust-region", True)
+
+
 @pytest.mark.parametrize("settings", COMBINED, ids=["kriging", "natural", "torch", "adam", "gauss-newton"])
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_fit_of_any_kind_killed_between_two_steps_ends_bitwise_the_same(tmp_path, settings, at):
@@ -604,8 +618,8 @@ def test_auto_says_what_it_took_and_why():
     assert result.method == "kriging"
     assert result.history[0].note.endswith(f"kriging: {result.method_reason}")
     assert result.to_dict()["method_reason"] == result.method_reason
-    many = bridge.fit(lambda t: t, np.zeros(41), np.ones(41), seed=0, steps=1)
-    assert (many.method, "41 parameters" in many.method_reason) == ("gauss-newton", True)
+    many = bridge.fit(lambda t: t, np.zeros(201), np.ones(201), seed=0, steps=1)
+    assert (many.method, "201 parameters" in many.method_reason) == ("gauss-newton", True)
     blurred = bridge.fit(lambda t: t, np.zeros(3), np.ones(3), seed=0, steps=1, coarse=[1])
     assert (blurred.method, "coarse to fine" in blurred.method_reason) == ("gauss-newton", True)
 

@@ -99,6 +99,15 @@ for settings in (
     result = bridge.fit(sim, target, start, seed=0, variance=variance, steps=4, num_samples=6, **settings)
     digest.update(json.dumps([(h.parameters, h.standard_error) for h in result.history]).encode())
     digest.update(result.parameters.tobytes() + result.covariance.tobytes() + result.output.tobytes())
+def scalar(x):  # not a number beyond a wall: outputs that do not count
+    return np.array([np.sum((x - 0.3) ** 2 * [1, 10]) if x[0] < 0.9 else np.nan])
+result = bridge.fit(scalar, [0.0], [0.6, 0.5], seed=0, loss=lambda y, t: y.sum(), max_runs=30, num_samples=3)
+assert result.method == "trust-region" and np.abs(result.parameters - 0.3).max() < 1e-3, result
+digest.update(json.dumps([(h.parameters, h.num_failed) for h in result.history]).encode() + result.output.tobytes())
+walled = bridge.as_simulator(lambda x: np.append(x, np.nan if x[0] < 0.2 else 1.0), natural_scale=[0.3, 0.3])
+result = bridge.fit(walled, [1.0, 1.0, 1.0], [0.5, 0.5], seed=0, method="adam", num_samples=8, steps=6)
+assert result.num_failed > 0
+digest.update(json.dumps([(h.parameters, h.num_failed) for h in result.history]).encode())
 if bridge.is_root():
     print("digest", digest.hexdigest())
 """

@@ -5,6 +5,7 @@ The truth is triangles in the world, known where a scene is made, not read back 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from adapters._scene import load_scene
 from adapters.cameras import Orthographic, Perspective, rotation_from_vector
 from adapters.pyrender import PyrenderSimulator
 from adapters.raster import RasterSimulator
@@ -219,7 +221,7 @@ def polygons(random: np.random.Generator, kind: str, path: Path) -> Odd:
         triangles.append(fan @ pose[:3, :3].T + pose[:3, 3])
     vertices = np.concatenate(loops)
     starts = np.cumsum([0, *map(len, loops)])
-    faces = [list(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    faces = [list(range(a, b)) for a, b in itertools.pairwise(starts)]
     lines = [" ".join(f"{x:.9f}" for x in row) for row in vertices]
     if kind == "obj":
         text = ["v " + line for line in lines] + ["f " + " ".join(str(i + 1) for i in face) for face in faces]
@@ -389,3 +391,214 @@ def test_the_corpus_is_large_enough() -> None:
 def test_renderers_agree_with_a_ray_caster(make: Callable[..., Odd], seed: int, renderer: Any, tmp_path: Path) -> None:
     pytest.importorskip("embreex", reason="embreex, the ray caster, has no wheel for this machine")
     agree(build(make, seed, tmp_path), renderer)
+
+
+# --- damaged files ----------------------------------------------------------------------------------------------
+
+SQUARE = "v 0 0 0\nv 1 0 0\nv 0 1 0\n"
+OFF = "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n"
+PLY = (
+    "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\n"
+    "element face 1\nproperty list uchar int vertex_indices\nend_header\n"
+)
+STL = "solid a\nfacet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\nendfacet\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.obj", SQUARE + "f 1 2 4\n", "out of bounds"),
+        ("a.obj", SQUARE + "f 1 2 3 4\n", "existing corners, got v 4"),
+        ("a.obj", SQUARE + "f 0 1 2\n", "existing corners, got v 0"),
+        ("a.obj", SQUARE + "f -1 -2 -4\n", "existing corners, got v -4"),
+        ("a.obj", SQUARE + "f 1 2\n", "three corners or more"),
+        ("a.obj", SQUARE + "f\n", "three corners or more"),
+        ("a.obj", SQUARE + "f 1 2 x\n", "readable"),
+        ("a.obj", SQUARE + "v 1 2\nf 1 2 3\n", "three coordinates, got 'v 1 2'"),
+        ("a.obj", SQUARE + "v 1 nan 2\nf 1 2 4\n", "finite vertices"),
+        ("a.obj", SQUARE + "v 1 1e999 2\nf 1 2 4\n", "finite vertices"),
+        ("a.obj", SQUARE.replace("1", "0,5") + "f 1 2 3\n", "readable"),
+        ("a.obj", "f 1 2 3\n", "none in"),
+        ("a.off", OFF + "3 0 1 3\n", "outside the range"),
+        ("a.off", OFF + "4 0 1 2 9\n", "between vertices 0 and 2"),
+        ("a.off", OFF + "2 0 1\n", "three corners or more"),
+        ("a.off", OFF, "got 0; the file may have been cut off"),
+        ("a.off", OFF.replace("1 0 0", "nan 0 0") + "3 0 1 2\n", "finite vertices"),
+        ("a.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n3 0 1 3\n", "between vertices 0 and 2"),
+        ("a.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n4 0 1 2 -1\n", "between vertices 0 and 2"),
+        ("a.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n", "expected 1 lines of element face, got 0"),
+        ("a.ply", PLY + "0 0 0\n1 0 0\n", "expected 3 lines of element vertex, got 2"),
+        ("a.ply", PLY + "0 0 0\n1 0 0\n0 nan 0\n3 0 1 2\n", "finite vertices"),
+        ("a.stl", STL, "the file may have been cut off"),
+        ("a.stl", STL.replace("vertex 1 0 0\n", "") + "endsolid\n", "the file may have been cut off"),
+        ("a.stl", STL.replace("1 0 0", "nan 0 0") + "endsolid\n", "finite vertices"),
+        ("a.stl", "\0" * 90, "84 bytes for 0 triangles, got 90"),
+        ("a.glb", "<html>not found</html>", "readable"),
+        ("a.foo", "hello", "not supported"),
+    ],
+)
+def test_damaged_files_are_refused_in_words(name: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=said) as raised:
+        load_scene(tmp_path / name, normalise=False, up="y")
+    assert name in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["obj", "off", "ply", "ply ascii", "stl", "stl_ascii", "glb"])
+def test_files_that_were_cut_off_are_refused_or_whole(kind: str, tmp_path: Path) -> None:
+    scene = trimesh.Scene(trimesh.creation.icosphere(1))
+    mesh = scene.to_mesh()
+    data = mesh.export(file_type="ply", encoding="ascii") if kind == "ply ascii" else None
+    data = data or (scene.export(file_type="glb") if kind == "glb" else mesh.export(file_type=kind))
+    data = data.encode() if isinstance(data, str) else data
+    path = tmp_path / f"cut.{kind.split('_')[0].split()[0]}"
+    for end in np.linspace(0, len(data) - 8, 15).astype(int):
+        path.write_bytes(data[:end])
+        try:
+            assert load_scene(path, normalise=False, up="y").num_faces == 80
+        except InputError:
+            continue
+        except AssertionError:
+            assert kind == "obj"  # which does not say how many faces it ought to have
+
+
+# --- order and names --------------------------------------------------------------------------------------------
+
+
+def row_of_boxes(count: int, nested: bool) -> Any:
+    """Box i stands at x = 3 i; the second half may hang on others, in an order of their own."""
+    scene = trimesh.Scene()
+    for i in range(count):
+        pose, parent = np.eye(4), "world"
+        pose[0, 3] = 3 * i
+        if nested and i >= count // 2:
+            parent = f"box {count - 1 - i}"
+            pose[0, 3] -= 3 * (count - 1 - i)
+        box = trimesh.creation.box((1, 1 + i, 1))
+        scene.add_geometry(box, node_name=f"box {i}", geom_name=f"g{i}", parent_node_name=parent, transform=pose)
+    return scene
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["scene", "glb", "gltf"])
+def test_objects_keep_the_order_and_the_names_of_the_file(kind: str, nested: bool, tmp_path: Path) -> None:
+    scene = row_of_boxes(6, nested)
+    mesh: Any = scene
+    if kind != "scene":
+        mesh = tmp_path / f"boxes.{kind}"
+        if kind == "glb":
+            scene.export(mesh)
+        else:
+            for name, data in scene.export(file_type="gltf").items():
+                (tmp_path / (name if name != "model.gltf" else mesh.name)).write_bytes(data)
+    loaded = load_scene(mesh, normalise=False, up="y")
+    assert [round(x) for x in loaded.centres[:, 0]] == [0, 3, 6, 9, 12, 15]
+    assert loaded.names == tuple(f"box {i}" for i in range(6))
+
+
+def test_parts_of_one_gltf_mesh_keep_their_order_and_have_fixed_names(tmp_path: Path) -> None:
+    import struct
+
+    data = row_of_boxes(4, False).export(file_type="glb")
+    length = int.from_bytes(data[12:16], "little")
+    header = json.loads(data[20 : 20 + length])
+    parts = [primitive for mesh in header["meshes"] for primitive in mesh["primitives"]]
+    header["materials"] = [{"name": f"m{i}"} for i in range(4)]  # parts of one material are made one by trimesh
+    header["meshes"] = [{"name": "all", "primitives": [part | {"material": i} for i, part in enumerate(parts)]}]
+    header["nodes"], header["scenes"] = [{"name": "node", "mesh": 0}], [{"nodes": [0]}]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 4)
+    body = struct.pack("<I4s", len(text), b"JSON") + text + data[20 + length :]
+    (tmp_path / "parts.glb").write_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(body)) + body)
+    first, second = (load_scene(tmp_path / "parts.glb", normalise=False, up="y") for _ in range(2))
+    assert [round(x) for x in first.radii / first.radii[0] * 10] == sorted(
+        round(x) for x in first.radii / first.radii[0] * 10
+    )
+    assert first.names == second.names == ("all", "all_1", "all_2", "all_3")
+
+
+def test_objects_of_an_obj_file_are_its_o_lines_else_its_materials(tmp_path: Path) -> None:
+    def write(keys: list[str]) -> Path:
+        lines, count = [], 0
+        for i, key in enumerate(keys):
+            box = trimesh.creation.box().apply_translation((3 * i, 0, 0))
+            lines += [line.format(i) for line in key.split("\n")]
+            lines += ["v " + " ".join(map(str, row)) for row in box.vertices]
+            lines += ["f " + " ".join(str(k + 1 + count) for k in face) for face in box.faces]
+            count += 8
+        (tmp_path / "boxes.obj").write_text("\n".join(lines))
+        return tmp_path / "boxes.obj"
+
+    for keys in (["o part {}"] * 3, ["usemtl m{}"] * 3, ["o part {}\nusemtl m{}"] * 3):
+        simulator = RasterSimulator(write(keys), outputs="mask", vary="objects", size=(33, 99))
+        assert simulator.space.dimension == 18
+        row = simulator(np.zeros((1, 18)), np.zeros(1, np.uint64))[0, 0, 16]
+        assert [n for n, _ in itertools.groupby(row) if n] == [1, 2, 3]  # from left to right
+        if keys[0].startswith("o "):
+            assert simulator.object_names == ("part 0", "part 1", "part 2")
+    assert load_scene(write(["g a", "g b"]), normalise=False, up="y").names == ("boxes",)
+
+
+# --- alpha ------------------------------------------------------------------------------------------------------
+
+
+def see_through(kind: str) -> Any:
+    from PIL import Image
+
+    mesh = trimesh.creation.icosphere(3)
+    if kind == "vertex":
+        mesh.visual.vertex_colors = np.tile(np.array([255, 0, 0, 60], np.uint8), (len(mesh.vertices), 1))
+    elif kind == "face":
+        mesh.visual.face_colors = np.tile(np.array([255, 0, 0, 0], np.uint8), (len(mesh.faces), 1))
+    else:
+        image = Image.new("RGBA", (4, 4), (200, 50, 20, 90)) if kind == "texture" else None
+        material = trimesh.visual.material.PBRMaterial(
+            baseColorFactor=[255, 128, 0, 255 if image else 80], baseColorTexture=image, alphaMode="BLEND"
+        )
+        uv = mesh.vertices[:, :2] * 0.4 + 0.5
+        mesh.visual = trimesh.visual.TextureVisuals(uv=uv, material=material)
+    return mesh
+
+
+@pytest.mark.gl
+@pytest.mark.parametrize("kind", ["vertex", "face", "factor", "texture"])
+def test_what_is_see_through_is_drawn_opaque_by_both_and_said_so(kind: str) -> None:
+    mesh, images = see_through(kind), []
+    behind = trimesh.creation.box((3, 3, 0.1)).apply_translation((0, 0, -2))
+    for renderer in (RasterSimulator, PyrenderSimulator):
+        with pytest.warns(RuntimeWarning, match="drawn opaque"):
+            simulator = renderer([mesh, behind], outputs=("rgba", "mask", "rgb"), lens=20.0, background=(0, 0, 1))
+        images.append(simulator(np.array([[30.0, 20.0, 4.0]]), np.zeros(1, np.uint64))[0])
+    same = images[0][4] == images[1][4]
+    assert same.mean() > 0.995
+    assert np.abs(images[0] - images[1])[:, same].max() < (0.01 if kind != "face" else 0.02)
+    seen = images[0][4] == 1
+    assert (images[0][3][seen] == 1).all()
+    assert images[0][0][seen].mean() > 0.3
+    assert images[0][2][seen].max() < 0.3  # nothing of the blue behind
+
+
+# --- normals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("renderer", [RasterSimulator, pytest.param(PyrenderSimulator, marks=pytest.mark.gl)])
+def test_sheets_with_two_sides_and_mixed_windings_have_normals(renderer: Any) -> None:
+    sheet = trimesh.Trimesh(
+        [[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3], [2, 1, 0], [3, 2, 0]], process=False
+    )
+    row = np.array([[20.0, 10.0, 3.0]])
+    rgb, normals = np.split(
+        renderer(sheet, outputs=("rgb", "normals"), lens=15.0, size=(65, 65))(row, np.zeros(1, np.uint64))[0], 2
+    )
+    azimuth, elevation = np.deg2rad(row[0, :2])
+    # Of z in camera axes; the light is at the camera.
+    expected = [-np.sin(azimuth), -np.sin(elevation) * np.cos(azimuth), np.cos(elevation) * np.cos(azimuth)]
+    assert np.abs(normals[:, 32, 32] - expected).max() < 1e-3
+    assert np.abs(rgb[:, 32, 32] - 0.8 * (0.2 + 0.8 * expected[2])).max() < 0.01
+    for scene in (inverted(0), mixed(0), degenerate(0)):
+        image = renderer(scene.mesh, outputs=("mask", "normals", "rgb"))(np.array([[0, 0, 4, 20.0]]), np.zeros(1))[0]
+        assert np.isfinite(image).all()
+        seen = image[0] > 0
+        assert seen.any()
+        assert np.abs(np.linalg.norm(image[1:4], axis=0)[seen] - 1).max() < 1e-3
+        assert (image[4:, seen] > 0.1).all()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from adapters import pose_metrics as metrics
+from adapters.cameras import Perspective, Pinhole
 from adapters.pose_metrics import Symmetry
 from bridge.errors import InputError
 
@@ -198,12 +199,65 @@ def test_what_is_no_symmetry_is_refused() -> None:
         Symmetry.revolution((0, 0, 0))
 
 
-def test_shapes_are_checked() -> None:
-    with pytest.raises(InputError, match="rotations"):
-        metrics.rotation_angle_deg(np.eye(2), np.eye(2))
-    with pytest.raises(InputError, match="determinant 1"):
-        metrics.rotation_angle_deg(-np.eye(3), np.eye(3))
-    with pytest.raises(InputError, match="poses"):
-        metrics.translation_error(np.eye(3), np.eye(3))
-    with pytest.raises(InputError, match="points"):
-        metrics.add(np.zeros((0, 3)), pose(), pose())
+def _scaled() -> np.ndarray:
+    return pose() * [[1000.0]] + np.diag([0, 0, 0, -999.0])
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: metrics.rotation_angle_deg(np.eye(2), np.eye(2)), "rotations .* or poses"),
+        (lambda: metrics.rotation_angle_deg(-np.eye(3), np.eye(3)), "mirror image of determinant -1"),
+        (lambda: metrics.rotation_angle_deg(np.full((3, 3), np.nan), np.eye(3)), "NaN or infinity in 9 of 9"),
+        (lambda: metrics.rotation_angle_deg(1.01 * np.eye(3), np.eye(3)), "off the identity by 0.02.*Take scales out"),
+        (lambda: metrics.rotation_angle_deg(_scaled(), np.eye(3)), "Take scales out"),
+        (lambda: metrics.rotation_angle_deg("abc", np.eye(3)), "rotations as real numbers"),
+        (lambda: metrics.rotation_angle_deg(np.eye(3) * 1j, np.eye(3)), "real numbers, got dtype complex"),
+        (lambda: metrics.rotation_angle_deg(random_poses(3, 0), random_poses(2, 0)), r"leading axes \(3,\) and \(2,\)"),
+        (lambda: metrics.axis_angle_deg(np.eye(3), np.eye(3), (0, np.nan, 1)), "finite"),
+        (lambda: metrics.axis_angle_deg(random_poses(3, 0), random_poses(2, 0), (0, 0, 1)), "leading axes"),
+        (lambda: metrics.direction_angle_deg(np.nan, 0, 0, 0), "angles as finite"),
+        (lambda: metrics.direction_angle_deg(np.zeros(2), np.zeros(3), 0, 0), "leading axes"),
+        (lambda: metrics.translation_error(np.eye(3), np.eye(3)), "poses"),
+        (lambda: metrics.translation_error(pose(shift=(0, np.inf, 0)), pose()), "poses as finite"),
+        (lambda: metrics.translation_error(pose(shift=(1, 2, 3)).T, pose()), "last row 0 0 0 1.*transpose"),
+        (lambda: metrics.translation_error(random_poses(3, 0), random_poses(2, 0)), "leading axes"),
+        (lambda: metrics.add(np.zeros((0, 3)), pose(), pose()), "points"),
+        (lambda: metrics.add(np.zeros((3, 5)), pose(), pose()), r"points \(n, 3\)"),
+        (lambda: metrics.add([[0, 0, np.nan]], pose(), pose()), "points as finite"),
+        (lambda: metrics.add(CUBE, random_poses(3, 0), random_poses(2, 0)), "leading axes"),
+        (lambda: metrics.adi(CUBE, random_poses(3, 0), random_poses(2, 0)), "leading axes"),
+        (lambda: metrics.adi(CUBE, _scaled(), pose()), "Take scales out"),
+        (lambda: metrics.reprojection_error(CUBE, pose(), pose(), Perspective(20.0)), "knows no pixels"),
+        (lambda: metrics.reprojection_error(CUBE, pose(), pose(), (1, 1, np.nan, 0)), "lens .* as finite"),
+        (lambda: metrics.reprojection_error(CUBE, pose(), pose(), "wide"), "lens .* as real"),
+        (lambda: metrics.mask_iou(np.full((4, 4), 255, np.uint8), np.ones((4, 4))), r"in \[0, 1\], got 255 to 255"),
+        (lambda: metrics.mask_iou(np.ones((4, 4)), np.arange(16).reshape(4, 4)), "one number"),
+        (lambda: metrics.mask_iou(np.full((4, 4), np.nan), np.ones((4, 4))), "NaN"),
+        (lambda: metrics.mask_iou(np.full((4, 4), -0.1), np.ones((4, 4))), "got -0.1"),
+        (lambda: metrics.mask_iou(np.ma.masked_less(np.eye(4), 0.5), np.ones((4, 4))), "masked"),
+        (lambda: metrics.mask_iou(np.ones((4, 0)), np.ones((4, 0))), "height, width"),
+        (lambda: metrics.mask_iou(np.ones((2, 4, 4)), np.ones((3, 4, 4))), "leading axes"),
+        (lambda: metrics.diameter([[0, 0, np.inf]]), "finite"),
+        (lambda: Symmetry(np.full((1, 3, 3), np.nan)), "finite"),
+        (lambda: Symmetry.cyclic(2.5), "integer"),  # type: ignore[arg-type]
+        (lambda: Symmetry.cyclic(2).add(CUBE, random_poses(3, 0), random_poses(2, 0)), "leading axes"),
+        (lambda: Symmetry.cyclic(2).rotation_angle_deg(np.zeros((3, 3)), np.eye(3)), "off the identity"),
+    ],
+)
+def test_what_is_no_pose_no_point_and_no_mask_is_refused(call: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        call()
+
+
+def test_what_is_one_is_taken_in_any_number_type() -> None:
+    assert metrics.mask_iou(np.ones((4, 4), bool), np.ones((4, 4), np.uint8)) == 1
+    assert metrics.mask_iou(np.ones((0, 4, 4)), np.ones((4, 4))).shape == (0,)
+    turned = pose((10, 20, 30)).astype(np.float32)
+    assert metrics.rotation_angle_deg(turned, turned.astype(np.float64)) == pytest.approx(0, abs=1e-4)
+    assert metrics.rotation_angle_deg(np.eye(3, dtype=int), np.eye(3).tolist()) == 0
+    assert metrics.translation_error(np.zeros((0, 4, 4)), pose()).shape == (0,)
+    away, moved = pose(shift=(0, 0, -4)), pose(shift=(1, 0, -4))
+    lens = Pinhole(50.0, 60.0, 32.0, 20.0)
+    expected = metrics.reprojection_error(CUBE, away, moved, (50, 60, 32, 20))
+    assert metrics.reprojection_error(CUBE, away, moved, lens) == expected > 0

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from bridge.dispatch.base import Dispatcher, get_dispatcher, is_root
 from bridge.dispatch.serial import SerialDispatcher
-from bridge.dispatch.tree import Node, TreeSum, owner_map, transfers
+from bridge.dispatch.soundness import describe_lost
+from bridge.dispatch.tree import ONCE, Node, TreeSum, owner_map, transfers
 
-__all__ = ["Dispatcher", "Node", "SerialDispatcher", "TreeSum", "get_dispatcher", "is_root", "owner_map", "transfers"]
+__all__ = [
+    "ONCE",
+    "Dispatcher",
+    "Node",
+    "SerialDispatcher",
+    "TreeSum",
+    "describe_lost",
+    "get_dispatcher",
+    "is_root",
+    "owner_map",
+    "transfers",
+]

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from bridge import errors
 from bridge.dispatch.base import Dispatcher, get_dispatcher
 from bridge.dispatch.neighbours import Neighbours, Process, this_process
+from bridge.dispatch.soundness import describe_unusable, find_fault, known_crash
 from bridge.dispatch.tree import TreeSum, run_of, subtrees, transfers
 
 try:
@@ -87,26 +88,40 @@ def _error(kind: str, message: str) -> errors.BridgeError:
 class _Runs:
     """A window with one word a rank: what is left of its run, (next item) 2^32 + end.
 
-    Made at first use, which is collective; freed when the program ends, because freeing is collective, too.
+    Making one is collective, and tries it out; it is freed when the program ends, because freeing is collective, too.
+
+    Raises:
+        SetupError: on every rank, where the library's one-sided operations do not work.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        library = library_name()
+        crash = known_crash(library, os.environ.get("OMPI_MCA_osc"))  # noqa: SIM112  (as Open MPI spells it)
+        crash = next((x for x in comm.allgather(crash) if x is not None), None)
+        if crash is not None:
+            raise errors.SetupError(describe_unusable(library, crash))
         self._window = MPI.Win.Allocate(8, 8, comm=comm)
         self._window.Lock_all()
+        _windows.append(self)
+        faults = comm.allgather(find_fault(self, lambda: _wait(comm.Ibarrier())))
+        fault = next((x for x in faults if x is not None), None)
+        if fault is not None:
+            raise errors.SetupError(describe_unusable(library, fault))
         self.put(self.rank, _NOT_YET)
         comm.Barrier()
-        _windows.append(self)
 
     def get(self, rank: int) -> int:
-        result = np.zeros(1, dtype=np.int64)
-        self._window.Fetch_and_op(np.zeros(1, dtype=np.int64), result, rank, op=MPI.NO_OP)
+        # All memory that a message is made of is kept until it has arrived.
+        result, unused = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        self._window.Fetch_and_op(unused, result, rank, op=MPI.NO_OP)
         self._window.Flush(rank)
         return int(result[0])
 
     def put(self, rank: int, word: int) -> None:
         # Not `Put`, which need not be atomic with the others.
-        self._window.Accumulate(np.array([word], dtype=np.int64), rank, op=MPI.REPLACE)
+        sent = np.array([word], dtype=np.int64)
+        self._window.Accumulate(sent, rank, op=MPI.REPLACE)
         self._window.Flush(rank)
 
     def free(self) -> None:
@@ -128,6 +143,11 @@ class _Runs:
         return int(found[0])
 
 
+def library_name() -> str:
+    """The MPI library and its version, in one line."""
+    return " ".join(MPI.Get_library_version().splitlines()[0].strip("\0 ").split())
+
+
 @final
 class MPIDispatcher(Dispatcher):
     """Dispatch over a communicator (a duplicate, so that the user's own messages never meet ours)."""
@@ -145,12 +165,13 @@ class MPIDispatcher(Dispatcher):
         if ranks_per_evaluation > 1:
             self._group = self._comm.Split(self.rank // self._each)
             self._leaders = self._comm.Split(self.rank % self._each)
-        self._runs: _Runs | None = None
         node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         self._here = (int(node.Get_rank()), int(node.Get_size()))
         self._hosts = int(self._comm.allreduce(int(node.Get_rank() == 0)))
         node.Free()
         _abort_on_uncaught_exceptions()
+        # Before anything is evaluated: with a library that shares out rows wrongly, no job starts.
+        self._runs = _Runs(self._leaders) if self.size > 1 else None
 
     @property
     def rank(self) -> int:
@@ -170,8 +191,7 @@ class MPIDispatcher(Dispatcher):
 
     @property
     def library(self) -> str:
-        version = MPI.Get_library_version().splitlines()[0].strip("\0 ")
-        return f"{version}; mpi4py {mpi4py.__version__}"
+        return f"{library_name()}; mpi4py {mpi4py.__version__}"
 
     def each(self, value: T) -> list[T]:
         return self._comm.allgather(value)
@@ -271,9 +291,8 @@ class MPIDispatcher(Dispatcher):
                 yield item, False
 
     def _claims(self, count: int, steal: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
-        if self._runs is None:
-            self._runs = _Runs(self._leaders)
         runs = self._runs
+        assert runs is not None
         word = runs.set(runs.rank, run_of(count, runs.rank, runs.size))
         with self._answering(steal()):
             yield from self._taken(runs, word, steal)

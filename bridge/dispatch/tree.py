@@ -29,10 +29,17 @@ class Node(NamedTuple):
 class TreeSum:
     """Adds leaves in any order; tensors passed in are owned (and changed) by the sum."""
 
-    def __init__(self, num_leaves: int, spare: list[torch.Tensor] | None = None) -> None:
-        """`spare` collects the memory of finished sums, for this tree and for later ones that are given the list:
-        fresh pages cost more than the additions."""
+    def __init__(
+        self, num_leaves: int, spare: list[torch.Tensor] | None = None, shares: NDArray[np.float64] | None = None
+    ) -> None:
+        """Args:
+        spare: collects the memory of finished sums, for this tree and for later ones that are given the list: fresh
+            pages cost more than the additions.
+        shares: (leaves, c) where each leaf is (c + 1, m), sums of w_i (F_i - r) with r as the last row, and has sums of
+            the weights w_i of its own. The sum of two subtrees has the r of the left one.
+        """
         self.num_leaves = num_leaves
+        self._shares = shares
         self._partials: dict[Node, torch.Tensor] = {}
         self._spare = [] if spare is None else spare
 
@@ -55,11 +62,26 @@ class TreeSum:
                 other = self._partials.pop(sibling, None)
                 if other is None:
                     break  # still to come
-                # Two numbers have the same sum in either order.
-                value.add_(other)
-                self.reuse(other)
+                left, right = (other, value) if place % 2 else (value, other)
+                if self._shares is None:
+                    left.add_(right)
+                else:
+                    # As ever, the value's row by itself: its bits do not depend on what is beside it.
+                    away, end = right[-1] - left[-1], min((place | 1) + 1 << level, self.num_leaves)
+                    w = self.share_of((place | 1) << level, end)
+                    left[:-1].add_(right[:-1])
+                    left[0].add_(away, alpha=w[0])
+                    if len(w) > 1:
+                        left[1:-1].addr_(torch.tensor(w[1:], dtype=left.dtype, device=left.device), away)
+                value = left
+                self.reuse(right)
             node = Node(level + 1, place // 2)
         self._partials[node] = value
+
+    def share_of(self, first: int, end: int) -> list[float]:
+        """Sums of the weights over the leaves [first, end): c numbers."""
+        assert self._shares is not None
+        return self._shares[first:end].sum(axis=0).tolist()
 
     def reuse(self, memory: torch.Tensor) -> None:
         """Takes memory that is not needed any more for later leaves."""
@@ -119,8 +141,11 @@ def run_of(count: int, rank: int, size: int) -> range:
     return range(start, start + small + (rank < more))
 
 
+# More than ranks, so that sums of owners also tell how many there are.
+ONCE = 2.0**32
+
+
 def owner_map(count: int, own: list[int], rank: int) -> NDArray[Any]:
-    """(count,) `rank` + 1 at this rank's items and 0 elsewhere: summed over ranks, 1 + the owner of each."""
-    marks = np.zeros(count)
-    marks[own] = rank + 1
-    return marks
+    """(count,) ONCE + `rank` + 1 at this rank's items, as often as it has had them, and 0 elsewhere: summed over ranks,
+    ONCE + 1 + the owner of each."""
+    return np.bincount(own, minlength=count) * (ONCE + rank + 1)

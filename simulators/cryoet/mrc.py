@@ -113,14 +113,15 @@ def _row_bytes(nx: int, mode: int) -> int:
 def _byte_order(raw: bytes, size: int | None, notes: list[str]) -> Literal["<", ">"]:
     """The one in which the header makes sense; the stamp decides where both do."""
     stamped = _STAMPS.get(raw[212:214])
-    found: list[tuple[tuple[bool, bool, bool], Literal["<", ">"]]] = []
+    found: list[tuple[tuple[bool, bool, bool, int], Literal["<", ">"]]] = []
     orders: tuple[Literal["<", ">"], ...] = (">", "<")
     for order in orders:
         words = _words(raw, order)
         nx, ny, nz, mode, extended = *words[:4], words[23]
         if mode in _KINDS and nx > 0 and ny > 0 and nz >= 0 and extended >= 0:
             fits = size is None or HEADER_BYTES + extended + _row_bytes(nx, mode) * ny * nz <= size
-            found.append(((all(0 <= axis <= 3 for axis in words[16:19]), fits, order == stamped), order))
+            likely = all(0 <= axis <= 3 for axis in words[16:19]) and max(nx, ny, nz) < 1 << 20
+            found.append(((likely, fits, order == stamped, -nx * ny * nz), order))
     if not found:
         nx, ny, nz, mode, extended = *(words := _words(raw, stamped or "<"))[:4], words[23]
         raise ValueError(f"its header claims {nx} x {ny} x {nz} numbers of mode {mode} after {extended} bytes")

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from bridge.errors import InputError
 from simulators.cryoet.files import YAxis, read_oriented
-from simulators.cryoet.star import LARGEST, Table, is_file, listed, read_star
+from simulators.cryoet.star import LARGEST, NUMBER, Table, is_file, listed, read_star
 from simulators.cryoet.tilt_files import RecordedSeries
 from simulators.cryoet.tilt_scheme import TiltScheme
 
@@ -121,7 +121,9 @@ def read_relion_series(
     y_axis: YAxis | None = None,
     centre: Centre | None = None,
 ) -> RelionSeries:
-    """Reads one tilt series of RELION 5, its images included. What tables leave open is asked for, never guessed.
+    """Reads one tilt series of RELION 5 or 4, its images included. What tables leave open is asked for, never guessed.
+
+    RELION 4 has one file of all tables, and projection matrices in place of angles and shifts: see `_from_matrices`.
 
     A table cut off between two rows is a shorter table, as one is from which images were taken out.
 
@@ -175,11 +177,24 @@ def read_relion_series(
     voltage = setting("rlnVoltage", "voltage_kv", voltage_kv)
     cs = setting("rlnSphericalAberration", "cs_mm", cs_mm)
     contrast = setting("rlnAmplitudeContrast", "amplitude_contrast", amplitude_contrast)
-    if "rlnTomoTiltSeriesStarFile" not in table.columns:
-        raise InputError(f"Expected the column rlnTomoTiltSeriesStarFile in {str(path)!r}, as RELION 5 has it.")
-    tilts = _block(folder / table.texts("rlnTomoTiltSeriesStarFile")[row], name, "project")
+    whole = table.together(("rlnTomoSizeX", "rlnTomoSizeY", "rlnTomoSizeZ"))
+    if "rlnTomoTiltSeriesStarFile" in table.columns:
+        tilts = _block(folder / table.texts("rlnTomoTiltSeriesStarFile")[row], name, "project")
+        images, edges = _images(tilts, folder, stack, y_axis)
+    else:
+        tilts = _block(path, name, "project") if "rlnTomoTiltSeriesName" in table.columns else table
+        if "rlnTomoProjX" not in tilts.columns:
+            raise InputError(
+                f"Expected the column rlnTomoTiltSeriesStarFile in {str(path)!r}, as RELION 5 has it, or "
+                "rlnTomoTiltSeriesName, and rlnTomoProjX in the block of each series, as RELION 4 has them. Import the "
+                "series into RELION 5."
+            )
+        if whole is None:
+            raise InputError(f"Expected rlnTomoSizeX, Y and Z in {str(path)!r}: matrices of RELION 4 count from there.")
+        name_of_stack = re.sub(r":mrcs?$", "", table.texts("rlnTomoTiltSeriesName")[row])
+        images, edges = _images(tilts, folder, folder / name_of_stack if stack is None else stack, y_axis)
+        tilts = _from_matrices(tilts, whole[row], np.array(images.shape[:0:-1]), pixel, centre)
     n = tilts.rows
-    images, edges = _images(tilts, folder, stack, y_axis)
     # 0 and 1 are what many programs write for an unknown pixel.
     differ = [edge for edge in edges if edge not in (0.0, 1.0) and abs(edge / pixel - 1) > 0.01]
     if pixel_size_angstrom is None and differ:
@@ -234,7 +249,6 @@ def read_relion_series(
         turned = np.zeros(n)
     if handedness < 0:
         assumed.append(_OTHER_HAND)
-    whole = table.together(("rlnTomoSizeX", "rlnTomoSizeY", "rlnTomoSizeZ"))
     place = np.argsort(angles, kind="stable")
 
     def sort(values: Array | None) -> Array | None:
@@ -301,6 +315,50 @@ def _block(path: Path, name: str, argument: str) -> Table:
         raise InputError(f"Expected the block data_{name} in {str(path)!r}, got {listed(blocks)}.")
     table.check_rows()
     return table
+
+
+def _from_matrices(tilts: Table, size: Array, shape: Array, pixel: float, centre: Centre | None) -> Table:
+    """The table of a series of RELION 4 with RELION 5's columns.
+
+    The rows X, Y, Z and W of a matrix bring a voxel of the tomogram, counted from its corner, to pixels x, y and to a
+    depth: R p + t, and R = R_z(rlnTomoZRot) R_y(rlnTomoYTilt) R_x(rlnTomoXTilt). Where the middle of the tomogram is
+    seen, from the middle of the image, is the shift.
+    """
+    matrices = np.stack([_quadruples(tilts, f"rlnTomoProj{axis}") for axis in "XYZ"], axis=1)
+    r, t = matrices[:, :, :3], matrices[:, :, 3]
+    if not np.allclose(r @ r.swapaxes(1, 2), np.eye(3), atol=0.02) or (np.linalg.det(r) < 0).any():
+        raise InputError(
+            f"Expected projection matrices that turn and shift in data_{tilts.name} of {str(tilts.path)!r}, got some "
+            "that enlarge, distort or mirror: a tilt series here has one magnification."
+        )
+    about = middle(size, centre, f"the matrices of {str(tilts.path)!r}")
+    seen = (r @ about + t)[:, :2] - middle(shape, centre, f"the matrices of {str(tilts.path)!r}")
+    found = {
+        "rlnTomoXTilt": np.degrees(np.arctan2(r[:, 2, 1], r[:, 2, 2])),
+        "rlnTomoYTilt": -np.degrees(np.arcsin(np.clip(r[:, 2, 0], -1, 1))),
+        "rlnTomoZRot": np.degrees(np.arctan2(r[:, 1, 0], r[:, 0, 0])),
+        "rlnTomoXShiftAngst": seen[:, 0] * pixel,
+        "rlnTomoYShiftAngst": seen[:, 1] * pixel,
+    }
+    columns = {name: [f"{value:.12f}" for value in values] for name, values in found.items()}
+    return Table(tilts.path, tilts.name, {**tilts.columns, **columns})
+
+
+def _quadruples(tilts: Table, column: str) -> Array:
+    """(rows, 4) of a column of texts like [1,0,0,-2.5]."""
+    if column not in tilts.columns:
+        raise InputError(f"Expected the column {column} in data_{tilts.name} of {str(tilts.path)!r}, found none.")
+    rows = []
+    for i, text in enumerate(tilts.columns[column], start=1):
+        parts = text.strip().strip("[]").split(",")
+        values = [float(part) if NUMBER.fullmatch(part.strip()) else np.nan for part in parts]
+        if len(values) != 4 or not np.abs(values).max() <= LARGEST:
+            raise InputError(
+                f"Expected four numbers like [1,0,0,-2.5] in row {i} of {column} in data_{tilts.name} of "
+                f"{str(tilts.path)!r}, got {text[:60]!r}."
+            )
+        rows.append(values)
+    return np.array(rows)
 
 
 def _images(

@@ -235,7 +235,9 @@ class Specimen:
 
         if isinstance(options, Specimen | DensityMap):
             return options
-        if isinstance(options, str | Path) and str(options).removesuffix(".gz").endswith((".mrc", ".map", ".ccp4")):
+        if isinstance(options, str | Path) and str(options).removesuffix(".gz").removesuffix(".bz2").endswith(
+            (".mrc", ".map", ".ccp4")
+        ):
             return DensityMap.from_file(options)  # says what else it has to know
         if isinstance(options, Mapping) and "map" in options:
             return DensityMap.from_options(options)

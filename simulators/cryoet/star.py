@@ -15,7 +15,7 @@ from simulators.cryoet.structure import import_gemmi
 
 Array = NDArray[np.float64]
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # Nothing in these tables is larger, whatever its unit; what is computed of such numbers is finite.
 LARGEST = 1e9
 
@@ -49,7 +49,7 @@ class Table:
         values = []
         for i, text in enumerate(self.columns[column], start=1):
             # float() alone takes "nan", "1_0" and other alphabets' digits.
-            value = float(text) if _NUMBER.fullmatch(text) else np.nan
+            value = float(text) if NUMBER.fullmatch(text) else np.nan
             if not abs(value) <= LARGEST:
                 raise InputError(
                     f"Expected a number within +-{LARGEST:g} in row {i} of {column} in data_{self.name} of "

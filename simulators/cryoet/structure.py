@@ -267,8 +267,8 @@ def _tidied(gemmi: Any, text: str, path: Path, skip: bool, water: bool) -> str:
     frames = [frame for frame in frames if any(not line.startswith("TER") for line in frame[1])]
     if len(frames) < 2:
         return "\n".join([*header, *(line for _, lines in frames for line in lines), "END", ""])
-    numbers = [int(name) if name.isdecimal() else 0 for name, _ in frames]
-    if len({n for n in numbers if n}) < len(frames):
+    numbers = [int(name) for name, _ in frames if name.isdecimal()]
+    if len(set(numbers)) < len(frames):
         numbers = list(range(1, len(frames) + 1))
     body = [
         line for n, (_, lines) in zip(numbers, frames, strict=True) for line in (f"MODEL     {n:4d}", *lines, "ENDMDL")
@@ -279,6 +279,8 @@ def _tidied(gemmi: Any, text: str, path: Path, skip: bool, water: bool) -> str:
 def _atom(gemmi: Any, record: str, line: str, number: int, path: Path, skip: bool, water: bool) -> str:
     """A line that gemmi cannot misread: it reads as far as it understands, and would say nothing. "" to leave out."""
     residue, name = line[17:20].strip(), line[12:16].strip()
+    if _is_plain(gemmi, record, residue, name, line):
+        return line
     if residue in _DUMMIES or name in _DUMMIES:
         return ""
     for start in (30, 38, 46):
@@ -297,6 +299,24 @@ def _atom(gemmi: Any, record: str, line: str, number: int, path: Path, skip: boo
         where = f"{residue} {line[21:22].strip()} {line[22:27].strip()}".replace("  ", " ")
         _refuse_atom(symbol or line[76:78].strip(), name, where, f" in line {number}", path)
     return f"{record:<6}{line[6:54]}{blank}{width}{line[66:76]:<10}{symbol:>2}"
+
+
+def _is_plain(gemmi: Any, record: str, residue: str, name: str, line: str) -> bool:
+    """Whether all columns are as they should be, as in nearly all lines."""
+    try:
+        total = sum(map(abs, map(float, (line[30:38], line[38:46], line[46:54], line[60:66])))) + float(line[54:60])
+    except ValueError:
+        return False
+    return (
+        float(line[54:60]) >= 0
+        and total < math.inf
+        and line.startswith(record)
+        and residue not in _DUMMIES
+        and name not in _DUMMIES
+        and not line[78:79].isalpha()
+        and (line[75:76] == " " or line[72:73] != " ")
+        and _known(gemmi, line[76:78].strip())
+    )
 
 
 def _field(line: str, start: int, stop: int, what: str, number: int, path: Path, missing: float | None = None) -> float:
@@ -334,13 +354,24 @@ def _from_cif(gemmi: Any, text: str) -> Any:
         if "id" not in tags:
             for i, row in enumerate(block.find("_atom_site.", ["id"]), 1):
                 row[0] = str(i)
-        missing = {"?", ".", ""} & set(block.find_values("_atom_site.type_symbol"))
-        for kind in ("label", "auth") if missing else ():
-            for row in block.find("_atom_site.", ["type_symbol", f"{kind}_atom_id", f"{kind}_comp_id"]):
-                if row[0] in ("?", ".", ""):
-                    row[0] = guessed_element(*(gemmi.cif.as_string(row[i]) for i in (1, 2))) or "X"
+        # Some have charges, as in O1-; where there is none it follows from the name.
+        stated = {symbol: _without_charge(gemmi, symbol) for symbol in set(block.find_values("_atom_site.type_symbol"))}
+        if any(symbol != plain for symbol, plain in stated.items()):
+            for kind in ("label", "auth"):
+                for row in block.find("_atom_site.", ["type_symbol", f"{kind}_atom_id", f"{kind}_comp_id"]):
+                    if row[0] in stated and row[0] != stated[row[0]]:
+                        names = (gemmi.cif.as_string(row[i]) for i in (1, 2))
+                        row[0] = stated[row[0]] or guessed_element(*names) or "X"
         return gemmi.make_structure_from_block(block)
     return gemmi.Structure()
+
+
+def _without_charge(gemmi: Any, symbol: str) -> str:
+    """The element of a type symbol; "" where there is none; an unknown symbol as it stands."""
+    if symbol in ("?", ".", "''", '""', ""):
+        return ""
+    letters = re.match(r"[A-Za-z]*", symbol.strip("'\"")) or [""]
+    return letters[0] if _known(gemmi, letters[0]) else symbol
 
 
 def _line_of(text: str, atom: Any) -> str:
@@ -369,7 +400,7 @@ def _clear(gemmi: Any, model: Any, path: Path, text: str, skip: bool, water: boo
                         where = f"{residue.name} {chain.name} {residue.seqid}"
                         _refuse_atom(atom.element.name, atom.name, where, _line_of(text, atom), path)
                     del residue[j]
-                elif not all(map(math.isfinite, (*atom.pos.tolist(), atom.occ, atom.b_iso))) or atom.occ < 0:
+                elif not (atom.occ >= 0 and math.isfinite(sum(atom.pos.tolist()) + atom.occ + atom.b_iso)):
                     raise InputError(
                         f"Expected numbers for each atom, and occupancies >= 0, got others for atom {atom.name} of "
                         f"residue {residue.name} {chain.name} {residue.seqid}{_line_of(text, atom)} of {str(path)!r}. "

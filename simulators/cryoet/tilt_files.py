@@ -6,7 +6,7 @@ Of a series `name` are written:
 * `name.xf`: A11 A12 A21 A22 DX DY [pixels] of each image, which bring it to where the tilt axis is y and the specimen's
   origin in the middle, as IMOD counts it (n / 2 from the edge of the first pixel);
 * `name.mdoc`: pixel, voltage, the axis as a title, and of each image tilt, rotation (the axis and 90 degrees, as
-  SerialEM counts it), doses, defocus (negative: underfocus);
+  SerialEM counts it), doses, defocus (negative: underfocus; also as TargetDefocus);
 * `name_series.star`, `name_tilts.star`, `name_particles.star`: RELION 5's tables (defocus in angstrom, positive), for
   its C++ programs, whose centre of an image is n // 2 as in `TiltSeries`. rlnTomoHand is 1: height adds to the
   underfocus. Tomograms have even sizes: those programs turn one of odd size, or of none, about a point half a pixel off
@@ -19,7 +19,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
 from simulators.cryoet.files import YAxis, read_oriented, square_pixel, write_stack
+from simulators.cryoet.mdoc import Mdoc, number, read_mdoc, text_lines, within_half_a_turn
 from simulators.cryoet.tilt_scheme import TiltScheme
 from simulators.cryoet.tilt_series import TiltSeries
 
@@ -137,25 +139,22 @@ def _mdoc(name: str, series: TiltSeries, values: Mapping[str, float]) -> str:
         f"ImageSize = {columns} {rows}",
         "DataMode = 2",
         "",
-        f"[T =     Tilt axis angle = {_within_half_a_turn(values['tilt_axis_deg']):.4f}, binning = 1]",
+        f"[T =     Tilt axis angle = {within_half_a_turn(values['tilt_axis_deg']):.4f}, binning = 1]",
         "",
     ]
     for t in range(images):
         lines += [
             f"[ZValue = {t}]",
             f"TiltAngle = {values[f'tilt_deg[{t}]']:.4f}",
-            f"RotationAngle = {_within_half_a_turn(values['tilt_axis_deg'] + 90.0):.4f}",
+            f"RotationAngle = {within_half_a_turn(values['tilt_axis_deg'] + 90.0):.4f}",
             f"PixelSpacing = {series.pixel_size_angstrom:g}",
             f"ExposureDose = {values[f'dose_e_per_angstrom2[{t}]']:.6g}",
             f"PriorRecordDose = {_prior(series, values, t):.6g}",
             f"Defocus = {-values[f'defocus_um[{t}]']:.6g}",
+            f"TargetDefocus = {-values[f'defocus_um[{t}]']:.6g}",
             "",
         ]
     return "\n".join(lines)
-
-
-def _within_half_a_turn(degrees: float) -> float:
-    return (degrees + 180.0) % 360.0 - 180.0
 
 
 def _star(block: str, columns: Sequence[str], rows: Sequence[Sequence[str | int | float]]) -> str:
@@ -169,7 +168,8 @@ def _star(block: str, columns: Sequence[str], rows: Sequence[Sequence[str | int 
 def _series_star(name: str, series: TiltSeries, values: Mapping[str, float]) -> str:
     columns = ["rlnTomoName", "rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast",
                "rlnMicrographOriginalPixelSize", "rlnTomoTiltSeriesPixelSize", "rlnTomoHand", "rlnTomoSizeX",
-               "rlnTomoSizeY", "rlnTomoSizeZ", "rlnTomoTiltSeriesStarFile"]  # fmt: skip
+               "rlnTomoSizeY", "rlnTomoSizeZ", "rlnTomoImportFractionalDose",
+               "rlnTomoTiltSeriesStarFile"]  # fmt: skip
     pixel = float(series.pixel_size_angstrom)
     rows, columns_ = series.output_shape[1:]
     heights = [abs(values[f"z_angstrom[{i}]"]) for i in range(len(series.particles))]
@@ -185,6 +185,8 @@ def _series_star(name: str, series: TiltSeries, values: Mapping[str, float]) -> 
         columns_ + columns_ % 2,
         rows + rows % 2,
         2 * math.ceil(depth),
+        # The tilts' table has what each image had seen before: with this one the doses of all are known.
+        float(values[f"dose_e_per_angstrom2[{int(np.argmax(cast(TiltScheme, series.scheme).order))}]"]),
     ]
     return _star("global", columns, [[*row, f"{name}_tilts.star"]])
 
@@ -232,6 +234,8 @@ class RecordedSeries:
         shifts_angstrom: (images, 2) as `TiltSeries` has them.
         doses_e_per_angstrom2: (images,) of each image.
         defocus_um: (images,) positive is underfocus.
+        magnifications: (images,) by which transformations enlarge each image.
+        notes: what was taken for granted, in sentences.
     """
 
     images: NDArray[Any]
@@ -241,6 +245,8 @@ class RecordedSeries:
     shifts_angstrom: NDArray[np.float64] | None
     doses_e_per_angstrom2: NDArray[np.float64] | None
     defocus_um: NDArray[np.float64] | None
+    magnifications: NDArray[np.float64] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_tilt_series(
@@ -250,22 +256,29 @@ def read_tilt_series(
     mdoc: str | Path | None = None,
     transforms: str | Path | None = None,
     order: Sequence[int] | None = None,
+    excluded: Sequence[int] = (),
+    tilt_axis_deg: float | None = None,
     pixel_size_angstrom: float | None = None,
     y_axis: YAxis | None = None,
+    memory_map: bool = False,
 ) -> RecordedSeries:
     """Reads a stack and the text files that belong to it. What they leave open is asked for, never guessed.
 
     Args:
         stack: MRC.
         tilts: `.rawtlt` or `.tlt`, a tilt a line in the order of the stack; by default those of `mdoc` [degree].
-        mdoc: SerialEM's `.mdoc`: tilts, axis, doses (where all are 0 they are not known), defocus (negative is
-            underfocus), pixel. The axis is that of the title "Tilt axis angle = ..." which IMOD reads, or RotationAngle
-            less 90 degrees.
-        transforms: `.xf`: the shifts, and the axis in place of that in `mdoc`.
-        order: (images,) when each image of the stack was taken, 0 for the first; by default from the doses in `mdoc`.
+        mdoc: SerialEM's `.mdoc`: tilts, axis, doses, defocus, pixel; see `simulators.cryoet.mdoc` for what its keys
+            mean. Doses where all are 0 are not known. ZValues may have gaps: sections are those of the images in order.
+        transforms: `.xf`: the shifts and magnifications, and the axis in place of that in `mdoc`.
+        order: (images,) when each image of the stack was taken, 0 for the first; by default from the doses or times in
+            `mdoc`.
+        excluded: ZValues of sections of `mdoc` to leave out, and of images where the stack still has them; found by
+            `tilts` where these are fewer than sections.
+        tilt_axis_deg: in place of the files' [degree].
         pixel_size_angstrom: in place of the files'; needed where they have none, or a stack's header says exactly 1
             angstrom, which is what many programs write for an unknown pixel, or stack and mdoc differ [angstrom].
         y_axis: see `read_stack`; text files are those of the images as they then are. Needed where transforms mirror.
+        memory_map: images stay in the file until they are used, if they are sorted by tilt there; see `read_stack`.
 
     Returns:
         the series, sorted by tilt.
@@ -273,56 +286,128 @@ def read_tilt_series(
     Raises:
         InputError: a file that is missing, cannot be read or has another number of images; an argument missing.
     """
-    sections = None if mdoc is None else _read_mdoc(Path(mdoc))
-    read = read_oriented(stack, y_axis)
-    images, edges = read.images, read.edges
-    pixel = _pixel(stack, edges, mdoc, sections, pixel_size_angstrom)
+    notes: list[str] = []
+    excluded = tuple(int(z) for z in excluded)
+
+    def note(said: str) -> None:
+        notes.append(said)
+
+    def tell(said: str) -> None:
+        notes.append(said)
+        warnings.warn(f"{Path(cast(str, mdoc or transforms)).name}: {said}", UserWarning, stacklevel=4)
+
+    read = read_oriented(stack, y_axis, memory_map=memory_map)
+    notes += read.notes
+    images = read.images
+    angles = None if tilts is None else _read_table(Path(tilts), 1)[:, 0]
+    moved = None if transforms is None else _read_table(Path(transforms), 6)
+    known = None if mdoc is None else read_mdoc(Path(mdoc))
+    pixel = _pixel(stack, read.edges, mdoc, None if known is None else known.sections, pixel_size_angstrom)
     n = len(images)
-    if tilts is not None:
-        angles = _read_table(Path(tilts), 1)[:, 0]
-    elif sections is not None:
-        angles = _column(sections, "TiltAngle", Path(cast(str, mdoc)))
-    else:
+    for name, table in (("tilts", angles), ("transforms", moved), ("order", order)):
+        if table is not None and len(table) != n:
+            raise InputError(f"Expected {name} of {n} images, as {str(stack)!r} has, got {len(table)}.")
+    if known is None and excluded:
+        raise InputError("Expected mdoc=... with excluded=: they are ZValues of its sections.")
+    if known is not None:
+        known, kept = _matched(known, n, excluded, angles, str(stack), note)
+        if len(kept) < n:
+            images = images[kept]
+            angles, moved = (None if table is None else table[kept] for table in (angles, moved))
+            order = None if order is None else np.argsort(np.argsort([order[i] for i in kept])).tolist()
+        if angles is None:
+            angles = known.column("TiltAngle")
+    if angles is None:
         raise InputError(f"Expected the tilts of {str(stack)!r}. Give tilts='...rawtlt' (or .tlt), or mdoc='...mdoc'.")
     if (abs(angles) > 90.0).any():
         worst = float(angles[np.argmax(abs(angles))])
         raise InputError(f"Expected tilts within 90 degrees in {str(tilts or mdoc)!r}, got {worst:g}.")
-    moved = None if transforms is None else _read_table(Path(transforms), 6)
-    for name, table in (("tilts", angles), ("mdoc", sections), ("transforms", moved), ("order", order)):
-        if table is not None and len(table) != n:
-            raise InputError(f"Expected {name} of {n} images, as {str(stack)!r} has, got {len(table)}.")
-    axis = doses = defocus = shifts = None
-    if sections is not None:
-        path = Path(cast(str, mdoc))
-        axis = _axis(sections, path)
-        doses, defocus = _optional(sections, "ExposureDose", path), _optional(sections, "Defocus", path)
-        if doses is not None and not doses.any():
-            doses = None
-        if defocus is not None:
-            if (defocus > 0).any():
-                raise InputError(
-                    f"Expected Defocus in {str(path)!r} as SerialEM has it, negative for underfocus, got "
-                    f"{float(defocus.max()):g} um. Turn the signs, or take the key out."
-                )
-            defocus = -defocus
-        if order is None:
-            prior = _optional(sections, "PriorRecordDose", path)
-            if prior is not None and len(np.unique(prior)) == n:
-                order = np.argsort(np.argsort(prior)).tolist()
+    if order is None and known is not None:
+        order = known.order(tell)
     if order is None:
         raise InputError(
             f"Expected the order in which the images of {str(stack)!r} were taken: the specimen suffers. Give "
-            "order=[...], 0 for the first taken, or an mdoc with PriorRecordDose."
+            "order=[...], 0 for the first taken, or an mdoc with PriorRecordDose or DateTime, different for each image."
         )
+    if sorted(order) != list(range(len(images))):
+        raise InputError(f"Expected order as a permutation of 0 to {len(images) - 1}, got {list(order)}.")
+    axis = doses = defocus = shifts = sizes = None
+    if known is not None:
+        doses, defocus = known.doses(order, note), known.defocus_um(tell)
+        axis = known.axis_deg(note if moved is not None or tilt_axis_deg is not None else tell)
     if moved is not None:
-        axis, shifts = _geometry(moved, images.shape[1:], pixel, transforms, y_axis)
+        axis, shifts, sizes = _geometry(moved, images.shape[1:], pixel, transforms, y_axis)
+        if (abs(sizes - 1) > 0.02).any():
+            tell(
+                f"{Path(cast(str, transforms)).name} enlarges images by {sizes.min():.3f} to {sizes.max():.3f}, and "
+                "TiltSeries has one magnification: see magnifications of what was read. Pixels stay those of the files."
+            )
+    if tilt_axis_deg is not None:
+        if not np.isfinite(tilt_axis_deg):
+            raise InputError(f"Expected tilt_axis_deg as a number, got {tilt_axis_deg!r}.")
+        axis = float(tilt_axis_deg)
     place = np.argsort(angles, kind="stable")
     scheme = TiltScheme(tuple(angles[place].tolist()), tuple(int(order[i]) for i in place))
+    if (place != np.arange(len(place))).any():
+        images = images[place]
 
     def sort(values: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
         return None if values is None else values[place]
 
-    return RecordedSeries(images[place], pixel, scheme, axis, sort(shifts), sort(doses), sort(defocus))
+    return RecordedSeries(
+        images, pixel, scheme, axis, sort(shifts), sort(doses), sort(defocus), sort(sizes), tuple(notes)
+    )
+
+
+def _matched(
+    mdoc: Mdoc,
+    images: int,
+    excluded: Sequence[int],
+    tilts: NDArray[np.float64] | None,
+    stack: str,
+    note: Callable[[str], None],
+) -> tuple[Mdoc, list[int]]:
+    """The sections of the stack's images, and which images are left."""
+    path, total = str(mdoc.path), len(mdoc.z)
+    if unknown := sorted(set(excluded) - set(mdoc.z)):
+        raise InputError(f"Unknown ZValues {unknown} in excluded. {path!r} has {_numbers(mdoc.z)}.")
+    everything = list(range(images))
+    if excluded:
+        kept = [i for i, z in enumerate(mdoc.z) if z not in set(excluded)]
+        if not kept or images not in (total, len(kept)):
+            raise InputError(
+                f"Expected {total} images in {stack!r}, as {path!r} has sections, or {len(kept)}, without those "
+                f"excluded, got {images}."
+            )
+        note(f"the exposure of the views excluded (ZValue {_numbers(excluded)}) is not counted.")
+        return mdoc.chosen(kept), kept if images == total else everything
+    if images == total:
+        if mdoc.z != tuple(range(total)):
+            note(f"ZValues have gaps ({_numbers(mdoc.z)}): its sections are those of the images in order.")
+        return mdoc, everything
+    if images < total and tilts is not None:
+        # Nominal tilts are the mdoc's to the digits of the file.
+        apart = abs(mdoc.column("TiltAngle")[:, None] - tilts)
+        kept = sorted(set(apart.argmin(axis=0).tolist()))
+        if len(kept) == images and apart.min(axis=0).max() < 0.1 and (np.diff(apart.argmin(axis=0)) > 0).all():
+            left = [z for i, z in enumerate(mdoc.z) if i not in kept]
+            note(f"sections without an image, by their tilts: ZValue {_numbers(left)}. Their exposure is not counted.")
+            return mdoc.chosen(kept), everything
+    if images < total:
+        raise InputError(
+            f"Expected mdoc of {images} images, as {stack!r} has, got {total} sections in {path!r} (ZValue "
+            f"{_numbers(mdoc.z)}): views were taken out of the stack. Give excluded=[...], their ZValues, or the tilts "
+            "that are left, tilts='...rawtlt'."
+        )
+    without = sorted(set(range(images)) - set(mdoc.z))
+    raise InputError(
+        f"Expected mdoc of {images} images, as {stack!r} has, got {total} sections in {path!r}: there is none for "
+        f"images {_numbers(without)}. Add those sections, or take the images out of the stack."
+    )
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return ", ".join(map(str, list(values)[:12])) + (", ..." if len(values) > 12 else "")
 
 
 def _pixel(
@@ -348,106 +433,41 @@ def _pixel(
     return square_pixel(stack, edges, spacing if given is None else given)
 
 
-def _text(path: Path) -> list[str]:
-    try:
-        # Comments and paths may be in any encoding; what is used is ASCII.
-        return path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    except OSError as error:
-        raise InputError(f"Expected a text file at {str(path)!r}, got: {error}. Check the path.") from error
-
-
-def _number(text: str, path: Path, line: int) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"Expected a number in line {line} of {str(path)!r}, got {text!r}.")
-    return value
-
-
 def _read_table(path: Path, columns: int) -> NDArray[np.float64]:
     rows = []
-    for i, line in enumerate(_text(path), start=1):
+    for i, line in enumerate(text_lines(path), start=1):
         if parts := line.split():
             if len(parts) != columns:
                 raise InputError(f"Expected {columns} numbers in line {i} of {str(path)!r}, got {line.strip()!r}.")
-            rows.append([_number(part, path, i) for part in parts])
+            rows.append([number(part, path, i) for part in parts])
     return np.array(rows).reshape(-1, columns)
-
-
-_MDOC = ("PixelSpacing", "TiltAngle", "RotationAngle", "ExposureDose", "PriorRecordDose", "Defocus")
-_TITLE = "Tilt axis angle"
-
-
-def _read_mdoc(path: Path) -> list[dict[str, float]]:
-    """What is used of each section of an mdoc, its header's keys included, in the order of the stack."""
-    common: dict[str, float] = {}
-    sections: dict[int, dict[str, float]] = {}
-    current = common
-    for i, line in enumerate(_text(path), start=1):
-        key, equals, value = (part.strip() for part in line.strip("[] ").partition("="))
-        if key == "T" and value.startswith(_TITLE):
-            common[_TITLE] = _number((value.partition("=")[2].replace(",", " ").split() or [""])[0], path, i)
-        elif key == "ZValue":
-            z = int(_number(value, path, i))
-            if z in sections:
-                raise InputError(f"Expected each ZValue once in {str(path)!r}, got {z} again in line {i}.")
-            current = sections[z] = dict(common)
-        elif equals and key in _MDOC and not line.lstrip().startswith("["):
-            current[key] = _number(value, path, i)
-    if sorted(sections) != list(range(len(sections))) or not sections:
-        raise InputError(f"Expected sections [ZValue = 0], [ZValue = 1], ... in {str(path)!r}, got {sorted(sections)}.")
-    return [sections[z] for z in sorted(sections)]
-
-
-def _optional(sections: Sequence[Mapping[str, float]], key: str, path: Path) -> NDArray[np.float64] | None:
-    found = [section[key] for section in sections if key in section]
-    if found and len(found) != len(sections):
-        raise InputError(f"Expected {key} in all {len(sections)} sections of {str(path)!r}, or none, got {len(found)}.")
-    return np.array(found) if found else None
-
-
-def _column(sections: Sequence[Mapping[str, float]], key: str, path: Path) -> NDArray[np.float64]:
-    values = _optional(sections, key, path)
-    if values is None:
-        raise InputError(f"Expected {key} in the sections of {str(path)!r}, found none.")
-    return values
-
-
-def _axis(sections: Sequence[Mapping[str, float]], path: Path) -> float | None:
-    """The tilt axis from +y through -x [degree]; None where the file does not say."""
-    rotations = _optional(sections, "RotationAngle", path)
-    if rotations is not None:
-        around = rotations[0] + np.array([_within_half_a_turn(angle - rotations[0]) for angle in rotations])
-        if np.ptp(around) > 0.5:
-            raise InputError(f"Expected one RotationAngle in {str(path)!r}, got {around.min():g} to {around.max():g}.")
-    if _TITLE in sections[0]:
-        return sections[0][_TITLE]
-    return None if rotations is None else _within_half_a_turn(float(around.mean()) - 90.0)
 
 
 def _geometry(
     moved: NDArray[np.float64], shape: Sequence[int], pixel: float, path: str | Path | None, y_axis: YAxis | None
-) -> tuple[float, NDArray[np.float64]]:
-    """The tilt axis [degree] and the shifts (images, 2) [angstrom] behind IMOD's transformations; see `_transforms`."""
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """The tilt axis [degree], the shifts (images, 2) [angstrom] and the magnifications (images,) behind IMOD's
+    transformations; see `_transforms`."""
     matrices = moved[:, :4].reshape(-1, 2, 2)
-    sizes = np.linalg.det(matrices)
-    if (sizes < 0).any():
+    areas = np.linalg.det(matrices)
+    if (areas < 0).any():
         raise InputError(
             f"Expected transformations without mirror images in {str(path)!r}, got a negative determinant: y runs "
             f"the other way in the stack they were made for. Give y_axis='up' (it is {y_axis!r}) and the "
             "transformations of the images that are turned over."
         )
+    sizes = np.sqrt(areas)
     turns = np.degrees(np.arctan2(matrices[:, 0, 1] - matrices[:, 1, 0], matrices[:, 0, 0] + matrices[:, 1, 1]))
     turns = turns[0] + (turns - turns[0] + 180.0) % 360.0 - 180.0
-    if (abs(sizes - 1) > 0.02).any() or np.ptp(turns) > 0.5:
+    stretches = np.linalg.svd(matrices, compute_uv=False)
+    if not (sizes.min() > 0.25 and sizes.max() < 4) or np.ptp(turns) > 0.5 or (stretches[:, 0] > 1.05 * sizes).any():
         raise InputError(
-            f"Expected transformations that turn by one angle and shift in {str(path)!r}, got turns of "
-            f"{turns.min():.2f} to {turns.max():.2f} degrees and magnifications of {np.sqrt(sizes.min()):.3f} to "
-            f"{np.sqrt(sizes.max()):.3f}: a tilt series here has one axis and one magnification."
+            f"Expected transformations that turn by one angle, enlarge and shift in {str(path)!r}, got turns of "
+            f"{turns.min():.2f} to {turns.max():.2f} degrees, magnifications of {sizes.min():.3f} to "
+            f"{sizes.max():.3f} and edges of a square stretched by up to {stretches.max():.3f}: a tilt series here has "
+            "one axis, and images are not distorted."
         )
     rows, columns = shape
     origin = np.array([columns // 2 + 0.5 - columns / 2, rows // 2 + 0.5 - rows / 2])
     shifts = np.stack([-np.linalg.solve(a, d) - origin for a, d in zip(matrices, moved[:, 4:], strict=True)])
-    return float(turns.mean()), shifts * pixel
+    return float(turns.mean()), shifts * pixel, sizes

@@ -1,0 +1,627 @@
+"""Which evaluation is the same: another one wherever a call could tell, the same one in every process."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import identity_lab as lab
+import numpy as np
+import pytest
+import torch
+from fit_lab import Killed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bridge
+from adapters.base import ExternalSimulator, Profile, TextTemplate
+from bridge.errors import InputError
+from bridge.identity import identity_of
+from bridge.registry import find
+from bridge.simulator import Parameter, ParameterSpace, as_simulator
+from bridge.store import Store
+
+pytest.importorskip("gemmi", reason="the cryo-EM simulators need gemmi")
+pytest.importorskip("trimesh", reason="the rendering adapters need trimesh")
+
+THETA = torch.tensor([0.3], dtype=torch.float64)
+ONE = np.ones(1)
+REGISTERED = [point for point in bridge.list_simulators() if point in lab.arguments(Path())]
+
+
+def identity(function: Any) -> str:
+    return lab.identity(function)
+
+
+# --- every argument of every simulator ----------------------------------------------------------------------------
+
+
+def test_every_registered_simulator_is_in_the_table() -> None:
+    """A new one needs two values of each of its arguments in `identity_lab.arguments`."""
+    from importlib import metadata
+
+    ours = {point.name for point in metadata.entry_points(group="bridge.simulators")}
+    assert ours == set(lab.arguments(Path()))
+
+
+@pytest.mark.parametrize("name", sorted(lab.arguments(Path())))
+def test_another_argument_is_another_simulator(name: str, tmp_path: Path) -> None:
+    base, parts, others = lab.arguments(lab.files(tmp_path))[name]
+    # A new argument needs a line in the table.
+    assert {*parts, *others} == set(inspect.signature(find(name)).parameters)
+    for argument, two in parts.items():
+        first, second = (lab.made(name, base, argument, two, i) for i in (0, 1))
+        assert first != second, argument
+        assert first == lab.made(name, base, argument, two, 0), argument
+    for argument, two in others.items():
+        assert lab.made(name, base, argument, two, 0) == lab.made(name, base, argument, two, 1), argument
+
+
+def test_what_a_simulator_keeps_of_its_work_is_no_part_of_it() -> None:
+    image = {"shape": (16, 16), "parameters": ("defocus_um",)}
+    for name, options in (
+        ("cryoet", image | {"specimen": lab.HELIX}),
+        ("cryoet-tilt-series", image | {"particles": [{"specimen": lab.HELIX}], "scheme": {"uniform": [-1, 1, 1]}}),
+        ("raster", {"size": (8, 8)}),
+    ):
+        simulator = bridge.make(name, **options)
+        before = identity_of(simulator)
+        at = getattr(simulator, "reference", np.array([25.0, 15.0, 4.0, 20.0]))
+        simulator(at[None], np.zeros(1, dtype=np.uint64))
+        assert identity_of(simulator) == before
+
+
+@pytest.mark.parametrize("name", ["one.pdb", "places.txt", "deck.txt", "program-one"])
+def test_files_count_by_what_is_in_them(name: str, tmp_path: Path) -> None:
+    def made(folder: Path) -> str:
+        options = {"deck": folder / "deck.txt", "parameters": ("x_nm",), "binary": folder / "program-one"}
+        return identity_of(bridge.make("tem-simulator", **options))
+
+    here = made(lab.files(tmp_path / "a"))
+    assert here == made(lab.files(tmp_path / "b"))  # wherever they are
+    path = tmp_path / "b" / name
+    path.write_text(path.read_text(encoding="utf-8").replace("20.00", "21.00").replace("10 40", "10 41").replace(
+        "cs = 2", "cs = 1").replace("echo", "echo "), encoding="utf-8")  # fmt: skip
+    assert here != made(tmp_path / "b")
+
+
+# --- every kind of thing, in every kind of thing ------------------------------------------------------------------
+
+
+def test_no_two_leaves_are_alike() -> None:
+    identities = [identity(lab.closed(leaf)) for leaf in lab.LEAVES]
+    for i, found in enumerate(identities):
+        assert found not in identities[:i], repr(lab.LEAVES[i])
+    assert identities == [identity(lab.closed(leaf)) for leaf in lab.LEAVES]
+
+
+layers = st.lists(st.sampled_from(lab.CONTAINERS), max_size=4)
+leaves = st.integers(0, len(lab.LEAVES) - 1)
+
+
+@settings(max_examples=250)
+@given(st.sampled_from(lab.FUNCTIONS), layers, leaves, leaves)
+def test_a_call_that_can_see_another_thing_is_another_evaluation(function: Any, inside: Any, a: int, b: int) -> None:
+    def made(leaf: int) -> str:
+        content = lab.LEAVES[leaf]
+        for layer in inside:
+            content = layer(content)
+        return identity(function(content))
+
+    assert made(a) == made(a)
+    assert (made(a) == made(b)) == (a == b)
+
+
+@settings(max_examples=100)
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 9), min_size=2), st.randoms())
+def test_order_counts_where_a_call_can_see_it(table: dict[str, int], random: Any) -> None:
+    shuffled = list(table.items())
+    random.shuffle(shuffled)
+    other = dict(shuffled)
+
+    def looking(d: Any) -> Any:
+        return lambda x: x * d["a"] + d.get("b", 0) + ("c" in d)
+
+    def going_through(d: Any) -> Any:
+        return lambda x: [x * value for value in d.values()]
+
+    def called(x: Any, **names: int) -> Any:
+        return x, names
+
+    assert identity(looking(table)) == identity(looking(other))
+    assert identity(functools.partial(called, **table)) == identity(functools.partial(called, **other))
+    same = list(table) == list(other)
+    assert (identity(going_through(table)) == identity(going_through(other))) == same
+    assert identity(lab.closed(set(table))) == identity(lab.closed(set(other)))
+
+
+def test_things_that_hold_each_other_have_an_end() -> None:
+    def ring(value: int) -> Any:
+        first = lab.Plain([value])
+        first.content.append(lab.Plain({"back": first}))
+        return first
+
+    def even(n: int) -> bool:
+        return n == 0 or odd(n - 1)
+
+    def odd(n: int) -> bool:
+        return n != 0 and even(n - 1)
+
+    assert identity(lab.closed(ring(1))) == identity(lab.closed(ring(1))) != identity(lab.closed(ring(2)))
+    assert identity(even) == identity(even)
+    deep: list[Any] = []
+    for _ in range(2000):
+        deep = [deep]
+    assert identity(lab.closed(deep)) == identity(lab.closed([deep[0]]))
+
+
+# --- code ---------------------------------------------------------------------------------------------------------
+
+MODULE = """
+    GAIN = {gain}
+    TABLE = {{"a": [1, {entry}]}}
+
+    class Engine:
+        factor = {factor}
+
+        def __init__(self, n):
+            self.n = n
+
+        def run(self, x):
+            return x * self.n * self.factor {term}
+
+    def helper(x):
+        return inner(x) * GAIN
+
+    def inner(x):
+        return x + TABLE["a"][1]
+"""
+SCRIPTS = (
+    "import {m}\ndef f(x): return {m}.helper(x) + {m}.Engine(2).run(x)",
+    "from {m} import helper, Engine\ndef f(x): return helper(x) + Engine(2).run(x)",
+    "def f(x):\n    from {m} import helper, Engine\n    return helper(x) + Engine(2).run(x)",
+    "import {m}\nengine = {m}.Engine(2)\nclass F:\n  def __call__(self, x): return {m}.helper(engine.run(x))\nf = F()",
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_code_of_ones_own_counts_with_all_that_it_names(script: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    base = {"gain": 1, "entry": 2, "factor": 3, "term": ""}
+    changes: list[dict[str, Any]] = [{}, {"gain": 4}, {"entry": 4}, {"factor": 4}, {"term": "+ 1"}, {"term": "# word"}]
+    found = []
+    for i, change in enumerate(changes):
+        text = textwrap.dedent(MODULE.format(**{**base, **change}))
+        (tmp_path / f"users_own_{abs(hash(script))}_{i}.py").write_text(text, encoding="utf-8")
+        names: dict[str, Any] = {"__name__": "__main__"}
+        # The module's name in the script is the same for all.
+        name = f"users_own_{abs(hash(script))}_{i}"
+        monkeypatch.setitem(sys.modules, "users_own", __import__(name))
+        exec(script.format(m="users_own"), names)
+        found.append(identity(names["f"]))
+    assert len(set(found)) == len(changes) - 1
+    assert found[-1] == found[0]  # a comment
+
+
+def test_where_code_stands_and_what_is_said_about_it_do_not_count() -> None:
+    def made(text: str) -> str:
+        names: dict[str, Any] = {"__name__": "__main__"}
+        exec(text, names)
+        return identity(names["f"])
+
+    first = made("def f(x):\n    return x + 1")
+    assert first == made("\n\n# A comment\ndef f(x):\n\n    # another\n    return x + 1")
+    assert first == made('def f(x):\n    """What it does."""\n    return x + 1')
+    assert first == made("def f(x: float) -> float:\n    return (x + 1)")
+    assert len({first, made("def f(x):\n    return x + 2"), made("def f(x):\n    return x - 1")}) == 3
+
+
+def test_a_simulator_by_rows_is_not_the_one_by_arrays() -> None:
+    ways: list[dict[str, bool]] = [{}, {"vectorized": True}, {"seeded": True}, {"vectorized": True, "seeded": True}]
+    assert len({identity_of(as_simulator(lab.plain, **way)) for way in ways}) == 4
+    bounded = as_simulator(lab.plain, bounds=[(0, 1)], natural_scale=[2.0])
+    assert identity_of(bounded) == identity(lab.plain)  # parameters lie where they lie
+
+
+# --- counters, and what else calls change -------------------------------------------------------------------------
+
+COUNTERS = """
+    n = m = 0
+    calls, log, table, seen = [], [], {}, set()
+    def f(x):
+        global n, m
+        n += 1
+        m = m + 1
+        calls.append((1, x))
+        table["n"] = table.get("n", 0) + 1
+        seen.add(float(x[0]))
+        f.count += 1
+        return 2 * x
+    f.count = 0
+    class F:
+        space = output_shape = None
+        def __init__(self):
+            self.n, self.log, self.table = 0, [], {"n": 0}
+        def __call__(self, inputs, seeds):
+            self.n += 1
+            self.log.append(inputs)
+            self.table["n"] += 1
+            self.note()
+            return 2 * inputs
+        def note(self):
+            self.n += 1
+        def report(self):
+            return self.n
+    def made():
+        n, total, log = 0, 0.0, []
+        def g(x):
+            nonlocal n, total
+            n += 1
+            total = total + x.sum()
+            log.append(x)
+            return 2 * x
+        return g
+    g = made()
+"""
+
+
+def test_what_is_counted_and_not_looked_at_is_no_part_of_a_simulator() -> None:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(textwrap.dedent(COUNTERS), names)
+    for function in (names["f"], names["g"], names["F"]()):
+        before = identity(function)
+        for _ in range(2):
+            function(ONE[None], np.zeros(1)) if isinstance(function, names["F"]) else function(ONE)
+        assert identity(function) == before
+
+
+def stateful() -> Any:
+    """A memory that calls fill, and look at; and a setting that is written as well as read."""
+    memory: dict[float, Any] = {}
+    setting = {"gain": 2.0}
+
+    def f(x: Any) -> Any:
+        setting["x"] = float(x[0])
+        if float(x[0]) not in memory:
+            f.runs += 1  # type: ignore[attr-defined]
+            memory[float(x[0])] = setting["gain"] * x
+        return memory[float(x[0])]
+
+    f.runs, f.setting = 0, setting  # type: ignore[attr-defined]
+    return f
+
+
+def test_what_calls_change_leaves_a_simulator_the_one_it_was(tmp_path: Path) -> None:
+    def run(f: Any) -> int:
+        return bridge.smooth(f, seed=0, num_samples=8, store=Store(tmp_path, above_s=0)).estimate(THETA).num_cached
+
+    f = stateful()
+    assert [run(f), run(f), run(stateful())] == [0, 8, 8]
+    f.setting["gain"] = 3.0  # by hand, not by a call
+    assert run(f) == 0
+    smoothed = bridge.smooth(stateful(), seed=0, num_samples=8, store=Store(tmp_path, above_s=0))
+    assert [smoothed.estimate(THETA, step).num_cached for step in (1, 1, 2, 2)] == [0, 8, 0, 8]
+
+
+def test_a_fit_goes_on_though_its_simulator_has_counted(tmp_path: Path) -> None:
+    f = stateful()
+
+    def die(_: Any) -> None:
+        raise Killed
+
+    settings = {"seed": 0, "variance": 1e-4, "directory": tmp_path / "run", "every_s": 0.0, "max_runs": 12}
+    with pytest.raises(Killed):
+        bridge.fit(f, [3.0], [0.5], on_step=die, **settings)
+    result = bridge.fit(f, [3.0], [0.5], **settings)
+    alone = bridge.fit(stateful(), [3.0], [0.5], **{**settings, "directory": None})
+    assert result.history == alone.history
+    f.setting["gain"] = 4.0
+    with pytest.raises(InputError, match="identity was 'f-"):
+        bridge.fit(f, [3.0], [0.5], **settings)
+
+
+# --- what cannot be seen ------------------------------------------------------------------------------------------
+
+
+UNSEEN: list[tuple[Any, str]] = [
+    (lambda: Path(os.devnull).open(encoding="utf-8"), "an open file"),  # noqa: SIM115
+    (socket.socket, "a socket"),
+    (lambda: (i for i in range(3)), "a generator"),
+    (lambda: iter([1]), "a list_iterator"),
+    (lambda: map(abs, [1]), "a map"),
+    (threading.Lock, "a lock"),
+    (threading.RLock, "a lock"),
+    (threading.Event, "a lock"),
+    (threading.local, "a thread's own variables"),
+    (lambda: ctypes.CDLL(None), "a library loaded by ctypes"),
+    (lambda: ctypes.CDLL(None).abs, "a _FuncPtr"),
+    (lambda: ctypes.pointer(ctypes.c_int(1)), "a LP_c_int"),
+    (lambda: sqlite3.connect(":memory:"), "a Connection"),
+    (lambda: np.frompyfunc(abs, 1, 1), "numpy.frompyfunc"),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), UNSEEN)
+def test_what_cannot_be_seen_is_named_where_it_is_and_needs_an_identity(make: Any, words: str, tmp_path: Path) -> None:
+    thing = make()
+
+    def f(x: Any) -> Any:
+        return x if thing is None else 2 * x
+
+    def deep(x: Any) -> Any:
+        return x if box.content["key"][1] is None else 2 * x
+
+    box = lab.Plain({"key": [0, thing]})
+    where = rf"item 1 of key 'key' of attribute 'content' of closure variable 'box' of deep: .*{words}"
+    for function, path in ((f, f"closure variable 'thing' of f: .*{words}"), (deep, where)):
+        with pytest.raises(InputError, match=path + ".*identity="):
+            bridge.smooth(function, seed=0, store=Store(tmp_path / "store"))
+    for asked in ({"directory": tmp_path / "run"}, {"reuse": Store(tmp_path / "store")}):
+        with pytest.raises(InputError, match=f"closure variable 'thing' of f: .*{words}"):
+            bridge.fit(f, [1.0], [0.0], seed=0, **asked)
+    assert not (tmp_path / "run").exists()
+    bridge.smooth(f, seed=0)(THETA)  # nothing is filed
+    named = bridge.as_simulator(f, identity="engine 2")
+    assert identity_of(named) == "engine 2"
+    found = [
+        bridge.smooth(named, seed=0, num_samples=4, store=Store(tmp_path / "s", above_s=0)).estimate(THETA).num_cached
+        for _ in range(2)
+    ]
+    assert found == [0, 4]
+    if hasattr(thing, "close"):
+        thing.close()
+
+
+def test_an_identity_is_a_text_or_an_attribute() -> None:
+    for wrong in ("", 3, ["a"]):
+        with pytest.raises(InputError, match="identity as a text"):
+            bridge.as_simulator(lab.plain, identity=wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="describes itself"):
+        bridge.as_simulator(bridge.make("raster", size=(8, 8)), identity="a")
+    simulator = bridge.make("raster", size=(8, 8))
+    simulator.identity = "my teapot"
+    assert identity_of(simulator) == "my teapot"
+    # A function that says which one it is, inside another.
+    inner = lab.closed(threading.Lock())
+    inner.identity = "one"
+    first = identity(lab.closed(inner))
+    inner.identity = "two"
+    assert first != identity(lab.closed(inner))
+
+
+# --- programs -----------------------------------------------------------------------------------------------------
+
+
+def program(folder: Path, **changes: Any) -> ExternalSimulator:
+    given = {
+        "inputs": {"a.txt": "x = {a}\n", "b.txt": "y\n"}, "output": "out.txt", "arguments": ("--seed={seed}",),
+        "stdin": None, "read": None, "argv": ("engine", "-v", f"--table={folder / 'table'}"), "env": {"MODE": "1"},
+        "timeout_s": None, "threads": 1, "keep": "failed", "scratch": None, "output_shape": (1,), "names": ("a", "b"),
+        "kind": "continuous", "upper": 1.0, "identity": None,
+    } | changes  # fmt: skip
+    template = TextTemplate(
+        inputs=given["inputs"], output=given["output"], arguments=given["arguments"], stdin=given["stdin"],
+        read=given["read"],
+    )  # fmt: skip
+    profile = Profile(
+        given["argv"], {"PATH": f"{folder}:{os.defpath}", **given["env"]}, given["timeout_s"], given["threads"],
+        given["keep"], given["scratch"],
+    )  # fmt: skip
+    space = ParameterSpace(tuple(Parameter(n, upper=given["upper"], kind=given["kind"]) for n in given["names"]))
+    return ExternalSimulator(template, profile, space, given["output_shape"], given["identity"])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "engine").write_text("#!/bin/sh\necho 1\n", encoding="utf-8")
+    (tmp_path / "bin" / "engine").chmod(0o755)
+    (tmp_path / "bin" / "table").write_text("1 2 3\n", encoding="utf-8")
+    return tmp_path / "bin"
+
+
+def test_a_program_is_its_content_what_it_is_told_and_what_it_reads(folder: Path) -> None:
+    base = identity_of(program(folder, env={"MODE": "1", "PATH": f"{folder}:/bin"}))
+    changes: list[dict[str, Any]] = [
+        {"inputs": {"a.txt": "x = {a:.3f}\n", "b.txt": "y\n"}}, {"inputs": {"a.txt": "x = {a}\n"}},
+        {"output": "stdout.txt"}, {"arguments": ()}, {"stdin": "a.txt"}, {"read": lab.plain}, {"read": lab.closed},
+        {"argv": ("engine", "-q")}, {"argv": ("sh", "-v", f"--table={folder / 'table'}")},
+        {"env": {"MODE": "2", "PATH": f"{folder}:/bin"}}, {"env": {"MODE": "1", "PATH": f"{folder}:/usr"}},
+        {"output_shape": None}, {"names": ("b", "a")}, {"kind": "integer"}, {"identity": "engine 2"},
+    ]  # fmt: skip
+    common = {"env": {"MODE": "1", "PATH": f"{folder}:/bin"}}
+    found = [identity_of(program(folder, **{**common, **change})) for change in changes]
+    assert len({base, *found}) == len(changes) + 1
+    same: list[dict[str, Any]] = [
+        {"inputs": {"b.txt": "y\n", "a.txt": "x = {a}\n"}}, {"timeout_s": 3.0}, {"threads": 2}, {"keep": "all"},
+        {"scratch": folder / "scratch"}, {"upper": 2.0}, {"env": {"PATH": f"{folder}:/bin", "MODE": "1"}},
+    ]  # fmt: skip
+    assert {identity_of(program(folder, **{**common, **change})) for change in same} == {base}
+    for name in ("engine", "table"):
+        (folder / name).write_text((folder / name).read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        changed = identity_of(program(folder, **common))
+        assert changed != base
+        base = changed
+
+
+def test_an_edited_deck_does_not_find_the_old_results(folder: Path, tmp_path: Path) -> None:
+    def run(deck: str) -> Any:
+        template = TextTemplate(inputs={"in.sh": deck}, output="stdout.txt")
+        simulator = ExternalSimulator(template, Profile(("sh", "in.sh")), ParameterSpace((Parameter("a"),)), ())
+        store = Store(tmp_path / "store", above_s=0)
+        return bridge.smooth(simulator, seed=0, num_samples=4, scale=0.01, store=store).estimate(THETA)
+
+    assert run("echo {a}\n").num_cached == 0
+    edited = run("echo 10{a:.3f}\n")
+    assert edited.num_cached == 0
+    assert float(edited.value) == pytest.approx(100.3, abs=0.2)
+    assert run("echo {a}\n").num_cached == 4
+
+
+def test_another_mesh_is_another_simulator(tmp_path: Path) -> None:
+    import trimesh
+
+    theta = torch.tensor([25.0, 15.0, 4.0], dtype=torch.float64)
+
+    def run(mesh: Any, store: Store | None) -> Any:
+        simulator = bridge.make("raster", mesh=mesh, size=(16, 16), lens=20.0)
+        return bridge.smooth(simulator, seed=0, num_samples=4, scale=0.1, store=store).estimate(theta)
+
+    run(trimesh.creation.box(), Store(tmp_path, above_s=0))
+    ball = trimesh.creation.icosphere(2)
+    stored, true = run(ball, Store(tmp_path, above_s=0)), run(ball, None)
+    assert stored.num_cached == 0
+    assert torch.equal(stored.value, true.value)
+    assert run(trimesh.creation.box(), Store(tmp_path, above_s=0)).num_cached == 4
+
+
+def test_meshes_count_by_what_is_drawn_not_by_what_they_have_computed() -> None:
+    import trimesh
+
+    def box(**changes: Any) -> Any:
+        mesh = trimesh.creation.box(**changes)
+        return mesh
+
+    plain = identity(lab.closed(box()))
+    used = box()
+    assert used.is_watertight  # and much else is kept
+    assert used.vertex_normals.shape == (8, 3)
+    assert identity(lab.closed(used)) == plain
+    used.visual.face_colors[0] = [255, 0, 0, 255]
+    coloured = identity(lab.closed(used))
+    scenes = [trimesh.Scene() for _ in range(2)]
+    for scene, size in zip(scenes, (1.0, 2.0), strict=True):
+        scene.add_geometry(box(), transform=np.diag([size, size, size, 1.0]))
+    found = {plain, coloured, identity(lab.closed(box(extents=(1, 1, 2)))), *map(identity, map(lab.closed, scenes))}
+    assert len(found) == 5
+
+
+# --- files and folders --------------------------------------------------------------------------------------------
+
+
+def test_a_path_stands_for_what_is_there(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "table.txt").write_text("1", encoding="utf-8")
+    file, place = tmp_path / "a" / "inner" / "table.txt", tmp_path / "b" / "inner" / "table.txt"
+    of = [lambda path: identity(lab.closed(path)), lambda path: identity(lab.default({"path": [path]}))]
+    for seen in of:
+        before, folder_before = seen(file), seen(tmp_path / "a")
+        assert (before, folder_before) == (seen(place), seen(tmp_path / "b"))
+        assert seen(str(file)) != seen(str(place))  # a text is a text
+        file.write_text(file.read_text(encoding="utf-8") + "2", encoding="utf-8")
+        assert seen(file) != before
+        assert seen(tmp_path / "a") != folder_before
+        place.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+        place.with_name("more").write_text("", encoding="utf-8")
+        assert seen(tmp_path / "a") != seen(tmp_path / "b")
+        place.with_name("more").unlink()
+    assert identity(lab.closed(tmp_path / "nowhere")) != identity(lab.closed(tmp_path / "a"))
+
+
+def test_a_folder_that_is_too_large_or_shut_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("bridge.files._MOST_FILES", 2)
+    for i in range(3):
+        (tmp_path / str(i)).touch()
+    with pytest.raises(InputError, match=r"closure variable 'c' of <lambda>: .*more than 2 files"):
+        identity(lab.closed(tmp_path))
+
+
+# --- what a fit is ------------------------------------------------------------------------------------------------
+
+
+def test_another_loss_or_map_is_another_fit(tmp_path: Path) -> None:
+    def f(x: Any) -> Any:
+        return np.array([x[0], x[0] ** 2])
+
+    def loss(power: float) -> Any:
+        return lambda y, t: ((y - t).abs() ** power).sum()
+
+    def doubled(by: list[float]) -> Any:
+        return lambda x: x * by[0]
+
+    def optimiser(rate: float) -> Any:
+        return lambda parameters: torch.optim.SGD(parameters, lr=rate)
+
+    least = {"method": "gauss-newton"}
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"loss": loss(2.0)}, {"loss": loss(3.0)}),
+        ({"whiten": doubled([2.0]), **least}, {"whiten": doubled([3.0]), **least}),
+        ({"coarse": [doubled([2.0])], **least}, {"coarse": [doubled([3.0])], **least}),
+        ({"optimiser": optimiser(0.1)}, {"optimiser": optimiser(0.2)}),
+        ({"variance": 1.0, "robust": "huber", **least}, {"variance": 1.0, "robust": "cauchy", **least}),
+    ]
+    for number, (first, second) in enumerate(pairs):
+        settings = {"seed": 0, "steps": 2, "num_samples": 4, "directory": tmp_path / str(number)}
+        done = bridge.fit(f, [1.0, 1.0], [0.5], **settings, **first)
+        again = bridge.fit(f, [1.0, 1.0], [0.5], **settings, **first)
+        assert again.history == done.history
+        with pytest.raises(InputError, match="Expected the settings of the run"):
+            bridge.fit(f, [1.0, 1.0], [0.5], **settings, **second)
+    lock = threading.Lock()
+    with pytest.raises(InputError, match=r"Expected loss= of which all can be seen.*closure variable 'lock'"):
+        bridge.fit(f, [1.0, 1.0], [0.5], seed=0, directory=tmp_path / "l", loss=lambda y, t: y.sum() * (lock is lock))
+    assert not (tmp_path / "l").exists()
+
+
+# --- another process ----------------------------------------------------------------------------------------------
+
+
+def test_identities_are_the_same_in_a_process_with_other_hashes_and_folders(tmp_path: Path) -> None:
+    here = lab.everything(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    environment = {**os.environ, "PYTHONHASHSEED": "17"}
+    done = subprocess.run(
+        [sys.executable, lab.__file__, str(tmp_path / "there")],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    there = json.loads(done.stdout)
+    assert {name: value for name, value in there.items() if here[name] != value} == {}
+    assert len(here) == len(there) > 350
+
+
+def test_functions_that_have_travelled_by_value_are_the_same() -> None:
+    names: dict[str, Any] = {"__name__": "__main__", "np": np, "Enum": lab.enum.Enum, "dc": lab.dataclasses}
+    text = """
+        class Kind(Enum):
+            A = 1
+        @dc.dataclass
+        class Settings:
+            gain: float = 2.0
+            more: list = dc.field(default_factory=list, compare=False)
+            def scaled(self, x): return x * self.gain
+        class Slots:
+            __slots__ = ("a", "b")
+            def __init__(self): self.a, self.b = 1, [2]
+        words = {"one", "two", "three"}
+        def helper(x): return np.sin(x) if "one" in words else inner(x)
+        def inner(x): return helper(x)
+        def f(x, s=Settings(more=[1]), *, t=Slots(), k=Kind.A): return helper(x) * s.gain
+        class F:
+            def __init__(self): self.settings, self.kind = Settings(3.0), Kind.A
+            def __call__(self, x): return self.settings.scaled(helper(x))
+        g = F()
+    """
+    exec(textwrap.dedent(text), names)
+    for function in (names["f"], names["g"], names["helper"]):
+        sent = cloudpickle.dumps(function)
+        assert identity(cloudpickle.loads(sent)) == identity(function)
+        program = "import pickle, sys; from bridge.identity import *; from bridge.simulator import as_simulator; "
+        program += "print(identity_of(as_simulator(pickle.load(sys.stdin.buffer))))"
+        if function is names["g"]:
+            done = subprocess.run([sys.executable, "-c", program], input=sent, capture_output=True, check=False)
+            assert done.stdout.decode().strip() == identity(function), done.stderr.decode()
