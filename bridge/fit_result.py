@@ -68,7 +68,9 @@ class Stated:
         unclear: (d,) of which parameters the variance is a lower bound. notes: why none is stated, or what it rests on.
         sensitivity: (d,) root of the squared change of all outputs over a natural unit, in whitened residuals, and
             `hidden`, (d,) how large it is by noise alone.
-        residual: root of the mean squared residual. least: (d,) of unclear parameters, the error or less than that.
+        residual_norm: root of the sum of squared residuals. least: (d,) of unclear parameters, the error or less.
+        run_noise: root of the sum of the outputs' variances by the noise of one run.
+        open_direction: (d,) in which outputs change the least, natural units.
     """
 
     covariance: Array
@@ -77,8 +79,10 @@ class Stated:
     notes: tuple[str, ...] = ()
     sensitivity: Array = field(default_factory=lambda: np.zeros(0))
     hidden: Array = field(default_factory=lambda: np.zeros(0))
-    residual: float = np.nan
+    residual_norm: float = np.nan
     least: Array = field(default_factory=lambda: np.zeros(0))
+    run_noise: float = 0.0
+    open_direction: Array = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)

@@ -310,7 +310,7 @@ def fit(
                 *end.warnings,
                 *_unfinished(end, stop_reason),
                 *misses,
-                *doubts(stated, problem.free, end.x * problem.natural, at_bound),
+                *doubts(stated, problem.free, end.x * problem.natural, at_bound, method_ == "kriging"),
             ),
             num_reused=end.num_reused,
             num_cached=found + cost.cached,

@@ -40,6 +40,8 @@ _MOST_OUTLIERS = 0.1
 # Correlation of neighbouring residuals with which they do not tell how large errors are; less of it where m are few, by
 # this over the root of m.
 _OF_FEW, _FAR_TOO_ALIKE = 1.25, 0.6
+# Of outputs beside their changes in a model, squared: what the least nugget makes of them.
+_SPURIOUS = 1e-10
 # Of residuals at the start: those that are left of a target without noise.
 _EXACT = 1e-6
 _TOO_ALIKE, _CORRELATIONS = 0.6, np.append(np.arange(0, 0.95, 0.1), 0.97)
@@ -173,6 +175,7 @@ class Evidence:
         step: (d,) that is still expected; jitter: variance of its outputs that noise makes.
         wander: (d, d) covariance of where a descent goes about its end.
         bias: (m,) what smoothing adds to the outputs, and noise.
+        run_noise: root of the sum of the outputs' variances by the noise of one run.
         first: root of the mean squared residual where the fit began, infinite if unknown.
         newton: whether the fit came here by steps of Gauss-Newton. fresh: whether by Jacobians other than J.
     """
@@ -190,6 +193,7 @@ class Evidence:
     wander: Array | None = None
     bias: Array | None = None
     first: float = np.inf
+    run_noise: float = 0.0
     newton: bool = True
     fresh: bool = False
 
@@ -207,9 +211,13 @@ class Evidence:
         least = np.sqrt(np.diag(covariance))
         lost = lost if self.newton else unclear
         covariance[lost], covariance[:, lost] = np.nan, np.nan
-        size = float(np.sqrt(np.mean(r**2))) if len(r) else np.nan
-        signal, noise = np.diag(self.normal.naive), np.diag(self.normal.noise)
-        return Stated(covariance, dof, unclear, (*notes, *more), np.sqrt(signal), np.sqrt(noise), size, least)
+        signal, noise = np.sqrt(np.diag(self.normal.naive)), np.sqrt(np.diag(self.normal.noise))
+        unit = np.where(signal > 0, signal, 1)
+        axis = np.linalg.eigh(self.told / np.outer(unit, unit) + precision / np.outer(unit, unit))[1][:, 0] / unit
+        axis = axis / np.abs(axis).max(initial=1e-300)
+        return Stated(
+            covariance, dof, unclear, (*notes, *more), signal, noise, float(np.sqrt(r @ r)), least, self.run_noise, axis
+        )
 
     @property
     def _exact(self) -> bool:
@@ -586,6 +594,8 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     for _ in range(3):
         dw = model.differences(z, width)
         J = F.T @ dw
+        # A slope of less than the model's own rounding is that of others' outputs, and not one.
+        J[:, (J**2).sum(axis=0) <= _SPURIOUS * float((F**2).sum(axis=1).max()) * (dw**2).sum(axis=0)] = 0
         total = float(noise.sum())
         independent = total**2 / max(float((noise**2).sum()), 1e-300)
         normal = Normal(J, J.T @ J, total * dw.T @ dw, max(min(independent, float(m)), 1.0))
@@ -594,7 +604,8 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
         step = -finite_inverse(told + prior.information) @ (J.T @ (weight * r) + prior(z)[1])
         step = np.clip(z + step, search.lower, search.upper) - z
         evidence = Evidence(
-            normal, told, r, tuple(misfit.target.shape), left=left, seen=left, floor=floor, step=step, first=first
+            normal, told, r, tuple(misfit.target.shape), left=left, seen=left, floor=floor, step=step, first=first,
+            run_noise=float(np.sqrt(noise.sum())),
         )  # fmt: skip
         stated = evidence.stated(prior.information, known, robust)
         if exact:
