@@ -20,8 +20,10 @@ _TOLD = 2.0
 _NOTHING = 1e-6
 # Part in a direction from which on a parameter is named, and errors along a valley beside those across.
 _NAMED = 0.1
-# Standard errors of this many natural scales, with the other parameters held: the scale is far too small, or too large.
-_SMALL, _LARGE = 1e2, 1e-4
+# Natural scales over which outputs change as much as is left of the target: they are far too small, or too large.
+_SMALL, _LARGE = 1e3, 1e-4
+# Of changes over natural scales, one beside the other, that are far apart.
+_APART = 1e5
 
 
 def doubts(
@@ -136,11 +138,14 @@ def _scales(stated: Stated, space: ParameterSpace) -> list[str]:
     acting = np.array([acts_alone(stated, i) for i in range(len(change))])
     with np.errstate(divide="ignore"):
         scales = np.where(acting, residual / np.maximum(change, 1e-300), 1.0)
-    off = acting & ((scales > _SMALL) | (scales < _LARGE))
+    apart = change.max() > _APART * np.where(change > 1e-14 * change.max(), change, np.inf).min()
+    off = acting & ((scales > _SMALL) | (scales < _LARGE) | apart)
     if not off.any():
         return []
     better = ", ".join(f"{space.names[i]} {scales[i] * space.natural_scale[i]:.1g}" for i in np.flatnonzero(off))
+    unseen = [space.names[i] for i in np.flatnonzero(~acting)]
+    more = f", and a far larger one for {', '.join(unseen)}" if unseen else ""
     return [
-        "Natural scales do not fit the outputs: over one of them these change by far more, or far less, than what is "
-        f"left of the target. Try natural_scale= of about: {better}."
+        "Natural scales do not fit the outputs, which change by far more, or far less, than the target's own size over "
+        f"one of them. Try natural_scale= of about: {better}{more}."
     ]

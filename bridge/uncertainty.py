@@ -176,8 +176,9 @@ class Evidence:
         wander: (d, d) covariance of where a descent goes about its end.
         bias: (m,) what smoothing adds to the outputs, and noise.
         run_noise: root of the sum of the outputs' variances by the noise of one run.
+        spread: root of the sum of squares of the target about its mean.
         first: root of the mean squared residual where the fit began, infinite if unknown.
-        newton: whether the fit came here by steps of Gauss-Newton. fresh: whether by Jacobians other than J.
+        newton: whether it came here by steps of Gauss-Newton of outputs without steps. fresh: whether by Jacobians other than J.
     """
 
     normal: Normal
@@ -194,6 +195,7 @@ class Evidence:
     bias: Array | None = None
     first: float = np.inf
     run_noise: float = 0.0
+    spread: float = np.inf
     newton: bool = True
     fresh: bool = False
 
@@ -216,7 +218,16 @@ class Evidence:
         axis = np.linalg.eigh(self.told / np.outer(unit, unit) + precision / np.outer(unit, unit))[1][:, 0] / unit
         axis = axis / np.abs(axis).max(initial=1e-300)
         return Stated(
-            covariance, dof, unclear, (*notes, *more), signal, noise, float(np.sqrt(r @ r)), least, self.run_noise, axis
+            covariance,
+            dof,
+            unclear,
+            (*notes, *more),
+            signal,
+            noise,
+            min(float(np.sqrt(r @ r)), self.spread),
+            least,
+            self.run_noise,
+            axis,
         )
 
     @property
@@ -492,12 +503,13 @@ def of_descent(
     step = -finite_inverse(told + prior.information) @ (slope + prior(z)[1])
     rounding: Array | float = 0.0
     floor: Array | float = 0.0
-    bias = None
+    bias, stepped = None, False
     good = [y for y in outputs if np.isfinite(y).all()]
     if len(good) > 1:
         lattice = Lattice()
         lattice.add(np.append(0.0, (good[0] - good[1]).reshape(-1))[:, None])
         if size := float(lattice.steps[0]):
+            stepped = True
             rounding = misfit.spread_of(np.full(misfit.target.shape, size / np.sqrt(12)))
             off = (misfit.target.numpy() - good[0]) / size
             floor = rounding * float((np.abs(off - np.round(off)) < 1e-3).all())
@@ -509,15 +521,20 @@ def of_descent(
     first = np.inf
     if len(outputs) > 1 and np.isfinite(outputs[1]).all():
         first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
-    # A full step has the noise of its outputs; one cut short, of length L beside noise s, walks about by sqrt(s L / 1.6).
+    # A full step has the noise of its outputs; one cut short, of length L beside noise s, walks about by no more than sqrt(s L / 0.8).
     noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(told + prior.information))).max(initial=0.0)
-    cut = min(1.0, longest / (1.6 * noise)) if noise > 0 else 1.0
+    cut = min(1.0, longest / (0.8 * noise)) if noise > 0 else 1.0
     evidence = Evidence(
         normal, told, r, tuple(misfit.target.shape), left=step_noise * jitter * cut, seen=jitter, rounding=rounding,
         floor=floor, step=step if past is not None else None, jitter=jitter * (1 + step_noise),
-        first=first, newton=bool(step_noise) or past is None, fresh=True, wander=None if past is None or step_noise or len(past) < 2 else np.atleast_2d(np.cov(past.T)), bias=bias,
+        first=first, spread=_spread(misfit), newton=(bool(step_noise) or past is None) and not stepped, fresh=True, wander=None if past is None or step_noise or len(past) < 2 else np.atleast_2d(np.cov(past.T)), bias=bias,
     )  # fmt: skip
     return evidence.stated(prior.information, known, misfit.robust)
+
+
+def _spread(misfit: Misfit) -> float:
+    with torch.no_grad():
+        return float(misfit.residual(torch.full_like(misfit.target, float(misfit.target.mean()))).norm())
 
 
 def _on_plateau(J: Array, rounding: Array, precision: Array) -> Array:
@@ -605,7 +622,7 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
         step = np.clip(z + step, search.lower, search.upper) - z
         evidence = Evidence(
             normal, told, r, tuple(misfit.target.shape), left=left, seen=left, floor=floor, step=step, first=first,
-            run_noise=float(np.sqrt(noise.sum())),
+            run_noise=float(np.sqrt(noise.sum())), spread=_spread(misfit),
         )  # fmt: skip
         stated = evidence.stated(prior.information, known, robust)
         if exact:
