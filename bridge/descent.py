@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bridge.coarse import stage_of
 from bridge.errors import BridgeError, EvaluationError, NonFiniteError
 from bridge.estimate import Estimate
-from bridge.fit_result import End, FitEnd, FitStep
+from bridge.fit_result import End, FitEnd, FitStep, Stated
 from bridge.misfit import LinearMap, Misfit
 from bridge.simulator import may_be_noisy
 from bridge.smoothing import SmoothedSimulator, smooth
@@ -114,7 +114,8 @@ class Descent:
         tolerance: converged when nothing moves by more, over a tenth of the steps, once the rule has settled.
         known_noise: whether the target's variance is known.
         asked: (d,) standard errors that suffice, natural units; None to go on.
-        newton: whether steps are those of Gauss-Newton. others: smoothed simulators that the rule evaluates besides.
+        newton: how many scales a step of Gauss-Newton may be long; 0 of other steps.
+        others: smoothed simulators that the rule evaluates besides.
 
     Reference: successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identification", AISTATS 2016.
     """
@@ -134,7 +135,7 @@ class Descent:
         tolerance: float,
         known_noise: bool,
         asked: Array | None,
-        newton: bool,
+        newton: float,
         others: Sequence[SmoothedSimulator] = (),
     ) -> None:
         self.smoothed, self.misfit, self.starts, self.rule = smoothed, misfit, starts, rule
@@ -296,22 +297,15 @@ class Descent:
             losses = np.array([self.misfit.value(y, z) for y, z in zip(final.value, self._x, strict=True)])
         best = int(np.argmin(losses))
         said: list[str] = []
-        covariance, unclear, runs = None, None, self._rows() if final is None else final.num_evaluations
+        runs = self._rows() if final is None else final.num_evaluations
+        estimates, repeats = [], False
         if self.misfit.loss is None and final is not None:
-            value, jacobians = final.value[best], final.of_replicates()[1][:, best]
+            estimates.append(tuple(of[:, best] for of in final.of_replicates()))
             again = self._once_more(best) if self._repeated else None
             if again is not None:
+                repeats = True
                 runs += again.num_evaluations
-                value = (value + again.value) / 2
-                jacobians = torch.cat([jacobians, again.of_replicates()[1]])
-            step_noise = (1.0 if again is None else 2.0) if self.newton else 0.0
-            told: tuple[Array | None, NDArray[np.bool_] | None] = None, None
-            try:
-                with np.errstate(all="ignore"):
-                    told = of_descent(self.misfit, jacobians, value, self.natural, self.known_noise, step_noise)
-            except (np.linalg.LinAlgError, ArithmeticError):
-                said.append("No standard errors: the numbers of the Jacobian at the end are too large or too small.")
-            covariance, unclear = self.smoothed.dispatcher.thinking.broadcast_object(told)
+                estimates.append(again.of_replicates())
         ends = np.vstack([self._x, self.starts[self.active[best]]])
         shape = tuple(self.misfit.target.shape)
         outputs, more = last_outputs(self.smoothed, ends * self.natural, step, shape)
@@ -319,6 +313,21 @@ class Descent:
         if measures_noise(self.smoothed, self.misfit):  # once more, with other seeds
             other, one = last_outputs(self.smoothed, ends[best, None] * self.natural, step + 1, shape)
             noise, more = self._noise(outputs[best], other[0]), more + one
+        stated = None
+        if estimates:
+            values, jacobians = (torch.cat(of) for of in zip(*estimates, strict=True))
+            step_noise = (2.0 if repeats else 1.0) if self.newton else 0.0
+            past = np.array([p[best] for p in [*self.past, self._x]])
+            told: Stated | None = None
+            try:
+                with np.errstate(all="ignore"):
+                    told = of_descent(
+                        self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past,
+                        (outputs[best], outputs[-1]), last=self.schedule.last, longest=self.newton * self.schedule.last,
+                    )  # fmt: skip
+            except (np.linalg.LinAlgError, ArithmeticError, ValueError):
+                said.append("No standard errors: the numbers of the Jacobian at the end are too large or too small.")
+            stated = self.smoothed.dispatcher.thinking.broadcast_object(told)
         worse = self._worse(float(losses[best]), outputs[[best, -1]], ends[[best, -1]])
         if worse:
             said.append(worse)
@@ -335,10 +344,9 @@ class Descent:
         table = list(self.dropped)
         table += [(int(a), x, float(v), step) for a, x, v in zip(self.active, self._x, losses, strict=True)]
         return End(
-            *(ends[best], ends[-1], float(losses[best]), covariance, outputs[best], outputs[-1]),
+            *(ends[best], ends[-1], float(losses[best]), stated, outputs[best], outputs[-1]),
             num_evaluations=runs + more,
             num_failed=self.failed,
-            unclear=unclear,
             at_limit=self.at_limit,
             warnings=tuple(said),
             no_better=bool(worse),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 
 from bridge.errors import InputError
 from bridge.simulator import ParameterSpace
@@ -59,15 +60,40 @@ class FitEnd:
 
 
 @dataclass(frozen=True)
+class Stated:
+    """Errors in natural units, and what is to be said of them.
+
+    Attributes:
+        covariance: (d, d), NaN where no error is stated. dof: of Student's t of intervals, infinite where V is known.
+        unclear: (d,) of which parameters the variance is a lower bound. notes: why none is stated, or what it rests on.
+        sensitivity: (d,) root of the squared change of all outputs over a natural unit, in whitened residuals, and
+            `hidden`, (d,) how large it is by noise alone.
+        residual_norm: root of the sum of squared residuals. least: (d,) of unclear parameters, the error or less.
+        run_noise: root of the sum of the outputs' variances by the noise of one run.
+        open_direction: (d,) in which outputs change the least, natural units.
+    """
+
+    covariance: Array
+    dof: float = np.inf
+    unclear: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    notes: tuple[str, ...] = ()
+    sensitivity: Array = field(default_factory=lambda: np.zeros(0))
+    hidden: Array = field(default_factory=lambda: np.zeros(0))
+    residual_norm: float = np.nan
+    least: Array = field(default_factory=lambda: np.zeros(0))
+    run_noise: float = 0.0
+    open_direction: Array = field(default_factory=lambda: np.zeros(0))
+
+
+@dataclass(frozen=True)
 class End:
     """What a method says at its end, of the free parameters in natural units.
 
     Attributes:
-        x, start: (d,) the best, and where that began. covariance: (d, d), None where there is none.
+        x, start: (d,) the best, and where that began. stated: its errors, None with a loss of one's own.
         output, start_output: of the simulator itself at these. num_evaluations: that the end has taken.
         num_failed: of all runs. num_reused: evaluations of earlier fits that it began with.
         ends: of all starts, where there are several that go on side by side.
-        unclear: (d,) of which parameters the variance is a lower bound (see `bridge.uncertainty.of_descent`).
         at_limit: whether the last step was as long as it might be. warnings: in words.
         noise: variance of one run of the simulator, over that of the target, averaged over outputs; 0 if unknown.
         no_better: whether it is worse than the start.
@@ -76,14 +102,13 @@ class End:
     x: Array
     start: Array
     loss: float
-    covariance: Array | None
+    stated: Stated | None
     output: NDArray[Any]
     start_output: NDArray[Any]
     num_evaluations: int
     num_failed: int
     num_reused: int = 0
     ends: tuple[FitEnd, ...] = ()
-    unclear: NDArray[np.bool_] | None = None
     at_limit: bool = False
     noise: float = 0.0
     no_better: bool = False
@@ -115,7 +140,11 @@ class FitResult:
             `bridge.uncertainty.of_robust`.
             Of descents J^T V^-1 J without what the noise of the estimated J adds to it, as far as two Jacobians tell,
             and with what that noise adds to the errors of Gauss-Newton's steps (`bridge.uncertainty.Normal`).
-        warnings: what the target does not determine, in words.
+            In V is also what the simulator's own noise leaves in the estimate, and 1/12 of the square of the step of
+            outputs that have one. Residuals too large for the variance scale it. NaN where no error is stated, and
+            for a parameter at its bound; `warnings` says why.
+        interval_dof: degrees of freedom of Student's t in `interval`, infinite where the variance is known.
+        warnings: what the target does not determine, and why errors are not stated, in words.
         num_reused: evaluations of earlier runs that it began with (`reuse=`), not among `num_evaluations`.
         num_failed: runs that failed.
         method: that was used. method_reason: why.
@@ -149,6 +178,24 @@ class FitResult:
     dof: int | None = None
     p_value: float | None = None
     loss_share: Array | None = field(default=None, repr=False)
+    interval_dof: float = np.inf
+
+    def interval(self, level: float = 0.95) -> tuple[Array, Array]:
+        """Lower and upper ends, (d,) each, of intervals that hold the true value with this probability.
+
+        Student's t times the standard error about the value, where the variance of the target comes from the
+        residuals, else the normal distribution's quantile; cut at the parameter's bounds. NaN where no error is stated.
+        """
+        if not 0 < level < 1:
+            raise InputError(f"Expected a level between 0 and 1, such as 0.95, got {level!r}.")
+        if self.standard_error is None:
+            nothing = np.full(len(self.parameters), np.nan)
+            return nothing, nothing.copy()
+        p = 0.5 + level / 2
+        reach = float(ndtri(p) if np.isinf(self.interval_dof) else stdtrit(self.interval_dof, p))
+        away = reach * self.standard_error
+        lower, upper = self.parameters - away, self.parameters + away
+        return np.maximum(lower, self.space.lower), np.minimum(upper, self.space.upper)
 
     def __getitem__(self, name: str) -> float:
         """The recovered value of a parameter, by its name."""

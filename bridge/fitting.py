@@ -25,6 +25,7 @@ from bridge.errors import BridgeError, InputError
 from bridge.fit_problem import FitProblem, Start, make_problem
 from bridge.fit_result import End, FitEnd, FitResult, FitStep
 from bridge.goodness import Goodness, goodness_of, unexplained
+from bridge.identifiability import doubts
 from bridge.identity import identity_of, identity_of_function
 from bridge.interrupts import again, listening, look
 from bridge.methods import DESIGN, Chosen, MethodName, MethodSettings, Way, choose, make_method
@@ -36,7 +37,7 @@ from bridge.search import MOST_ROWS
 from bridge.searching import Searching
 from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name
 from bridge.smoothing import smooth
-from bridge.uncertainty import doubts, in_units
+from bridge.uncertainty import without
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -307,8 +308,9 @@ def fit(
         if end.no_better and stop_reason in ("converged", "standard_error"):
             stop_reason = "no_better"
         good, misses = _goodness(problem, end)
-        covariance = None if end.covariance is None else problem.covariance(end.covariance)
-        of_free = None if end.covariance is None else in_units(end.covariance, problem.natural)
+        stated = end.stated
+        at_bound = (end.x <= problem.lower) | (end.x >= problem.upper)
+        covariance = None if stated is None else problem.covariance(without(stated.covariance, at_bound))
         result = FitResult(
             space=problem.space,
             parameters=problem.whole(end.x),
@@ -327,7 +329,7 @@ def fit(
                 *end.warnings,
                 *_unfinished(end, stop_reason),
                 *misses,
-                *doubts(of_free, problem.free, end.x * problem.natural, end.unclear),
+                *doubts(stated, problem.free, end.x * problem.natural, at_bound, method_ == "kriging"),
             ),
             num_reused=end.num_reused,
             num_cached=found + cost.cached,
@@ -336,6 +338,7 @@ def fit(
             method=method_,
             method_reason=reason,
             ends=problem.ends(end) if len(problem.starts) > 1 else (),
+            interval_dof=np.inf if stated is None else stated.dof,
             chi_square=good.chi_square,
             dof=good.dof,
             p_value=good.p_value,

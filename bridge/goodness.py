@@ -93,7 +93,7 @@ def unexplained(good: Goodness, residual: NDArray[np.generic], start_residual: N
         said.append(
             f"Residuals are not noise: those of neighbouring outputs are alike (correlation {alike:+.2f}).{loud} The "
             "simulator misses something, the fit is not at its best, or noise is correlated (give its covariance as "
-            "variance=). Standard errors take residuals for independent, and may be too small."
+            "variance=)."
         )
     return tuple(said)
 

@@ -142,10 +142,14 @@ class Kriging:
         """Of the weights, (n, d): central ones, over z_i +- width_i. J is F^T times these."""
         return np.stack([self.at(z + h)[0] - self.at(z - h)[0] for h in np.diag(width)], axis=1) / (2 * width)
 
-    def normal_matrix(self, z: Array, width: Array) -> Array:
-        """J^T J, (d, d), of the predicted outputs by `differences`, less what noise adds."""
-        dw = self.differences(z, width)
-        return np.asarray(dw.T @ self.gram @ dw - self.noise * dw.T @ dw)
+    def residual_noise(self, residuals: Array) -> Array:
+        """(m,) variance of one run in each output, of the rows' residuals (n, m): of what the prediction leaves at up
+        to thirty-two rows, over what it can leave; of the same sum as `noise`."""
+        inverse, ones, total = self._solved
+        rows = np.unique(np.linspace(0, len(inverse) - 1, 32).astype(int))
+        left = (inverse[rows] - np.outer(ones[rows], ones) / total) @ residuals
+        squares = (left**2).sum(axis=0)
+        return np.asarray(squares * (self.noise / max(float(squares.sum()), 1e-300)))
 
     @cached_property
     def _spanned(self) -> tuple[Array, Array]:
@@ -218,7 +222,12 @@ def default_kernel(unit: Array) -> Array:
 
 
 def fit_kriging(
-    rows: Array, gram: Array, before: Array | None = None, thorough: bool = True, unit: Array | None = None
+    rows: Array,
+    gram: Array,
+    before: Array | None = None,
+    thorough: bool = True,
+    unit: Array | None = None,
+    rough: bool = True,
 ) -> Kriging:
     """The kernel of largest marginal likelihood times prior.
 
@@ -229,11 +238,11 @@ def fit_kriging(
     Args:
         rows: (n, d), n >= 2. gram: (n, n).
         before: a kernel to begin from. thorough: also begin from the three defaults.
-        unit: (d,) of the lengths' defaults, 1 where left out.
+        unit: (d,) of the lengths' defaults, 1 where left out. rough: else next to no rough part.
     """
     if unit is not None and (unit != 1).any():
         own = np.append(np.log(unit), (0.0, 0.0))
-        found = fit_kriging(rows / unit, gram, None if before is None else before - own, thorough)
+        found = fit_kriging(rows / unit, gram, None if before is None else before - own, thorough, rough=rough)
         return replace(found, rows=rows, kernel=found.kernel + own)
     n, d = rows.shape
     centring = np.eye(n) - 1 / n
@@ -278,10 +287,10 @@ def fit_kriging(
             return _NO_KERNEL, np.zeros(d + 2)
         return float(value), g
 
-    bounds = [(base - 3, base + 5)] * d + [(-12.0, 3.0), (np.log(least_nugget), 2.0)]
+    bounds = [(base - 3, base + 5)] * d + [(-12.0, 3.0 if rough else -11.0), (np.log(least_nugget), 2.0)]
     starts = [] if before is None else [before]
     if before is None or thorough:
-        starts += [np.concatenate([np.full(d, base + length), [rough, nugget]]) for length, rough, nugget in _STARTS]
+        starts += [np.concatenate([np.full(d, base + length), [part, nugget]]) for length, part, nugget in _STARTS]
     if d > _MANY:  # a step of the search for a kernel costs n^3, n more than 2 d
         starts = starts[:2]
     lower, upper = np.array(bounds).T

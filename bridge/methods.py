@@ -18,7 +18,7 @@ from bridge.fit_problem import FitProblem
 from bridge.fit_result import End, FitStep
 from bridge.misfit import LinearMap
 from bridge.natural import LossAndSquare, Natural
-from bridge.rules import Adam, FirstOrder, GaussNewton, Seen, TorchMover, describe, make_optimiser
+from bridge.rules import LONGEST, Adam, FirstOrder, GaussNewton, Seen, TorchMover, describe, make_optimiser
 from bridge.search import Search
 from bridge.searching import Searching
 from bridge.simulator import Simulator, Structured, as_simulator
@@ -264,7 +264,7 @@ def _descent(
         *(smoothed, misfit, starts, rule),
         natural=natural, lower=problem.lower, upper=problem.upper, schedule=schedule, halving=s.halving,
         tolerance=0.01 if s.tolerance is None else s.tolerance, known_noise=problem.known_noise, asked=asked,
-        newton=s.method == "gauss-newton", others=used[1:],
+        newton=LONGEST if s.method == "gauss-newton" else 0.0, others=used[1:],
     )  # fmt: skip
     return Chosen(way, used, steps, budget, described)
 

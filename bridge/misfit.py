@@ -237,6 +237,12 @@ class Misfit:
         """The numbers of T(x) that are data, flattened. Blurred ones are all."""
         return x[self.counts] if self.counts is not None and self.blur is None else x.reshape(-1)
 
+    def of_data(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Flags of the target's numbers as those of the residuals, where these are the same numbers."""
+        if self.whiten is not None or self.blur is not None or self.counts is None:
+            return flags
+        return np.asarray(flags[self.counts.numpy().reshape(-1)])
+
     def residual(self, output: torch.Tensor) -> torch.Tensor:
         """r, flattened: (m,); NaN where the output lacks a number, 0 there before a blur."""
         self._check(output)
@@ -391,6 +397,19 @@ class Misfit:
         data = slice(None) if self.masked is None else ~self.masked.numpy().reshape(-1)
         there = ~np.isnan(rows[:, data]).all(axis=1)
         return np.asarray(there & ~unusable(np.where(np.isnan(rows), 0.0, rows)))
+
+    def spread_of(self, deviation: Array) -> Array:
+        """(m,) variances of residuals of outputs with independent errors of such standard deviations, (*shape).
+
+        Exact without `whiten` and blur, else the mean over sixteen draws of signs.
+        """
+        scale = torch.as_tensor(deviation, dtype=torch.float64).reshape(self.target.shape)
+        if self.whiten is None and self.blur is None:
+            return np.asarray(self._data((scale**2 / self.variance).expand(self.target.shape)).numpy())
+        rng = np.random.Generator(np.random.Philox(key=2))
+        signs = rng.choice([-1.0, 1.0], size=(16, *self.target.shape))
+        drawn = [self._data(self._mapped(scale * torch.as_tensor(x))).numpy() ** 2 for x in signs]
+        return np.asarray(np.mean(drawn, axis=0))
 
     def residuals_of(self, outputs: Array) -> Array:
         """(n, m) of outputs (n, *shape), not finite where they are not."""

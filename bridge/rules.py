@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 MakeOptimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 # Scales that a step of Gauss-Newton may be long; from which part of that on it is at its limit.
-_LONGEST, _AT_LIMIT = 2.0, 0.95
+LONGEST, _AT_LIMIT = 2.0, 0.95
 _BISECTIONS = 12
 # A step of less than so many scales makes the next scale so many steps, and no less than so small a part.
 _SHORT, _WIDE, _NARROWING = 0.5, 2.0, 4.0
@@ -101,10 +101,10 @@ class Seen:
         if self.known_noise is None:
             return None
         told = []
-        jacobians = estimate.of_replicates()[1]
+        values, jacobians = estimate.of_replicates()
         for i, (z, y) in enumerate(zip(x, estimate.value, strict=True)):
-            covariance, _ = of_descent(self.misfit, jacobians[:, i], y, self.natural, self.known_noise)
-            told.append((covariance, self.step(self.misfit, jacobians[:, i].mean(dim=0), y, z)))
+            stated = of_descent(self.misfit, values[:, i], jacobians[:, i], z, self.natural, self.known_noise)
+            told.append((stated.covariance, self.step(self.misfit, jacobians[:, i].mean(dim=0), y, z)))
         return told
 
 
@@ -158,7 +158,7 @@ class GaussNewton:
         losses, steps = [], []
         for z, y, J, width in zip(x, estimate.value, estimate.jacobian(), used, strict=True):
             losses.append(misfit.value(y, z))
-            steps.append(seen.step(misfit, J, y, z, _LONGEST * float(width)))
+            steps.append(seen.step(misfit, J, y, z, LONGEST * float(width)))
         lengths = np.abs(np.stack(steps)).max(axis=1)
         settled = schedule.settled(step)
         if self.adapts:
@@ -171,7 +171,7 @@ class GaussNewton:
         return Look(
             *(losses_, x + np.stack(steps), float(used[int(np.argmin(losses_))]), settled, *counts),
             known=seen.known(x, estimate),
-            at_limit=lengths > _AT_LIMIT * _LONGEST * used,
+            at_limit=lengths > _AT_LIMIT * LONGEST * used,
         )
 
     def keep(self, which: NDArray[np.intp]) -> None:

@@ -62,6 +62,9 @@ _AGREE, _AGREED = 2, 0.2
 # less than that part may have come to the last digits. A model that fails so often in turn ends the search.
 _NOTHING, _RELATIVELY_NOTHING, _MOST_MISHAPS = 1e-20, 1e-9, 4
 _RESCALINGS = 3
+# Of the further points of a round, where runs are noisy: those at a standard error's distance, which tell the slopes.
+# The region shrinks there where noise breaks promises. No farther than this (natural units).
+_FOR_SLOPES, _FARTHEST = 0.5, 1.0
 
 
 @final
@@ -128,6 +131,8 @@ class Search:
         self.radius, self.kernel = _FIRST_RADIUS, np.zeros(0)
         self.promise: tuple[float, float] | None = None  # loss at the base, and the gain expected of the next point
         self.at_edge, self.still = False, 0
+        self.noisy = False
+        self.rounding = 0.0  # variance of one run, summed over outputs, that steps of the outputs make
         self.step = np.full(d, np.inf)  # to where the least loss is expected
         self.ends: list[tuple[float, Array]] = []
         self.way: list[tuple[int, float]] = []  # runs and the least loss after each round since the last restart
@@ -280,15 +285,16 @@ class Search:
     def _nearest(self, z: Array) -> int:
         return int(np.argmin(((self.rows - z) ** 2).sum(axis=1) + 1e300 * self.failed))
 
-    def model_there(self, z: Array) -> tuple[Kriging, Array, Array]:
-        """The model of those outputs that the run at z has, without weights; residuals of its rows (n, m), and of z."""
+    def model_there(self, z: Array) -> tuple[Kriging, Array, Array, NDArray[np.bool_]]:
+        """The model of those outputs that the run at z has, without weights; residuals of its rows (n, m), and of z;
+        and which outputs these are."""
         stand_in, model = self.rows_of_model(z)[1], self.model(z, weighted=False)
         residuals, at = self._completed()[0], self._nearest(z)
         there = ~np.isnan(self.residuals[at])
         if not there.all():
             R = residuals[stand_in][:, there]
             model = replace(model, gram=R @ R.T, amplitude=model.amplitude * float(there.mean()))
-        return model, residuals[stand_in][:, there], residuals[at][there]
+        return model, residuals[stand_in][:, there], residuals[at][there], there
 
     def with_rows(self, residuals: Array, failed: NDArray[np.bool_]) -> Array:
         """The residuals so far and those of new rows, 0 where a run failed."""
@@ -337,7 +343,11 @@ class Search:
             # One kernel cannot do justice to cliffs far off and to what matters here.
             cliffs = np.isfinite(losses) & (losses > _CLIFF * np.sort(losses)[enough - 1])
             distance[cliffs] = np.inf
-        order = np.argsort(distance, kind="stable")[: max(MOST_ROWS, enough)]
+        order, most = np.argsort(distance, kind="stable"), max(MOST_ROWS, enough)
+        if self.noisy and len(order) > most:  # of as many rows, those that are apart tell more
+            order = order[: max(most, int((distance <= len(self.start) * (2 * _FARTHEST) ** 2).sum()))]
+            order = order[np.unique(np.linspace(0, len(order) - 1, most).astype(int))]
+        order = order[:most]
         return np.sort(order[np.isfinite(distance[order])])
 
     def _losses(self) -> Array:
@@ -402,6 +412,7 @@ class Search:
         best = own[int(np.argmin(losses[own]))]
         # Where runs are noisy the least of many is too low: what the model makes of all of them counts.
         noisy = model.noise > 0.1 * losses[best]
+        self.noisy = bool(noisy)
         if noisy:
             base, loss = self.rows[near][int(np.argmin(expected))], float(expected.min())
         else:
@@ -418,14 +429,14 @@ class Search:
                 self.radius = max(2.0 * self.radius, 0.0 if noisy else self._far(found - self.best))
                 self.note = "the trust region grows"
         self.radius = float(np.clip(self.radius, _LEAST_RADIUS, 1e3))
-        points, gain, hope = self._round(model, base, loss)
+        points, gain, hope = self._round(model, base, loss, noisy or self.rounding > 0.1 * losses[best])
         step = self._far(points[0] - base)
         self.promise, self.step = (loss + self.offset, max(gain, 1e-12 * loss)), points[0] - base
         self.best, self.best_loss, self.scale = base, loss + self.offset, max(step, 1e-12)
         self.points = np.array(points)
         self._maybe_stop(step, gain, max(hope, gain), noisy)
 
-    def _round(self, model: Kriging, base: Array, loss: float) -> tuple[list[Array], float, float]:
+    def _round(self, model: Kriging, base: Array, loss: float, noisy: bool) -> tuple[list[Array], float, float]:
         """Points of a round, the gain that is expected of the first, and the most that a draw promises."""
         box = self._box(base, self.radius)
 
@@ -447,6 +458,8 @@ class Search:
                 if self._far(smooth - target) > _SAME * step:
                     points.append(smooth)
         rng = self._rng()
+        for_slopes = round(_FOR_SLOPES * max(self._size - by_loss - len(points), 0)) if noisy else 0
+        points += self._for_slopes(rng, model, base, loss, for_slopes)
         while len(points) < self._size - by_loss:
             point, promised = self._drawn(rng, model, base, points, box)
             points.append(point)
@@ -455,6 +468,23 @@ class Search:
             of_loss = _of_loss(model, self.unit)
             points += [self._drawn(rng, of_loss, base, points, box)[0] for _ in range(self._size - len(points))]
         return points, gain, hope
+
+    def _for_slopes(
+        self, rng: np.random.Generator, model: Kriging, base: Array, loss: float, count: int
+    ) -> list[Array]:
+        """Points a standard error of the fit away, where the slopes of noisy outputs can be told."""
+        if count == 0:
+            return []
+        d = len(base)
+        dw = model.differences(base, 0.1 * self.unit) * self.unit
+        noise = max(model.noise, self.rounding)
+        values, axes = np.linalg.eigh(dw.T @ model.gram @ dw - noise * dw.T @ dw)
+        variance = 1.0 if self.known_noise else 2 * max(loss, 0.0) / self.residuals.shape[1]
+        sizes = np.minimum(np.sqrt(variance / np.maximum(values, 1e-300)), _FARTHEST)
+        turned = self._directions(rng, count) * (np.sqrt(d) * rng.choice([-1.0, 1.0], size=(count, 1)))
+        away = turned @ (axes * sizes).T * self.unit
+        outside = (base + away < self.lower) | (base + away > self.upper)
+        return list(np.clip(np.where(outside, base - away, base + away), self.lower, self.upper))
 
     @property
     def _size(self) -> int:
@@ -601,7 +631,7 @@ class Search:
             "still",
         ),
         *("ends", "best", "best_loss", "scale", "note", "stopped", "points", "spread", "restarts_left"),
-        *("offset", "step", "way", "unit", "mishaps", "whole", "completed_by"),
+        *("offset", "step", "way", "unit", "mishaps", "whole", "completed_by", "noisy", "rounding"),
     )
 
     def to_dict(self) -> dict[str, Any]:

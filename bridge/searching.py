@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from bridge.descent import SMALL_STEP, plain_outputs, useless_start
 from bridge.errors import BridgeError, EvaluationError, InputError
-from bridge.fit_result import End, FitStep
+from bridge.fit_result import End, FitStep, Stated
+from bridge.lattice import Lattice
 from bridge.misfit import Misfit
 from bridge.search import Search
 from bridge.simulator import may_be_noisy
@@ -18,6 +19,9 @@ from bridge.smoothing import SmoothedSimulator
 from bridge.uncertainty import of_search
 
 Array = NDArray[np.float64]
+
+# What every rank makes of the outputs itself.
+_EVERYWHERE = ("residuals", "lattice")
 
 
 @final
@@ -47,6 +51,7 @@ class Searching:
         self.budget, self.known_noise, self.starts, self.asked = budget, known_noise, starts, asked
         self.names, self.precise = tuple(names), 0
         self.error: Array | None = None
+        self.lattice = Lattice()
         self._add_starts()
 
     @property
@@ -80,8 +85,10 @@ class Searching:
         if failed.all():  # and perhaps without a shape
             outputs = np.full((len(points), *shape), np.nan)
         residuals = self.misfit.residuals_of(outputs)
+        self.lattice.add(outputs)
 
         def told() -> None:
+            search.rounding = float(self.misfit.spread_of(self.lattice.deviation(shape)).sum())
             search.told(residuals, failed)
             self._judge()
 
@@ -108,6 +115,7 @@ class Searching:
     def begin_with(self, parameters: Array, outputs: Array) -> None:
         """Takes earlier runs at (n, d) parameters, with outputs (n, m), into the model. Collective."""
         rows, residuals = parameters / self.natural, self._residuals(outputs)
+        self.lattice.add(outputs)
 
         def begin() -> None:
             self.search.begin_with(rows, residuals)
@@ -137,39 +145,39 @@ class Searching:
                     change()
             except BridgeError as problem:
                 error = problem
-            saved = {name: value for name, value in self.to_dict().items() if name != "residuals"}
+            saved = {name: value for name, value in self.to_dict().items() if name not in _EVERYWHERE}
         dispatcher.agree(error)
         saved = dispatcher.broadcast_object(saved)
         if dispatcher.rank != 0 and saved is not None:
-            self.restore({**saved, "residuals": residuals()})
+            self.restore({**saved, "residuals": residuals(), "lattice": self.lattice.to_dict()})
 
     def _judge(self) -> None:
         """Whether the standard errors are those asked for, and what is expected of the next round small beside them."""
         if self.asked is None or not self.search.kernel.size:
             return
-        covariance = self._covariance()
-        if covariance is None:
+        stated = self._stated()
+        if stated is None:
             return
-        self.error = np.sqrt(np.diag(covariance))
+        self.error = np.sqrt(np.diag(stated.covariance))
         current = np.array_equal(self.search.overall[1], self.search.best)
         small = (np.abs(self.search.step) <= SMALL_STEP * self.asked).all() and not self.search.at_edge
         self.precise = self.precise + 1 if current and small and (self.error <= self.asked).all() else 0
 
     def finish(self, step: int) -> End:
         loss, best = self.search.overall
-        covariance, noise = None, 0.0
+        stated, noise = None, 0.0
         if len(self.search.rows):
             thinking = self.plain.dispatcher.thinking
-            told = (self._covariance(), self._noise()) if thinking.rank == 0 else None
-            covariance, noise = thinking.broadcast_object(told)
+            told = (self._stated(), self._noise()) if thinking.rank == 0 else None
+            stated, noise = thinking.broadcast_object(told)
         outputs, runs = self.outputs_at(np.stack([best, self.search.start]), step)
         return End(
-            *(best, self.search.start, loss, covariance, outputs[0], outputs[1]),
+            *(best, self.search.start, loss, stated, outputs[0], outputs[1]),
             num_evaluations=runs,
             num_failed=int(self.search.failed.sum()),
             num_reused=self.search.reused,
             noise=noise,
-            warnings=self._said(covariance is not None),
+            warnings=self._said(stated is not None),
         )
 
     def _noise(self) -> float:
@@ -188,16 +196,15 @@ class Searching:
         needed = (self.search.overall[1], self.search.start)
         return self.misfit.plain and all((self.search.rows == z).all(axis=1).any() for z in needed)
 
-    def _covariance(self) -> Array | None:
+    def _stated(self) -> Stated | None:
         """None where the numerics of the model fail."""
         try:
             with np.errstate(all="ignore"):
-                covariance = of_search(self.search, self.misfit, self.known_noise)
+                return of_search(self.search, self.misfit, self.known_noise, self.lattice)
         except BridgeError:
             raise
         except (np.linalg.LinAlgError, ValueError, ArithmeticError):
             return None
-        return covariance if not np.isnan(np.diag(covariance)).any() else None
 
     def _said(self, has_errors: bool) -> tuple[str, ...]:
         search, said = self.search, []
@@ -231,8 +238,10 @@ class Searching:
         return np.stack(outputs), runs
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.search.to_dict(), "precise": self.precise, "error": self.error}
+        own = {"precise": self.precise, "error": self.error, "lattice": self.lattice.to_dict()}
+        return {**self.search.to_dict(), **own}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         self.search.restore(saved)
         self.precise, self.error = saved["precise"], saved["error"]
+        self.lattice.restore(saved["lattice"])

@@ -1,26 +1,52 @@
-"""How well the parameters are known where a fit has ended, and what the target does not determine."""
+"""How well the parameters are known where a fit has ended.
+
+The estimate z solves (N + P) (z - z*) = J^T e in first order, N = J^T J of whitened residuals, so that its covariance is
+the sandwich (N + P)^-1 (J^T V J + P) (N + P)^-1, V the covariance of e: the target's noise, the noise of the
+simulator's own runs as far as it is left in the estimate, and what outputs are rounded by. Where the variance of the
+target is not given, or is too small for the residuals, V comes from these. Where they do not tell it, none is stated.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.signal import lfilter
+from scipy.special import chdtrc, chdtri, fdtrc, gammaln, stdtr
 
+from bridge.fit_result import Stated
+from bridge.kriging import fit_kriging
+from bridge.lattice import Lattice
 from bridge.misfit import Misfit
 from bridge.robust import Robust
 from bridge.search import Search
-from bridge.simulator import ParameterSpace
 
 Array = NDArray[np.float64]
 
 # Standard deviations by which the information on a parameter is to exceed nothing: its error is then good to a sixth.
-_CLEAR = 3.0
+_CLEAR, _LOST = 3.0, 1.0
 _ALIKE = 0.25
+# Chance of a chi-square as large as that from which on it scales errors, and from which on that is said; of an outlier, and of a step that is no noise.
+_MISFIT, _SAID, _OUTLIER, _STEP = 0.01, 1e-4, 1e-3, 0.05
+# Of its standard error: how far a parameter may go without an output that is an outlier; how far the expected step may
+# be, which counts as an error of the fit, until none is stated.
+_INFLUENCE, _UNFINISHED = 1.0, 1.0
+_MOST_OUTLIERS = 0.1
+# Correlation of neighbouring residuals with which they do not tell how large errors are; less of it where m are few, by
+# this over the root of m.
+_OF_FEW, _FAR_TOO_ALIKE = 1.25, 0.6
+# Of outputs beside their changes in a model, squared: what the least nugget makes of them.
+_SPURIOUS = 1e-10
+# Of residuals at the start: those that are left of a target without noise.
+_EXACT = 1e-6
+_TOO_ALIKE, _CORRELATIONS = 0.6, np.append(np.arange(0, 0.95, 0.1), 0.97)
+# Noise of an output beside the median one, and its share of a parameter, with which one sigma for all is wrong.
+_LOUD, _SHARE, _HEARD = 25.0, 0.3, 0.01
 
 
 def of_least_squares(normal: Array, variance: float, precision: Array) -> Array:
@@ -134,33 +160,408 @@ def normal_of(jacobians: Sequence[Array]) -> Normal:
     return Normal(mean, mean.T @ mean, noise, min(pairs / alike, float(len(mean))))
 
 
-def of_descent(
-    misfit: Misfit, jacobians: torch.Tensor, output: torch.Tensor, natural: Array, known: bool, step_noise: float = 0.0
-) -> tuple[Array, NDArray[np.bool_]]:
-    """Covariance in natural units, and for which parameters it is no more than a lower bound.
+@final
+@dataclass(frozen=True)
+class Evidence:
+    """What errors are stated from, in whitened residuals and natural units.
 
-    These are those of which the target says too little beside the noise of the estimated Jacobian.
+    Attributes:
+        normal: the Jacobian J (m, d) and what is known of its noise. told: N, (d, d). r: (m,) residuals.
+        shape: of the outputs, whose neighbours may be alike.
+        left: (m,) or number, variance that the simulator's own noise leaves in the estimate of each output.
+        seen: the same of that noise in r.
+        rounding: (m,) variance that the rounding of outputs at their steps leaves in the estimate; floor: (m,) that of
+            the target, 1/12 of the square of a step.
+        step: (d,) that is still expected; jitter: variance of its outputs that noise makes.
+        wander: (d, d) covariance of where a descent goes about its end.
+        bias: (m,) what smoothing adds to the outputs, and noise.
+        run_noise: root of the sum of the outputs' variances by the noise of one run.
+        spread: root of the sum of squares of the target about its mean.
+        first: root of the mean squared residual where the fit began, infinite if unknown.
+        newton: whether it came here by steps of Gauss-Newton of outputs without steps. fresh: whether by Jacobians other than J.
+    """
+
+    normal: Normal
+    told: Array
+    r: Array
+    shape: tuple[int, ...]
+    left: Array | float = 0.0
+    seen: Array | float = 0.0
+    rounding: Array | float = 0.0
+    floor: Array | float = 0.0
+    step: Array | None = None
+    jitter: float = 0.0
+    wander: Array | None = None
+    bias: Array | None = None
+    first: float = np.inf
+    run_noise: float = 0.0
+    spread: float = np.inf
+    newton: bool = True
+    fresh: bool = False
+
+    def stated(self, precision: Array, known: bool, robust: Robust | None) -> Stated:
+        """Errors, or none and why. known: whether the target's variance is, 1 in these units."""
+        J, r, d = self.normal.mean, self.r, len(self.told)
+        step = np.zeros(d) if self.step is None or not np.isfinite(self.step).all() else self.step
+        notes: list[str] = []
+        if robust is not None:
+            covariance, dof = of_robust(self.told, J, r, robust, precision), np.inf
+        else:
+            covariance, dof, notes = self._least_squares(J, r + J @ step, precision, known)
+        unclear, lost = _unclear(self.normal, self.told, covariance, precision)
+        covariance, more = self._with_steps(covariance, step, precision)
+        least = np.sqrt(np.diag(covariance))
+        lost = lost if self.newton else unclear
+        covariance[lost], covariance[:, lost] = np.nan, np.nan
+        signal, noise = np.sqrt(np.diag(self.normal.naive)), np.sqrt(np.diag(self.normal.noise))
+        unit = np.where(signal > 0, signal, 1)
+        axis = np.linalg.eigh(self.told / np.outer(unit, unit) + precision / np.outer(unit, unit))[1][:, 0] / unit
+        axis = axis / np.abs(axis).max(initial=1e-300)
+        return Stated(
+            covariance,
+            dof,
+            unclear,
+            (*notes, *more),
+            signal,
+            noise,
+            min(float(np.sqrt(r @ r)), self.spread),
+            least,
+            self.run_noise,
+            axis,
+        )
+
+    @property
+    def _exact(self) -> bool:
+        """Whether residuals are those of a target without noise, met but for rounding."""
+        return bool(np.isfinite(self.first) and self.r @ self.r < (_EXACT * self.first) ** 2 * len(self.r))
+
+    def _least_squares(self, J: Array, r: Array, precision: Array, known: bool) -> tuple[Array, float, list[str]]:
+        d, none = len(self.told), np.full((len(self.told), len(self.told)), np.nan)
+        data = _data(J, r)
+        h = leverages(J, np.ones(len(r)), precision * (1.0 if known else 0.0))
+        dof = float(data.sum() - h.sum())
+        parts = (self.left, self.seen, self.rounding, self.floor)
+        left, seen, rounding, floor = (np.broadcast_to(x, len(r)) for x in parts)
+        notes, misfit = [], False
+        if known:
+            V = 1.0 + rounding
+            chi2 = float((r**2 / (V + seen)).sum())
+            if dof >= 1 and chdtrc(dof, chi2) < _MISFIT:
+                misfit = True
+                V = V * (chi2 / dof)
+            if misfit and chdtrc(dof, chi2) < _SAID:
+                notes.append(
+                    f"Standard errors are {np.sqrt(chi2 / dof):.3g} times as large as the variance alone would make "
+                    f"them, since residuals are (chi-square {chi2:.4g} of {dof:.4g}): they hold if what is left of the "
+                    "target is as good as independent noise."
+                )
+            V = V + left
+        else:
+            if dof < 0.5:
+                return none, np.nan, [
+                    f"No standard error is stated: {int(data.sum())} outputs do not tell {d} parameters and the noise "
+                    "of the target. Give variance=, or more outputs."
+                ]  # fmt: skip
+            V = np.maximum(float((r**2).sum()) / dof - seen, 0.0) + left
+            V = np.maximum(V, rounding + floor)
+        rho: list[float] = []
+        if self._exact:  # what is left has the pattern of rounding
+            pass
+        elif not known or misfit:
+            V, why = self._outliers(J, r, h, dof, V, left, rounding + floor)
+            if not why:
+                seen_rho, rho, grown = _alike(r / np.sqrt(np.maximum(V, 1e-300)), J, self.shape)
+                V = V * grown
+                if max(seen_rho, default=0.0) > max(_TOO_ALIKE - _OF_FEW / np.sqrt(len(r)), 0.1):
+                    why = (
+                        f"No standard error is stated: residuals of neighbouring outputs are alike (correlation "
+                        f"{max(seen_rho):.2f}), so that something other than independent noise is left of the target. Give "
+                        "variance= as the covariance of its noise, or to the simulator what it lacks."
+                    )
+            if why:
+                return none, dof, [*notes, why]
+        elif float(r @ r) > 0.5 * dof and max(_alike(r, J, self.shape)[0], default=0.0) > _FAR_TOO_ALIKE:
+            return none, dof, [
+                "No standard error is stated: residuals of neighbouring outputs are alike, but the variance given is that "
+                "of independent noise. Give variance= as the covariance of the target's noise."
+            ]  # fmt: skip
+        uniform = float(V.mean())
+        unit = 1.0 if known else max(uniform, 1e-300)
+        if np.ptp(V) <= 1e-12 * uniform and not any(rho) and not self.normal.noise.any() and (unit == uniform):
+            return of_least_squares(self.told, unit, precision), dof if not known or misfit else np.inf, notes
+        if self.fresh:  # the Jacobians of the steps were others: their noise is not in the estimate as it is in J^T J
+            J = J @ _turned(self.normal.naive, self.told)
+        root = np.sqrt(V)[:, None] * J / unit
+        meat = root.T @ _correlated(root, rho, self.shape) + precision
+        bread = inverse(self.told / unit + precision)
+        return _sandwich(bread, meat), dof if not known or misfit else np.inf, notes
+
+    def _outliers(
+        self, J: Array, r: Array, h: Array, dof: float, V: Array, noise: Array, least: Array
+    ) -> tuple[Array, str]:
+        """V with what outliers have of their own, or why one sigma for all outputs is wrong: a single one decides that
+        is far noisier than the others."""
+        h = np.clip(h, 0, 1 - 1e-12)
+        covariance, loo = finite_inverse(J.T @ J), r / (1 - h)
+        V, found = V.copy(), np.zeros(len(r), dtype=bool)
+        while dof - found.sum() > 2 and found.sum() < _MOST_OUTLIERS * len(r):
+            # Of the residuals without those found: r_o^2 / (1 - h_o) is what leaving one out takes off their squares.
+            squares = np.where(found, 0, r * loo)
+            left = dof - float(found.sum()) - 1
+            rest = np.maximum(
+                (min(float(r @ r), float(squares.sum()) + 1e-300) - squares) / left, np.maximum(least, 1e-300)
+            )
+            t = np.where(found, 0, np.abs(r) / np.sqrt(rest * (1 - h)))
+            k = int(np.argmax(t))
+            if not 2 * len(r) * stdtr(left, -float(t[k])) < _OUTLIER:
+                break
+            moves = np.abs(covariance @ J[k] * loo[k])
+            if (moves > _INFLUENCE * np.sqrt(np.diag(covariance) * rest[k])).any():
+                return V, self._names(k)
+            found[k] = True
+            V = np.where(found, np.maximum(loo**2, noise), np.maximum(V * min(1.0, rest[k] / V[~found].mean()), noise))
+        k = int(np.argmax(noise))
+        if noise[k] > _LOUD * np.median(noise) and noise[k] > _HEARD * np.median(V) and h[k] > _SHARE:
+            return V, self._names(k)
+        return V, ""
+
+    def _names(self, k: int) -> str:
+        where = np.unravel_index(k, self.shape) if np.prod(self.shape) == len(self.r) else (k,)
+        name = ", ".join(str(int(i)) for i in where)
+        return (
+            f"No standard error is stated: output [{name}] is far noisier than the others, and outweighs them. Give "
+            "variance= for each output, or leave that one out."
+        )
+
+    def _with_steps(self, covariance: Array, step: Array, precision: Array) -> tuple[Array, list[str]]:
+        """With what the fit itself is still away from the minimum, or none where that is more."""
+        d = len(step)
+        metric = self.told + precision
+        # Gauss-Newton's steps lead to a minimum as far as noise lets them; of others that is not known.
+        beta = float(np.linalg.eigvals(finite_inverse(metric) @ self.normal.noise).real.max(initial=0.0))
+        by_slopes = 2 * beta / (1 + beta) * float(self.r @ self.r) / max(len(self.r) - d, 1) if self.fresh else 0.0
+        expected = (self.jitter + by_slopes) * chdtri(d, _STEP) if self.newton else 0.0
+        for s, noise in ((step, expected), self._bias_step(precision)):
+            length = float(s @ metric @ s)
+            if length <= noise or not np.isfinite(length):
+                continue
+            error = np.sqrt(np.maximum(np.diag(covariance), 0))
+            part = 1 - noise / length
+            with np.errstate(invalid="ignore"):
+                far = np.abs(s) * np.sqrt(part) > _UNFINISHED * error
+            covariance = covariance + part * np.outer(s, s)
+            if far.any() and not self._exact:
+                by = np.max(np.abs(s[far]) / np.maximum(error[far], 1e-300))
+                return np.full_like(covariance, np.nan), [
+                    f"No standard error is stated: the fit has not converged, and parameters would still move by "
+                    f"{by:.2g} of what are standard errors at a minimum. Allow more steps or runs (steps=, max_runs=), "
+                    "a smaller last scale (scale=), or begin from here."
+                ]  # fmt: skip
+        if self.wander is not None:
+            covariance = covariance + self.wander
+        return covariance, []
+
+    def _bias_step(self, precision: Array) -> tuple[Array, float]:
+        """The step by what smoothing adds to the outputs, and how long it is by noise alone."""
+        d = len(self.told)
+        if self.bias is None or not np.isfinite(self.bias).all() or len(self.r) <= d:
+            return np.zeros(d), 0.0
+        J = self.normal.mean
+        covariance = finite_inverse(J.T @ J + precision)
+        s = covariance @ (J.T @ self.bias)
+        rest = self.bias - J @ s
+        n = max(len(rest) - d, 1)
+        within, noise = float(s @ J.T @ J @ s), float(rest @ rest) / n
+        if within <= 0 or fdtrc(d, n, within / d / max(noise, 1e-300)) > _STEP:
+            return np.zeros(d), 0.0
+        return s, d * noise
+
+
+def _data(J: Array, r: Array) -> NDArray[np.bool_]:
+    """(m,) which numbers are data: not those that are 0 in all runs and in the target."""
+    size, least = np.abs(J).max(axis=1, initial=0.0), 1e-12
+    return np.asarray((size > least * size.max(initial=0.0)) | (np.abs(r) > least * np.abs(r).max(initial=0.0)))
+
+
+def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], list[float], float]:
+    """Correlation rho >= 0 of neighbouring residuals along each axis, that to reckon with, and by how much the mean squared residual is
+    larger than it seems, since a fit follows what is alike.
+
+    Moments of residuals M e, M = 1 - J (J^T J)^-1 J^T, with e of correlation R = rho^|i - j|: the rho at which
+    tr(M L M R) / tr(M R) is r^T L r / r^T r, L the pairs of neighbours.
+    """
+    shape = shape if np.prod(shape) == len(r) else (len(r),)
+    size = float(r @ r)
+    if size <= 0 or len(r) < 4:
+        return [0.0] * len(shape), [0.0] * len(shape), 1.0
+    q = J @ _root(finite_inverse(J.T @ J))  # H = q q^T
+    found, used, grown = [], [], 1.0
+    for axis, n in enumerate(shape):
+        if n < 4:
+            found.append(0.0)
+            used.append(0.0)
+            continue
+        seen = float(r @ _neighbours(r[:, None], shape, axis)[:, 0]) / size
+        Lq = _neighbours(q, shape, axis)
+        pairs, qLq = len(r) * (n - 1) / n, q.T @ Lq
+        at = []
+        for rho in _CORRELATIONS:
+            alone = [rho if i == axis else 0.0 for i in range(len(shape))]
+            Rq = _correlated(q, alone, shape)
+            qRq = q.T @ Rq
+            total = len(r) - float(np.trace(qRq))
+            # tr(L R) = pairs rho; the products with H: tr(H L R), twice, and tr(H L H R).
+            alike = pairs * rho - 2 * float((Lq * Rq).sum()) + float((qLq * qRq).sum())
+            at.append((alike / max(total, 1e-12), total))
+        ratios, totals = np.array(at).T
+        ratios = np.maximum.accumulate(ratios)
+        rho, error = float(np.interp(seen, ratios, _CORRELATIONS)), 1 / np.sqrt(len(r))
+        found.append(rho)
+        # Those that go unnoticed are the low ones among estimates: two standard errors more, where it is not about 0.
+        used.append(min(rho + 2 * error * min(rho / error, 1.0), float(_CORRELATIONS[-1])))
+        grown *= float(totals[0] / max(np.interp(used[-1], _CORRELATIONS, totals), 0.05 * totals[0]))
+    return found, used, grown
+
+
+def _neighbours(columns: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """L x for columns x (m, k), L_ij = 1/2 for neighbours along an axis."""
+    x = np.moveaxis(columns.reshape((*shape, columns.shape[1])), axis, 0)
+    result = np.zeros_like(x)
+    result[1:] += 0.5 * x[:-1]
+    result[:-1] += 0.5 * x[1:]
+    return np.asarray(np.moveaxis(result, 0, axis).reshape(columns.shape))
+
+
+def _root(covariance: Array) -> Array:
+    values, vectors = np.linalg.eigh(covariance)
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0)))
+
+
+def _correlated(columns: Array, rho: Sequence[float], shape: tuple[int, ...]) -> Array:
+    """R x for columns x (m, k), R_ij = prod over axes of rho^|i - j|."""
+    if not any(rho):
+        return columns
+    shape = shape if np.prod(shape) == len(columns) else (len(columns),)
+    x = columns.reshape((*shape, columns.shape[1]))
+    for axis, part in enumerate(rho):
+        if part > 0:
+            part = min(part, 0.99)
+            ahead = lfilter([1.0], [1.0, -part], x, axis=axis)
+            back = np.flip(lfilter([1.0], [1.0, -part], np.flip(x, axis), axis=axis), axis)
+            x = ahead + back - x
+    return np.asarray(x.reshape(columns.shape))
+
+
+def _turned(naive: Array, told: Array) -> Array:
+    """M, M^T naive M = told, and 1 where these are the same."""
+    values, vectors = np.linalg.eigh(naive)
+    good = values > 1e-14 * max(float(values.max()), 1e-300)
+    root = (vectors[:, good] * np.sqrt(values[good])) @ vectors[:, good].T
+    back = (vectors[:, good] / np.sqrt(values[good])) @ vectors[:, good].T
+    part, axes = np.linalg.eigh(back @ told @ back)
+    return np.asarray(back @ (axes * np.sqrt(np.maximum(part, 0))) @ axes.T @ root)
+
+
+def _sandwich(bread: Array, meat: Array) -> Array:
+    open_ = np.isinf(np.diag(bread))
+    bread = bread.copy()
+    bread[open_, open_] = 0
+    result = bread @ meat @ bread
+    result[open_, open_] = np.inf
+    return np.asarray(result)
+
+
+def of_descent(
+    misfit: Misfit,
+    values: torch.Tensor,
+    jacobians: torch.Tensor,
+    z: Array,
+    natural: Array,
+    known: bool,
+    step_noise: float = 0.0,
+    past: Array | None = None,
+    outputs: Sequence[NDArray[np.float64]] = (),
+    last: float = 0.0,
+    longest: float = np.inf,
+) -> Stated:
+    """Errors at z, in natural units.
 
     Args:
-        jacobians: independent estimates (R, *shape, d), natural: (d,). With R = 1 nothing is known of their noise.
-        known: whether the target's variance is; else the mean squared residual takes its place.
-        step_noise: see `Normal.told`.
+        values, jacobians: independent estimates (R, *shape) and (R, *shape, d). With R = 1 nothing is known of noise.
+        natural: (d,). known: whether the target's variance is; else the mean squared residual takes its place.
+        step_noise: see `Normal.told`; 0 but for Gauss-Newton. past: (n, d), where other descents have been last.
+        outputs: of the simulator itself, at z and elsewhere. last: scale of the noise. longest: that a step may be.
     """
-    r = misfit.residual(output).numpy()
-    there = ~np.isnan(r)
+    residuals = np.stack([misfit.residual(v).numpy() for v in values])
+    there = ~np.isnan(residuals).any(axis=0)  # outputs may lack numbers
+    residuals = residuals[:, there]
+    r, R = residuals.mean(axis=0), len(values)
     normal = normal_of([misfit.jacobian(J, natural).numpy()[there] for J in jacobians])
-    precision = misfit.prior.information
-    told, r = normal.told(step_noise), r[there]
-    if misfit.robust is not None:
-        covariance = of_robust(told, normal.mean, r, misfit.robust, precision)
-    else:
-        variance = 1.0 if known else max(float(r @ r) / max(len(r) - len(told), 1), 1e-300)
-        covariance = of_least_squares(told, variance, precision)
-    return covariance, _unclear(normal, told, covariance, precision)
+    jitter = float(((residuals - r) ** 2).mean()) / (R - 1) if R > 1 else 0.0
+    told = normal.told(step_noise)
+    prior = misfit.prior
+    slope = normal.mean.T @ r if misfit.robust is None else normal.mean.T @ (misfit.robust.weight(r) * r)
+    step = -finite_inverse(told + prior.information) @ (slope + prior(z)[1])
+    rounding: Array | float = 0.0
+    floor: Array | float = 0.0
+    bias, stepped = None, False
+    good = [y for y in outputs if np.isfinite(y).all()]
+    if len(good) > 1:
+        lattice = Lattice()
+        lattice.add(np.append(0.0, (good[0] - good[1]).reshape(-1))[:, None])
+        if size := float(lattice.steps[0]):
+            stepped = True
+            rounding = misfit.spread_of(np.full(misfit.target.shape, size / np.sqrt(12)))[there]
+            off = (misfit.target.numpy() - good[0]) / size
+            floor = rounding * float((np.abs(off - np.round(off)) < 1e-3).all())
+            # Noise averages steps: their first harmonic is left by exp(-2 pi^2 (change / step)^2).
+            change = (normal.mean**2).sum(axis=1) * last**2
+            rounding = rounding * np.exp(-4 * np.pi**2 * change / np.maximum(12 * rounding, 1e-300))
+    if len(outputs) and np.isfinite(outputs[0]).all():
+        bias = r - misfit.residual(torch.as_tensor(outputs[0])).numpy()[there]
+    first = np.inf
+    if len(outputs) > 1 and np.isfinite(outputs[1]).all():
+        first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
+    # A full step has the noise of its outputs; one cut short, of length L beside noise s, walks about by no more than sqrt(s L / 0.8).
+    noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(told + prior.information))).max(initial=0.0)
+    cut = min(1.0, longest / (0.8 * noise)) if noise > 0 else 1.0
+    evidence = Evidence(
+        normal, told, r, tuple(misfit.target.shape), left=step_noise * jitter * cut, seen=jitter, rounding=rounding,
+        floor=floor, step=step if past is not None else None, jitter=jitter * (1 + step_noise),
+        first=first, spread=_spread(misfit), newton=(bool(step_noise) or past is None) and not stepped, fresh=True, wander=None if past is None or step_noise or len(past) < 2 else np.atleast_2d(np.cov(past.T)), bias=bias,
+    )  # fmt: skip
+    return evidence.stated(prior.information, known, misfit.robust)
 
 
-def _unclear(normal: Normal, told: Array, covariance: Array, precision: Array) -> NDArray[np.bool_]:
-    """(d,) where the information on a parameter, the others being fitted, is not clearly above its own noise.
+def _spread(misfit: Misfit) -> float:
+    with torch.no_grad():
+        return float(misfit.residual(torch.full_like(misfit.target, float(misfit.target.mean()))).norm())
+
+
+def _on_plateau(J: Array, rounding: Array, precision: Array) -> Array:
+    """Covariance where all outputs that have steps are those of the target.
+
+    An output keeps its step with probability 1 - |J_o dz| / step_o, and all do with exp(-sum |J_o dz| / step_o), nearly.
+    Its second moment is taken with the sum the same in all directions of J^T J: (d + 1) / c^2, c the mean of the sum.
+    """
+    d, J = J.shape[1], J / np.sqrt(12 * rounding)[:, None]
+    h = np.clip(leverages(J, np.ones(len(J)), np.zeros((d, d))), 0, 1)
+    c = float(np.exp(gammaln(d / 2) - gammaln((d + 1) / 2))) / np.sqrt(np.pi) * float(np.sqrt(h).sum())
+    return of_least_squares(J.T @ J, (d + 1) / max(c, 1e-6) ** 2, precision)
+
+
+def finite_inverse(normal: Array) -> Array:
+    """As `inverse`, 0 in place of infinite."""
+    result = inverse(normal)
+    result[~np.isfinite(result)] = 0
+    return result
+
+
+def _unclear(
+    normal: Normal, told: Array, covariance: Array, precision: Array
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(d,) where the information on a parameter, the others being fitted, is not clearly above its own noise; and where
+    it is lost in it.
 
     That information is v^T N v, v = C e_a / C_aa.
     """
@@ -169,36 +570,68 @@ def _unclear(normal: Normal, told: Array, covariance: Array, precision: Array) -
     directions = np.where(np.outer(finite, finite), covariance, 0) / np.where(finite, variance, 1)
     signal, noise = (np.einsum("ia,ij,ja->a", directions, M, directions) for M in (told, normal.noise))
     by_prior = np.where(finite, variance, 0) * np.diag(precision) > 0.5
-    return np.asarray(finite & ~by_prior & (signal < _CLEAR * normal.deviation(signal, noise)))
+    deviation = normal.deviation(signal, noise)
+    open_ = finite & ~by_prior
+    return np.asarray(open_ & (signal < _CLEAR * deviation)), np.asarray(open_ & (signal <= _LOST * deviation))
 
 
-def of_search(search: Search, misfit: Misfit, known: bool) -> Array:
-    """Covariance in natural units, where a search is now.
+def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | None = None) -> Stated:
+    """Errors in natural units, where a search is now.
 
-    sigma^2 has what the simulator's own noise leaves open, and is otherwise 1 where the variance is known, else the
-    mean squared residual.
+    The model's prediction is w^T F, so that noise of the runs is left in it with w^T w of its variance, and dw^T dw of
+    it is in J^T J. Each output's noise is that of the runs about the prediction.
     """
-    loss, z = search.overall
-    robust, precision = misfit.robust, misfit.prior.information
-    model, residuals, residual = search.model_there(z)
-    m, d = len(residual), len(z)
-    if m < search.residuals.shape[1]:
-        loss = misfit.cost(residual) + misfit.prior(z)[0]
-    weights = model.at(z)[0]
-    noise = model.noise / m
-    sigma2 = 1.0 if known else max(2 * loss / max(m - d, 1) - noise, 0.0)
-    variance = max(sigma2 + noise * float(weights @ weights), 1e-300)
-    covariance, width = np.eye(d), np.full(d, 0.1)
+    _, z = search.overall
+    robust, prior = misfit.robust, misfit.prior
+    model, F, at_z, there = search.model_there(z)
+    m, d = F.shape[1], len(z)
+    rounding, floor = np.zeros(m), np.zeros(m)
+    if lattice is not None and len(lattice.first) and lattice.steps.any():
+        rounding = misfit.spread_of(lattice.deviation(tuple(misfit.target.shape)))[there]
+        on = misfit.of_data(lattice.holds(misfit.target.numpy()))
+        floor = rounding * (on.all() if on.shape != there.shape else on[there])
+    # Of outputs that have steps the smooth part, for which rounding is noise.
+    if rounding.any():
+        model = fit_kriging(model.rows, F @ F.T, unit=search.unit, rough=False)
+    w = model.at(z)[0]
+    r = F.T @ w if robust is None else at_z
+    noise = np.maximum(model.residual_noise(F), rounding)
+    width, left = 0.1 * search.unit, noise * float(w @ w)
+    good = search.residuals[~search.failed]
+    first = (
+        float(np.sqrt(np.median(np.nanmean(good[: max(len(search.start) + 1, 6)] ** 2, axis=1))))
+        if len(good)
+        else np.inf
+    )
+    stepped = rounding > 0
+    exact = bool(stepped.any()) and bool((np.abs(at_z) < 1e-3 * np.sqrt(12 * rounding))[stepped].all())
+    exact = exact and robust is None and bool((at_z[~stepped] == 0).all())
     # Differences over the errors themselves: the slope between two steps of a staircase is not what counts.
     for _ in range(3):
-        normal = model.normal_matrix(z, width)
-        if robust is None:
-            covariance = of_least_squares(normal, variance, precision)
-        else:
-            J = residuals.T @ model.differences(z, width)
-            covariance = of_robust(normal, J, residual, robust, precision)
-        width = np.clip(np.sqrt(np.diag(covariance)), 1e-4, 1.0)
-    return covariance
+        dw = model.differences(z, width)
+        J = F.T @ dw
+        # A slope of less than the model's own rounding is that of others' outputs, and not one.
+        J[:, (J**2).sum(axis=0) <= _SPURIOUS * float((F**2).sum(axis=1).max()) * (dw**2).sum(axis=0)] = 0
+        total = float(noise.sum())
+        independent = total**2 / max(float((noise**2).sum()), 1e-300)
+        normal = Normal(J, J.T @ J, total * dw.T @ dw, max(min(independent, float(m)), 1.0))
+        told = normal.told()
+        weight = 1.0 if robust is None else robust.weight(r)
+        step = -finite_inverse(told + prior.information) @ (J.T @ (weight * r) + prior(z)[1])
+        step = np.clip(z + step, search.lower, search.upper) - z
+        evidence = Evidence(
+            normal, told, r, tuple(misfit.target.shape), left=left, seen=left, floor=floor, step=step, first=first,
+            run_noise=float(np.sqrt(noise.sum())), spread=_spread(misfit),
+        )  # fmt: skip
+        stated = evidence.stated(prior.information, known, robust)
+        if exact:
+            stated = replace(stated, covariance=_on_plateau(J[stepped], rounding[stepped], prior.information), notes=())
+        error = np.sqrt(np.diag(stated.covariance))
+        if not np.isfinite(error).any():
+            error = np.sqrt(np.diag(of_least_squares(told, max(float(r @ r) / m, 1e-300), prior.information)))
+        wide = 2.0 if rounding.any() else 1.0
+        width = np.clip(np.where(np.isnan(error), width, wide * error), 1e-4 * search.unit, search.unit)
+    return stated
 
 
 def inverse(normal: Array) -> Array:
@@ -230,37 +663,8 @@ def in_units(covariance: Array, natural: Array) -> Array:
     return np.asarray(covariance * np.outer(natural, natural))
 
 
-def doubts(
-    covariance: Array | None, space: ParameterSpace, theta: Array, unclear: NDArray[np.bool_] | None = None
-) -> tuple[str, ...]:
-    """What the target does not determine, and what to do about it.
-
-    unclear: (d,) of which parameters the noise of the Jacobian hides what the target says of them.
-    """
-    if covariance is None:
-        return ()
-    said = []
-    error = np.sqrt(np.diag(covariance))
-    advice = "Fix it (fixed=), give it a prior, or add data that depend on it."
-    hidden = np.zeros(len(error), dtype=bool) if unclear is None else unclear
-    for p, value, e, lost in zip(space.parameters, theta, error, hidden, strict=True):
-        unit = f" {p.unit}" if p.unit else ""
-        if lost:
-            said.append(
-                f"{p.name} acts on the outputs by hardly more than the noise of the estimated Jacobian: its standard "
-                f"error is {e:.3g}{unit} or more. Use more samples (num_samples=), a larger last scale (scale=), a "
-                f"larger natural scale of {p.name}, or method='kriging'."
-            )
-        if not np.isfinite(e):
-            said.append(f"{p.name} is not determined by the target: outputs do not depend on it by itself. {advice}")
-        elif e > 0.5 * min(p.upper - p.lower, 20 * (p.natural_scale or 1.0)):
-            said.append(f"{p.name} is hardly determined by the target: its standard error is {e:.3g}{unit}. {advice}")
-        if value in (p.lower, p.upper):
-            said.append(f"{p.name} ended at its bound {value:g}{unit}: its standard error does not count there.")
-    if np.isfinite(error).all() and (error > 0).all():
-        correlation = covariance / np.outer(error, error)
-        for i, j in zip(*np.triu_indices(len(error), 1), strict=True):
-            if abs(correlation[i, j]) > 0.98:
-                a, b = space.names[i], space.names[j]
-                said.append(f"{a} and {b} are known together only: their correlation is {correlation[i, j]:+.3f}.")
-    return tuple(said)
+def without(covariance: Array, which: NDArray[np.bool_]) -> Array:
+    """NaN for parameters whose error is not stated."""
+    result = covariance.copy()
+    result[which], result[:, which] = np.nan, np.nan
+    return result

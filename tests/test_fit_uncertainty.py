@@ -94,10 +94,13 @@ def test_the_noise_of_the_jacobian_is_no_information():
     away, stated, said = refits(4.0, 60)
     beta = 15 / 16
     truth = np.sqrt((1 + beta / (1 + 2 * beta)) / 16)
-    assert np.median(stated[:, 2]) == pytest.approx(truth, rel=0.1)
+    # Where next to nothing is left beside the noise none is stated.
+    told = np.isfinite(stated[:, 2])
+    assert told.mean() > 0.9
+    assert np.median(stated[told, 2]) == pytest.approx(truth, rel=0.12)
     assert away[:, 2].std() == pytest.approx(truth, rel=0.25)
-    np.testing.assert_allclose(np.median(stated[:, :2], axis=0), 1 / 30, rtol=0.05)
-    assert (np.abs(away[:, 2]) < 1.96 * stated[:, 2]).mean() > 0.88
+    np.testing.assert_allclose(np.nanmedian(stated[:, :2], axis=0), 1 / 30, rtol=0.05)
+    assert (np.abs(away[told, 2]) < 1.96 * stated[told, 2]).mean() > 0.88
     assert (np.abs(away[:, 2]) < 1.96 / np.sqrt(16 + 15)).mean() < 0.85
     # No more is known of N than to within half of it, and that is said, with what to do; of a and b all is known.
     told = [[w for w in warnings if "noise of the estimated Jacobian" in w] for warnings in said]

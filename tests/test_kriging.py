@@ -124,7 +124,8 @@ def test_a_linear_simulator_gives_its_normal_matrix():
     rows, J = rng.normal(size=(12, 3)), rng.normal(size=(50, 3))
     outputs = rows @ J.T + 1
     model = fit_kriging(rows, outputs @ outputs.T)
-    np.testing.assert_allclose(model.normal_matrix(np.zeros(3), np.full(3, 0.1)), J.T @ J, rtol=2e-3, atol=0.1)
+    dw = model.differences(np.zeros(3), np.full(3, 0.1))
+    np.testing.assert_allclose(dw.T @ model.gram @ dw, J.T @ J, rtol=2e-3, atol=0.1)
 
 
 def test_the_nugget_finds_the_simulators_noise():
@@ -134,6 +135,13 @@ def test_the_nugget_finds_the_simulators_noise():
         outputs = rows @ J.T + sigma * rng.normal(size=(40, 60))
         model = fit_kriging(rows, outputs @ outputs.T)
         assert model.noise / 60 == pytest.approx(sigma**2, rel=0.15)
+        each = model.residual_noise(outputs)
+        assert each.sum() == pytest.approx(model.noise)
+        # One output far noisier than the others is found to be.
+        outputs[:, 7] += 20 * sigma * rng.normal(size=40)
+        each = fit_kriging(rows, outputs @ outputs.T).residual_noise(outputs)
+        assert each.argmax() == 7
+        assert each[7] > 50 * np.median(each)
 
 
 def test_lengths_tell_which_parameter_matters():

@@ -1,0 +1,218 @@
+"""Errors are stated where they hold, and else not, with words that say why: of residuals as they are, and of fits."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import ndtri, stdtrit
+
+import bridge
+from bridge.lattice import Lattice
+from bridge.uncertainty import Evidence, normal_of
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import bench_coverage
+
+T = np.linspace(0, 1, 25)
+
+
+def slopes(number):
+    """Of six models, whitened by 2 % of their range."""
+    f, truth, natural = bench_coverage.MODELS[number % 6]
+    x, unit = np.array(truth), np.array(natural)
+    J = np.stack([f((x + h)[None])[0] - f((x - h)[None])[0] for h in np.diag(unit * 1e-3)], axis=1) / 2e-3
+    return J / (0.02 * np.ptp(f(x[None])))
+
+
+def least_squares(noise, known, count=300):
+    """Share of 95 % intervals that hold, of errors that are stated, and what is said, in fits that are linear."""
+    rng, inside, total, said = np.random.default_rng(3), [], 0, []
+    for k in range(count):
+        J = slopes(k)
+        m, d = J.shape
+        e = noise(rng, m)
+        away = np.linalg.lstsq(J, e, rcond=None)[0]
+        stated = Evidence(normal_of([J]), J.T @ J, J @ away - e, (m,)).stated(np.zeros((d, d)), known, None)
+        error = np.sqrt(np.diag(stated.covariance))
+        reach = ndtri(0.975) if np.isinf(stated.dof) else stdtrit(stated.dof, 0.975)
+        total += d
+        inside += list((np.abs(away) < reach * error)[np.isfinite(error)])
+        said += stated.notes
+        assert np.isfinite(error).all() or stated.notes
+    return np.mean(inside), len(inside) / total, said
+
+
+def correlated(rho):
+    def noise(rng, m):
+        return np.linalg.cholesky(rho ** np.abs(np.subtract.outer(np.arange(m), np.arange(m)))) @ rng.normal(size=m)
+
+    return noise
+
+
+def one_loud(rng, m):
+    e = rng.normal(size=m)
+    e[rng.integers(m)] *= 30
+    return e
+
+
+@pytest.mark.parametrize(
+    ("noise", "known", "least_stated"),
+    [
+        (lambda rng, m: rng.normal(size=m), True, 0.99),
+        (lambda rng, m: rng.normal(size=m), False, 0.85),
+        (lambda rng, m: 3 * rng.normal(size=m), True, 0.85),  # a variance that is too small
+        (lambda rng, m: rng.standard_t(3, size=m), False, 0.7),
+        (correlated(0.3), False, 0.3),
+    ],
+)
+def test_intervals_hold_in_linear_fits(noise, known, least_stated):
+    coverage, stated, _ = least_squares(noise, known)
+    assert 0.90 <= coverage <= 0.98
+    assert stated >= least_stated
+
+
+def test_what_residuals_do_not_tell_is_not_stated_and_why_is_said():
+    _, stated, said = least_squares(one_loud, False)
+    assert stated < 0.5
+    assert any("far noisier than the others" in w and "variance=" in w and "output [" in w for w in said)
+    _, stated, said = least_squares(correlated(0.9), False)
+    assert stated < 0.15
+    assert all("neighbouring outputs are alike" in w for w in said)
+
+
+def test_a_misfit_scales_the_errors():
+    J, e = slopes(0), (-1.0) ** np.arange(25)  # no neighbours alike
+    e -= J @ np.linalg.lstsq(J, e, rcond=None)[0]
+    e *= np.sqrt(22 / (e @ e))
+    of_one, of_many = (
+        Evidence(normal_of([J]), J.T @ J, size * e, (25,)).stated(np.zeros((3, 3)), True, None) for size in (1.0, 4.0)
+    )
+    assert of_one.notes == ()
+    np.testing.assert_allclose(of_one.covariance, np.linalg.inv(J.T @ J))
+    np.testing.assert_allclose(of_many.covariance, 16 * np.linalg.inv(J.T @ J), rtol=0.01)
+    assert "4 times as large" in of_many.notes[0]
+
+
+def test_steps_of_outputs_are_found():
+    rng = np.random.default_rng(0)
+    kinds = {
+        1.0: lambda: np.floor(20 * rng.normal(size=8)),
+        0.01: lambda: np.round(rng.normal(size=8), 2),
+        0.0123: lambda: 5 + np.floor(rng.normal(size=8) / 0.0123) * 0.0123,
+        0.0: lambda: rng.normal(size=8),
+    }
+    for step, draw in kinds.items():
+        lattice = Lattice()
+        lattice.add(np.array([draw() for _ in range(12)]))
+        np.testing.assert_allclose(lattice.steps, step, rtol=1e-6)
+        assert lattice.holds(draw()).all() == (step > 0)
+    flags = Lattice()  # each changes but once
+    flags.add(np.vstack([np.zeros(8), np.eye(8), np.full(8, np.nan)]))
+    np.testing.assert_allclose(flags.steps, 1.0)
+    same = Lattice()
+    same.restore(flags.to_dict())
+    np.testing.assert_array_equal(same.steps, flags.steps)
+
+
+def test_integer_outputs_do_not_make_errors_of_nothing():
+    """Of 120 whole numbers that are met exactly: the loss is 0, the error is not."""
+    t, rng = np.arange(60) * 0.04, np.random.default_rng(0)
+
+    def throw(p):
+        angle = np.radians(p[1])
+        return np.floor(np.concatenate([10 * p[0] * np.cos(angle) * t, 10 * (p[0] * np.sin(angle) * t - 4.9 * t * t)]))
+
+    simulator = bridge.as_simulator(throw, names=["speed", "angle"], bounds=[(5, 40), (5, 85)], natural_scale=[1, 2])
+    z = []
+    for seed in range(3):
+        truth = np.array([rng.uniform(15, 30), rng.uniform(30, 60)])
+        result = bridge.fit(simulator, throw(truth), [20.0, 45.0], seed=seed, max_runs=100)
+        assert np.isfinite(result.standard_error).all() or result.warnings
+        z += list((result.parameters - truth) / result.standard_error)
+    assert np.nanmax(np.abs(z)) < 4
+
+
+def test_a_simulator_as_noisy_as_its_target_has_finite_errors():
+    truth, z = np.array([2.0, 1.5, 0.5]), []
+
+    def clean(x):
+        return x[0] * np.exp(-x[1] * T) + x[2]
+
+    for seed in range(2):
+        rng = np.random.default_rng([seed, 4])
+        target = clean(truth) + 0.05 * rng.normal(size=25)
+        simulator = bridge.as_simulator(
+            lambda x, s: clean(x) + 0.05 * np.random.default_rng(s).normal(size=25),
+            names=["a", "b", "c"], natural_scale=[0.3] * 3, seeded=True,
+        )  # fmt: skip
+        result = bridge.fit(simulator, target, truth + 0.1, seed=seed, method="kriging", variance=0.05**2, max_runs=120)
+        assert not any("do not depend" in w for w in result.warnings)
+        z += list((result.parameters - truth) / result.standard_error)
+    assert np.isfinite(z).all()
+    assert np.abs(z).max() < 4
+
+
+def test_intervals_are_students_and_end_at_the_bounds():
+    def line(p):
+        return p[0] + p[1] * T
+
+    simulator = bridge.as_simulator(line, names=["a", "b"], bounds=[(-5, 5), (1.95, 5)], natural_scale=[0.1, 0.1])
+    target = line([1.0, 2.0]) + 0.1 * (-1.0) ** np.arange(25)
+    result = bridge.fit(simulator, target, [0.9, 2.1], seed=0)
+    lower, upper = result.interval(0.9)
+    reach = stdtrit(result.interval_dof, 0.95) * result.standard_error
+    assert result.interval_dof == pytest.approx(23, abs=1e-6)
+    assert upper[0] == pytest.approx(result.parameters[0] + reach[0])
+    assert lower[1] == 1.95
+    known = bridge.fit(simulator, target, [0.9, 2.1], seed=0, variance=0.01)
+    assert np.isinf(known.interval_dof)
+    with pytest.raises(bridge.InputError, match="level between 0 and 1"):
+        result.interval(95)
+    few = bridge.fit(lambda p: p[0] + p[1] * T[:2], target[:2], [0.9, 2.1], seed=0, max_runs=40)
+    assert np.isnan(few.standard_error).all()
+    assert any("2 outputs do not tell 2 parameters" in w for w in few.warnings)
+
+
+def noisy(function, size):
+    return lambda p, seed: function(p) + size * np.random.default_rng(seed).normal(size=25)
+
+
+@pytest.mark.parametrize("method", ["kriging", "gauss-newton"])
+def test_words_tell_what_is_not_there_from_a_valley(method):
+    target = 1 + 2 * T + 0.1 * np.random.default_rng(0).normal(size=25)
+    settings = {"max_runs": 50} if method == "kriging" else {}
+
+    def said(function, **more):
+        simulator = bridge.as_simulator(function, names=["a", "b", "c"])
+        result = bridge.fit(simulator, target, [1.0, 1.0, 1.0], seed=0, method=method, **settings, **more)
+        return result, " ".join(result.warnings)
+
+    result, words = said(lambda p: p[0] * T + p[1], variance=0.01)
+    assert "c is not determined by the target" in words
+    assert "outputs do not depend on it" in words
+    assert np.isfinite(result.standard_error).tolist() == [True, True, False]
+    result, words = said(lambda p: (p[0] + 2 * p[1]) * T + p[2], variance=0.01)
+    assert "depend on it" not in words
+    assert "a, b are not determined one by one" in words
+    assert np.isfinite(result.standard_error).tolist() == [False, False, True]
+
+
+def test_natural_scales_that_are_far_off_are_named_with_better_ones():
+    simulator = bridge.as_simulator(
+        lambda p: p[0] * 1e6 + p[1] * 1e-6 * T + p[2] * T**2, names=["a", "b", "c"], natural_scale=[1.0, 1.0, 1.0]
+    )
+    target = 3 + 4 * T + 2 * T**2
+    result = bridge.fit(simulator, target, [1e-6, 1e6, 0.0], seed=0, method="gauss-newton")
+    (said,) = [w for w in result.warnings if w.startswith("Natural scales do not fit")]
+    assert "a 2e-06" in said
+    assert "b" in said.split("larger one for")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["smooth", "rounded", "stochastic-1", "correlated"])
+def test_a_part_of_the_audit(cell):
+    """See `tests/benchmarks/bench_coverage.py`: never small and wrong, never silent."""
+    records = [bench_coverage.refit(cell, given, "kriging", n) for given in (True, False) for n in range(12)]
+    told = bench_coverage.summary(records)
+    assert told["wrong"] == ""
