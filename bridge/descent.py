@@ -34,6 +34,7 @@ _RACE = 0.5
 # How often in turn half of a step is taken back where fewer than that share of the runs are of use; with how few there
 # is a step all the same.
 _RETREATS, _HALF, _LEAST_LEFT = 3, 0.5, 0.1
+_NOISY_MARGIN = 1.5
 # Steps of less than this part of the errors asked for are small against them.
 SMALL_STEP = 0.25
 
@@ -393,7 +394,9 @@ class Descent:
         if not self.misfit.usable(outputs).all():
             return ""
         at_end, at_start = (self.misfit.value(torch.as_tensor(y), z) for y, z in zip(outputs, ends, strict=True))
-        if not (at_end > at_start and loss > self.first_loss):
+        # One run of a simulator with noise of its own is not worse for being a little worse.
+        margin = _NOISY_MARGIN if may_be_noisy(self.smoothed.simulator) else 1.0
+        if not (at_end > margin * at_start and loss > margin * self.first_loss):
             return ""
         return (
             f"The fit has come to a place that is worse than the start: its loss is {at_end:.4g} there, and "
