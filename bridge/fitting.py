@@ -101,20 +101,25 @@ def fit(
     Methods:
         "kriging" models all outputs by one Gaussian process through every run so far (`bridge.kriging`), and runs, a
             round at a time, where the loss is or may be least (`bridge.search`). Rounds of a few runs, least squares
-            only, up to some forty parameters. It restarts elsewhere where it ends, or is stuck, and the target is not
-            explained: by chi-square where `variance` is given, else if more than a fiftieth of the first loss is left.
+            only, up to two hundred parameters. It restarts elsewhere where it ends, or is stuck, and the target is not
+            explained: by chi-square where `variance` is given, else if more than a fiftieth of the first loss is left
+            and residuals do not look like noise.
+        "trust-region" minimises a loss of any kind by a quadratic model of the runs about the best one
+            (`bridge.trust_region`), in few runs; it has no standard errors.
         "gauss-newton" solves with J^T V^-1 J of the smoothed Jacobian: many parameters, block structure, many runs at
             once.
         "adam" descends the smoothed gradient, of any loss, at `learning_rate` times the current scale.
         "torch" does so by any optimiser of `torch.optim`, or one like them: `optimiser`.
         "natural" descends the smoothed loss, of any kind, by natural gradients in the mean and in the scale matrix L of
             the noise (`bridge.natural`): an evolution strategy that learns which parameters go together.
-        "auto" takes torch where an optimiser is given, adam with a loss of one's own, gauss-newton with a block
-            structure, with `coarse` or with more than forty parameters, and kriging otherwise; the result says which
+        "auto" takes torch where an optimiser is given, trust-region with a loss of one's own (adam where settings of
+            smoothing are given with it, or beyond a hundred parameters), gauss-newton with a block structure, with
+            `coarse` or with more than two hundred parameters, and kriging otherwise; the result says which
             and why.
 
     Args:
-        simulator: as in `bridge.smooth`; its parameter space gives bounds and natural units.
+        simulator: as in `bridge.smooth`; its parameter space gives bounds and natural units. Where it says nothing of
+            natural scales, they come from the bounds, the start and the first runs (`docs/fitting.md`).
         target: of the simulator's output shape.
         start: name -> value, or (d,); or several: a list of mappings, or (k, d). Descents go on from all of them side
             by side, all runs of a step in one dispatch; kriging runs all in its first round.
@@ -150,19 +155,20 @@ def fit(
             residuals; needs `variance`.
         coarse: from coarse to fine, widths [pixels] of Gaussian blurs of what is compared, along the last two axes, or
             linear maps; equal shares of the first four fifths of the steps, then none (gauss-newton, adam, torch).
-        loss: l(output, target) -> number, in place of least squares (adam, torch, natural).
+        loss: l(output, target) -> number, in place of least squares (trust-region, adam, torch, natural).
         prior: name -> (mean, standard deviation), Gaussian; several names in a tuple -> (means, covariance) of these
             together, and (means, covariance) of all. It counts against `variance`. A loss of one's own is taken for a
             negative log likelihood.
         fixed: names of parameters that keep their start. tied: name -> another that it is to equal.
-        max_runs: the budget, with what is run at the end; kriging's default is 60 (d + 1).
+        max_runs: the budget, with what is run at the end; default 60 (d + 1) for kriging, 100 (d + 1) for trust-region.
         max_seconds: stops after the step in which so much time has passed since this call. The result then depends on
             the machine.
         restarts: at most so many (kriging), default 10.
         tolerance: descents: converged when, at the last scale, parameters move by less than this (natural units) over a
             tenth of the steps, default 0.01. Kriging: when two rounds in turn promise less than this many
             standard errors, default 0.1; without `variance` it goes on until steps are below 1e-4 natural scales, or,
-            in simulators without noise, until eight rounds and 6 (d + 1) runs have gained less than 3e-4 of the loss.
+            in simulators without noise, until ten digits of the target agree or eight rounds and 6 (d + 1) runs have
+            gained less than 3e-4 of the loss. Trust-region: the radius, in natural scales, at which it ends, 1e-6.
         reuse: earlier evaluations of the same simulator to begin with (kriging): directories of earlier fits by
             kriging, or `bridge.Store`s (which earlier fits by any method were given as `store=`) or their directories.
             They become part of this run, which does not need them again.
@@ -176,7 +182,8 @@ def fit(
             bitwise the same result; see `bridge.Run`, also for `resume`, `overwrite` and `every_s`.
         comm, **smoothing: as in `bridge.smooth`. Kriging smooths nothing and takes those that say how runs are
             carried out; by default each of its runs has simulator seeds of its own, and failed ones
-            (failures="drop") count as bad.
+            (failures="drop") count as bad. Outputs that are not finite, or beyond 1e100, are bad
+            runs with every method.
 
     Returns:
         a `FitResult`, the same on every rank. Collective under MPI. In one process an interrupt (Ctrl-C)

@@ -87,7 +87,7 @@ def unexplained(good: Goodness, residual: NDArray[np.generic], start_residual: N
                 f"({reduced:.3g} each; 1 is expected).{loud} Look at the residuals; try other starts (num_starts=, "
                 "restarts=), more runs, a variance that has all noise, or robust= where few outputs are off."
             )
-    size, first = (float(np.sqrt(np.nanmean(np.square(np.asarray(x, float))))) for x in (residual, start_residual))
+    size, first = _size(residual), _size(start_residual)
     alike = _alike(residual) if size > _EXACT * first else 0.0
     if good.chi_square is None and alike:
         said.append(
@@ -96,6 +96,13 @@ def unexplained(good: Goodness, residual: NDArray[np.generic], start_residual: N
             "variance=). Standard errors take residuals for independent, and may be too small."
         )
     return tuple(said)
+
+
+def _size(residual: NDArray[np.generic]) -> float:
+    """Root mean square of what is there; 0 where nothing is."""
+    r = np.asarray(residual, dtype=np.float64)
+    r = r[np.isfinite(r)]
+    return float(np.sqrt(np.mean(r**2))) if r.size else 0.0
 
 
 def _loudest(good: Goodness) -> str:

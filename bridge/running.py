@@ -178,6 +178,8 @@ class Runner:
         Raises:
             EvaluationError: a run failed and failures="raise".
         """
+        if self._filing is not None:
+            self._filing.before_calls()
         try:
             yield from self._run()
         finally:

@@ -204,9 +204,9 @@ class Searching:
         failed = int(search.failed.sum())
         if failed and self.plain.strategy.errors_raise:
             said.append(
-                f"{failed} of {len(search.rows)} runs gave NaN, infinite or enormous outputs and were taken for bad ones. "
-                "If the best run is near to them, bound the parameters to where the simulator works; where outputs "
-                "only lack some numbers (NaN), pass missing='ignore'."
+                f"{failed} of {len(search.rows)} runs gave NaN, infinite or enormous outputs and were taken for bad "
+                "ones. If the best run is near to them, bound the parameters to where the simulator works; where "
+                "outputs only lack some numbers (NaN), pass missing='ignore'."
             )
         if not search.whole:
             said.append(
