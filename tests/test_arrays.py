@@ -174,7 +174,7 @@ def test_streamed_sums_ask_for_one_dtype() -> None:
         return (np.ones(3) * x[0]).astype(np.float32 if count < 17 else np.float64)
 
     smoothed = bridge.smooth(simulate, seed=0, num_samples=64, scale=0.1, keep_megabytes=0)
-    with pytest.raises(bridge.BridgeError, match=r"one dtype .* float32 first and then .*float64"):
+    with pytest.raises(bridge.BridgeError, match=r"one dtype .*float32 first and then .*float64"):
         smoothed(THETA.clone().requires_grad_())
 
 
@@ -529,7 +529,7 @@ def test_infinite_numbers_and_nothing_at_all_stay_failures() -> None:
             bridge.smooth(lacking, seed=0, num_samples=64, scale=0.1, missing="ignore", **what)
     loo = {"points": "mc", "covariate": "loo"}
     whole = bridge.smooth(lacking, seed=0, num_samples=64, scale=0.1, missing="ignore", **loo).estimate(THETA)
-    with pytest.raises(bridge.InputError, match="lack no numbers .*replicates=8"):
+    with pytest.raises(bridge.InputError, match=r"lack no numbers .*replicates=8"):
         whole.standard_error.sum()
 
 
@@ -603,5 +603,5 @@ def test_runs_that_lack_numbers_are_kept_and_taken_up(tmp_path: Path) -> None:
 
     first = go("a")
     again = go("b", reuse=tmp_path / "a")
-    assert again.num_reused == first.num_evaluations - 1  # the output at the end may be had from a run
+    assert again.num_reused == first.num_evaluations
     assert again.loss <= 1.01 * first.loss
