@@ -1,7 +1,7 @@
 """How well the parameters are known where a fit has ended.
 
-The estimate z solves (N + P) (z - z*) = J^T e in first order, N = J^T J of whitened residuals, so that its covariance is
-the sandwich (N + P)^-1 (J^T V J + P) (N + P)^-1, V the covariance of e: the target's noise, the noise of the
+The estimate z solves (N + P) (z - z*) = J^T e in first order, N = J^T J of whitened residuals. Its covariance is the
+sandwich (N + P)^-1 (J^T V J + P) (N + P)^-1, V the covariance of e: the target's noise, the noise of the
 simulator's own runs as far as it is left in the estimate, and what outputs are rounded by. Where the variance of the
 target is not given, or is too small for the residuals, V comes from these. Where they do not tell it, none is stated.
 """
@@ -31,7 +31,8 @@ Array = NDArray[np.float64]
 # Standard deviations by which the information on a parameter is to exceed nothing: its error is then good to a sixth.
 _CLEAR, _LOST = 3.0, 1.0
 _ALIKE = 0.25
-# Chance of a chi-square as large as that from which on it scales errors, and from which on that is said; of an outlier, and of a step that is no noise.
+# Chance of a chi-square as large as that from which on it scales errors, and from which on that is said; of an outlier,
+# and of a step that is no noise.
 _MISFIT, _SAID, _OUTLIER, _STEP = 0.01, 1e-4, 1e-3, 0.05
 # Of its standard error: how far a parameter may go without an output that is an outlier; how far the expected step may
 # be, which counts as an error of the fit, until none is stated.
@@ -178,7 +179,7 @@ class Evidence:
         run_noise: root of the sum of the outputs' variances by the noise of one run.
         spread: root of the sum of squares of the target about its mean.
         first: root of the mean squared residual where the fit began, infinite if unknown.
-        newton: whether it came here by steps of Gauss-Newton of outputs without steps. fresh: whether by Jacobians other than J.
+        newton: whether it came here by steps of Gauss-Newton of outputs without steps. fresh: by other Jacobians.
     """
 
     normal: Normal
@@ -275,15 +276,15 @@ class Evidence:
                 if max(seen_rho, default=0.0) > max(_TOO_ALIKE - _OF_FEW / np.sqrt(len(r)), 0.1):
                     why = (
                         f"No standard error is stated: residuals of neighbouring outputs are alike (correlation "
-                        f"{max(seen_rho):.2f}), so that something other than independent noise is left of the target. Give "
-                        "variance= as the covariance of its noise, or to the simulator what it lacks."
+                        f"{max(seen_rho):.2f}), so that something other than independent noise is left of the target. "
+                        "Give variance= as the covariance of its noise, or to the simulator what it lacks."
                     )
             if why:
                 return none, dof, [*notes, why]
         elif float(r @ r) > 0.5 * dof and max(_alike(r, J, self.shape)[0], default=0.0) > _FAR_TOO_ALIKE:
             return none, dof, [
-                "No standard error is stated: residuals of neighbouring outputs are alike, but the variance given is that "
-                "of independent noise. Give variance= as the covariance of the target's noise."
+                "No standard error is stated: residuals of neighbouring outputs are alike, but the variance given is "
+                "that of independent noise. Give variance= as the covariance of the target's noise."
             ]  # fmt: skip
         uniform = float(V.mean())
         unit = 1.0 if known else max(uniform, 1e-300)
@@ -384,8 +385,9 @@ def _data(J: Array, r: Array) -> NDArray[np.bool_]:
 
 
 def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], list[float], float]:
-    """Correlation rho >= 0 of neighbouring residuals along each axis, that to reckon with, and by how much the mean squared residual is
-    larger than it seems, since a fit follows what is alike.
+    """Correlation rho >= 0 of neighbouring residuals along each axis, and that to reckon with; then growth.
+
+    That is by how much the mean squared residual is larger than it seems, since a fit follows what is alike.
 
     Moments of residuals M e, M = 1 - J (J^T J)^-1 J^T, with e of correlation R = rho^|i - j|: the rho at which
     tr(M L M R) / tr(M R) is r^T L r / r^T r, L the pairs of neighbours.
@@ -521,13 +523,15 @@ def of_descent(
     first = np.inf
     if len(outputs) > 1 and np.isfinite(outputs[1]).all():
         first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
-    # A full step has the noise of its outputs; one cut short, of length L beside noise s, walks about by no more than sqrt(s L / 0.8).
+    # A full step has the noise of its outputs; those cut short, of length L beside noise s, walk by sqrt(s L / 0.8).
     noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(told + prior.information))).max(initial=0.0)
     cut = min(1.0, longest / (0.8 * noise)) if noise > 0 else 1.0
+    newton = bool(step_noise) or past is None
+    wander = np.atleast_2d(np.cov(past.T)) if past is not None and not newton and len(past) > 1 else None
     evidence = Evidence(
         normal, told, r, tuple(misfit.target.shape), left=step_noise * jitter * cut, seen=jitter, rounding=rounding,
         floor=floor, step=step if past is not None else None, jitter=jitter * (1 + step_noise),
-        first=first, spread=_spread(misfit), newton=(bool(step_noise) or past is None) and not stepped, fresh=True, wander=None if past is None or step_noise or len(past) < 2 else np.atleast_2d(np.cov(past.T)), bias=bias,
+        wander=wander, bias=bias, first=first, spread=_spread(misfit), newton=newton and not stepped, fresh=True,
     )  # fmt: skip
     return evidence.stated(prior.information, known, misfit.robust)
 
@@ -540,7 +544,7 @@ def _spread(misfit: Misfit) -> float:
 def _on_plateau(J: Array, rounding: Array, precision: Array) -> Array:
     """Covariance where all outputs that have steps are those of the target.
 
-    An output keeps its step with probability 1 - |J_o dz| / step_o, and all do with exp(-sum |J_o dz| / step_o), nearly.
+    An output keeps its step with probability 1 - |J_o dz| / step_o, and all with exp(-sum |J_o dz| / step_o), nearly.
     Its second moment is taken with the sum the same in all directions of J^T J: (d + 1) / c^2, c the mean of the sum.
     """
     d, J = J.shape[1], J / np.sqrt(12 * rounding)[:, None]
@@ -584,7 +588,7 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     robust, prior = misfit.robust, misfit.prior
     near, stand_in = search.rows_of_model(z)
     F = search.residuals[stand_in]
-    m, d = F.shape[1], len(z)
+    m = F.shape[1]
     rounding, floor = np.zeros(m), np.zeros(m)
     if lattice is not None and len(lattice.first) and lattice.steps.any():
         rounding = misfit.spread_of(lattice.deviation(tuple(misfit.target.shape)))
