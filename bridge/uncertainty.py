@@ -611,31 +611,32 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     stepped = rounding > 0
     exact = bool(stepped.any()) and bool((np.abs(search.residual_at(z)) < 1e-3 * np.sqrt(12 * rounding))[stepped].all())
     exact = exact and robust is None and bool((search.residual_at(z)[~stepped] == 0).all())
+    total, wide = float(noise.sum()), 2.0 if stepped.any() else 1.0
+    independent = float(np.clip(total**2 / max(float((noise**2).sum()), 1e-300), 1.0, m))
+    usual = float(np.mean(left + floor))
+    variance = 1.0 + usual if known else max(float(r @ r) / max(m - len(z), 1), usual, 1e-300)
     # Differences over the errors themselves: the slope between two steps of a staircase is not what counts.
     for _ in range(3):
         dw = model.differences(z, width)
-        J = F.T @ dw
+        gram = dw.T @ model.gram @ dw
         # A slope of less than the model's own rounding is that of others' outputs, and not one.
-        J[:, (J**2).sum(axis=0) <= _SPURIOUS * float((F**2).sum(axis=1).max()) * (dw**2).sum(axis=0)] = 0
-        total = float(noise.sum())
-        independent = total**2 / max(float((noise**2).sum()), 1e-300)
-        normal = Normal(J, J.T @ J, total * dw.T @ dw, max(min(independent, float(m)), 1.0))
-        told = normal.told()
-        weight = 1.0 if robust is None else robust.weight(r)
-        step = -finite_inverse(told + prior.information) @ (J.T @ (weight * r) + prior(z)[1])
-        step = np.clip(z + step, search.lower, search.upper) - z
-        evidence = Evidence(
-            normal, told, r, tuple(misfit.target.shape), left=left, seen=left, floor=floor, step=step, first=first,
-            run_noise=float(np.sqrt(noise.sum())), spread=_spread(misfit),
-        )  # fmt: skip
-        stated = evidence.stated(prior.information, known, robust)
-        if exact:
-            stated = replace(stated, covariance=_on_plateau(J[stepped], rounding[stepped], prior.information), notes=())
-        error = np.sqrt(np.diag(stated.covariance))
-        if not np.isfinite(error).any():
-            error = np.sqrt(np.diag(of_least_squares(told, max(float(r @ r) / m, 1e-300), prior.information)))
-        wide = 2.0 if rounding.any() else 1.0
-        width = np.clip(np.where(np.isnan(error), width, wide * error), 1e-4 * search.unit, search.unit)
+        spurious = np.diag(gram) <= _SPURIOUS * float(np.diag(model.gram).max()) * (dw**2).sum(axis=0)
+        gram[spurious] = gram[:, spurious] = 0
+        told = Normal(np.zeros((m, len(z))), gram, total * dw.T @ dw, independent).told()
+        error = np.sqrt(np.diag(of_least_squares(told, variance, prior.information)))
+        width = np.clip(wide * error, 1e-4 * search.unit, search.unit)
+    J = F.T @ dw
+    J[:, spurious] = 0
+    weight = 1.0 if robust is None else robust.weight(r)
+    step = -finite_inverse(told + prior.information) @ (J.T @ (weight * r) + prior(z)[1])
+    evidence = Evidence(
+        Normal(J, J.T @ J, total * dw.T @ dw, independent), told, r, tuple(misfit.target.shape), left=left, seen=left,
+        floor=floor, step=np.clip(z + step, search.lower, search.upper) - z, first=first,
+        run_noise=float(np.sqrt(total)), spread=_spread(misfit),
+    )  # fmt: skip
+    stated = evidence.stated(prior.information, known, robust)
+    if exact:
+        stated = replace(stated, covariance=_on_plateau(J[stepped], rounding[stepped], prior.information), notes=())
     return stated
 
 
