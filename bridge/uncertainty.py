@@ -43,6 +43,8 @@ _MOST_OUTLIERS = 0.1
 _OF_FEW, _FAR_TOO_ALIKE = 1.25, 0.6
 # Of outputs beside their changes in a model, squared: what the least nugget makes of them.
 _SPURIOUS = 1e-10
+# Different changes of outputs between two runs, to tell a step by.
+_ENOUGH_APART = 5
 # Of residuals at the start: those that are left of a target without noise.
 _EXACT = 1e-6
 _TOO_ALIKE, _CORRELATIONS = 0.6, np.append(np.arange(0, 0.95, 0.1), 0.97)
@@ -175,6 +177,7 @@ class Evidence:
             the target, 1/12 of the square of a step.
         step: (d,) that is still expected; jitter: variance of its outputs that noise makes.
         wander: (d, d) covariance of where a descent goes about its end.
+        within: squared length, in outputs, of steps that noise of the outputs makes.
         bias: (m,) what smoothing adds to the outputs, and noise.
         run_noise: root of the sum of the outputs' variances by the noise of one run.
         spread: root of the sum of squares of the target about its mean.
@@ -194,6 +197,7 @@ class Evidence:
     jitter: float = 0.0
     wander: Array | None = None
     bias: Array | None = None
+    within: float = 0.0
     first: float = np.inf
     run_noise: float = 0.0
     spread: float = np.inf
@@ -208,7 +212,7 @@ class Evidence:
         if robust is not None:
             covariance, dof = of_robust(self.told, J, r, robust, precision), np.inf
         else:
-            covariance, dof, notes = self._least_squares(J, r + J @ step, precision, known)
+            covariance, dof, notes = self._least_squares(J, r, precision, known)
         unclear, lost = _unclear(self.normal, self.told, covariance, precision)
         covariance, more = self._with_steps(covariance, step, precision)
         least = np.sqrt(np.diag(covariance))
@@ -238,9 +242,10 @@ class Evidence:
 
     def _least_squares(self, J: Array, r: Array, precision: Array, known: bool) -> tuple[Array, float, list[str]]:
         d, none = len(self.told), np.full((len(self.told), len(self.told)), np.nan)
-        data = _data(J, r)
-        h = leverages(J, np.ones(len(r)), precision * (1.0 if known else 0.0))
-        dof = float(data.sum() - h.sum())
+        # Of a fit to the target alone: what a prior pulls the residuals by is no misfit.
+        r = r - J @ (finite_inverse(J.T @ J) @ (J.T @ r))
+        h = leverages(J, np.ones(len(r)), 0 * precision)
+        dof = float(_data(J, r).sum() - h.sum())
         parts = (self.left, self.seen, self.rounding, self.floor)
         left, seen, rounding, floor = (np.broadcast_to(x, len(r)) for x in parts)
         notes, misfit = [], False
@@ -260,8 +265,8 @@ class Evidence:
         else:
             if dof < 0.5:
                 return none, np.nan, [
-                    f"No standard error is stated: {int(data.sum())} outputs do not tell {d} parameters and the noise "
-                    "of the target. Give variance=, or more outputs."
+                    f"No standard error is stated: {int(_data(J, self.r).sum())} outputs do not tell {d} parameters "
+                    "and the noise of the target. Give variance=, or more outputs."
                 ]  # fmt: skip
             V = np.maximum(float((r**2).sum()) / dof - seen, 0.0) + left
             V = np.maximum(V, rounding + floor)
@@ -341,7 +346,7 @@ class Evidence:
         # Gauss-Newton's steps lead to a minimum as far as noise lets them; of others that is not known.
         beta = float(np.linalg.eigvals(finite_inverse(metric) @ self.normal.noise).real.max(initial=0.0))
         by_slopes = 2 * beta / (1 + beta) * float(self.r @ self.r) / max(len(self.r) - d, 1) if self.fresh else 0.0
-        expected = (self.jitter + by_slopes) * chdtri(d, _STEP) if self.newton else 0.0
+        expected = max((self.jitter + by_slopes) * chdtri(d, _STEP), self.within) if self.newton else 0.0
         for s, noise in ((step, expected), self._bias_step(precision)):
             length = float(s @ metric @ s)
             if length <= noise or not np.isfinite(length):
@@ -375,7 +380,7 @@ class Evidence:
         within, noise = float(s @ J.T @ J @ s), float(rest @ rest) / n
         if within <= 0 or fdtrc(d, n, within / d / max(noise, 1e-300)) > _STEP:
             return np.zeros(d), 0.0
-        return s, d * noise
+        return s, max(d * noise, self.within)
 
 
 def _data(J: Array, r: Array) -> NDArray[np.bool_]:
@@ -508,9 +513,10 @@ def of_descent(
     bias, stepped = None, False
     good = [y for y in outputs if np.isfinite(y).all()]
     if len(good) > 1:
-        lattice = Lattice()
-        lattice.add(np.append(0.0, (good[0] - good[1]).reshape(-1))[:, None])
-        if size := float(lattice.steps[0]):
+        lattice, apart = Lattice(), np.unique(np.abs(good[0] - good[1]))
+        lattice.add(np.append(0.0, apart)[:, None])
+        # Two runs of a few outputs may be whole numbers apart by chance, such as at a round start.
+        if (size := float(lattice.steps[0])) and len(apart) > _ENOUGH_APART:
             stepped = True
             rounding = misfit.spread_of(np.full(misfit.target.shape, size / np.sqrt(12)))
             off = (misfit.target.numpy() - good[0]) / size
@@ -528,9 +534,11 @@ def of_descent(
     cut = min(1.0, longest / (0.8 * noise)) if noise > 0 else 1.0
     newton = bool(step_noise) or past is None
     wander = np.atleast_2d(np.cov(past.T)) if past is not None and not newton and len(past) > 1 else None
+    along = normal.mean.T @ (residuals - r).T
+    within = float(((finite_inverse(normal.naive) @ along) * along).sum()) / max(R - 1, 1) / R
     evidence = Evidence(
-        normal, told, r, tuple(misfit.target.shape), left=step_noise * jitter * cut, seen=jitter, rounding=rounding,
-        floor=floor, step=step if past is not None else None, jitter=jitter * (1 + step_noise),
+        normal, told, r, tuple(misfit.target.shape), within=3 * (1 + step_noise) * within,
+        left=step_noise * jitter * cut, seen=jitter, rounding=rounding, floor=floor, step=step if past is not None else None, jitter=jitter * (1 + step_noise),
         wander=wander, bias=bias, first=first, spread=_spread(misfit), newton=newton and not stepped, fresh=True,
     )  # fmt: skip
     return evidence.stated(prior.information, known, misfit.robust)
