@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.fit_result import Stated
-from bridge.simulator import Parameter, ParameterSpace
+from bridge.simulator import ParameterSpace
 
 Array = NDArray[np.float64]
 
@@ -83,12 +83,13 @@ def _not_seen(stated: Stated, space: ParameterSpace, i: int, kriging: bool, advi
     over = f"over its natural scale of {natural:g}{unit}"
     change, noise = (float(x[i]) if x.size else 0.0 for x in (stated.sensitivity, stated.hidden))
     most = int(np.argmax(stated.sensitivity)) if stated.sensitivity.size else i
-    if change <= 0 or most == i and noise <= 0:
+    if change <= 0 or (most == i and noise <= 0):
         return f"{p.name} is not determined by the target: outputs do not depend on it. {advice}"
     if _TOLD * noise < _NOTHING * float(stated.sensitivity[most]):
         return (
-            f"{p.name} is not determined by the target: {over} outputs do not depend on it, or by less than a millionth "
-            f"of what {space.names[most]} does. {advice} If it should matter, its natural scale is far too small."
+            f"{p.name} is not determined by the target: {over} outputs do not depend on it, or by less than a "
+            f"millionth of what {space.names[most]} does. {advice} If it should matter, its natural scale is far too "
+            "small."
         )
     if stated.run_noise > 0 and change + _TOLD * noise < stated.run_noise:
         return (
@@ -103,8 +104,9 @@ def _not_seen(stated: Stated, space: ParameterSpace, i: int, kriging: bool, advi
             f"runs (max_runs=), give variance= if you know it, or {p.name} a larger natural scale."
         )
     return (
-        f"{p.name} acts on the outputs by hardly more than the noise of the estimated Jacobian: {least}. Use more "
-        f"samples (num_samples=), a larger last scale (scale=), a larger natural scale of {p.name}, or method='kriging'."
+        f"{p.name} acts on the outputs by hardly more than the noise of the estimated Jacobian: {least}. Use "
+        f"more samples (num_samples=), a larger last scale (scale=), a larger natural scale of {p.name}, or "
+        "method='kriging'."
     )
 
 

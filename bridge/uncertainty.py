@@ -1,7 +1,7 @@
 """How well the parameters are known where a fit has ended.
 
-The estimate z solves (N + P) (z - z*) = J^T e in first order, N = J^T J of whitened residuals, so that its covariance is
-the sandwich (N + P)^-1 (J^T V J + P) (N + P)^-1, V the covariance of e: the target's noise, the noise of the
+The estimate z solves (N + P) (z - z*) = J^T e in first order, N = J^T J of whitened residuals. Its covariance is the
+sandwich (N + P)^-1 (J^T V J + P) (N + P)^-1, V the covariance of e: the target's noise, the noise of the
 simulator's own runs as far as it is left in the estimate, and what outputs are rounded by. Where the variance of the
 target is not given, or is too small for the residuals, V comes from these. Where they do not tell it, none is stated.
 """
@@ -31,7 +31,8 @@ Array = NDArray[np.float64]
 # Standard deviations by which the information on a parameter is to exceed nothing: its error is then good to a sixth.
 _CLEAR, _LOST = 3.0, 1.0
 _ALIKE = 0.25
-# Chance of a chi-square as large as that from which on it scales errors, and from which on that is said; of an outlier, and of a step that is no noise.
+# Chance of a chi-square as large as that from which on it scales errors, and from which on that is said; of an outlier,
+# and of a step that is no noise.
 _MISFIT, _SAID, _OUTLIER, _STEP = 0.01, 1e-4, 1e-3, 0.05
 # Of its standard error: how far a parameter may go without an output that is an outlier; how far the expected step may
 # be, which counts as an error of the fit, until none is stated.
@@ -42,6 +43,8 @@ _MOST_OUTLIERS = 0.1
 _OF_FEW, _FAR_TOO_ALIKE = 1.25, 0.6
 # Of outputs beside their changes in a model, squared: what the least nugget makes of them.
 _SPURIOUS = 1e-10
+# Different changes of outputs between two runs, to tell a step by.
+_ENOUGH_APART = 5
 # Of residuals at the start: those that are left of a target without noise.
 _EXACT = 1e-6
 _TOO_ALIKE, _CORRELATIONS = 0.6, np.append(np.arange(0, 0.95, 0.1), 0.97)
@@ -174,11 +177,12 @@ class Evidence:
             the target, 1/12 of the square of a step.
         step: (d,) that is still expected; jitter: variance of its outputs that noise makes.
         wander: (d, d) covariance of where a descent goes about its end.
+        within: squared length, in outputs, of steps that noise of the outputs makes.
         bias: (m,) what smoothing adds to the outputs, and noise.
         run_noise: root of the sum of the outputs' variances by the noise of one run.
         spread: root of the sum of squares of the target about its mean.
         first: root of the mean squared residual where the fit began, infinite if unknown.
-        newton: whether it came here by steps of Gauss-Newton of outputs without steps. fresh: whether by Jacobians other than J.
+        newton: whether it came here by steps of Gauss-Newton of outputs without steps. fresh: by other Jacobians.
     """
 
     normal: Normal
@@ -193,6 +197,7 @@ class Evidence:
     jitter: float = 0.0
     wander: Array | None = None
     bias: Array | None = None
+    within: float = 0.0
     first: float = np.inf
     run_noise: float = 0.0
     spread: float = np.inf
@@ -207,7 +212,7 @@ class Evidence:
         if robust is not None:
             covariance, dof = of_robust(self.told, J, r, robust, precision), np.inf
         else:
-            covariance, dof, notes = self._least_squares(J, r + J @ step, precision, known)
+            covariance, dof, notes = self._least_squares(J, r, precision, known)
         unclear, lost = _unclear(self.normal, self.told, covariance, precision)
         covariance, more = self._with_steps(covariance, step, precision)
         least = np.sqrt(np.diag(covariance))
@@ -237,9 +242,10 @@ class Evidence:
 
     def _least_squares(self, J: Array, r: Array, precision: Array, known: bool) -> tuple[Array, float, list[str]]:
         d, none = len(self.told), np.full((len(self.told), len(self.told)), np.nan)
-        data = _data(J, r)
-        h = leverages(J, np.ones(len(r)), precision * (1.0 if known else 0.0))
-        dof = float(data.sum() - h.sum())
+        # Of a fit to the target alone: what a prior pulls the residuals by is no misfit.
+        r = r - J @ (finite_inverse(J.T @ J) @ (J.T @ r))
+        h = leverages(J, np.ones(len(r)), 0 * precision)
+        dof = float(_data(J, r).sum() - h.sum())
         parts = (self.left, self.seen, self.rounding, self.floor)
         left, seen, rounding, floor = (np.broadcast_to(x, len(r)) for x in parts)
         notes, misfit = [], False
@@ -259,8 +265,8 @@ class Evidence:
         else:
             if dof < 0.5:
                 return none, np.nan, [
-                    f"No standard error is stated: {int(data.sum())} outputs do not tell {d} parameters and the noise "
-                    "of the target. Give variance=, or more outputs."
+                    f"No standard error is stated: {int(_data(J, self.r).sum())} outputs do not tell {d} parameters "
+                    "and the noise of the target. Give variance=, or more outputs."
                 ]  # fmt: skip
             V = np.maximum(float((r**2).sum()) / dof - seen, 0.0) + left
             V = np.maximum(V, rounding + floor)
@@ -275,15 +281,15 @@ class Evidence:
                 if max(seen_rho, default=0.0) > max(_TOO_ALIKE - _OF_FEW / np.sqrt(len(r)), 0.1):
                     why = (
                         f"No standard error is stated: residuals of neighbouring outputs are alike (correlation "
-                        f"{max(seen_rho):.2f}), so that something other than independent noise is left of the target. Give "
-                        "variance= as the covariance of its noise, or to the simulator what it lacks."
+                        f"{max(seen_rho):.2f}), so that something other than independent noise is left of the target. "
+                        "Give variance= as the covariance of its noise, or to the simulator what it lacks."
                     )
             if why:
                 return none, dof, [*notes, why]
         elif float(r @ r) > 0.5 * dof and max(_alike(r, J, self.shape)[0], default=0.0) > _FAR_TOO_ALIKE:
             return none, dof, [
-                "No standard error is stated: residuals of neighbouring outputs are alike, but the variance given is that "
-                "of independent noise. Give variance= as the covariance of the target's noise."
+                "No standard error is stated: residuals of neighbouring outputs are alike, but the variance given is "
+                "that of independent noise. Give variance= as the covariance of the target's noise."
             ]  # fmt: skip
         uniform = float(V.mean())
         unit = 1.0 if known else max(uniform, 1e-300)
@@ -340,7 +346,7 @@ class Evidence:
         # Gauss-Newton's steps lead to a minimum as far as noise lets them; of others that is not known.
         beta = float(np.linalg.eigvals(finite_inverse(metric) @ self.normal.noise).real.max(initial=0.0))
         by_slopes = 2 * beta / (1 + beta) * float(self.r @ self.r) / max(len(self.r) - d, 1) if self.fresh else 0.0
-        expected = (self.jitter + by_slopes) * chdtri(d, _STEP) if self.newton else 0.0
+        expected = max((self.jitter + by_slopes) * chdtri(d, _STEP), self.within) if self.newton else 0.0
         for s, noise in ((step, expected), self._bias_step(precision)):
             length = float(s @ metric @ s)
             if length <= noise or not np.isfinite(length):
@@ -374,7 +380,7 @@ class Evidence:
         within, noise = float(s @ J.T @ J @ s), float(rest @ rest) / n
         if within <= 0 or fdtrc(d, n, within / d / max(noise, 1e-300)) > _STEP:
             return np.zeros(d), 0.0
-        return s, d * noise
+        return s, max(d * noise, self.within)
 
 
 def _data(J: Array, r: Array) -> NDArray[np.bool_]:
@@ -384,8 +390,9 @@ def _data(J: Array, r: Array) -> NDArray[np.bool_]:
 
 
 def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], list[float], float]:
-    """Correlation rho >= 0 of neighbouring residuals along each axis, that to reckon with, and by how much the mean squared residual is
-    larger than it seems, since a fit follows what is alike.
+    """Correlation rho >= 0 of neighbouring residuals along each axis, and that to reckon with; then growth.
+
+    That is by how much the mean squared residual is larger than it seems, since a fit follows what is alike.
 
     Moments of residuals M e, M = 1 - J (J^T J)^-1 J^T, with e of correlation R = rho^|i - j|: the rho at which
     tr(M L M R) / tr(M R) is r^T L r / r^T r, L the pairs of neighbours.
@@ -507,9 +514,10 @@ def of_descent(
     bias, stepped = None, False
     good = [y for y in outputs if np.isfinite(y).all()]
     if len(good) > 1:
-        lattice = Lattice()
-        lattice.add(np.append(0.0, (good[0] - good[1]).reshape(-1))[:, None])
-        if size := float(lattice.steps[0]):
+        lattice, apart = Lattice(), np.unique(np.abs(good[0] - good[1]))
+        lattice.add(np.append(0.0, apart)[:, None])
+        # Two runs of a few outputs may be whole numbers apart by chance, such as at a round start.
+        if (size := float(lattice.steps[0])) and len(apart) > _ENOUGH_APART:
             stepped = True
             rounding = misfit.spread_of(np.full(misfit.target.shape, size / np.sqrt(12)))[there]
             off = (misfit.target.numpy() - good[0]) / size
@@ -522,13 +530,17 @@ def of_descent(
     first = np.inf
     if len(outputs) > 1 and np.isfinite(outputs[1]).all():
         first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
-    # A full step has the noise of its outputs; one cut short, of length L beside noise s, walks about by no more than sqrt(s L / 0.8).
+    # A full step has the noise of its outputs; those cut short, of length L beside noise s, walk by sqrt(s L / 0.8).
     noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(told + prior.information))).max(initial=0.0)
     cut = min(1.0, longest / (0.8 * noise)) if noise > 0 else 1.0
+    newton = bool(step_noise) or past is None
+    wander = np.atleast_2d(np.cov(past.T)) if past is not None and not newton and len(past) > 1 else None
+    along = normal.mean.T @ (residuals - r).T
+    within = float(((finite_inverse(normal.naive) @ along) * along).sum()) / max(R - 1, 1) / R
     evidence = Evidence(
-        normal, told, r, tuple(misfit.target.shape), left=step_noise * jitter * cut, seen=jitter, rounding=rounding,
-        floor=floor, step=step if past is not None else None, jitter=jitter * (1 + step_noise),
-        first=first, spread=_spread(misfit), newton=(bool(step_noise) or past is None) and not stepped, fresh=True, wander=None if past is None or step_noise or len(past) < 2 else np.atleast_2d(np.cov(past.T)), bias=bias,
+        normal, told, r, tuple(misfit.target.shape), within=3 * (1 + step_noise) * within,
+        left=step_noise * jitter * cut, seen=jitter, rounding=rounding, floor=floor, step=step if past is not None else None, jitter=jitter * (1 + step_noise),
+        wander=wander, bias=bias, first=first, spread=_spread(misfit), newton=newton and not stepped, fresh=True,
     )  # fmt: skip
     return evidence.stated(prior.information, known, misfit.robust)
 
@@ -541,7 +553,7 @@ def _spread(misfit: Misfit) -> float:
 def _on_plateau(J: Array, rounding: Array, precision: Array) -> Array:
     """Covariance where all outputs that have steps are those of the target.
 
-    An output keeps its step with probability 1 - |J_o dz| / step_o, and all do with exp(-sum |J_o dz| / step_o), nearly.
+    An output keeps its step with probability 1 - |J_o dz| / step_o, and all with exp(-sum |J_o dz| / step_o), nearly.
     Its second moment is taken with the sum the same in all directions of J^T J: (d + 1) / c^2, c the mean of the sum.
     """
     d, J = J.shape[1], J / np.sqrt(12 * rounding)[:, None]
@@ -584,7 +596,7 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     _, z = search.overall
     robust, prior = misfit.robust, misfit.prior
     model, F, at_z, there = search.model_there(z)
-    m, d = F.shape[1], len(z)
+    m = F.shape[1]
     rounding, floor = np.zeros(m), np.zeros(m)
     if lattice is not None and len(lattice.first) and lattice.steps.any():
         rounding = misfit.spread_of(lattice.deviation(tuple(misfit.target.shape)))[there]
@@ -606,31 +618,32 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     stepped = rounding > 0
     exact = bool(stepped.any()) and bool((np.abs(at_z) < 1e-3 * np.sqrt(12 * rounding))[stepped].all())
     exact = exact and robust is None and bool((at_z[~stepped] == 0).all())
+    total, wide = float(noise.sum()), 2.0 if stepped.any() else 1.0
+    independent = float(np.clip(total**2 / max(float((noise**2).sum()), 1e-300), 1.0, m))
+    usual = float(np.mean(left + floor))
+    variance = 1.0 + usual if known else max(float(r @ r) / max(m - len(z), 1), usual, 1e-300)
     # Differences over the errors themselves: the slope between two steps of a staircase is not what counts.
     for _ in range(3):
         dw = model.differences(z, width)
-        J = F.T @ dw
+        gram = dw.T @ model.gram @ dw
         # A slope of less than the model's own rounding is that of others' outputs, and not one.
-        J[:, (J**2).sum(axis=0) <= _SPURIOUS * float((F**2).sum(axis=1).max()) * (dw**2).sum(axis=0)] = 0
-        total = float(noise.sum())
-        independent = total**2 / max(float((noise**2).sum()), 1e-300)
-        normal = Normal(J, J.T @ J, total * dw.T @ dw, max(min(independent, float(m)), 1.0))
-        told = normal.told()
-        weight = 1.0 if robust is None else robust.weight(r)
-        step = -finite_inverse(told + prior.information) @ (J.T @ (weight * r) + prior(z)[1])
-        step = np.clip(z + step, search.lower, search.upper) - z
-        evidence = Evidence(
-            normal, told, r, tuple(misfit.target.shape), left=left, seen=left, floor=floor, step=step, first=first,
-            run_noise=float(np.sqrt(noise.sum())), spread=_spread(misfit),
-        )  # fmt: skip
-        stated = evidence.stated(prior.information, known, robust)
-        if exact:
-            stated = replace(stated, covariance=_on_plateau(J[stepped], rounding[stepped], prior.information), notes=())
-        error = np.sqrt(np.diag(stated.covariance))
-        if not np.isfinite(error).any():
-            error = np.sqrt(np.diag(of_least_squares(told, max(float(r @ r) / m, 1e-300), prior.information)))
-        wide = 2.0 if rounding.any() else 1.0
-        width = np.clip(np.where(np.isnan(error), width, wide * error), 1e-4 * search.unit, search.unit)
+        spurious = np.diag(gram) <= _SPURIOUS * float(np.diag(model.gram).max()) * (dw**2).sum(axis=0)
+        gram[spurious] = gram[:, spurious] = 0
+        told = Normal(np.zeros((m, len(z))), gram, total * dw.T @ dw, independent).told()
+        error = np.sqrt(np.diag(of_least_squares(told, variance, prior.information)))
+        width = np.clip(wide * error, 1e-4 * search.unit, search.unit)
+    J = F.T @ dw
+    J[:, spurious] = 0
+    weight = 1.0 if robust is None else robust.weight(r)
+    step = -finite_inverse(told + prior.information) @ (J.T @ (weight * r) + prior(z)[1])
+    evidence = Evidence(
+        Normal(J, J.T @ J, total * dw.T @ dw, independent), told, r, tuple(misfit.target.shape), left=left, seen=left,
+        floor=floor, step=np.clip(z + step, search.lower, search.upper) - z, first=first,
+        run_noise=float(np.sqrt(total)), spread=_spread(misfit),
+    )  # fmt: skip
+    stated = evidence.stated(prior.information, known, robust)
+    if exact:
+        stated = replace(stated, covariance=_on_plateau(J[stepped], rounding[stepped], prior.information), notes=())
     return stated
 
 

@@ -108,7 +108,8 @@ class Draw(NamedTuple):
         start = np.clip(start, *np.array(bounds).T)
         simulator = bridge.as_simulator(
             self.model.function if function is None else function,
-            names=[f"p{i}" for i in range(len(truth))], natural_scale=natural, bounds=bounds, vectorized=True, seeded=seeded,
+            names=[f"p{i}" for i in range(len(truth))], natural_scale=natural, bounds=bounds, vectorized=True,
+            seeded=seeded,
         )  # fmt: skip
         return Problem(simulator, target, truth, start, self.sigma**2 if variance is None else variance)
 
