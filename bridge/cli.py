@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _info(options.name)
         if options.command == "doctor":
             return _doctor()
+        if options.command == "check":
+            return _check(options)
         if options.command == "study":
             return _study(options)
         if options.command == "plan":
@@ -99,6 +101,15 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     command("list", "the simulators that are known by name")
     info = command("info", "what a simulator is, and its arguments")
     info.add_argument("name", help="one of `bridge list`, or of your own: mysim.py:function")
+    check = command(
+        "check",
+        "whether a simulator gives the same numbers again: on a second call, in another order, in another process",
+    )
+    check.add_argument("name", help="one of `bridge list`, of your own (mysim.py:function), or a job file (TOML)")
+    check.add_argument(
+        "--at", metavar="VALUES", help="where: 1.5,0.2 or a=1.5,b=0.2 (default: a job's start, else the middle)"
+    )
+    check.add_argument("--seed", type=int, default=0)
     fit = command(
         "fit",
         "recover parameters from a target, as a job file says",
@@ -296,6 +307,54 @@ def _as_main(path: Path) -> int:
             return 130
         return exit_code(type(error)) if isinstance(error, BridgeError) else 1
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """0 where all is as it should be, else 3, as where a run fails."""
+    from bridge.job import load_job, make_simulator
+    from bridge.simulator import simulator_name
+    from bridge.testing import examine
+
+    if options.name.endswith(".toml"):
+        job = load_job(options.name)
+        simulator, start = job.simulator, job.start
+    else:
+        names = [part.partition("=")[0] for part in (options.at or "").split(",") if "=" in part]
+        simulator, start = make_simulator(options.name, names=names), None
+    findings = examine(simulator, _place(simulator, start, options.at), seed=options.seed)
+    print(simulator_name(simulator))
+    for finding in findings:
+        mark = {True: "ok", False: "NO", None: "  "}[finding.good]
+        print(f"  {mark:3}{finding.what}: {finding.words}")
+    return 3 if any(finding.good is False for finding in findings) else 0
+
+
+def _place(simulator: Any, start: Mapping[str, float] | None, at: str | None) -> list[float]:
+    """Where a simulator is looked at."""
+    space = simulator.space
+    if at is not None:
+        parts = [part.strip() for part in at.split(",")]
+        try:
+            if "=" in at and space is not None:
+                named = {name.strip(): float(value) for name, _, value in (part.partition("=") for part in parts)}
+                return [float(value) for value in space.vector(named)]
+            values = [float(part.rpartition("=")[2]) for part in parts]
+        except ValueError as error:
+            raise InputError(f"Expected numbers in --at, such as 1.5,0.2 or a=1.5,b=0.2, got {at!r}.") from error
+        if space is not None and len(values) != space.dimension:
+            raise InputError(
+                f"Expected {space.dimension} numbers in --at ({', '.join(space.names)}), got {len(values)}."
+            )
+        return values
+    if start is not None:
+        return [float(value) for value in space.vector(start)]
+    if space is None:
+        raise InputError("Expected --at, such as --at 1.5,0.2: the simulator does not say what its parameters are.")
+    middle = []
+    for p in space.parameters:
+        finite = [bound for bound in (p.lower, p.upper) if -1e300 < bound < 1e300]
+        middle.append(sum(finite) / len(finite) if finite else p.natural_scale or 1.0)
+    return middle
 
 
 def _study(options: argparse.Namespace) -> int:

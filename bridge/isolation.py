@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -35,6 +36,7 @@ from bridge.arrays import real_array
 from bridge.checks import is_whole
 from bridge.environment import child_environment, describe_status, marked, own_directory, thread_count
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
+from bridge.repeatability import NotRepeatableWarning
 from bridge.simulator import (
     BlockStructure,
     ParameterSpace,
@@ -63,22 +65,18 @@ class IsolatedSimulator:
         timeout_s: seconds that one row may take; None for no limit. Starting the child does not count.
         directory: where the child gets a fresh working directory of its own, removed when it ends; None for this
             process's.
-        watched: whether the child looks at the first call (`bridge.repeatability`); never under a limit, which two
-            calls might exceed.
 
     Raises:
         InputError: the simulator cannot be sent to another process, or the limit is not positive.
     """
 
-    def __init__(
-        self, inner: Simulator, timeout_s: float | None = None, directory: Path | None = None, watched: bool = True
-    ) -> None:
+    def __init__(self, inner: Simulator, timeout_s: float | None = None, directory: Path | None = None) -> None:
         import cloudpickle
 
         if timeout_s is not None and not timeout_s > 0:
             raise InputError(f"Expected a positive timeout_s, got {timeout_s!r}.")
         self.inner, self.timeout_s, self.name = inner, timeout_s, simulator_name(inner)
-        self._directory, self._watched = directory, watched and timeout_s is None
+        self._directory = directory
         try:
             self._pickled = cloudpickle.dumps(inner)
         except Exception as error:
@@ -128,7 +126,10 @@ class IsolatedSimulator:
             where += f" and {len(inputs) - 1} more rows of the same call"
         limit = None if self.timeout_s is None else self.timeout_s * len(inputs)
         status, result = self._ask((inputs, seeds), limit, where)
-        if status == "ok":
+        if status == "told":  # the same of each child: Python shows it once
+            words, result = result
+            warnings.warn(words, stacklevel=2)
+        if status in ("ok", "told"):
             return np.asarray(result)
         kind, message, trace = result
         # What the simulator raised on purpose stays what it was.
@@ -171,7 +172,7 @@ class IsolatedSimulator:
         self.close()
         ours, theirs = Pipe()
         environment = marked(child_environment(thread_count()))
-        if not self._watched:
+        if self.timeout_s is not None:  # which two calls might exceed
             environment[_UNWATCHED] = "1"
         program = "import sys; from bridge.isolation import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
         # Where this process finds its modules, the child must: a script's folder, above all.
@@ -224,7 +225,7 @@ class SimulatorPool:
         if not is_whole(workers, 1):
             raise InputError(f"Expected a positive integer of workers, got {workers!r}.")
         self.inner, self.workers, self.name = inner, int(workers), simulator_name(inner)
-        self._children = [IsolatedSimulator(inner, timeout_s, directory, i == 0) for i in range(self.workers)]
+        self._children = [IsolatedSimulator(inner, timeout_s, directory) for _ in range(self.workers)]
         self._free: queue.SimpleQueue[IsolatedSimulator] = queue.SimpleQueue()
         for child in self._children:
             self._free.put(child)
@@ -315,6 +316,7 @@ def serve(descriptor: int, parent: int) -> None:
     os.set_inheritable(descriptor, False)
     with Connection(descriptor) as pipe:
         simulator: Any = None
+        words = ""
         reply: tuple[str, Any]
         answer: Any
         with contextlib.suppress(EOFError):
@@ -326,9 +328,20 @@ def serve(descriptor: int, parent: int) -> None:
                         if os.environ.pop(_UNWATCHED, ""):
                             unwatched(simulator)
                     else:
-                        answer = real_array(simulator(*question), f"from simulator {simulator_name(simulator)!r}")
-                    reply = ("ok", answer)
+                        answer, words = _called(simulator, question)
+                    reply = ("told", (words, answer)) if words else ("ok", answer)
                 except Exception as error:
                     trace = "".join(traceback.format_exception(error)[-6:])
                     reply = ("error", (type(error).__name__, str(error), trace))
                 pipe.send(reply)
+
+
+def _called(simulator: Any, question: Any) -> tuple[NDArray[Any], str]:
+    """The outputs, and what is to be told of a function that does not give the same again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NotRepeatableWarning)
+        source = f"from simulator {simulator_name(simulator)!r}"
+        try:
+            return real_array(simulator(*question), source), ""
+        except NotRepeatableWarning as told:
+            return real_array(told.outputs, source), str(told)

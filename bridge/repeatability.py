@@ -28,6 +28,16 @@ _CHEAP_S = 1.0
 _SAME = 1e-9
 
 
+class NotRepeatableWarning(UserWarning):
+    """A function has given other numbers for the same parameters.
+
+    Attributes:
+        outputs: of the call in which that was seen; they are what it gave.
+    """
+
+    outputs: Any = None
+
+
 @final
 class Watch:
     """Looks at the first calls of a function, once in a process.
@@ -55,14 +65,14 @@ class Watch:
         vectorized: bool,
     ) -> Any:
         """The outputs of a call; warns where the first row gives others once other rows have been run."""
-        before, begin = _generators(), time.perf_counter()
+        before, begin = generators(), time.perf_counter()
         outputs = call(inputs.copy(), seeds.copy())
-        seconds, after = time.perf_counter() - begin, _generators()
+        seconds, after = time.perf_counter() - begin, generators()
         self._drawn |= {source for source, state in before.items() if source in after and after[source] != state}
         if seconds > _CHEAP_S * len(inputs):
             self.done = True
             if self._drawn and not seeded:
-                self._warn(f"Simulator {name!r} draws from {' and '.join(sorted(self._drawn))}.", seeded)
+                self._warn(f"Simulator {name!r} draws from {' and '.join(sorted(self._drawn))}.", seeded, outputs)
             return outputs
         try:
             known = real_array(outputs, f"from simulator {name!r}").copy()  # it may hand out the same memory every time
@@ -82,20 +92,22 @@ class Watch:
         self.done = bool(said) or not (alone and vectorized)
         if said:
             source = f", and draws from {' and '.join(sorted(self._drawn))}" if self._drawn else ""
-            self._warn(f"Simulator {name!r} {said} when its first row is run again{source}.", seeded)
+            self._warn(f"Simulator {name!r} {said} when its first row is run again{source}.", seeded, known)
         return known
 
     @staticmethod
-    def _warn(said: str, seeded: bool) -> None:
+    def _warn(said: str, seeded: bool, outputs: Any) -> None:
         advice = (
             "Draw from the seed that it is given alone, numpy.random.default_rng(seed), and keep nothing between calls."
             if seeded
             else "If it is random, take the seed: def f(theta, seed) draws from numpy.random.default_rng(seed), and "
             "bridge.as_simulator(f, seeded=True) says so. If it keeps something between calls, begin each call anew."
         )
-        warnings.warn(
-            f"{said} Results then depend on ranks and on what ran before, and cannot be resumed. {advice}", stacklevel=2
+        warning = NotRepeatableWarning(
+            f"{said} Results then depend on ranks and on what ran before, and cannot be resumed. {advice}"
         )
+        warning.outputs = outputs
+        warnings.warn(warning, stacklevel=2)
 
 
 def _repeated(
@@ -128,7 +140,7 @@ def same(one: Outputs, other: Outputs, within: float = _SAME) -> bool:
     return bool(np.array_equal(a[~good], b[~good], equal_nan=True) and (np.abs(a - b)[good] <= within * size).all())
 
 
-def _generators() -> dict[str, Any]:
+def generators() -> dict[str, Any]:
     """The states of the generators that everything in a process shares."""
     state: Any = np.random.get_state(legacy=True)  # noqa: NPY002 - its state is what is looked at
     kind, keys, *rest = state

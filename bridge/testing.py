@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import os
+import time
 from dataclasses import dataclass
-from typing import ClassVar, final
+from pathlib import Path
+from typing import Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from bridge.arrays import real_array
 from bridge.distributions import Cauchy, Distribution, Gaussian, Gumbel, Triangular
-from bridge.errors import InputError
+from bridge.errors import BridgeError, InputError
+from bridge.isolation import IsolatedSimulator
 from bridge.points import Nodes, PointSet
-from bridge.simulator import Simulator, simulator_name
+from bridge.repeatability import generators, same
+from bridge.simulator import Simulator, simulator_name, unwatched
 
 Array = NDArray[np.float64]
 
@@ -126,3 +132,118 @@ def check_simulator(simulator: Simulator, inputs: ArrayLike, seeds: ArrayLike | 
     for i in range(len(x)):
         alone = np.asarray(simulator(x[i : i + 1].copy(), s[i : i + 1].copy()))[0]
         assert np.array_equal(alone, together[i]), f"{name}: row {i} depends on the rows beside it"
+
+
+@final
+@dataclass(frozen=True)
+class Finding:
+    """One thing that `examine` has looked at.
+
+    Attributes:
+        what: it is. good: whether it is as it should be; None for what is only told. words: what was seen, what to do.
+    """
+
+    what: str
+    good: bool | None
+    words: str
+
+
+def examine(simulator: Simulator, at: ArrayLike, seed: int = 0, elsewhere: bool = True) -> list[Finding]:
+    """Looks at whether a simulator keeps to what `bridge.Simulator` asks: the same numbers for the same row and seed.
+
+    Eleven rows about a place are run together, again, in reverse order, one by one, and in another process.
+
+    Args:
+        at: (d,) parameters. seed: of the rows and of the simulator. elsewhere: whether another process is tried.
+
+    Returns:
+        what was found, in the order in which it was looked for; it ends early where there is nothing to compare.
+    """
+    space, centre = simulator.space, np.asarray(at, dtype=np.float64)
+    natural = np.ones(len(centre)) if space is None else space.natural_scale
+    rng = np.random.Generator(np.random.Philox(key=[seed, 1 << 41]))
+    x = centre + 0.1 * natural * rng.normal(size=(11, len(centre)))
+    x[0] = centre
+    if space is not None:
+        x = np.clip(x, space.lower, space.upper)
+    seeds = rng.integers(0, 2**63, size=len(x), dtype=np.uint64)
+    found: list[Finding] = []
+
+    def run(rows: NDArray[np.intp], with_seeds: NDArray[np.uint64] = seeds) -> NDArray[Any]:
+        given, own = x[rows].copy(), with_seeds[rows].copy()
+        outputs = real_array(simulator(given, own), "from the simulator").copy()
+        if not (np.array_equal(given, x[rows]) and np.array_equal(own, with_seeds[rows])):
+            raise InputError("It changed the parameters that it was given. Work on a copy: theta = theta.copy().")
+        return outputs
+
+    def compare(what: str, rows: NDArray[np.intp], outputs: NDArray[Any], advice: str) -> None:
+        alike = [same(together[i], y) for i, y in zip(rows, outputs, strict=True)]
+        bits = all(
+            np.array_equal(together[i], y, equal_nan=y.dtype.kind == "f") for i, y in zip(rows, outputs, strict=True)
+        )
+        if not all(alike):
+            found.append(
+                Finding(what, False, f"{len(alike) - sum(alike)} of {len(alike)} outputs are others. {advice}")
+            )
+        else:
+            found.append(Finding(what, True, "the same numbers" if bits else "the same but for the last digits"))
+
+    unwatched(simulator)
+    every = np.arange(len(x))
+    folder, here, states = Path.cwd(), sorted(os.listdir()), generators()
+    begin = time.perf_counter()
+    try:
+        together = run(every)
+        seconds = (time.perf_counter() - begin) / len(x)
+        told = f"outputs of shape {together.shape[1:]} and {together.dtype}, {seconds:.3g} s each"
+        found.append(Finding("runs", None, told))
+        if simulator.output_shape is not None and together.shape[1:] != tuple(simulator.output_shape):
+            said = f"it declares output_shape={simulator.output_shape}"
+            found.append(Finding("shape", False, f"{said} and gives {together.shape[1:]}."))
+        drawn = [source for source, state in generators().items() if states.get(source, state) != state]
+        keep = "Keep nothing between calls, and draw from the seed alone: as_simulator(f, seeded=True) hands it over."
+        if drawn:
+            keep = f"It draws from {' and '.join(drawn)}. {keep}"
+        bad = int((~np.isfinite(together.reshape(len(x), -1))).any(axis=1).sum())
+        words = f"{bad} of {len(x)} outputs have NaN or infinity. Bound the parameters, or see failures= and missing=."
+        found.append(Finding("finite", bad == 0, words if bad else "all numbers are"))
+        compare("a second call", every, run(every), keep)
+        if not found[-1].good:  # what else there is to compare is no more the same
+            return found
+        compare("in reverse order", every[::-1], run(every[::-1]), keep)
+        alone = np.concatenate([run(every[i : i + 1]) for i in every])
+        compare(
+            "one row at a time", every, alone, "Rows of one call depend on each other; each is to be run by itself."
+        )
+        others = run(every, rng.integers(0, 2**63, size=len(x), dtype=np.uint64))
+        noisy = not all(same(a, b) for a, b in zip(together, others, strict=True))
+        found.append(Finding("the seed", None, "outputs depend on it" if noisy else "outputs do not depend on it"))
+        changed = not all(same(together[0], y) for y in together[1:])
+        words = (
+            "outputs change with them"
+            if changed
+            else "No output changes. Is the scale too small, or are they not read?"
+        )
+        found.append(Finding("the parameters", changed, words))
+        moved = Path.cwd() != folder
+        left = sorted(set(os.listdir(folder)) - set(here))
+        words = f"It goes to {Path.cwd()}. Give programs their directory instead (cwd=)." if moved else (
+            f"It leaves {', '.join(left[:3])}: several runs at once may meet there. See own_directory= of smooth."
+        )  # fmt: skip
+        found.append(Finding("the working directory", not (moved or left), words if moved or left else "as it was"))
+        os.chdir(folder)
+    except Exception as error:
+        what = str(error) if isinstance(error, BridgeError) else f"{type(error).__name__}: {error}"
+        found.append(Finding("runs", False, what))
+        return found
+    if elsewhere:
+        child = None
+        try:
+            child = IsolatedSimulator(simulator)
+            compare("in another process", every, real_array(child(x.copy(), seeds.copy()), "from there"), keep)
+        except BridgeError as error:
+            found.append(Finding("in another process", False, str(error)))
+        finally:
+            if child is not None:
+                child.close()
+    return found
