@@ -78,14 +78,15 @@ def _load_triton() -> None:
         # At once, not call by call: what is bound later would find Mesa's.
         mode = os.RTLD_NOW | os.RTLD_LOCAL
         if hasattr(ctypes.CDLL(None), "LLVMContextCreate"):  # somebody else was first
-            mode |= os.RTLD_DEEPBIND
+            mode |= getattr(os, "RTLD_DEEPBIND", 0)
         with suppress(OSError):  # an unusable triton is not the renderer's trouble
             ctypes.CDLL(str(file), mode=mode)
 
 
 def _load_library(name: str) -> ctypes.CDLL:
     """The system's GL library called `name`, or OSError with the loader's own words."""
-    _load_triton()
+    with _lock:
+        _load_triton()
     reason = OSError(name)
     for file in _LIBRARIES[name]:
         try:

@@ -169,16 +169,18 @@ def _see_through(mesh: Any) -> bool:
     if visual.kind in ("vertex", "face"):
         return bool((getattr(visual, f"{visual.kind}_colors")[:, 3] < 255).any())
     material = visual.material
-    mode = getattr(material, "alphaMode", None)
-    if hasattr(material, "alphaMode") and mode in (None, "OPAQUE"):
+    if getattr(material, "alphaMode", "BLEND") in (None, "OPAQUE"):
         return False  # glTF: alpha has no meaning then
     colour = getattr(material, "baseColorFactor", getattr(material, "diffuse", None))
     image = getattr(material, "baseColorTexture", getattr(material, "image", None))
-    dissolve = getattr(material, "kwargs", {}).get("d", ["1"])
-    return (
-        (colour is not None and len(colour) == 4 and colour[3] < 255)
+    try:
+        dissolve = float(np.ravel(getattr(material, "kwargs", {}).get("d", 1))[-1])  # of an OBJ's material
+    except (ValueError, IndexError):
+        dissolve = 1.0
+    return bool(
+        dissolve < 1
+        or (colour is not None and len(colour) == 4 and colour[3] < 255)
         or (image is not None and "A" in image.getbands() and image.getchannel("A").getextrema()[0] < 255)
-        or float(dissolve[-1]) < 1
     )
 
 

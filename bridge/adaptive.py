@@ -14,9 +14,10 @@ import torch
 from scipy import stats
 
 from bridge.errors import InputError
+from bridge.scale import as_tensor
 
 if TYPE_CHECKING:
-    from bridge.scale import ScaleLike, as_tensor
+    from bridge.scale import ScaleLike
     from bridge.smoothing import SmoothedSimulator
 
 Quantity = Literal["value", "jacobian"]

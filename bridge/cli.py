@@ -112,7 +112,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         choices=("auto", "lines", "off"),
         help="a live view on a terminal (auto, the default); lines for logs; off",
     )
-    fit.add_argument("--method", help="in place of the file's: auto, kriging, gauss-newton, adam, torch or natural")
+    fit.add_argument("--method", help="in place of the file's: auto, kriging, gauss-newton, adam, ...")
     fit.add_argument("--max-runs", type=int, metavar="N", help="simulator runs to spend, in place of the file's")
     fit.add_argument("-q", "--quiet", action="store_true", help="no progress: --progress off")
     fit.add_argument("--jsonl", metavar="FILE", help="one JSON object a step, while it runs")

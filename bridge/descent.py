@@ -31,8 +31,10 @@ Array = NDArray[np.float64]
 FAILED = 1e300
 # The share of the steps in which the worse half of several starts is dropped again and again.
 _RACE = 0.5
-# How often in turn half of a step is taken back; the share of runs with which a step is still one.
-_RETREATS, _LEAST_LEFT = 6, 0.1
+# How often in turn half of a step is taken back where fewer than that share of the runs are of use; with how few there
+# is a step all the same.
+_RETREATS, _HALF, _LEAST_LEFT = 3, 0.5, 0.1
+_NOISY_MARGIN = 1.5
 # Steps of less than this part of the errors asked for are small against them.
 SMALL_STEP = 0.25
 
@@ -148,7 +150,8 @@ class Descent:
         self.past: list[Array] = []
         self.dropped: list[tuple[int, Array, float, int]] = []
         self.best, self.done, self.others = 0, "", tuple(others)
-        self.first_loss, self.tolerant = np.inf, False
+        self.first_loss = self.last_loss = np.inf
+        self.safe, self.tolerant = starts, False
         self.calm, self.precise, self.last_runs, self.failed, self.at_limit = 0, 0, 0, 0, False
 
     @property
@@ -163,8 +166,12 @@ class Descent:
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
         look, more, said = self._looked(step)
+        if look is None:
+            x = tuple((self._x[self.best] * self.natural).tolist())
+            width = self.schedule.width(step)
+            return FitStep(step, self.last_loss, width, x, num_evaluations + more, num_failed=self.failed, note=said)
         best = int(np.argmin(look.loss))
-        before = self._x[best]
+        before, self.last_loss = self._x[best], float(look.loss[best])
         self.last_runs = look.num_evaluations
         self.first_loss = min(self.first_loss, float(look.loss.min())) if step == 0 else self.first_loss
         self.failed += look.num_failed
@@ -190,19 +197,21 @@ class Descent:
             note=note,
         )
 
-    def _looked(self, step: int) -> tuple[Look, int, str]:
+    def _looked(self, step: int) -> tuple[Look | None, int, str]:
         """What the rule sees and where it goes, runs made in vain before it could, and what there is to say of that.
 
         Outputs that are not finite, or enormous, are dropped from the first one on; where most are, or the step comes
         to nothing, x goes half of the way back.
         """
-        more, said = 0, ""
-        for _ in range(1 + _RETREATS):
+        more, said, back = 0, "", 0
+        while True:
+            problem: BridgeError
             try:
                 look = self.rule.look(self._x, step)
                 if np.isfinite(look.loss).all() and np.isfinite(look.x).all():
+                    self.safe = self.safe if self._ask_for(_HALF) else self._x
                     return look, more, said
-                problem: BridgeError = EvaluationError(
+                problem = EvaluationError(
                     f"Expected a finite loss and a finite step at {(self._x * self.natural).tolist()}, got other "
                     "numbers: outputs or their changes are too large to be squared. Start nearer, use a smaller scale, "
                     "or fit a logarithm of the output."
@@ -219,11 +228,23 @@ class Descent:
                 problem = error
                 if not self.tolerant:
                     raise
-            if not self.past:
-                raise problem
-            more, said = more + self._rows(), "most outputs are no use there: half of the step is taken back"
-            self._x = (self._x + self.past[-1]) / 2
-        raise problem
+            more += self._rows()
+            if self.past and back < _RETREATS:
+                back, said = back + 1, "most outputs are no use there: half of the step is taken back"
+                self._x = self.safe if back == _RETREATS else (self._x + self.safe) / 2
+            elif not self._ask_for(_LEAST_LEFT):
+                if not self.past:
+                    raise problem
+                self.done = "failures"
+                return None, more, "hardly an output is of any use there: the fit ends where it was before"
+
+    def _ask_for(self, share: float) -> bool:
+        """Takes no fewer than this share of the runs for enough, where outputs are dropped; whether that is news."""
+        if not self.tolerant or self.smoothed.strategy.min_ok == share:
+            return False
+        for smoothed in (self.smoothed, *self.others):
+            smoothed.strategy = replace(smoothed.strategy, min_ok=share)
+        return True
 
     def _rows(self) -> int:
         strategy = self.smoothed.strategy
@@ -234,8 +255,7 @@ class Descent:
         news = False
         for smoothed in (self.smoothed, *self.others):
             if smoothed.strategy.failures == "raise":
-                kept = min(smoothed.strategy.min_ok, _LEAST_LEFT)
-                smoothed.strategy = replace(smoothed.strategy, failures="drop", errors_raise=True, min_ok=kept)
+                smoothed.strategy = replace(smoothed.strategy, failures="drop", errors_raise=True, min_ok=_HALF)
                 news = True
         self.tolerant = self.tolerant or news
         return news
@@ -263,6 +283,7 @@ class Descent:
         said = ", ".join(str(self.active[i]) for i in out)
         self.best = int(np.flatnonzero(keep == order[0])[0])
         self._x, self.active, self.past = self._x[keep], self.active[keep], [p[keep] for p in self.past]
+        self.safe = self.safe[keep]
         self.rule.keep(keep)
         return f"the starts {said} are dropped: their losses were the largest"
 
@@ -271,21 +292,19 @@ class Descent:
 
         Of the best start once more, by runs of its own: two Jacobians tell how large their noise is.
         """
-        try:
-            final = self._final(self._x)
-        except NonFiniteError:
-            if not self._tolerate():
-                raise
-            final = self._final(self._x)
-        losses = np.array([self.misfit.value(y, z) for y, z in zip(final.value, self._x, strict=True)])
+        final = self._last_look()
+        losses = np.full(len(self._x), self.last_loss)
+        if final is not None:
+            losses = np.array([self.misfit.value(y, z) for y, z in zip(final.value, self._x, strict=True)])
         best = int(np.argmin(losses))
         said: list[str] = []
-        runs = final.num_evaluations
-        estimates = []
-        if self.misfit.loss is None:
+        runs = self._rows() if final is None else final.num_evaluations
+        estimates, repeats = [], False
+        if self.misfit.loss is None and final is not None:
             estimates.append(tuple(of[:, best] for of in final.of_replicates()))
-            if self._repeated:
-                again = self._final(self._x[best], replicate=1)
+            again = self._once_more(best) if self._repeated else None
+            if again is not None:
+                repeats = True
                 runs += again.num_evaluations
                 estimates.append(again.of_replicates())
         ends = np.vstack([self._x, self.starts[self.active[best]]])
@@ -298,7 +317,7 @@ class Descent:
         stated = None
         if estimates:
             values, jacobians = (torch.cat(of) for of in zip(*estimates, strict=True))
-            step_noise = (2.0 if self._repeated else 1.0) if self.newton else 0.0
+            step_noise = (2.0 if repeats else 1.0) if self.newton else 0.0
             past = np.array([p[best] for p in [*self.past, self._x]])
             told: Stated | None = None
             try:
@@ -313,6 +332,8 @@ class Descent:
         worse = self._worse(float(losses[best]), outputs[[best, -1]], ends[[best, -1]])
         if worse:
             said.append(worse)
+        if self.done == "failures":
+            said.append("The fit ended early, at the last place where a fair share of the runs was of use.")
         if self.tolerant:
             said.append(
                 f"{self.failed} runs gave NaN, infinite or enormous outputs and were dropped. If the answer is near to "
@@ -337,18 +358,49 @@ class Descent:
     def _noise(self, one: NDArray[Any], other: NDArray[Any]) -> float:
         """Variance of one run over that of the target, averaged over outputs, of two runs at the same place."""
         apart = self.misfit.residuals_of(np.stack([one, other]))
-        return float(np.mean((apart[0] - apart[1]) ** 2) / 2) if np.isfinite(apart).all() else 0.0
+        squares = (apart[0] - apart[1]) ** 2
+        if self.misfit.partial:
+            squares = squares[~np.isnan(squares)]
+        return float(np.mean(squares) / 2) if squares.size and np.isfinite(squares).all() else 0.0
+
+    def _last_look(self) -> Estimate | None:
+        """The smoothed outputs where the starts have come to, or where a fair share of the runs was of use; or none."""
+        for _ in range(3):
+            try:
+                return self._final(self._x)
+            except NonFiniteError:
+                if not self._tolerate():
+                    raise
+            except EvaluationError:
+                if not self.tolerant:
+                    raise
+                if np.array_equal(self._x, self.safe):
+                    return None
+                self._x = self.safe
+        return None
+
+    def _once_more(self, best: int) -> Estimate | None:
+        try:
+            return self._final(self._x[best], replicate=1)
+        except NonFiniteError:
+            return None
+        except EvaluationError:
+            if not self.tolerant:
+                raise
+            return None
 
     def _worse(self, loss: float, outputs: NDArray[Any], ends: Array) -> str:
         """What to say of an end that is worse than the start, by the smoothed outputs and by the simulator's own."""
-        if not np.isfinite(outputs).all():
+        if not self.misfit.usable(outputs).all():
             return ""
         at_end, at_start = (self.misfit.value(torch.as_tensor(y), z) for y, z in zip(outputs, ends, strict=True))
-        if not (at_end > at_start and loss > self.first_loss):
+        # One run of a simulator with noise of its own is not worse for being a little worse.
+        margin = _NOISY_MARGIN if may_be_noisy(self.smoothed.simulator) else 1.0
+        if not (at_end > margin * at_start and loss > margin * self.first_loss):
             return ""
         return (
-            f"The fit has come to a place that is worse than the start: its loss is {at_end:.4g} there, and {at_start:.4g} "
-            "at the start. Take more samples (num_samples=), a smaller scale, or method='kriging'."
+            f"The fit has come to a place that is worse than the start: its loss is {at_end:.4g} there, and "
+            f"{at_start:.4g} at the start. Take more samples (num_samples=), a smaller scale, or method='kriging'."
         )
 
     def _final(self, x: Array, replicate: int = 0) -> Estimate:
@@ -358,7 +410,7 @@ class Descent:
 
     _KEPT = (
         *("_x", "active", "past", "dropped", "best", "done", "calm", "precise", "last_runs", "failed", "at_limit"),
-        *("first_loss", "tolerant"),
+        *("first_loss", "last_loss", "safe", "tolerant"),
     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -397,7 +449,8 @@ def useless_start(theta: Array, output: Array, names: Sequence[str]) -> str:
     values = ", ".join(f"{name} = {value:.6g}" for name, value in zip(names, theta, strict=True))
     return (
         f"Expected finite outputs at the start ({values}), got NaN, infinite numbers or such as are larger than "
-        f"{HUGE:g}: a fit has nothing to compare with. Run the simulator there by itself, and start where it works."
+        f"{HUGE:g}: a fit has nothing to compare with. Run the simulator there by itself, and start where it works; "
+        "where outputs only lack some numbers (NaN), pass missing='ignore'."
     )
 
 
@@ -414,7 +467,7 @@ def last_outputs(
         failures="penalty", penalty=FAILED, min_ok=0.0,
     )  # fmt: skip
     raises = strategy.failures == "raise" or strategy.errors_raise
-    once.strategy = replace(once.strategy, errors_raise=raises, largest=strategy.largest)
+    once.strategy = replace(once.strategy, errors_raise=raises, largest=strategy.largest, missing=strategy.missing)
     once.dispatcher, once.execution, once.spent = smoothed.dispatcher, smoothed.execution, smoothed.spent
     try:
         outputs = plain_outputs(once, thetas, step)
@@ -431,7 +484,7 @@ def plain_outputs(plain: SmoothedSimulator, thetas: Array, step: int) -> Array:
         value = plain.estimate(torch.as_tensor(thetas), step).value
     except EvaluationError:
         # Where every single run fails there is no output at all, and no shape of one.
-        if plain.strategy.failures == "raise" or step == 0:
+        if plain.strategy.failures == "raise" or plain.strategy.errors_raise or step == 0:
             raise
         return np.full((len(thetas), 1), np.nan)
     outputs = value.to("cpu", torch.float64).numpy().copy()

@@ -54,6 +54,7 @@ class Strategy:
     min_ok: float = 0.5
     errors_raise: bool = False
     largest: float = np.inf
+    missing: Literal["raise", "ignore"] = "raise"
     stream: Literal[0, 1] = 0
 
     @property
@@ -69,7 +70,7 @@ class Strategy:
     @property
     def weights_need_outputs(self) -> bool:
         """Whether weights are known only once all rows are evaluated; outputs are then kept."""
-        return self.covariate == "bq" or self.failures != "raise"
+        return self.covariate == "bq" or self.failures != "raise" or self.missing == "ignore"
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -112,6 +113,7 @@ def make_strategy(
     leaf_size: int | None,
     penalty: float | None = None,
     min_ok: float = 0.5,
+    missing: str = "raise",
 ) -> Strategy:
     """Checks the settings of `bridge.smooth` at the door.
 
@@ -137,6 +139,10 @@ def make_strategy(
             f"Expected a finite penalty with failures='penalty', and only then, got failures={failures!r} and "
             f"penalty={penalty!r}. It stands in the place of every number of a failed output."
         )
+    if missing not in ("raise", "ignore"):
+        raise InputError(f"Unknown missing={missing!r}. Known: raise, ignore.")
+    if missing == "ignore" and covariate == "bq":
+        raise InputError("Expected a covariate other than 'bq' with missing='ignore': its weights need whole outputs.")
     if not 0 <= min_ok <= 1:
         raise InputError(f"Expected min_ok, a share of the runs, between 0 and 1, got {min_ok!r}.")
     if not is_whole(replicates, 1) or num_samples % replicates:
@@ -168,6 +174,7 @@ def make_strategy(
         failures=failures,  # type: ignore[arg-type]
         penalty=None if penalty is None else float(penalty),
         min_ok=float(min_ok),
+        missing=missing,  # type: ignore[arg-type]
         leaf_size=min(each, int(leaf_size) if leaf_size else default_leaf_size(int(num_samples))),
     )
     if antithetic or points in ("orthogonal", "qmc-net", "rqmc-net"):

@@ -92,6 +92,11 @@ class Estimate:
                 "Standard errors come from replicates (pass replicates=8); leave surrogate= out for the rest."
             )
         self._evaluation.require_rows(what)
+        if self._evaluation.lacks:
+            raise InputError(
+                f"Expected outputs that lack no numbers for {what}, got some with NaN. Standard errors come from "
+                "replicates (pass replicates=8); leave the numbers out of the outputs for the rest."
+            )
         return self._evaluation
 
     # -- derivatives ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -40,11 +40,13 @@ from bridge.simulator import (
     simulator_name,
 )
 from bridge.streaming import STREAMED_LEAF, Outputs, Stream, Unit, accumulate, aligned, spilled
-from bridge.weights import Weights, make_weights, second_weights, survivors
+from bridge.weights import Weights, enough, in_pairs, make_weights, second_weights, survivors
 
 Array = NDArray[np.float64]
 # A unit's outputs as they came: (rows, outputs), None for a chunk of which every row failed.
 Chunks = list[tuple[int, torch.Tensor | None]]
+# Rows whose bits a float64 holds exactly.
+_BITS = 48
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -63,6 +65,24 @@ def collective(method: Callable[Concatenate[Evaluation, P], T]) -> Callable[Conc
     return call  # type: ignore[return-value]
 
 
+class Group(NamedTuple):
+    """Outputs of a problem that the same rows have.
+
+    columns: their numbers; None for all outputs. valid: (num_rows,) which rows count. weights: None where too few do.
+    """
+
+    columns: torch.Tensor | None
+    valid: NDArray[np.bool_]
+    weights: Weights | None
+
+    def times(self, factor: float) -> Group:
+        w = self.weights
+        if w is None:
+            return self
+        scale = None if w.scale is None else w.scale * factor
+        return self._replace(weights=Weights(w.value * factor, w.theta * factor, scale))
+
+
 class Evaluation:
     """The outputs of one collective evaluation of one or more problems, and what is linear in them.
 
@@ -72,7 +92,10 @@ class Evaluation:
         num_cached: rows whose outputs were in the store.
         owner: (units,) the rank that has each unit.
         factors: (problems,) what `multiply` has multiplied the outputs by.
+        lacks: whether outputs of some rows lack numbers that others have.
     """
+
+    lacks: bool = False
 
     def __init__(
         self,
@@ -160,14 +183,14 @@ class Evaluation:
         self._exchange(error, like, stream is not None)
         self.num_evaluations = len(self.problems) * strategy.num_rows
         if self.streamed:
-            self.weights: list[Weights] = []
+            self._groups: list[list[Group]] = []
             self._sums, self._values = (stream or Stream(self, self._like, spare)).finish()
         else:
             for unit, parts in chunks.items():
                 self._kept[unit.problem].append((unit, self._assemble(parts)))
             self._valid = self._agree_on_failures()
-            self.weights = [self._make_weights(p, self._valid[p]) for p in range(len(self.problems))]
-            sums = self._tree_sums([(p, w.value[None]) for p, w in enumerate(self.weights)], spare=spare)
+            self._groups = self._agree_on_groups()
+            sums = self._group_sums([(p, _value_weights) for p in range(len(self.problems))], spare)
             self._sums, self._values = [], [total[0] for total in sums]
 
     def _exchange(self, error: Exception | None, like: torch.Tensor | None, streams: bool) -> None:
@@ -351,6 +374,114 @@ class Evaluation:
             valid[p] = survivors(strategy, problem.design.nodes, codes[p] == 0, str(why))
         return valid
 
+    def _agree_on_groups(self) -> list[list[Group]]:
+        """The outputs of each problem, in groups that lack the same rows, with weights of their own. Collective.
+
+        What travels is a bit for each number, and only where some are lacking. In the rows these become 0, which has no
+        weight.
+        """
+        lacking = [np.zeros((0, 0))] * len(self.problems)
+        if self.strategy.missing == "ignore":
+            lacking = self._agree_on_lacking()
+        groups = []
+        for p, packed in enumerate(lacking):
+            if not packed.size:
+                groups.append([Group(None, self._valid[p], self._make_weights(p, self._valid[p]))])
+                continue
+            patterns, own = np.unique(packed, axis=1, return_inverse=True)
+            rows = np.arange(self.strategy.num_rows)
+            mine = []
+            for g, bits in enumerate(patterns.T.astype(np.int64)):
+                good = self._valid[p] & (bits[rows // _BITS] >> (rows % _BITS) & 1 == 0)
+                valid = in_pairs(self.strategy, self.problems[p].design.nodes, good)
+                usable = enough(self.strategy, valid) and bool(valid[self.strategy.num_samples :].all())
+                columns = torch.as_tensor(np.flatnonzero(own.reshape(-1) == g))
+                mine.append(Group(columns, valid, self._make_weights(p, valid) if usable else None))
+            groups.append(mine)
+        self.lacks = any(group.columns is not None for mine in groups for group in mine)
+        return groups
+
+    def _agree_on_lacking(self) -> list[Array]:
+        """(words, m) for each problem: bit i of a column is whether that output lacks row i; empty where all have all.
+        Collective."""
+        found: list[tuple[Unit, torch.Tensor]] = []
+        for kept in self._kept:
+            for i, (unit, F) in enumerate(kept):
+                nan = torch.isnan(F)
+                if bool(nan.any()):
+                    found.append((unit, nan.cpu()))
+                    kept[i] = unit, torch.where(nan, 0.0, F)
+        counts = np.zeros(len(self.problems))
+        for unit, _ in found:
+            counts[unit.problem] += 1
+        counts = self.dispatcher.scatter_add(counts)
+        words = -(-self.strategy.num_rows // _BITS)
+        lacking = [np.zeros((words, self.num_outputs) if count else (0, 0)) for count in counts]
+        for unit, nan in found:
+            for i, row in zip(range(unit.start, unit.stop), nan.numpy(), strict=True):
+                lacking[unit.problem][i // _BITS][row] += 2.0 ** (i % _BITS)
+        return [self.dispatcher.scatter_add(packed) if packed.size else packed for packed in lacking]
+
+    def _group_sums(
+        self,
+        asked: Sequence[tuple[int, Callable[[Weights], Array]]],
+        spare: list[torch.Tensor] | None = None,
+        only: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[torch.Tensor]:
+        """W F for each (problem, weights -> W (c, num_rows)): (c, m) float64, NaN where too few rows have a number.
+        Collective.
+
+        Args:
+            only: for each, the outputs that are asked for; the others are left NaN.
+        """
+        requests: list[tuple[int, Array, torch.Tensor | None]] = []
+        for q, (p, of) in enumerate(asked):
+            index = None if only is None else only[q]
+            for group in self._groups[p]:
+                if group.weights is not None:
+                    columns = group.columns if index is None else index
+                    if index is not None and group.columns is not None:
+                        columns = index[torch.isin(index, group.columns)]
+                    requests.append((q, of(group.weights), columns))
+        requests = [r for r in requests if r[2] is None or len(r[2])]
+        wanted = [(asked[q][0], W) for q, W, _ in requests]
+        totals = self._tree_sums(wanted, columns=[columns for *_, columns in requests], spare=spare)
+        results: list[torch.Tensor | None] = [None] * len(asked)
+        for (q, _, columns), total in zip(requests, totals, strict=True):
+            if columns is None:
+                results[q] = total
+                continue
+            whole = results[q]
+            if whole is None:
+                whole = results[q] = total.new_full((len(total), self.num_outputs), torch.nan)
+            whole[:, columns.to(whole.device)] = total
+        like = self._like.new_full((1, self.num_outputs), torch.nan, dtype=torch.float64)
+        return [like.clone() if whole is None else whole for whole in results]
+
+    def _group_products(self, p: int, v: torch.Tensor) -> list[tuple[Group, Array]]:
+        """<v, F_i> of all rows over the outputs of each group that has weights, (num_rows,), or, where there is block
+        structure, over each block of them, (num_rows, blocks). Collective."""
+        groups = self._groups[p]
+        structure = None if self.structure is None else torch.as_tensor(self.structure.outputs(self.output_shape))
+        if groups[0].columns is None:
+            return [(groups[0], self._products([(p, v)], block_of=structure)[0])]
+        of_group = torch.zeros(self.num_outputs, dtype=torch.int64)
+        for g, group in enumerate(groups):
+            assert group.columns is not None
+            of_group[group.columns] = g
+            if group.weights is None:  # nothing is known of them, whatever is asked
+                v = v.index_fill(0, group.columns, 0.0)
+        blocks = 1 if structure is None else int(structure.max()) + 1
+        combined = of_group if structure is None else of_group * blocks + structure
+        last = len(groups) * blocks
+        sums = self._products([(p, v)], block_of=combined)[0]
+        sums = np.pad(sums, ((0, 0), (0, last - sums.shape[1]))).reshape(len(sums), len(groups), blocks)
+        return [
+            (group, sums[:, g, 0] if structure is None else sums[:, g])
+            for g, group in enumerate(groups)
+            if group.weights is not None
+        ]
+
     # -- what is linear in the outputs ------------------------------------------------------------------------------
 
     @collective
@@ -367,9 +498,7 @@ class Evaluation:
             if self.streamed:
                 self._sums[p] *= factor
             else:
-                w = self.weights[p]
-                scale = None if w.scale is None else w.scale * factor
-                self.weights[p] = Weights(w.value * factor, w.theta * factor, scale)
+                self._groups[p] = [group.times(factor) for group in self._groups[p]]
 
     def value(self, b: int) -> torch.Tensor:
         """F^T a of vector b, the mean over its replicates: (m,)."""
@@ -468,18 +597,21 @@ class Evaluation:
         if self.streamed:
             results = [self._pull_back(p, self._streamed_products(p, v)) for p, v in vectors]
         else:
-            block_of = None if self.structure is None else torch.as_tensor(self.structure.outputs(self.output_shape))
             results = []
-            for (p, _), c in zip(vectors, self._products(vectors, block_of=block_of), strict=True):
-                weights = self.weights[p]
-                columns = [w for w in (weights.theta, weights.scale) if w is not None]
-                # A sum in index order: the same bits whoever owned the rows.
-                if self.structure is None:
-                    parts = [(w * c[:, None]).sum(axis=0) for w in columns]
-                else:
-                    seen = self.structure.seen(c)
-                    parts = [(w * seen).sum(axis=0) for w in columns]
-                results.append(self._pull_back(p, np.concatenate(parts)))
+            for p, v in vectors:
+                total: Array | float = 0.0
+                for group, c in self._group_products(p, v):
+                    weights = group.weights
+                    assert weights is not None
+                    columns = [w for w in (weights.theta, weights.scale) if w is not None]
+                    # A sum in index order: the same bits whoever owned the rows.
+                    if self.structure is None:
+                        parts = [(w * c[:, None]).sum(axis=0) for w in columns]
+                    else:
+                        seen = self.structure.seen(c)
+                        parts = [(w * seen).sum(axis=0) for w in columns]
+                    total = total + np.concatenate(parts)
+                results.append(self._pull_back(p, np.zeros(self.num_columns - 1) + total))
         R = self.strategy.replicates
         groups = [results[i : i + R] for i in range(0, len(results), R)]
         return [
@@ -528,11 +660,13 @@ class Evaluation:
             vectors += [(p, v) for p in self.replicates(b)]
             tangents += [u] * self.strategy.replicates
         results = []
-        for (p, _), u, c in zip(vectors, tangents, self._products(vectors), strict=True):
-            scale = self.problems[p].scale
-            nodes = self.problems[p].design.nodes
-            W = second_weights(self.strategy, nodes, self._valid[p], push_theta(scale, u))
-            results.append(pull_back_theta(scale, self.factors[p] * (W * c[:, None]).sum(axis=0)))
+        for (p, v), u in zip(vectors, tangents, strict=True):
+            scale, nodes, total = self.problems[p].scale, self.problems[p].design.nodes, np.zeros(self.dimension)
+            for group, c in self._group_products(p, v):
+                c = c if c.ndim == 1 else c.sum(axis=1)
+                W = second_weights(self.strategy, nodes, group.valid, push_theta(scale, u))
+                total = total + (W * c[:, None]).sum(axis=0)
+            results.append(pull_back_theta(scale, self.factors[p] * total))
         R = self.strategy.replicates
         return [np.mean(results[i : i + R], axis=0) for i in range(0, len(results), R)]
 
@@ -581,29 +715,25 @@ class Evaluation:
                     replicates.append(t_all @ self._masked(columns[: len(t_all)]))
                 results.append(_mean(replicates))
             return results
-        rows, where = [], []
+        R = self.strategy.replicates
+        wanted = []
         for b, parts in eps_space:
             for p in self.replicates(b):
-                columns_ = [self.weights[p].theta * parts[0]]
-                if len(parts) == 2:
-                    columns_.append(self.weights[p].scale * parts[1])  # type: ignore[operator]
                 for own, index in self._blocks():
-                    w = sum((c if own is None else c[:, own]).sum(axis=1) for c in columns_)
-                    rows.append((p, np.asarray(w)[None, :]))
-                    where.append(index)
-        sums = [total[0] for total in self._tree_sums(rows, columns=where)]
-        R, blocks = self.strategy.replicates, len(where) // (len(eps_space) * self.strategy.replicates)
+                    wanted.append((p, functools.partial(_along, parts, own), index))
+        only = [index for *_, index in wanted]
+        sums = [total[0] for total in self._group_sums([(p, of) for p, of, _ in wanted], only=only)]
+        blocks = len(self._blocks())
         results = []
         for q in range(len(eps_space)):
             replicates = []
             for r in range(R):
-                pieces = sums[(q * R + r) * blocks : (q * R + r + 1) * blocks]
-                if where[0] is None:
-                    replicates.append(pieces[0])
-                    continue
-                whole = pieces[0].new_empty(self.num_outputs)
-                for piece, index in zip(pieces, where, strict=False):
-                    whole[index] = piece
+                pieces = range((q * R + r) * blocks, (q * R + r + 1) * blocks)
+                whole = sums[pieces[0]]
+                for piece in pieces:
+                    index = wanted[piece][2]
+                    if index is not None:
+                        whole[index] = sums[piece][index]
                 replicates.append(whole)
             results.append(_mean(replicates))
         return results
@@ -686,7 +816,10 @@ class Evaluation:
         if self.streamed:
             all_columns = [self._sums[p][1 : 1 + self.dimension] for p in problems]
         else:
-            all_columns = self._tree_sums([(p, self.weights[p].theta.T) for p in problems])
+            all_columns = self._group_sums([(p, _theta_weights) for p in problems])
+            for i, columns in enumerate(all_columns):
+                if len(columns) < self.dimension:  # no number that enough rows have
+                    all_columns[i] = columns.expand(self.dimension, -1)
         scale = self.problems[problems[0]].scale
         # Column r of L^-T W^T F^T: J = (L^-T A)^T for A (d, m) in eps-space.
         if scale.ndim == 1:
@@ -744,6 +877,23 @@ def _describe_keys(keys: Sequence[tuple[int, int]]) -> str:
     if list(keys) == [(step, first + b) for b in range(count)]:
         return f"step {step}, problems {first} to {first + count - 1}"
     return f"{count} problems from step {step}, problem {first} on (digest {zlib.crc32(repr(keys).encode()):08x})"
+
+
+def _value_weights(weights: Weights) -> Array:
+    return weights.value[None]
+
+
+def _theta_weights(weights: Weights) -> Array:
+    return weights.theta.T
+
+
+def _along(parts: Sequence[Array], own: Any, weights: Weights) -> Array:
+    """The weights of the derivative along a tangent in eps-space, of some parameters: (1, num_rows)."""
+    columns = [weights.theta * parts[0]]
+    if len(parts) == 2:
+        assert weights.scale is not None
+        columns.append(weights.scale * parts[1])
+    return np.asarray(sum((c if own is None else c[:, own]).sum(axis=1) for c in columns))[None, :]
 
 
 def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -90,6 +90,8 @@ def make_surrogate(
         )
     if strategy.forward != "smoothed":
         raise InputError("Expected forward='smoothed' with a surrogate, got 'unsmoothed': f(x) needs no correction.")
+    if strategy.missing == "ignore":
+        raise InputError("Expected missing='raise' with a surrogate, got 'ignore': both need the same numbers.")
     if strategy.covariate == "bq":
         raise InputError("Expected a covariate other than 'bq' with a surrogate: its weights depend on the outputs.")
     fine, coarse = simulator.space, surrogate.space

@@ -14,6 +14,7 @@ from bridge.checks import is_whole
 from bridge.errors import InputError
 from bridge.fit_result import End, FitEnd, FitStep
 from bridge.misfit import (
+    Cholesky,
     LinearMap,
     Loss,
     Misfit,
@@ -132,6 +133,8 @@ def make_problem(
     fixed: Sequence[str],
     tied: Mapping[str, str] | None,
     guess: bool = True,
+    mask: ArrayLike | torch.Tensor | None = None,
+    missing: str = "raise",
 ) -> FitProblem:
     """Checks what is given.
 
@@ -154,13 +157,21 @@ def make_problem(
         if np.ptp(starts[:, space.index(name)]) > 0:
             raise InputError(f"Expected one value of {name!r}, which is fixed, in all starts, got several.")
     free = sim.space if isinstance(sim, ReducedSimulator) else space
-    goal = checked_target(target, sim)
+    goal, masked = checked_target(target, mask, sim)
     if robust is not None and loss is None and variance is None:
         raise InputError(
             "Expected variance= with robust=, whose width is in standard deviations of the target's noise."
         )
-    noise, whitening = checked_noise(variance, whiten, goal)
-    misfit = Misfit(goal, noise, loss, make_prior(prior, free), whitening, make_robust(robust))
+    noise, whitening, counts = checked_noise(variance, whiten, goal, masked)
+    if missing == "ignore" and isinstance(whitening, Cholesky):
+        raise InputError(
+            "Expected a variance that is a number or of the target's shape with missing='ignore', got a covariance: an "
+            "output that lacks numbers cannot be whitened by it. Leave the numbers out with mask=, or give variances."
+        )
+    misfit = Misfit(
+        goal, noise, loss, make_prior(prior, free), whitening, make_robust(robust),
+        masked=masked, counts=counts, partial=missing == "ignore",
+    )  # fmt: skip
     return FitProblem(
         *(space, sim, free),
         starts=_more_starts(starts, num_starts, space, seed, spread),

@@ -128,8 +128,8 @@ class FitResult:
             given), and the prior's 1/2 sum (parameter - mean)^2 / deviation^2. See `bridge.goodness.Goodness`, also for
             chi_square, dof, p_value and loss_share (of each output, of the target's shape).
         stop_reason: "converged", "standard_error" (they are as small as was asked), "max_steps", "max_runs",
-            "max_time", "interrupted", "numerics" (the method's own arithmetic failed; these are the best so far), or
-            "no_better" (than the start).
+            "max_time", "interrupted", "numerics" (the method's own arithmetic failed; these are the best so far),
+            "failures" (hardly a run is of any use where it was going) or "no_better" (than the start).
         history: one `FitStep` a step.
         num_evaluations: simulator runs, all ranks together, those of the surrogate apart (`num_surrogate`).
         num_cached: of these, found in a store instead of run anew: what was finished before an interruption, or is in a

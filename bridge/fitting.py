@@ -70,6 +70,8 @@ def fit(
     learning_rate: float | None = None,
     optimiser: str | Callable[..., torch.optim.Optimizer] | None = None,
     variance: float | ArrayLike | None = None,
+    mask: ArrayLike | torch.Tensor | None = None,
+    missing: str = "raise",
     whiten: LinearMap | None = None,
     robust: str | tuple[str, float] | None = None,
     coarse: Sequence[float | LinearMap] | None = None,
@@ -100,20 +102,25 @@ def fit(
     Methods:
         "kriging" models all outputs by one Gaussian process through every run so far (`bridge.kriging`), and runs, a
             round at a time, where the loss is or may be least (`bridge.search`). Rounds of a few runs, least squares
-            only, up to some forty parameters. It restarts elsewhere where it ends, or is stuck, and the target is not
-            explained: by chi-square where `variance` is given, else if more than a fiftieth of the first loss is left.
+            only, up to two hundred parameters. It restarts elsewhere where it ends, or is stuck, and the target is not
+            explained: by chi-square where `variance` is given, else if more than a fiftieth of the first loss is left
+            and residuals do not look like noise.
+        "trust-region" minimises a loss of any kind by a quadratic model of the runs about the best one
+            (`bridge.trust_region`), in few runs; it has no standard errors.
         "gauss-newton" solves with J^T V^-1 J of the smoothed Jacobian: many parameters, block structure, many runs at
             once.
         "adam" descends the smoothed gradient, of any loss, at `learning_rate` times the current scale.
         "torch" does so by any optimiser of `torch.optim`, or one like them: `optimiser`.
         "natural" descends the smoothed loss, of any kind, by natural gradients in the mean and in the scale matrix L of
             the noise (`bridge.natural`): an evolution strategy that learns which parameters go together.
-        "auto" takes torch where an optimiser is given, adam with a loss of one's own, gauss-newton with a block
-            structure, with `coarse` or with more than forty parameters, and kriging otherwise; the result says which
+        "auto" takes torch where an optimiser is given, trust-region with a loss of one's own (adam where settings of
+            smoothing are given with it, or beyond a hundred parameters), gauss-newton with a block structure, with
+            `coarse` or with more than two hundred parameters, and kriging otherwise; the result says which
             and why.
 
     Args:
-        simulator: as in `bridge.smooth`; its parameter space gives bounds and natural units.
+        simulator: as in `bridge.smooth`; its parameter space gives bounds and natural units. Where it says nothing of
+            natural scales, they come from the bounds, the start and the first runs (`docs/fitting.md`).
         target: of the simulator's output shape.
         start: name -> value, or (d,); or several: a list of mappings, or (k, d). Descents go on from all of them side
             by side, all runs of a step in one dispatch; kriging runs all in its first round.
@@ -135,25 +142,34 @@ def fit(
             `lambda p: torch.optim.SGD(p, lr=0.1)`. They are in natural units, and the rate goes down with the scale.
         variance: of the target's noise: a number, an array of its shape, or the covariance (m, m) of its m numbers.
             Left out, 1 in the loss, and standard errors come from the mean squared residual.
+        mask: True where a number of the target is no data, as in `numpy.ma`, whose masked arrays are targets as well.
+            What is masked counts nowhere, nor do numbers of infinite variance, and those that `whiten` makes of masked
+            ones or makes 0 of all outputs. A loss of one's own gets 0 there for both.
+        missing: "raise": an output with NaN is a failed run. "ignore": NaN, and masked numbers of a `numpy.ma` output,
+            are numbers that the simulator did not get to, and the others count; infinite ones stay a failure. Where
+            runs are compared, kriging puts there what its other runs predict (`bridge.missing`), and the other methods
+            what is there on average: no run looks better for what it lacks. Loss, chi-square and errors of the result
+            count what its output has.
         whiten: a linear map of torch tensors, of one output and of the target before they are compared; `variance` is
             then that of its result.
         robust: "huber", "cauchy" or "soft-l1", or (name, width in standard deviations), in place of squares of
             residuals; needs `variance`.
         coarse: from coarse to fine, widths [pixels] of Gaussian blurs of what is compared, along the last two axes, or
             linear maps; equal shares of the first four fifths of the steps, then none (gauss-newton, adam, torch).
-        loss: l(output, target) -> number, in place of least squares (adam, torch, natural).
+        loss: l(output, target) -> number, in place of least squares (trust-region, adam, torch, natural).
         prior: name -> (mean, standard deviation), Gaussian; several names in a tuple -> (means, covariance) of these
             together, and (means, covariance) of all. It counts against `variance`. A loss of one's own is taken for a
             negative log likelihood.
         fixed: names of parameters that keep their start. tied: name -> another that it is to equal.
-        max_runs: the budget, with what is run at the end; kriging's default is 60 (d + 1).
+        max_runs: the budget, with what is run at the end; default 60 (d + 1) for kriging, 100 (d + 1) for trust-region.
         max_seconds: stops after the step in which so much time has passed since this call. The result then depends on
             the machine.
         restarts: at most so many (kriging), default 10.
         tolerance: descents: converged when, at the last scale, parameters move by less than this (natural units) over a
             tenth of the steps, default 0.01. Kriging: when two rounds in turn promise less than this many
             standard errors, default 0.1; without `variance` it goes on until steps are below 1e-4 natural scales, or,
-            in simulators without noise, until eight rounds and 6 (d + 1) runs have gained less than 3e-4 of the loss.
+            in simulators without noise, until ten digits of the target agree or eight rounds and 6 (d + 1) runs have
+            gained less than 3e-4 of the loss. Trust-region: the radius, in natural scales, at which it ends, 1e-6.
         reuse: earlier evaluations of the same simulator to begin with (kriging): directories of earlier fits by
             kriging, or `bridge.Store`s (which earlier fits by any method were given as `store=`) or their directories.
             They become part of this run, which does not need them again.
@@ -167,7 +183,8 @@ def fit(
             bitwise the same result; see `bridge.Run`, also for `resume`, `overwrite` and `every_s`.
         comm, **smoothing: as in `bridge.smooth`. Kriging smooths nothing and takes those that say how runs are
             carried out; by default each of its runs has simulator seeds of its own, and failed ones
-            (failures="drop") count as bad.
+            (failures="drop") count as bad. Outputs that are not finite, or beyond 1e100, are bad
+            runs with every method.
 
     Returns:
         a `FitResult`, the same on every rank. Collective under MPI. In one process an interrupt (Ctrl-C)
@@ -183,6 +200,7 @@ def fit(
     if isinstance(target, torch.Tensor):
         target = target.detach().cpu().numpy() if target.is_complex() else target.detach().cpu().double().numpy()
     refuse_unknown("bridge.fit", smoothing, fit_settings())
+    smoothing = {**smoothing, "missing": missing} if missing != "raise" else smoothing
     _check_kinds(target, start, variance, fixed, tied, loss, on_step)
     if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
         raise InputError(f"Expected a positive max_seconds, got {max_seconds!r}.")
@@ -190,6 +208,7 @@ def fit(
         *(simulator, target, start),
         seed=seed, num_starts=num_starts, spread=_spread(scale), variance=variance, whiten=whiten, loss=loss,
         robust=robust, prior=prior, fixed=fixed, tied=tied, guess=scale is None,
+        mask=mask, missing=missing,
     )  # fmt: skip
     method_, reason = choose(
         *(method, problem.simulator, problem.free.dimension),
@@ -334,10 +353,13 @@ def fit(
 
 def _goodness(problem: FitProblem, end: End) -> tuple[Goodness, tuple[str, ...]]:
     """How well the target is explained at the end, and what to say of it."""
-    if not np.isfinite(end.output).all():  # that run failed: the method knows no more than its own loss
+    misfit = problem.misfit
+    if not misfit.usable(end.output[None]).all():  # that run failed: the method knows no more than its own loss
         return Goodness(end.loss), ()
     good = goodness_of(problem.misfit, end.output, end.x, problem.known_noise, end.noise)
-    target = problem.misfit.target.numpy()
+    target = misfit.target.numpy()
+    if misfit.masked is not None:
+        target = np.where(misfit.masked.numpy(), np.nan, target)
     return good, unexplained(good, end.output - target, end.start_output - target)
 
 
@@ -496,7 +518,9 @@ def _described(
         **{f"code of {k}": identity_of_function(f, k) for k, f in functions.items() if callable(f)},
         "seed": seed, "method": s.method, "steps": chosen.limit,
         "num_samples": s.num_samples, "tolerance": s.tolerance, "start": problem.starts.tolist(),
-        "halving": s.halving, "target": _digest(misfit.target), "max_runs": s.max_runs, "restarts": s.restarts,
+        "halving": s.halving, "target": _digest(misfit.target), "partial": misfit.partial,
+        "mask": None if misfit.masked is None else _digest(misfit.masked),
+        "max_runs": s.max_runs, "restarts": s.restarts,
         "prior": [prior.information.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
         "variance": _digest(misfit.variance), "whiten": _digest(_whitened(misfit.whiten, probe)), "coarse": stages,
         "stop_at_error": s.stop_at_error, "smoothing": _words(smoothing), "natural_scale": problem.natural.tolist(),

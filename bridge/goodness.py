@@ -56,10 +56,11 @@ def goodness_of(misfit: Misfit, output: NDArray[np.generic], z: Array, known: bo
         noise: variance of one run of the simulator, over that of the target, averaged over outputs.
     """
     tensor = torch.as_tensor(np.asarray(output, dtype=np.float64))
-    loss = misfit.value(tensor, z)
+    loss = misfit.value_there(tensor, z)
     if misfit.loss is not None:
         return Goodness(loss)
     r = misfit.residual(tensor).numpy()
+    r = r[~np.isnan(r)]
     dof = len(r) + misfit.prior.known - len(z)
     squares = float(r @ r) + 2 * misfit.prior(z)[0]
     p_value = None
@@ -86,7 +87,7 @@ def unexplained(good: Goodness, residual: NDArray[np.generic], start_residual: N
                 f"({reduced:.3g} each; 1 is expected).{loud} Look at the residuals; try other starts (num_starts=, "
                 "restarts=), more runs, a variance that has all noise, or robust= where few outputs are off."
             )
-    size, first = (float(np.sqrt(np.nanmean(np.square(np.asarray(x, float))))) for x in (residual, start_residual))
+    size, first = _size(residual), _size(start_residual)
     alike = _alike(residual) if size > _EXACT * first else 0.0
     if good.chi_square is None and alike:
         said.append(
@@ -95,6 +96,13 @@ def unexplained(good: Goodness, residual: NDArray[np.generic], start_residual: N
             "variance=)."
         )
     return tuple(said)
+
+
+def _size(residual: NDArray[np.generic]) -> float:
+    """Root mean square of what is there; 0 where nothing is."""
+    r = np.asarray(residual, dtype=np.float64)
+    r = r[np.isfinite(r)]
+    return float(np.sqrt(np.mean(r**2))) if r.size else 0.0
 
 
 def _loudest(good: Goodness) -> str:

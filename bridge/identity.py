@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from bridge.seen import UnseenError, digest_of
-from bridge.simulator import FunctionSimulator, Identified, Simulator, simulator_name
+from bridge.seen import UnseenError, digest_of, given_identity
+from bridge.simulator import FunctionSimulator, Simulator, simulator_name
 
 Array = NDArray[np.float64]
 
@@ -58,9 +58,8 @@ def identity_of_function(function: Any, argument: str) -> str:
         InputError: something in it cannot be seen, and it has no attribute `identity`.
     """
     name = str(getattr(function, "__name__", type(function).__name__))
-    given = getattr(function, "identity", None)
-    if isinstance(given, str):
-        return given
+    if (text := given_identity(function)) is not None:
+        return text
     try:
         return f"{name}-{digest_of(function, name)[:_DIGITS]}"
     except UnseenError as error:
@@ -72,10 +71,10 @@ def identity_of_function(function: Any, argument: str) -> str:
 
 @final
 class Filing:
-    """The name under which a simulator's evaluations are filed, taken once, before it is called.
+    """The name under which a simulator's evaluations are filed.
 
     What calls change in the simulator does not change the name: neither in this object, nor for one that is made of the
-    same simulator later in this process.
+    same simulator later in this process. What is changed between calls does; large arrays are looked at only once.
 
     Raises:
         InputError: something in it cannot be seen, and it has no attribute `identity`.
@@ -89,8 +88,8 @@ class Filing:
         self.name = self._now = ""
         seen = simulator.function if isinstance(simulator, FunctionSimulator) else simulator
         for one in (simulator, seen):
-            if isinstance(one, Identified) and isinstance(one.identity, str):
-                self.name = one.identity
+            if (text := given_identity(one)) is not None:
+                self.name = text
                 return
         try:
             self._now = self._taken(self._kept)
@@ -111,8 +110,13 @@ class Filing:
             seen = seen[0]
         return f"{name}-{digest_of(seen, name, kept)[:_DIGITS]}"
 
+    def before_calls(self) -> None:
+        """Takes the name anew where the simulator has been changed since, by other hands than its calls'."""
+        if self._now and (now := self._taken(dict(self._kept))) != self._now:
+            self.name, self._now = _became.get(now, now), now
+
     def after_calls(self) -> None:
-        """Takes note of what calls have changed. Large arrays are taken to be as they were."""
+        """Takes note of what calls have changed."""
         if not self._now:
             return
         try:

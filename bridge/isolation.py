@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Any, TypeVar, final
 
 import numpy as np
@@ -31,7 +33,7 @@ from numpy.typing import NDArray
 from bridge import errors
 from bridge.arrays import real_array
 from bridge.checks import is_whole
-from bridge.environment import child_environment, describe_status, marked, thread_count
+from bridge.environment import child_environment, describe_status, marked, own_directory, thread_count
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
 from bridge.simulator import (
     BlockStructure,
@@ -40,6 +42,7 @@ from bridge.simulator import (
     Structured,
     computes_row_by_row,
     simulator_name,
+    unwatched,
 )
 
 T = TypeVar("T")
@@ -48,6 +51,7 @@ _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
 _START_SECONDS = 120.0
 _LOOK_SECONDS = 1.0
 _AGAIN_SECONDS = 0.05
+_UNWATCHED = "BRIDGE_UNWATCHED"
 
 
 @final
@@ -57,17 +61,24 @@ class IsolatedSimulator:
     Args:
         inner: the simulator; it travels by value (cloudpickle), so functions of a script are fine.
         timeout_s: seconds that one row may take; None for no limit. Starting the child does not count.
+        directory: where the child gets a fresh working directory of its own, removed when it ends; None for this
+            process's.
+        watched: whether the child looks at the first call (`bridge.repeatability`); never under a limit, which two
+            calls might exceed.
 
     Raises:
         InputError: the simulator cannot be sent to another process, or the limit is not positive.
     """
 
-    def __init__(self, inner: Simulator, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, inner: Simulator, timeout_s: float | None = None, directory: Path | None = None, watched: bool = True
+    ) -> None:
         import cloudpickle
 
         if timeout_s is not None and not timeout_s > 0:
             raise InputError(f"Expected a positive timeout_s, got {timeout_s!r}.")
         self.inner, self.timeout_s, self.name = inner, timeout_s, simulator_name(inner)
+        self._directory, self._watched = directory, watched and timeout_s is None
         try:
             self._pickled = cloudpickle.dumps(inner)
         except Exception as error:
@@ -77,6 +88,10 @@ class IsolatedSimulator:
             ) from error
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+
+    def __reduce__(self) -> Any:
+        # A copy has a child of its own, once it needs one.
+        return type(self), (self.inner, self.timeout_s)
 
     @property
     def space(self) -> ParameterSpace | None:
@@ -156,19 +171,23 @@ class IsolatedSimulator:
         self.close()
         ours, theirs = Pipe()
         environment = marked(child_environment(thread_count()))
+        if not self._watched:
+            environment[_UNWATCHED] = "1"
         program = "import sys; from bridge.isolation import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
         # Where this process finds its modules, the child must: a script's folder, above all.
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+        own = None if self._directory is None else _fresh(self._directory)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", program, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=environment,
+                cwd=own,
                 start_new_session=True,
             )
         self._pipe = ours
-        self._finalizer = weakref.finalize(self, _end, self._process, ours)
+        self._finalizer = weakref.finalize(self, _end, self._process, ours, own)
         status, result = self._ask(self._pickled, _START_SECONDS, "while it was started")
         if status != "ok":
             self.close()
@@ -195,21 +214,26 @@ class SimulatorPool:
     """Several child processes that evaluate at the same time; made by `bridge.smooth(..., workers=...)`.
 
     Args:
-        inner, timeout_s: as in `IsolatedSimulator`.
+        inner, timeout_s, directory: as in `IsolatedSimulator`.
         workers: how many.
     """
 
-    def __init__(self, inner: Simulator, workers: int, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, inner: Simulator, workers: int, timeout_s: float | None = None, directory: Path | None = None
+    ) -> None:
         if not is_whole(workers, 1):
             raise InputError(f"Expected a positive integer of workers, got {workers!r}.")
         self.inner, self.workers, self.name = inner, int(workers), simulator_name(inner)
-        self._children = [IsolatedSimulator(inner, timeout_s) for _ in range(self.workers)]
+        self._children = [IsolatedSimulator(inner, timeout_s, directory, i == 0) for i in range(self.workers)]
         self._free: queue.SimpleQueue[IsolatedSimulator] = queue.SimpleQueue()
         for child in self._children:
             self._free.put(child)
         self._stopped = False
         # The same threads for ever: a child is told to end when the thread that has started it does.
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="bridge-worker")
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.inner, self.workers, self._children[0].timeout_s)
 
     @property
     def space(self) -> ParameterSpace | None:
@@ -261,13 +285,24 @@ class SimulatorPool:
             child.close()
 
 
-def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:
+def _fresh(folder: Path) -> Path:
+    try:
+        return own_directory("worker", folder)
+    except OSError as error:
+        raise SetupError(
+            f"Expected a folder in which working directories can be made, got {error}. Give another own_directory."
+        ) from error
+
+
+def _end(process: subprocess.Popen[bytes], pipe: Connection, own: Path | None) -> None:
     # Before it is reaped: until then its number, which is the group's, cannot be anybody else's.
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     pipe.close()
+    if own is not None:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def serve(descriptor: int, parent: int) -> None:
@@ -288,6 +323,8 @@ def serve(descriptor: int, parent: int) -> None:
                 try:
                     if simulator is None:
                         simulator, answer = pickle.loads(question), None
+                        if os.environ.pop(_UNWATCHED, ""):
+                            unwatched(simulator)
                     else:
                         answer = real_array(simulator(*question), f"from simulator {simulator_name(simulator)!r}")
                     reply = ("ok", answer)

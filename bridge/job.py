@@ -4,6 +4,7 @@
 name = "cryoet"             # or a function of your own: "mysim.py:projectile", in a file beside this one
 [target]
 file = "target.mrc"         # paths are relative to the TOML file
+mask = "bad.mrc"            # optional: not 0 where a number of the target is no data
 [start]                     # one value a parameter
 defocus_um = 1.9
 [fit]                       # arguments of bridge.fit
@@ -38,10 +39,10 @@ from bridge.simulator import FileFormat, Simulator, as_simulator
 
 _log = logging.getLogger("bridge")
 _SECTIONS = ("simulator", "target", "start", "fit", "output")
-_KEYS = {"target": ("file",), "output": ("directory", "title")}
+_KEYS = {"target": ("file", "mask"), "output": ("directory", "title")}
 _NOT_IN_A_FILE = (
     *("simulator", "target", "start", "loss", "on_step", "comm", "smoothing", "store", "progress", "title"),
-    *("directory", "resume", "overwrite", "whiten"),
+    *("directory", "resume", "overwrite", "whiten", "mask"),
 )
 
 
@@ -177,7 +178,7 @@ def load_job(path: str | Path, directory: str | Path | None = None) -> Job:
     return Job(
         simulator=simulator,
         target_file=target_file,
-        target=read_output(simulator, target_file),
+        target=_read_target(simulator, target_file, data["target"].get("mask"), path.parent),
         start=data["start"],
         settings=settings,
         directory=Path(directory or output.get("directory", "results")),
@@ -196,6 +197,17 @@ def _resolve(value: Any, folder: Path) -> Any:
             k: str(folder / v) if k == "file" and isinstance(v, str) else _resolve(v, folder) for k, v in value.items()
         }
     return value
+
+
+def _read_target(simulator: Simulator, file: Path, mask: Any, folder: Path) -> NDArray[Any]:
+    """The target, a masked array where the job names a mask: a file of its shape, not 0 where a number is no data."""
+    target = read_output(simulator, file)
+    if mask is None:
+        return target
+    bad = np.asarray(read_output(simulator, folder / str(mask))) != 0
+    if bad.shape != target.shape:
+        raise InputError(f"Expected a mask of the target's shape {target.shape} in {mask!r}, got {bad.shape}.")
+    return np.ma.masked_array(target, np.ma.getmaskarray(target) | bad)
 
 
 def read_output(simulator: Simulator, path: Path) -> NDArray[Any]:

@@ -215,6 +215,12 @@ class Draw:
         return np.asarray(0.5 * (r**2).sum(axis=1))
 
 
+def default_kernel(unit: Array) -> Array:
+    """(d + 2,) that of a smooth function of parameters in these units, before anything is known of it."""
+    _, roughness, nugget = _STARTS[0]
+    return np.append(np.log(1.5 * np.sqrt(len(unit)) * unit), (roughness, nugget))
+
+
 def fit_kriging(
     rows: Array,
     gram: Array,

@@ -10,28 +10,54 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.arrays import floating, one_number, real_array
 from bridge.errors import InputError
 from bridge.robust import Robust
 from bridge.simulator import ParameterSpace, Simulator, simulator_name
+from bridge.soundness import unusable
 
 Array = NDArray[np.float64]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LinearMap = Callable[[torch.Tensor], torch.Tensor]
 
 
-def checked_target(target: ArrayLike | torch.Tensor, sim: Simulator) -> torch.Tensor:
-    goal = torch.as_tensor(np.asarray(target, dtype=np.float64))
-    if sim.output_shape is not None and tuple(goal.shape) != sim.output_shape:
+def checked_target(
+    target: ArrayLike | torch.Tensor, mask: ArrayLike | torch.Tensor | None, sim: Simulator
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The target, 0 where it is masked, and where that is: None where nowhere.
+
+    Args:
+        mask: True where a number is no data, as `numpy.ma` has it; besides that of a masked target.
+    """
+    array = np.array(floating(real_array(target, "as the target", InputError)), dtype=np.float64)
+    if sim.output_shape is not None and array.shape != sim.output_shape:
         raise InputError(
-            f"Expected a target of shape {sim.output_shape}, as {simulator_name(sim)!r} gives, got {tuple(goal.shape)}."
+            f"Expected a target of shape {sim.output_shape}, as {simulator_name(sim)!r} gives, got {array.shape}."
         )
-    if not bool(torch.isfinite(goal).all()):
-        raise InputError("Expected a finite target, got NaN or infinity. Mask or fill those pixels first.")
-    return goal
+    masked = np.zeros(array.shape, dtype=bool)
+    if isinstance(target, np.ma.MaskedArray):
+        masked |= np.ma.getmaskarray(target)
+    if mask is not None:
+        given = real_array(mask, "as the mask", InputError)
+        if given.shape != array.shape or not np.isin(given, (0, 1)).all():
+            raise InputError(
+                f"Expected a mask of the target's shape {array.shape}, True where a number is to be left out, got "
+                f"shape {given.shape}, dtype {given.dtype}."
+            )
+        masked |= given.astype(bool)
+    array[masked] = 0.0
+    if not np.isfinite(array).all():
+        raise InputError(
+            "Expected a finite target, got NaN or infinity. Leave such numbers out: mask=~numpy.isfinite(target), or a "
+            "numpy.ma array."
+        )
+    if masked.all():
+        raise InputError("Expected a target with a number that is not masked, got none. In a mask True means no data.")
+    return torch.as_tensor(array), torch.as_tensor(masked) if masked.any() else None
 
 
-def checked_linear(given: LinearMap, shape: tuple[int, ...], what: str) -> torch.Size:
-    """The shape of what a map makes of float64 tensors of a shape.
+def checked_linear(given: LinearMap, shape: tuple[int, ...], what: str) -> torch.Tensor:
+    """What a linear map makes of random numbers of a shape: exactly 0 where it makes 0 of all.
 
     Raises:
         InputError: it is not linear, or not made of torch operations on real numbers.
@@ -52,49 +78,87 @@ def checked_linear(given: LinearMap, shape: tuple[int, ...], what: str) -> torch
     whole, one, two = (x.detach() for x in results)
     if not bool(((whole - 2 * one - 3 * two).abs() <= 1e-5 * (1 + whole.abs())).all()):
         raise InputError(f"Expected {what} to be linear, T(2a + 3b) = 2 T(a) + 3 T(b), got another result.")
-    return whole.shape
+    return one.abs() + two.abs()
 
 
 def checked_noise(
-    variance: float | ArrayLike | None, whiten: LinearMap | None, goal: torch.Tensor
-) -> tuple[torch.Tensor, LinearMap | None]:
-    """The variance of the residuals, a number or of their shape, and the linear map that comes before it.
+    variance: float | ArrayLike | None, whiten: LinearMap | None, goal: torch.Tensor, masked: torch.Tensor | None
+) -> tuple[torch.Tensor, LinearMap | None, torch.Tensor | None]:
+    """The variance of the residuals, a number or of their shape, the linear map that comes before it, and which of its
+    numbers are data: None for all.
+
+    No data are those that depend on a masked number, those that the map makes 0 of all outputs, and those of infinite
+    variance.
 
     Raises:
         InputError: a variance that is not positive, or of neither the residuals' shape nor that of their covariance.
     """
-    tensor = torch.as_tensor(np.asarray(1.0 if variance is None else variance, dtype=np.float64))
-    if not bool(torch.isfinite(tensor).all()):
-        raise InputError("Expected a positive, finite variance of the target.")
-    shape = goal.shape if whiten is None else checked_linear(whiten, tuple(goal.shape), "whiten")
-    if tensor.ndim and tensor.shape != shape:
+    given = real_array(1.0 if variance is None else variance, "as the variance", InputError)
+    tensor = torch.as_tensor(np.array(given, dtype=np.float64))
+    if whiten is None:
+        size = torch.ones(goal.shape, dtype=torch.float64)
+    else:
+        size = checked_linear(whiten, tuple(goal.shape), "whiten")
+    if tensor.ndim and tensor.shape != size.shape:
         m = goal.numel()
         if whiten is not None or goal.ndim == 0 or tensor.shape not in ((m, m), goal.shape + goal.shape):
             raise InputError(
-                f"Expected a variance that is a number, {tuple(shape)}, or the covariance of all numbers, ({m}, {m}), "
-                f"got {tuple(tensor.shape)}."
+                f"Expected a variance that is a number, {tuple(size.shape)}, or the covariance of all numbers, "
+                f"({m}, {m}), got {tuple(tensor.shape)}."
             )
-        return torch.ones((), dtype=torch.float64), _whitening(tensor.reshape(m, m))
-    if not bool((tensor > 0).all()):
-        raise InputError("Expected a positive, finite variance of the target.")
-    return tensor, whiten
+        return torch.ones((), dtype=torch.float64), _whitening(tensor.reshape(m, m), masked), None
+    if not bool((tensor > 0).all()) or (tensor.ndim == 0 and not bool(torch.isfinite(tensor))):
+        raise InputError("Expected a positive, finite variance of the target; in an array inf where there are no data.")
+    counts = (size > 0) & torch.isfinite(tensor)
+    if masked is not None:
+        counts &= ~touched(whiten, masked)
+    if not bool(counts.any()):
+        raise InputError(
+            "Expected a number that is compared, got none: whiten= makes 0 of all outputs, or mixes masked numbers "
+            "into every one of its results. Leave whiten= out, give variance= as a covariance, or whiten locally."
+        )
+    return tensor, whiten, None if bool(counts.all()) else counts
 
 
-def _whitening(covariance: torch.Tensor) -> LinearMap:
-    """x -> C^-1 x, flattened, with C the Cholesky factor: its covariance is then the identity."""
+def touched(whiten: LinearMap | None, where: torch.Tensor) -> torch.Tensor:
+    """Which numbers of T(y) depend on some numbers of y."""
+    if whiten is None:
+        return where
+    rng = np.random.Generator(np.random.Philox(key=2))
+    with torch.no_grad():
+        made = whiten(torch.as_tensor(rng.normal(size=tuple(where.shape))) * where).abs()
+    return made > 1e-9 * float(made.max())
+
+
+def _whitening(covariance: torch.Tensor, masked: torch.Tensor | None) -> LinearMap:
+    """x -> C^-1 x of what is not masked, flattened, with C the Cholesky factor: its covariance is then the identity."""
+    keep = None
+    if masked is not None:
+        keep = torch.nonzero(~masked.reshape(-1)).flatten()
+        covariance = covariance[keep][:, keep]
+    if not bool(torch.isfinite(covariance).all()):
+        raise InputError("Expected a finite covariance of the target. What is to be left out is said by mask=.")
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed or not torch.allclose(covariance, covariance.T, rtol=1e-8, atol=0):
         raise InputError("Expected a covariance of the target that is symmetric and positive definite.")
-    return Cholesky(factor)
+    return Cholesky(factor, keep)
 
 
 @final
 @dataclass(frozen=True)
 class Cholesky:
+    """keep: which numbers are data; None for all."""
+
     factor: torch.Tensor
+    keep: torch.Tensor | None = None
+
+    def data(self, x: torch.Tensor) -> torch.Tensor:
+        """(m, 1)."""
+        flat = x.reshape(-1, 1)
+        return flat if self.keep is None else flat[self.keep]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.solve_triangular(self.factor, x.reshape(-1, 1), upper=False)[:, 0]
+        return torch.linalg.solve_triangular(self.factor, self.data(x), upper=False)[:, 0]
 
 
 @final
@@ -126,9 +190,15 @@ class Misfit:
 
     With a loss l of one's own, l(B T(y), B T(t)) + prior.
 
+    Numbers that an output lacks are NaN, in the output and in its residuals. Where outputs are compared with each other
+    they count as much as those that are there do on average: a run must not look better for what it lacks. A loss of
+    one's own gets them as they are.
+
     Attributes:
         target: t. variance: sigma^2 of T(t), a number or of its shape. loss: l, None for least squares.
         prior: of the parameters in natural units. whiten: T. blur: B. robust: rho, r^2 / 2 where None.
+        masked: which numbers of t are no data; None for none. counts: which of T(t)'s are; None for all.
+        partial: whether outputs may lack numbers.
     """
 
     target: torch.Tensor
@@ -138,11 +208,14 @@ class Misfit:
     whiten: LinearMap | None = None
     robust: Robust | None = None
     blur: LinearMap | None = None
+    masked: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    partial: bool = False
 
     @property
     def plain(self) -> bool:
         """Whether outputs can be had back from residuals."""
-        return self.whiten is None and self.blur is None
+        return self.whiten is None and self.blur is None and self.counts is None
 
     @property
     def deviation(self) -> Array:
@@ -151,32 +224,78 @@ class Misfit:
 
     def _mapped(self, x: torch.Tensor) -> torch.Tensor:
         """B(T(x) / sigma) of one x of the target's shape; sigma is left out for a loss of one's own."""
+        if self.masked is not None:
+            x = torch.where(self.masked, 0.0, x)
         x = x if self.whiten is None else self.whiten(x)
-        x = x if self.loss is not None else x / self.variance.sqrt()
+        if self.loss is None:
+            x = x / self.variance.sqrt()
+        if self.counts is not None:
+            x = torch.where(self.counts, x, 0.0)
         return x if self.blur is None else self.blur(x)
 
+    def _data(self, x: torch.Tensor) -> torch.Tensor:
+        """The numbers of T(x) that are data, flattened. Blurred ones are all."""
+        return x[self.counts] if self.counts is not None and self.blur is None else x.reshape(-1)
+
+    def of_data(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Flags of the target's numbers as those of the residuals, where these are the same numbers."""
+        if self.whiten is not None or self.blur is not None or self.counts is None:
+            return flags
+        return np.asarray(flags[self.counts.numpy().reshape(-1)])
+
     def residual(self, output: torch.Tensor) -> torch.Tensor:
-        """r, flattened: (m,)."""
+        """r, flattened: (m,); NaN where the output lacks a number, 0 there before a blur."""
         self._check(output)
-        return self._mapped(output.to(torch.float64) - self.target).reshape(-1)
+        difference = output.to(torch.float64) - self.target
+        lacks = self._lacks(output)
+        if lacks is None:
+            return self._data(self._mapped(difference))
+        r = self._mapped(torch.where(lacks, 0.0, difference))
+        return self._data(r if self.blur is not None else torch.where(touched(self.whiten, lacks), torch.nan, r))
+
+    def _lacks(self, output: torch.Tensor) -> torch.Tensor | None:
+        """Which numbers the output lacks, of those that are data."""
+        if not self.partial:
+            return None
+        lacks = torch.isnan(output.detach())
+        lacks = lacks if self.masked is None else lacks & ~self.masked
+        return lacks if bool(lacks.any()) else None
+
+    def _whole(self, output: torch.Tensor) -> float:
+        """How many numbers are data over how many of them the output has."""
+        lacks = self._lacks(output)
+        if lacks is None:
+            return 1.0
+        counts = torch.ones_like(touched(self.whiten, lacks)) if self.counts is None else self.counts
+        there = int((counts & ~touched(self.whiten, lacks)).sum())
+        return int(counts.sum()) / there if there else float("nan")
 
     def value(self, output: torch.Tensor, z: Array) -> float:
+        """The loss by which outputs are compared with each other."""
         with torch.no_grad():
             if self.loss is not None:
                 self._check(output)
-                return (
-                    float(self.loss(self._mapped(output.to(torch.float64)), self._mapped(self.target)))
-                    + self.prior(z)[0]
-                )
+                value = self.loss(self._mapped(output.to(torch.float64)), self._mapped(self.target))
+                return one_number(value, "from the loss", InputError) + self.prior(z)[0]
             r = self.residual(output).numpy()
-        return self.cost(r) + self.prior(z)[0]
+            return self._whole(output) * self.cost(r) + self.prior(z)[0]
+
+    def value_there(self, output: torch.Tensor, z: Array) -> float:
+        """The loss of what the output has."""
+        if self.loss is not None:
+            return self.value(output, z)
+        with torch.no_grad():
+            return self.cost(self.residual(output).numpy()) + self.prior(z)[0]
 
     def ordinary_cost(self) -> float:
         """sum rho(r) of an output that is the target's mean everywhere."""
-        return self.cost(self.residual(torch.full_like(self.target, float(self.target.mean()))).numpy())
+        data = self.target if self.masked is None else self.target[~self.masked]
+        return self.cost(self.residual(torch.full_like(self.target, float(data.mean()))).numpy())
 
     def cost(self, r: Array) -> float:
-        """sum rho(r)."""
+        """sum rho(r) of what there is."""
+        if self.partial:
+            r = r[~np.isnan(r)]
         return 0.5 * float(r @ r) if self.robust is None else float(self.robust.rho(r).sum())
 
     def _check(self, output: torch.Tensor) -> None:
@@ -193,44 +312,74 @@ class Misfit:
         if self.loss is not None:
             self._check(output)
             value = self.loss(self._mapped(leaf), self._mapped(self.target))
-            (gradient,) = torch.autograd.grad(value, leaf)
-            return float(value.detach()) + prior, gradient, slope
+            number = one_number(value, "from the loss", InputError)
+            if not (isinstance(value, torch.Tensor) and value.requires_grad):
+                raise InputError(
+                    f"Expected a loss made of torch operations on the output, got a {type(value).__name__} without a "
+                    "gradient. Use torch functions, or method='natural', which needs none."
+                )
+            (gradient,) = torch.autograd.grad(value.reshape(()), leaf)
+            return number + prior, torch.where(torch.isnan(leaf.detach()), 0.0, gradient), slope
         residual = self.residual(leaf)
-        m = residual.numel()
         r = residual.detach().numpy()
         psi = r if self.robust is None else self.robust.weight(r) * r
-        (gradient,) = torch.autograd.grad(residual, leaf, torch.as_tensor(psi / m))
-        return self.cost(r) + prior, gradient, slope / m
+        there = ~np.isnan(r) if self.partial else np.ones(len(r), dtype=bool)
+        m, whole = residual.numel(), self._whole(output)
+        (gradient,) = torch.autograd.grad(
+            residual[torch.as_tensor(there)], leaf, torch.as_tensor(whole * psi[there] / m)
+        )
+        return whole * self.cost(r) + prior, gradient, slope / m
 
     def shares(self, output: torch.Tensor) -> Array | None:
         """The part that each output has in sum r^2, of the target's shape; None where `whiten` mixes outputs.
 
-        With a covariance V they are e V^-1 e elementwise, e = y - t: they add up to 1, and one may be negative.
+        With a covariance V they are e V^-1 e elementwise, e = y - t: they add up to 1, and one may be negative. What is
+        masked or lacking has none.
         """
         e = output.to(torch.float64) - self.target
+        if self.masked is not None:
+            e = torch.where(self.masked, 0.0, e)
+        if self.partial:
+            e = torch.where(torch.isnan(e), 0.0, e)
         if self.whiten is None:
             part = e**2 / self.variance
         elif isinstance(self.whiten, Cholesky):
-            part = e * torch.cholesky_solve(e.reshape(-1, 1), self.whiten.factor).reshape(e.shape)
+            data = self.whiten.data(e)
+            one = data * torch.cholesky_solve(data, self.whiten.factor)
+            part = (
+                one
+                if self.whiten.keep is None
+                else torch.zeros(e.numel(), 1).to(e).index_copy(0, self.whiten.keep, one)
+            )
+            part = part.reshape(e.shape)
         else:
             return None
         total = float(part.sum())
         return (part / total if total > 0 else torch.zeros_like(part)).numpy()
 
     def jacobian(self, jacobian: torch.Tensor, natural: Array) -> torch.Tensor:
-        """dr/dz (m, d) in natural units, of the output's (*shape, d) in the parameters' own."""
+        """dr/dz (m, d) in natural units, of the output's (*shape, d) in the parameters' own; 0 for what is lacking."""
         J = jacobian.to(torch.float64)
         if self.plain:
             J = (J / self.variance.sqrt()[..., None]).reshape(-1, J.shape[-1])
+            J = torch.where(torch.isnan(J), 0.0, J) if self.partial else J
         else:
-            J = torch.stack([self._mapped(column).reshape(-1) for column in J.movedim(-1, 0)], dim=1)
+            lacks = self._lacks(jacobian[..., 0])
+            J = J if lacks is None else torch.where(lacks[..., None], 0.0, J)
+            columns = [self._mapped(column) for column in J.movedim(-1, 0)]
+            if lacks is not None and self.blur is None:
+                columns = [torch.where(touched(self.whiten, lacks), 0.0, column) for column in columns]
+            J = torch.stack([self._data(column) for column in columns], dim=1)
         return J * torch.as_tensor(natural)
 
     def normal(self, J: torch.Tensor, r: torch.Tensor, z: Array) -> tuple[Array, Array]:
-        """J^T W J + P of the prior, (d, d), and the gradient of sum_j rho(r_j) + prior, (d,).
+        """J^T W J + P of the prior, (d, d), and the gradient of sum_j rho(r_j) + prior, (d,), of what there is.
 
         W = psi(r) / r, 1 for least squares: iteratively reweighted least squares.
         """
+        if self.partial:
+            there = ~torch.isnan(r)
+            J, r = J[there], r[there]
         if self.robust is None:
             H, g = J.T @ J, J.T @ r
         else:
@@ -238,28 +387,38 @@ class Misfit:
             H, g = (J * w[:, None]).T @ J, J.T @ (w * r)
         return H.numpy() + self.prior.information, g.numpy() + self.prior(z)[1]
 
+    def usable(self, outputs: Array) -> NDArray[np.bool_]:
+        """(n,) which outputs (n, ...) can be compared with the target: finite, but for numbers that may be lacking."""
+        if not self.partial:
+            return ~unusable(outputs)
+        rows = outputs.reshape(len(outputs), -1)
+        if rows.shape[1] != self.target.numel():  # of runs that have all failed
+            return np.zeros(len(rows), dtype=bool)
+        data = slice(None) if self.masked is None else ~self.masked.numpy().reshape(-1)
+        there = ~np.isnan(rows[:, data]).all(axis=1)
+        return np.asarray(there & ~unusable(np.where(np.isnan(rows), 0.0, rows)))
+
     def spread_of(self, deviation: Array) -> Array:
         """(m,) variances of residuals of outputs with independent errors of such standard deviations, (*shape).
 
         Exact without `whiten` and blur, else the mean over sixteen draws of signs.
         """
         scale = torch.as_tensor(deviation, dtype=torch.float64).reshape(self.target.shape)
-        if self.plain:
-            return np.asarray((scale**2 / self.variance).reshape(-1).numpy())
+        if self.whiten is None and self.blur is None:
+            return np.asarray(self._data((scale**2 / self.variance).expand(self.target.shape)).numpy())
         rng = np.random.Generator(np.random.Philox(key=2))
         signs = rng.choice([-1.0, 1.0], size=(16, *self.target.shape))
-        drawn = [self._mapped(scale * torch.as_tensor(x)).numpy() ** 2 for x in signs]
-        return np.asarray(np.mean(drawn, axis=0).reshape(-1))
+        drawn = [self._data(self._mapped(scale * torch.as_tensor(x))).numpy() ** 2 for x in signs]
+        return np.asarray(np.mean(drawn, axis=0))
 
     def residuals_of(self, outputs: Array) -> Array:
         """(n, m) of outputs (n, *shape), not finite where they are not."""
         rows = torch.as_tensor(outputs, dtype=torch.float64)
-        if self.plain:
-            whitened = (rows - self.target) / self.variance.sqrt()
-            return np.asarray(whitened.reshape(len(rows), self.target.numel()).numpy())
-        good = np.isfinite(outputs.reshape(len(rows), self.target.numel())).all(axis=1)
+        if self.whiten is None and self.blur is None:
+            whitened = ((rows - self.target) / self.variance.sqrt()).reshape(len(rows), self.target.numel())
+            return np.asarray((whitened if self.counts is None else whitened[:, self.counts.reshape(-1)]).numpy())
         mapped = np.full((len(rows), self.residual(self.target).numel()), np.nan)
-        for i in np.flatnonzero(good):
+        for i in np.flatnonzero(self.usable(outputs)):
             mapped[i] = self.residual(rows[i]).numpy()
         return mapped
 

@@ -73,7 +73,7 @@ class LossAndSquare:
 
     def __call__(self, inputs: Array, seeds: NDArray[np.uint64]) -> Array:
         outputs = floating_rows(self.inner, inputs, seeds).to("cpu", torch.float64)
-        good = torch.isfinite(outputs.reshape(len(outputs), -1)).all(dim=1).tolist()
+        good = self.misfit.usable(outputs.numpy()).tolist()
         with np.errstate(all="ignore"):  # a loss that overflows is none
             losses = [
                 self.misfit.value(y, x / self.natural) if fine else np.nan

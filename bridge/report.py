@@ -28,7 +28,16 @@ from bridge.wording import describe_end, format_duration, format_value, printabl
 def _smooth_for_eyes(image: NDArray[Any], sigma: float) -> NDArray[np.float64]:
     from scipy import ndimage
 
-    return np.asarray(ndimage.gaussian_filter(np.asarray(image, dtype=np.float64), sigma))
+    picture = np.asarray(image, dtype=np.float64)
+    known = np.isfinite(picture)
+    if not known.all():  # they would take their neighbours along
+        picture = np.where(known, picture, np.median(picture[known]) if known.any() else 0.0)
+    return np.asarray(ndimage.gaussian_filter(picture, sigma))
+
+
+def _with_gaps(target: NDArray[Any]) -> NDArray[np.float64]:
+    """A target as numbers; NaN where it is masked."""
+    return np.asarray(np.ma.filled(np.ma.asarray(target).astype(np.float64), np.nan))
 
 
 def draw_fit(result: FitResult, target: NDArray[Any], path: Path, title: str = "") -> Path:
@@ -51,7 +60,7 @@ def draw_fit(result: FitResult, target: NDArray[Any], path: Path, title: str = "
     top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=(1.25, 1)))
     if title:
         figure.suptitle(title)
-    target = np.asarray(target, dtype=np.float64)
+    target = _with_gaps(target)
     if target.ndim == 2:
         axes = top.subplots(1, 4)
         blurred = [_smooth_for_eyes(image, 1.5) for image in (target, result.start_output, result.output)]
@@ -60,7 +69,7 @@ def draw_fit(result: FitResult, target: NDArray[Any], path: Path, title: str = "
             ax.imshow(image, cmap="gray", vmin=low, vmax=high)
             ax.set_title(f"{name} (blurred by 1.5 px to be seen)", fontsize=10)
         residual = target - result.output
-        deviation = float(residual.std()) or 1.0
+        deviation = float(np.nanstd(residual)) or 1.0
         drawn = axes[3].imshow(residual / deviation, cmap="RdBu_r", vmin=-4, vmax=4)
         axes[3].set_title(f"residual / {deviation:.3g}", fontsize=10)
         top.colorbar(drawn, ax=axes[3], shrink=0.7)
@@ -139,7 +148,7 @@ def write_report(
     """One HTML file about a fit that needs nothing else: no network, no script, pictures inside.
 
     Args:
-        result: of `bridge.fit`. target: what it was fitted to.
+        result: of `bridge.fit`. target: what it was fitted to; masked numbers are gaps.
         path: of the file.
         simulator: draws outputs where it is `Drawable`; without, images, stacks, curves and few numbers are shown as
             they are.
@@ -151,7 +160,7 @@ def write_report(
         the path. Without matplotlib the page has words and tables, and says what is missing.
     """
     heading = title or "A fit"
-    target = np.asarray(target, dtype=np.float64)
+    target = _with_gaps(target)
     parts = [f"<h1>{escape(heading)}</h1>", f"<p>{escape(_story(result))}</p>"]
     parts += [f'<p class="warn">{escape(w)}</p>' for w in result.warnings]
     parts += ["<h2>Parameters</h2>", _parameter_table(result), _correlation_table(result)]

@@ -178,6 +178,8 @@ class Runner:
         Raises:
             EvaluationError: a run failed and failures="raise".
         """
+        if self._filing is not None:
+            self._filing.before_calls()
         try:
             yield from self._run()
         finally:
@@ -326,6 +328,8 @@ class Runner:
         if store is not None and self._filing is not None:
             key = store.key(self._execution.role + self._filing.name, innermost(self._simulator, inputs)[1], seeds)
             known = store.get(key) if self._dispatcher.leads else None
+            if known is not None and not self._is_whole(known.reshape(k, -1)):
+                known = None  # a run where numbers may be lacking, and none here
             if self._dispatcher.group is not None:
                 # What the group's first rank has, none needs to evaluate; which file it is in is its own affair.
                 if self._dispatcher.group.bcast(known is not None):
@@ -340,9 +344,18 @@ class Runner:
         outputs = self._attempt(inputs, seeds)
         F, call.shape = as_rows(outputs, k, self._shape, self.name)
         # A run that failed is not finished: what made it fail, a full disk or a bad node, may be gone the next time.
-        if store is not None and key is not None and self._dispatcher.leads and bool(torch.isfinite(F).all()):
+        if store is not None and key is not None and self._dispatcher.leads and self._is_whole(F):
             store.put(key, F.reshape(k, *call.shape), time.perf_counter() - begin)
         return F
+
+    def _is_whole(self, F: torch.Tensor) -> bool:
+        """Whether outputs (k, m) are worth keeping: finite, but for numbers that may be lacking."""
+        if bool(torch.isfinite(F).all()):
+            return True
+        if self._strategy.missing == "raise":
+            return False
+        lacking = torch.isnan(F)
+        return bool((lacking | torch.isfinite(F)).all()) and not bool(lacking.all(dim=1).any())
 
     def _attempt(self, inputs: Array, seeds: NDArray[np.uint64]) -> object:
         for left in range(self._execution.retries, -1, -1):
@@ -387,14 +400,22 @@ class Runner:
     def _refuse(self, out: Outputs) -> None:
         F = out.F
         assert F is not None
-        bad = ~(F.abs() < self._strategy.largest).all(dim=1)
+        good = F.abs() < self._strategy.largest
+        if self._strategy.missing == "ignore":
+            lacking = torch.isnan(F)
+            good = (good | lacking) & ~lacking.all(dim=1, keepdim=True)
+        bad = ~good.all(dim=1)
         if not bool(bad.any()):
-            return  # finite numbers whose sum overflows
+            return  # finite numbers whose sum overflows, or numbers that are lacking
         row = int(torch.nonzero(bad)[0])
         if self._strategy.failures != "raise":
             first = out.problem * self._strategy.num_rows + out.start
             for i in torch.nonzero(bad).flatten().tolist():
-                self.failures.setdefault(first + i, Failure("non-finite", f"{self._name_row(out, i)}: NaN or infinite"))
+                why = f"{self._name_row(out, i)}: NaN or infinite"
+                nan = torch.isnan(F[i])
+                if self._strategy.missing == "raise" and bool(nan.any()) and not bool(nan.all()):
+                    why += " (missing='ignore' takes single NaN for numbers that an output lacks)"
+                self.failures.setdefault(first + i, Failure("non-finite", why))
             # A weight of zero does not undo a NaN.
             F[bad] = self.filling
             return
@@ -404,7 +425,8 @@ class Runner:
             f"Expected finite outputs from simulator {self.name!r}, got "
             f"{int((~(F[row].abs() < largest)).sum())} of {F.shape[1]} numbers {what} in row {out.start + row} "
             f"({self._name_row(out, row)}) on {socket.gethostname()}. Bound the parameters to where the simulator "
-            'works, or, if failing has nothing to do with the parameters, drop such rows with failures="drop".'
+            'works; if NaN are numbers that it did not get to, pass missing="ignore"; if failing has nothing to do '
+            'with the parameters, drop such rows with failures="drop".'
         )
 
     def _name_row(self, out: Outputs, row: int) -> str:

@@ -17,6 +17,7 @@ the outputs seen, so that a search that is restored goes on as if nothing had ha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import numpy as np
@@ -24,7 +25,8 @@ from numpy.linalg import LinAlgError
 from numpy.typing import NDArray
 
 from bridge.errors import BridgeError, EvaluationError, InputError
-from bridge.kriging import Kriging, fit_kriging, levenberg_marquardt
+from bridge.kriging import Kriging, default_kernel, fit_kriging, levenberg_marquardt
+from bridge.missing import completed
 from bridge.robust import Robust
 from bridge.soundness import corrected_units, looks_like_noise, sensitivities, tamed
 
@@ -124,7 +126,7 @@ class Search:
         self._length = np.sqrt(min(d, 4))
         self.rows, self.residuals = np.zeros((0, d)), np.zeros((0, 0))
         self.failed = np.zeros(0, dtype=bool)
-        self.gram = np.zeros((0, 0))
+        self.gram, self.completed_by = np.zeros((0, 0)), np.zeros(0)  # the kernel that predicts what runs lack
         self.round, self.first_row, self.reused = 0, 0, 0
         self.radius, self.kernel = _FIRST_RADIUS, np.zeros(0)
         self.promise: tuple[float, float] | None = None  # loss at the base, and the gain expected of the next point
@@ -250,24 +252,49 @@ class Search:
             self.unit = corrected_units(seen, self.guessed, self.unknown, residual)
 
     def _gram(self, before: int) -> Array:
+        if np.isnan(self.residuals).any():
+            self.completed_by, before = self.kernel if self.kernel.size else default_kernel(self.unit), 0
+        residuals, more = self._completed()
         if self.robust is not None:
             own = self.first_row + np.flatnonzero(~self.failed[self.first_row :])
             if not len(own):
-                return self.residuals @ self.residuals.T
-            losses = [self.robust.rho(self.residuals[i]).sum() + self.prior(self.rows[i])[0] for i in own]
-            r = self.residuals[own[int(np.argmin(losses))]]
+                return residuals @ residuals.T
+            losses = [self.robust.rho(residuals[i]).sum() + self.prior(self.rows[i])[0] for i in own]
+            r = residuals[own[int(np.argmin(losses))]]
             weight = self.robust.weight(r)
             self.offset = float(self.robust.rho(r).sum() - 0.5 * (weight * r) @ r)
-            return np.asarray((self.residuals * weight) @ self.residuals.T)
-        new = self.residuals[before:] @ self.residuals.T
+            return np.asarray((residuals * weight) @ residuals.T + np.diag(more))
+        if self.completed_by.size:
+            return np.asarray(residuals @ residuals.T + np.diag(more))
+        new = residuals[before:] @ residuals.T
         gram = np.zeros((len(self.rows), len(self.rows)))
         gram[:before, :before] = self.gram
         gram[before:], gram[:, before:] = new, new.T
         return gram
 
+    def _completed(self) -> tuple[Array, Array]:
+        """The residuals with what stands for numbers that runs lack, and what that adds to their squares."""
+        if not self.completed_by.size:
+            return self.residuals, np.zeros(len(self.rows))
+        return completed(self.rows, self.residuals, self.failed, self.completed_by)
+
     def residual_at(self, z: Array) -> Array:
-        """(m,) of the run at z, which has been made."""
-        return np.asarray(self.residuals[int(np.argmin(((self.rows - z) ** 2).sum(axis=1) + 1e300 * self.failed))])
+        """(m,) of the run at z, which has been made; what it lacks is predicted."""
+        return np.asarray(self._completed()[0][self._nearest(z)])
+
+    def _nearest(self, z: Array) -> int:
+        return int(np.argmin(((self.rows - z) ** 2).sum(axis=1) + 1e300 * self.failed))
+
+    def model_there(self, z: Array) -> tuple[Kriging, Array, Array, NDArray[np.bool_]]:
+        """The model of those outputs that the run at z has, without weights; residuals of its rows (n, m), and of z;
+        and which outputs these are."""
+        stand_in, model = self.rows_of_model(z)[1], self.model(z, weighted=False)
+        residuals, at = self._completed()[0], self._nearest(z)
+        there = ~np.isnan(self.residuals[at])
+        if not there.all():
+            R = residuals[stand_in][:, there]
+            model = replace(model, gram=R @ R.T, amplitude=model.amplitude * float(there.mean()))
+        return model, residuals[stand_in][:, there], residuals[at][there], there
 
     def with_rows(self, residuals: Array, failed: NDArray[np.bool_]) -> Array:
         """The residuals so far and those of new rows, 0 where a run failed."""
@@ -343,7 +370,8 @@ class Search:
         near, stand_in = self.rows_of_model(centre)
         gram = tamed(self.gram[np.ix_(stand_in, stand_in)], self._usual_loss())
         if self.robust is not None and not weighted:
-            gram = self.residuals[stand_in] @ self.residuals[stand_in].T
+            residuals, more = (of[stand_in] for of in self._completed())
+            gram = residuals @ residuals.T + np.diag(more)
         return self._fitted(near, gram)
 
     def _fitted(self, near: NDArray[np.intp], gram: Array) -> Kriging:
@@ -603,7 +631,7 @@ class Search:
             "still",
         ),
         *("ends", "best", "best_loss", "scale", "note", "stopped", "points", "spread", "restarts_left"),
-        *("offset", "step", "way", "unit", "mishaps", "whole", "noisy", "rounding"),
+        *("offset", "step", "way", "unit", "mishaps", "whole", "completed_by", "noisy", "rounding"),
     )
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from bridge.misfit import Misfit
 from bridge.search import Search
 from bridge.simulator import may_be_noisy
 from bridge.smoothing import SmoothedSimulator
-from bridge.soundness import unusable
 from bridge.uncertainty import of_search
 
 Array = NDArray[np.float64]
@@ -80,7 +79,7 @@ class Searching:
         shape = tuple(self.misfit.target.shape)
         if step == 0 and outputs.shape[1:] != shape:
             raise InputError(f"Expected a target of shape {outputs.shape[1:]}, got {shape}.")
-        failed = unusable(outputs)
+        failed = ~self.misfit.usable(outputs)
         if step == 0 and failed[0] and self.plain.strategy.errors_raise:
             raise EvaluationError(useless_start(points[0] * self.natural, outputs[0], self.names))
         if failed.all():  # and perhaps without a shape
@@ -212,8 +211,9 @@ class Searching:
         failed = int(search.failed.sum())
         if failed and self.plain.strategy.errors_raise:
             said.append(
-                f"{failed} of {len(search.rows)} runs gave NaN, infinite or enormous outputs and were taken for bad ones. "
-                "If the best run is near to them, bound the parameters to where the simulator works."
+                f"{failed} of {len(search.rows)} runs gave NaN, infinite or enormous outputs and were taken for bad "
+                "ones. If the best run is near to them, bound the parameters to where the simulator works; where "
+                "outputs only lack some numbers (NaN), pass missing='ignore'."
             )
         if not search.whole:
             said.append(

@@ -19,13 +19,14 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import io
 import os
-import random
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 import warnings
@@ -40,11 +41,25 @@ import torch
 
 from bridge.code import Facts, facts_of, loaded_constants
 from bridge.files import content_digest
+from bridge.kinds import (
+    COUNTED,
+    ENUM,
+    NOISE,
+    counters,
+    in_c,
+    is_cached,
+    is_generated,
+    is_global_generator,
+    is_python,
+    only_written,
+    state_of,
+    wrapped,
+)
 from bridge.packages import owner_of
-from bridge.simulator import Identified, IdentityParts
+from bridge.simulator import IdentityParts
 
-_DEEPEST = 20_000
-_POINTER = struct.calcsize("P")
+# Things inside things; and how many of them an error names.
+_DEEPEST, _LONGEST = 3000, 12
 _MANY, _WORD = 64, 2**63
 _LARGE = 1_000_000  # bytes of an array whose digest is kept
 # What has its content somewhere else, though some of it may look as if it could be seen.
@@ -53,28 +68,6 @@ _WORDS: dict[type, str] = {
     "thread's own variables", ctypes.CDLL: "a library loaded by ctypes", subprocess.Popen: "a running program",
     type(threading.Lock()): "a lock", type(threading.RLock()): "a lock",
 }  # fmt: skip
-_COUNTED = (int, float, complex, list, dict, set, collections.deque, collections.Counter, collections.defaultdict,
-            np.ndarray, np.float64, np.int64, type(None))  # fmt: skip
-_PURE = (list, dict, set, frozenset, tuple, str, bytes, int, float, bytearray)
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# Of a class: what says nothing about what its instances do.
-_NOISE = _words(
-    "__module__ __doc__ __dict__ __weakref__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
-    "__qualname__ __firstlineno__ __static_attributes__ __slotnames__ __slots__ __orig_bases__ __parameters__ "
-    "__abstractmethods__ _abc_impl __dataclass_params__ __dataclass_fields__ __match_args__ __attrs_attrs__ "
-    "__attrs_props__ _is_protocol _is_runtime_protocol __protocol_attrs__ __non_callable_proto_members__ "
-    "__classcell__ __classdictcell__ __subclasshook__ __hash__ __reduce_cython__ __setstate_cython__"
-)
-_MADE = _words(
-    "__init__ __new__ __repr__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __setattr__ __delattr__ __replace__ "
-    "__getstate__ __setstate__ __getnewargs__ __attrs_init__ _dataclass_getstate _dataclass_setstate"
-)
-_ENUM = _words("_member_names_ _member_map_ _value2member_map_ _unhashable_values_ _hashable_values_")
 
 
 class UnseenError(Exception):
@@ -92,14 +85,19 @@ def digest_of(value: Any, name: str, kept: dict[int, tuple[Any, str]] | None = N
         UnseenError: something in it cannot be seen.
     """
     walk, limit = _Walk([name], kept), sys.getrecursionlimit()
-    sys.setrecursionlimit(max(limit, _DEEPEST))  # one function names another, and that one the next
+    sys.setrecursionlimit(max(limit, 12 * _DEEPEST))  # one function names another, and that one the next
     try:
         walk.see(value)
-    except RecursionError:
-        raise UnseenError(f"{name}: nested too deeply") from None
     finally:
         sys.setrecursionlimit(limit)
     return walk.out.hexdigest()
+
+
+def given_identity(value: Any) -> str | None:
+    """The text that something gives itself as its identity."""
+    if inspect.getattr_static(value, "identity", None) is None:
+        return None  # asked in this way, what makes up attributes does not make up this one
+    return value.identity if isinstance(value.identity, str) else None
 
 
 class _Walk:
@@ -126,7 +124,8 @@ class _Walk:
             self.see(value)
 
     def unseen(self, what: str) -> UnseenError:
-        return UnseenError(f"{' of '.join(reversed(self._path))}: {what}")
+        path = self._path if len(self._path) <= _LONGEST else [*self._path[:2], "...", *self._path[3 - _LONGEST :]]
+        return UnseenError(f"{' of '.join(reversed(path))}: {what}")
 
     def apart(self, value: Any) -> bytes:
         """The digest of a value by itself, to bring what has no order into one."""
@@ -153,6 +152,8 @@ class _Walk:
             ordered: whether the order of a dictionary can make a difference.
         """
         kind = type(value)
+        if len(self._path) > _DEEPEST:
+            raise self.unseen("nested too deeply")
         if value is None or value is Ellipsis or value is NotImplemented:
             self.put("constant", str(value))
         elif kind in (bool, int):
@@ -183,7 +184,10 @@ class _Walk:
             self._object(value)
 
     def _text(self, value: str) -> None:
-        """A text; where it names a program, that program."""
+        """A text; where it names a program, or something in the folder for temporary files, what is there."""
+        if value.startswith(tempfile.gettempdir() + os.sep) and "\0" not in value and len(value) < 4096:
+            self._file(PurePath(value))
+            return
         if "/" in value[:4096] and len(value) < 4096 and "\0" not in value:
             with contextlib.suppress(OSError, ValueError):
                 if os.path.isfile(value) and os.access(value, os.X_OK):
@@ -282,8 +286,8 @@ class _Walk:
     # -- objects --------------------------------------------------------------------------------------------------
 
     def _object(self, value: Any) -> None:
-        if callable(value) and isinstance(value, Identified) and isinstance(value.identity, str):
-            self.put("identity", value.identity)
+        if callable(value) and (text := given_identity(value)) is not None:
+            self.put("identity", text)
         elif isinstance(value, enum.Enum):
             self.put("enum", str(value.name))
             self.see(value._value_)
@@ -311,7 +315,7 @@ class _Walk:
         elif isinstance(value, MethodType):
             self.put("method")
             self.see_as("function", value.__func__)
-            if not _is_global_generator(value.__self__):
+            if not is_global_generator(value.__self__):
                 self.see_as("object", value.__self__)
         elif isinstance(value, functools.partial):
             self.put("partial")
@@ -344,7 +348,7 @@ class _Walk:
         elif isinstance(value, torch.Generator):
             self.put("generator")
             self._tensor(value.get_state())
-        elif (python := _wrapped(value)) is not None:
+        elif (python := wrapped(value)) is not None:
             self.put("wrapped")
             self.see(getattr(value, "targetoptions", None))
             self.see(python)
@@ -356,7 +360,7 @@ class _Walk:
         self.put("builtin", value.__qualname__)
         if owner is None or isinstance(owner, ModuleType):
             self._home(str(getattr(value, "__module__", None) or getattr(owner, "__name__", "")))
-        elif not _is_global_generator(owner):
+        elif not is_global_generator(owner):
             self.see_as("object", owner)
 
     def _home(self, module: str) -> None:
@@ -374,10 +378,10 @@ class _Walk:
             if isinstance(value, base) and not isinstance(value, io.StringIO | io.BytesIO):
                 raise self.unseen(words)
         own = owner_of(module) is None
-        if isinstance(value, collections.abc.Iterator) and not (own and _is_python(kind)):
+        if isinstance(value, collections.abc.Iterator) and not (own and is_python(kind)):
             raise self.unseen(f"{_article(kind.__name__)}, which calls use up")
         self.put("instance")
-        if isinstance(value, IdentityParts):
+        if hasattr(kind, "identity_parts") and isinstance(value, IdentityParts):
             self._class(kind)
             self._attributes(value.identity_parts)
             return
@@ -388,11 +392,11 @@ class _Walk:
             self._set(value)
             self._attributes(getattr(value, "__dict__", {}))
             return
-        state = _state(value)
+        state = state_of(value)
         if state is None:
             self._reduced(value, kind)
             return
-        dropped = {n for n in state if _cached(kind, n)} | (_written(kind, state) if own else set())
+        dropped = {n for n in state if is_cached(kind, n)} | (counters(kind, state) if own else set())
         self._attributes({n: v for n, v in state.items() if n not in dropped})
 
     def _reduced(self, value: Any, kind: type) -> None:
@@ -416,7 +420,7 @@ class _Walk:
             self.see_as(f"part {i}", item)
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, dict) and all(isinstance(key, str) for key in part):
-                self._attributes({n: v for n, v in part.items() if not _cached(kind, n)})
+                self._attributes({n: v for n, v in part.items() if not is_cached(kind, n)})
             else:
                 self.see_as("state", part)
         for i, item in enumerate(items or ()):
@@ -469,7 +473,7 @@ class _Walk:
     # -- code -----------------------------------------------------------------------------------------------------
 
     def _function(self, function: FunctionType) -> None:
-        home = str(function.__globals__.get("__name__", function.__module__) or "")
+        home = str(function.__globals__.get("__name__") or "")
         owner = owner_of(home)
         code = function.__code__
         facts = facts_of(code)
@@ -487,20 +491,19 @@ class _Walk:
             own = {n for n in code.co_freevars if _content(function, n) is function}
             own |= {n for n in facts.globals if function.__globals__.get(n) is function}
             written = {a for (n, a), uses in facts.uses.attributes.items() if n in own and uses == {"write"}}
-            dropped = {n for n, v in vars(function).items() if n in written and type(v) in _COUNTED}
+            dropped = {n for n, v in vars(function).items() if n in written and type(v) in COUNTED}
             self._attributes({n: v for n, v in vars(function).items() if n not in dropped})
         if owner is None or "<locals>" in function.__qualname__ or function.__closure__:
             for name in code.co_freevars:
                 self._variable("closure variable", name, _content(function, name), facts)
         if owner is None:
-            if facts.names & {"environ", "getenv"}:
-                for text in sorted(facts.texts):
-                    self.put("environment", f"{text}={os.environ.get(text) if text and chr(0) not in text else ''}")
             self._globals(function.__globals__, facts)
 
     def _variable(self, kind: str, name: str, value: Any, facts: Facts) -> None:
-        if facts.uses.only(name, "write") and type(value) in _COUNTED:
+        if facts.uses.only(name, "write") and type(value) in COUNTED:
             return  # counted, and not looked at
+        if isinstance(value, PurePath) and only_written(name, facts):
+            return
         self.put("variable", name)
         with self.inside(f"{'function' if isinstance(value, FunctionType) and kind[0] == 'g' else kind} {name!r}"):
             if isinstance(value, ModuleType):
@@ -558,7 +561,7 @@ class _Walk:
     def _class(self, kind: type) -> None:
         module = str(kind.__module__)
         owner = owner_of(module)
-        if owner is not None:
+        if owner is not None and (module != "builtins" or getattr(builtins, kind.__name__, None) is kind or in_c(kind)):
             self.put("class", f"{module}.{kind.__qualname__} {owner}")
             return
         if self.again(kind):
@@ -567,15 +570,15 @@ class _Walk:
         with self.inside(f"class {kind.__qualname__}"):
             for base in (*kind.__bases__, type(kind)):
                 self._class(base)
-            noise = _NOISE | _written(kind, vars(kind))
+            noise = NOISE | counters(kind, vars(kind))
             if issubclass(kind, enum.Enum):
-                noise |= _ENUM | kind.__members__.keys()
+                noise |= ENUM | kind.__members__.keys()
                 for name, member in kind.__members__.items():
                     self.put("member", name)
                     self.see_as(f"member {name!r}", member._value_)
             for name in sorted(vars(kind).keys() - noise):
                 value = vars(kind)[name]
-                if isinstance(value, types.MemberDescriptorType) or _generated(kind, name, value):
+                if isinstance(value, types.MemberDescriptorType) or is_generated(kind, name, value):
                     continue
                 self.put("attribute", name)
                 self.see_as(f"{'method' if isinstance(value, FunctionType) else 'attribute'} {name!r}", value)
@@ -601,96 +604,3 @@ def _content(function: FunctionType, name: str) -> Any:
         return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
     except ValueError:
         return "not filled"
-
-
-def _wrapped(value: Any) -> Any:
-    """The function behind one that somebody else's package has compiled, cached or wrapped, if it is such a one."""
-    kind = type(value)
-    if not callable(value) or owner_of(kind.__module__) is None:
-        return None  # its attributes can be seen
-    found = getattr(value, "py_func", None)
-    return getattr(value, "__wrapped__", None) if found is None and not _is_python(kind) else found
-
-
-def _is_global_generator(value: Any) -> bool:
-    """Whether it is one of the generators that all of a process uses: these are no part of any function."""
-    return value is random._inst or value is np.random.mtrand._rand
-
-
-def _is_python(kind: type) -> bool:
-    """Whether all that an instance has is in attributes: it is no larger than these need."""
-    slots = 0
-    for base in kind.__mro__:
-        names = vars(base).get("__slots__", ())
-        slots += len([names] if isinstance(names, str) else [*names])
-    pointers = slots + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
-    return kind.__itemsize__ == 0 and kind.__basicsize__ <= object.__basicsize__ + _POINTER * pointers
-
-
-def _state(value: Any) -> Mapping[str, Any] | None:
-    """An instance's attributes, as far as they would travel; None where that is not all of it."""
-    kind = type(value)
-    if not _is_python(kind) or isinstance(value, BaseException):
-        return None
-    custom = any("__reduce_ex__" in vars(base) or "__reduce__" in vars(base) for base in kind.__mro__[:-1])
-    if custom and owner_of(kind.__module__) is not None:
-        return None
-    try:
-        state = value.__getstate__()
-    except Exception:
-        return None
-    if isinstance(state, tuple) and len(state) == 2 and all(isinstance(s, dict | None) for s in state):
-        state = {**(state[0] or {}), **(state[1] or {})}  # of __dict__, and of __slots__
-    if state is None:
-        return {}
-    return state if isinstance(state, dict) and all(isinstance(n, str) for n in state) else {"state": state}
-
-
-def _cached(kind: type, name: str) -> bool:
-    """Whether an attribute is one that is computed when it is asked for, and kept."""
-    found = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
-    return type(found).__name__ == "cached_property"
-
-
-def _generated(kind: type, name: str, value: Any) -> bool:
-    """A method that dataclasses, attrs or named tuples have written: its text follows from the fields."""
-    function = getattr(value, "__func__", value)
-    made = any(f"__{word}__" in vars(kind) for word in ("dataclass_fields", "attrs_attrs")) or hasattr(kind, "_fields")
-    return (
-        made
-        and name in _MADE
-        and isinstance(function, FunctionType)
-        and function.__code__.co_filename.startswith(("<string>", "<attrs generated"))
-    )
-
-
-def _written(kind: type, attributes: Mapping[str, Any]) -> set[str]:
-    """Attributes that count: what `__call__`, and what it calls of its class, adds to and never looks at."""
-    counted = {name for name, value in attributes.items() if type(value) in _COUNTED}
-    if not counted or "__call__" not in dir(kind):
-        return set()
-    waiting, done = ["__call__"], set()
-    uses: dict[str, set[str]] = {}
-    while waiting:
-        name = waiting.pop()
-        if name in done:
-            continue
-        done.add(name)
-        found = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
-        for part in (
-            found,
-            getattr(found, "__func__", None),
-            getattr(found, "fget", None),
-            getattr(found, "func", None),
-        ):
-            if not isinstance(part, FunctionType):
-                continue
-            facts = facts_of(part.__code__)
-            waiting += facts.names
-            first = part.__code__.co_varnames[0] if part.__code__.co_argcount else ""
-            if not facts.uses.only(first, "attribute") and first in facts.uses.names:
-                return set()  # the object itself goes somewhere
-            for (base, attribute), what in facts.uses.attributes.items():
-                # Of whatever object: it may be this one under another name.
-                uses.setdefault(attribute, set()).update(what if base == first else {"read"})
-    return {name for name in counted if uses.get(name) == {"write"}}

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from bridge.arrays import real_array
 from bridge.checks import checked_function, did_you_mean, is_number, known_keywords
 from bridge.errors import EvaluationError, InputError, OutputError
+from bridge.repeatability import Watch
 
 Kind = Literal["continuous", "staircase", "integer"]
 Outside = Literal["clip", "raise", "ignore"]
@@ -238,14 +239,6 @@ class Simulator(Protocol):
 
 
 @runtime_checkable
-class Identified(Protocol):
-    """A simulator that says itself which one it is: the same text as long as its outputs stay the same."""
-
-    @property
-    def identity(self) -> str | None: ...
-
-
-@runtime_checkable
 class IdentityParts(Protocol):
     """Something that says of which values its outputs are made; its other attributes are no part of its identity.
 
@@ -353,6 +346,16 @@ def may_be_noisy(simulator: Simulator) -> bool:
     return simulator.seeded
 
 
+def unwatched(simulator: Simulator) -> None:
+    """Has a function's first call go without a second one: another process looks at it (see `repeatability`)."""
+    while not isinstance(simulator, FunctionSimulator):
+        inner = getattr(simulator, "inner", None)
+        if inner is None:
+            return
+        simulator = inner
+    simulator.watch.done = True
+
+
 @runtime_checkable
 class Parallel(Protocol):
     """A simulator that is itself parallel: `bound(comm)` is the same one, run by the ranks of a communicator."""
@@ -422,6 +425,7 @@ class FunctionSimulator:
     parallel: bool = False
     identity: str | None = None
     memory: _Memory = field(default_factory=_Memory, repr=False, compare=False)
+    watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
     def bound(self, comm: Any) -> FunctionSimulator:
         if not self.parallel:
@@ -448,6 +452,12 @@ class FunctionSimulator:
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> Any:
         if self.parallel:
             raise InputError(f"Expected smooth(..., ranks_per_evaluation=...) for {self.name!r}, which is parallel.")
+        # What several ranks run together is not run again on the word of one of them.
+        if self.watch.done or isinstance(self.function, _With) or len(inputs) == 0:
+            return self._outputs(inputs, seeds)
+        return self.watch.over(self.name, self._outputs, inputs, seeds, seeded=self.seeded, vectorized=self.vectorized)
+
+    def _outputs(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> Any:
         if self.vectorized:
             return self.function(inputs, seeds) if self.seeded else self.function(inputs)
         # Each output is copied as it comes: the function may hand out the same memory every time.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import signature
+from os import PathLike
+from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
+import cloudpickle
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,7 +35,7 @@ from bridge.fidelity import Surrogate, make_surrogate
 from bridge.isolation import IsolatedSimulator, SimulatorPool
 from bridge.points import PointSet
 from bridge.running import Execution
-from bridge.scale import Form, ScaleLike, as_tensor, check_scale, parse_scale
+from bridge.scale import Form, LogScale, LowerTriangular, ScaleLike, as_tensor, check_scale, parse_scale
 from bridge.simulator import (
     Parallel,
     ParameterSpace,
@@ -38,6 +44,7 @@ from bridge.simulator import (
     computes_row_by_row,
     makes_memory,
     simulator_name,
+    unwatched,
 )
 from bridge.store import Store
 from bridge.streaming import as_rows
@@ -49,6 +56,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_NO_GRAPH = (
+    "Expected parameters with numbers, got traced ones: a smoothed function cannot be part of a graph that is written "
+    "down (torch.export, torch.jit.trace, torch.fx, make_fx, torch.func.linearize), because its value comes from runs "
+    "of the simulator. Export what comes before and after it by itself; torch.compile leaves it out, and "
+    "torch.func.jvp or estimate(theta).jvp stand in for linearize."
+)
+
+
+def _exporting() -> bool:
+    # Newer than the oldest torch that is taken.
+    return bool(getattr(torch.compiler, "is_exporting", bool)())
+
+
 def _outside_graphs(method: Callable[P, T]) -> Callable[P, T]:
     """Keeps torch.compile out of a method: the graph breaks there, what is before and after it is compiled.
 
@@ -58,6 +78,8 @@ def _outside_graphs(method: Callable[P, T]) -> Callable[P, T]:
     @wraps(method)
     def inner(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.compiler.is_compiling():
+            if _exporting():
+                raise InputError(_NO_GRAPH)
             result: T = torch.compiler.disable(method)(*args, **kwargs)
             return result
         return method(*args, **kwargs)
@@ -102,6 +124,35 @@ class SmoothedSimulator:
             f"SmoothedSimulator({simulator_name(self.simulator)}, {s.distribution.name}, {s.points.name}, "
             f"num_samples={s.num_samples}, covariate={s.covariate!r}, seed={s.seed})"
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SmoothedSimulator:
+        """A copy with a scale of its own, as a copy of a module needs it; the simulator is shared."""
+        tensor = self.scale.tensor if isinstance(self.scale, (LowerTriangular, LogScale)) else self.scale
+        if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
+            raise InputError(
+                "Expected a scale that is no result of other tensors to copy a smoothed function, got one that hangs "
+                "in a graph. Give the computed scale at each call: smoothed(theta, scale=...)."
+            )
+        return self._with(copy.deepcopy(self.scale, memo))
+
+    def __copy__(self) -> SmoothedSimulator:
+        return self._with(self.scale)
+
+    def _with(self, scale: ScaleLike) -> SmoothedSimulator:
+        return SmoothedSimulator(self.simulator, self.strategy, scale, self.dispatcher, self.execution, self.surrogate)
+
+    def __reduce__(self) -> Any:
+        # By value, as simulators travel to other processes. Not the scale: a module may hold the same tensor.
+        parts = (self.simulator, self.strategy, self.dispatcher, self.execution, self.surrogate)
+        try:
+            data = cloudpickle.dumps(parts)
+        except Exception as error:
+            raise InputError(
+                f"Expected a simulator that can be pickled, got {simulator_name(self.simulator)!r}: {error}. Open "
+                "files, sockets and libraries inside the simulator's call; or make the smoothed function anew in the "
+                "other process."
+            ) from error
+        return _restored, (data, self.scale)
 
     def with_strategy(self, strategy: Strategy) -> SmoothedSimulator:
         """The same, estimated in another way; a surrogate has its rows of each replicate."""
@@ -248,6 +299,7 @@ class SmoothedSimulator:
     def _prepare(
         self, theta: torch.Tensor, scale: ScaleLike | None
     ) -> tuple[torch.Tensor, torch.Tensor, Form, ParameterSpace]:
+        _refuse_graphs(theta)
         try:
             theta = as_tensor(theta)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -291,6 +343,27 @@ class SmoothedSimulator:
         )
 
 
+def _restored(data: bytes, scale: ScaleLike) -> SmoothedSimulator:
+    simulator, strategy, dispatcher, execution, surrogate = pickle.loads(data)
+    return SmoothedSimulator(simulator, strategy, scale, dispatcher, execution, surrogate)
+
+
+def _refuse_graphs(theta: Any) -> None:
+    """Refuses tensors without numbers, and being written into a graph: a simulator's runs cannot be in one."""
+    known = torch._C._TorchDispatchModeKey
+    modes = (known.PROXY, known.FAKE, known.FUNCTIONAL)
+    traced = torch._C._get_tracing_state() is not None or any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in modes
+    )
+    if traced or type(theta).__name__ in ("Proxy", "FakeTensor"):
+        raise InputError(_NO_GRAPH)
+    if isinstance(theta, torch.Tensor) and (theta.is_meta or theta.layout != torch.strided):
+        raise InputError(
+            f"Expected dense parameters in memory, got a tensor on {theta.device} of layout {theta.layout}. Use "
+            "theta.to_dense(), or a tensor that has numbers."
+        )
+
+
 def _make_keys(step: int | torch.Tensor, problem: int | torch.Tensor, batch: Sequence[int]) -> torch.Tensor:
     return make_keys(_key("step", step, batch), _key("problem", problem, batch), batch)
 
@@ -328,10 +401,12 @@ def smooth(
     failures: str = "raise",
     penalty: float | None = None,
     min_ok: float = 0.5,
+    missing: str = "raise",
     retries: int = 0,
     isolate: str | None = None,
     timeout_s: float | None = None,
     workers: int | None = None,
+    own_directory: bool | str | PathLike[str] = False,
     ranks_per_evaluation: int = 1,
     schedule: str = "auto",
     store: Store | None = None,
@@ -373,12 +448,20 @@ def smooth(
             stands in the place of each number of their outputs. The latter two need memory for all outputs.
         penalty: for failures="penalty".
         min_ok: with drop or penalty: an error on every rank where a smaller share of an evaluation's runs succeeds.
+        missing: "raise": an output with NaN is a failed run. "ignore": NaN, and masked numbers of a `numpy.ma` output,
+            are numbers that the simulator did not get to. Value and derivatives of each number are then those of the
+            runs that have it, with weights of their own: biased, unless lacking it is independent of the perturbation.
+            A number that fewer than `min_ok` of the runs have is NaN in the value and has no part in gradients. An
+            output without any number, or with an infinite one, stays a failed run. Needs memory for all outputs.
         retries: further attempts at a run that raises or takes too long, with the same inputs and seed.
         isolate: "process" runs the simulator in a child process of each rank: one that crashes (a segmentation fault,
             `exit`) or hangs is then a failed evaluation like any other. Costs about 0.4 ms a run, and the outputs'
             way through a pipe.
         timeout_s: seconds that one run may take, with isolate="process" or workers; a run that takes longer is killed.
         workers: child processes of each rank, which evaluate at the same time: a pool that needs no MPI.
+        own_directory: gives each of these processes a fresh working directory of its own, removed when it ends: for
+            simulators that write files of fixed names. True for one in the system's temporary directory, or a folder.
+            Files that are read then need absolute paths.
         ranks_per_evaluation: ranks that evaluate one row together, for a simulator that is itself an MPI program (see
             `as_simulator(..., parallel=True)`); it divides the number of ranks.
         schedule: "static" gives each rank an even share of the rows, "dynamic" lets idle ranks take rows off busy ones,
@@ -421,6 +504,7 @@ def smooth(
         failures=failures,
         penalty=penalty,
         min_ok=min_ok,
+        missing=missing,
         leaf_size=leaf_size,
     )
     wrapped = as_simulator(simulator)
@@ -439,17 +523,26 @@ def smooth(
         raise InputError("Expected ranks_per_evaluation without isolate and workers: the ranks run the simulator.")
     if isolate not in (None, "process"):
         raise InputError(f"Unknown isolate={isolate!r}. Known: process, or None.")
+    if own_directory is not False and isolate is None and workers is None:
+        raise InputError(
+            "Expected isolate='process' or workers with own_directory: this process's own directory is not changed."
+        )
     if timeout_s is not None and isolate is None and workers is None:
         raise InputError(
             "Expected isolate='process' or workers with timeout_s: a run inside this process cannot be ended."
         )
+    if dispatcher.rank > 0:  # one rank tells enough
+        unwatched(wrapped)
+    place = (
+        None if own_directory is False else Path(gettempdir() if own_directory is True else own_directory).absolute()
+    )
     stand_in = None
     if surrogate is not None:
         cheap = as_simulator(surrogate)
         stand_in = make_surrogate(cheap, wrapped, strategy, surrogate_samples, surrogate_weight)
-        stand_in = replace(stand_in, simulator=_placed(cheap, dispatcher, isolate, workers, timeout_s))
+        stand_in = replace(stand_in, simulator=_placed(cheap, dispatcher, isolate, workers, timeout_s, place))
     scale = _by_name(scale, wrapped)
-    wrapped = _placed(wrapped, dispatcher, isolate, workers, timeout_s)
+    wrapped = _placed(wrapped, dispatcher, isolate, workers, timeout_s, place)
     if wrapped.space is not None:
         _validate_scale(scale, wrapped.space, strategy)
     if not keep_megabytes >= 0:
@@ -469,7 +562,12 @@ def smooth(
 
 
 def _placed(
-    simulator: Simulator, dispatcher: Dispatcher, isolate: str | None, workers: int | None, timeout_s: float | None
+    simulator: Simulator,
+    dispatcher: Dispatcher,
+    isolate: str | None,
+    workers: int | None,
+    timeout_s: float | None,
+    directory: Path | None,
 ) -> Simulator:
     """The simulator where it is to run: in this process, in others, or over several ranks."""
     if dispatcher.group is not None:
@@ -480,8 +578,8 @@ def _placed(
             )
         return simulator.bound(dispatcher.group)
     if workers is not None:
-        return SimulatorPool(simulator, workers, timeout_s)
-    return simulator if isolate is None else IsolatedSimulator(simulator, timeout_s)
+        return SimulatorPool(simulator, workers, timeout_s, directory)
+    return simulator if isolate is None else IsolatedSimulator(simulator, timeout_s, directory)
 
 
 def _by_name(scale: ScaleLike, simulator: Simulator) -> ScaleLike:

@@ -12,7 +12,7 @@ HUGE = 1e100
 # A run whose loss is more than so many times that of the runs to compare with is taken for one of this loss.
 _TAMED = 1e6
 # Residuals that are checked for order: at least so many; standard deviations that their neighbours may be alike by.
-_FEWEST, _ALIKE = 8, 2.0
+_FEWEST, _ALIKE = 8, 2.5
 # A guess of a natural scale may be wrong by this factor, and is corrected by no more than that beyond; one from nothing
 # is corrected altogether.
 _GUESS, _CORRECTED, _UNKNOWN = 30.0, 100.0, 1e9

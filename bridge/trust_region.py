@@ -5,7 +5,9 @@ nearest to the one before in Frobenius' norm: so few runs suffice, and many dete
 this is the linear system
 
     [A + D  P] [lambda]   [l - m_before(y)]
-    [P^T    0] [c, g  ] = [0              ],   A_ij = (y_i . y_j)^2 / 2,  P = [1 y],  H = H_before + sum lambda_i y_i y_i^T.
+    [P^T    0] [c, g  ] = [0              ],   A_ij = (y_i . y_j)^2 / 2,   P = [1 y],
+
+and H = H_before + sum lambda_i y_i y_i^T.
 
 D, a diagonal, lets runs be missed: by noise, the same of all, and by what a quadratic cannot follow, which grows as
 |y|^6. How much of both is chosen by leaving out one run after the other.
@@ -35,7 +37,7 @@ from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.fit_result import End, FitStep
 from bridge.misfit import Misfit
 from bridge.smoothing import SmoothedSimulator
-from bridge.soundness import HUGE, unusable
+from bridge.soundness import HUGE
 
 Array = NDArray[np.float64]
 
@@ -177,8 +179,8 @@ class QuadraticSearch:
             raise np.linalg.LinAlgError("the model's system is singular")
         return np.asarray(inverse)
 
-    def _fitted(self, base: Array) -> tuple[float, Array, Array, Array, float, Array, float]:
-        """c, g and H about the base, the inverse of the system, its unit of length, the rows' y, and the noise."""
+    def _fitted(self, base: Array) -> tuple[float, Array, Array, float]:
+        """c, g and H about the base, and the standard deviation of the runs' noise."""
         near = self._near(base)
         away = self.rows[near] - base
         unit = float(np.sqrt((away**2).sum(axis=1)).max())
@@ -212,7 +214,7 @@ class QuadraticSearch:
         open_ = max(n - min(n - 1, (d + 1) * (d + 2) // 2), 1)
         noise = float(np.sqrt((trust @ missed**2) / max(trust.sum(), 1e-300) * n / open_)) if chosen[0] > 1e-4 else 0.0
         c, g = middle + size * float(solution[n]), size * solution[n + 1 :] / unit
-        return c, g, size * H / unit**2, inverse, unit, y, noise * size
+        return c, g, size * H / unit**2, noise * size
 
     def _least(self, g: Array, H: Array, base: Array, radius: float) -> Array:
         """The step, from the base, to the least value of the model in a box."""
@@ -246,7 +248,7 @@ class QuadraticSearch:
         least = int(np.argmin(self.losses))
         base, loss = self.rows[least], float(self.losses[least])
         self._resize(before, loss)
-        c, g, H, inverse, unit, y, noise = self._fitted(base)
+        c, g, H, noise = self._fitted(base)
         if noise > 0:
             base, c, g = self._smoothed_base(base, c, g, H)
             loss = c
@@ -272,10 +274,7 @@ class QuadraticSearch:
             return
         was, promised = self.promise
         got = was - float(self.losses[before:].min())
-        if promised > 0 and np.isfinite(got):
-            ratio = got / promised
-        else:
-            ratio = -1.0
+        ratio = got / promised if promised > 0 and np.isfinite(got) else -1.0
         if ratio < 0.1 and self._filled_up(self.best):
             self.radius *= 0.5
         elif ratio > 0.5 and self.at_edge:
@@ -414,7 +413,7 @@ class TrustRegion:
         shape = tuple(self.misfit.target.shape)
         if step == 0 and outputs.shape[1:] != shape:
             raise InputError(f"Expected a target of shape {outputs.shape[1:]}, got {shape}.")
-        failed = unusable(outputs)
+        failed = ~self.misfit.usable(outputs)
         losses = np.array([np.inf if f else self._loss(y, z) for f, y, z in zip(failed, outputs, points, strict=True)])
         if step == 0:
             if not np.isfinite(losses[0]) and self.plain.strategy.errors_raise:

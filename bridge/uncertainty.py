@@ -499,10 +499,11 @@ def of_descent(
         step_noise: see `Normal.told`; 0 but for Gauss-Newton. past: (n, d), where other descents have been last.
         outputs: of the simulator itself, at z and elsewhere. last: scale of the noise. longest: that a step may be.
     """
-    estimates = [misfit.jacobian(J, natural).numpy() for J in jacobians]
-    normal, R = normal_of(estimates), len(values)
     residuals = np.stack([misfit.residual(v).numpy() for v in values])
-    r = residuals.mean(axis=0)
+    there = ~np.isnan(residuals).any(axis=0)  # outputs may lack numbers
+    residuals = residuals[:, there]
+    r, R = residuals.mean(axis=0), len(values)
+    normal = normal_of([misfit.jacobian(J, natural).numpy()[there] for J in jacobians])
     jitter = float(((residuals - r) ** 2).mean()) / (R - 1) if R > 1 else 0.0
     told = normal.told(step_noise)
     prior = misfit.prior
@@ -518,14 +519,14 @@ def of_descent(
         # Two runs of a few outputs may be whole numbers apart by chance, such as at a round start.
         if (size := float(lattice.steps[0])) and len(apart) > _ENOUGH_APART:
             stepped = True
-            rounding = misfit.spread_of(np.full(misfit.target.shape, size / np.sqrt(12)))
+            rounding = misfit.spread_of(np.full(misfit.target.shape, size / np.sqrt(12)))[there]
             off = (misfit.target.numpy() - good[0]) / size
             floor = rounding * float((np.abs(off - np.round(off)) < 1e-3).all())
             # Noise averages steps: their first harmonic is left by exp(-2 pi^2 (change / step)^2).
             change = (normal.mean**2).sum(axis=1) * last**2
             rounding = rounding * np.exp(-4 * np.pi**2 * change / np.maximum(12 * rounding, 1e-300))
     if len(outputs) and np.isfinite(outputs[0]).all():
-        bias = r - misfit.residual(torch.as_tensor(outputs[0])).numpy()
+        bias = r - misfit.residual(torch.as_tensor(outputs[0])).numpy()[there]
     first = np.inf
     if len(outputs) > 1 and np.isfinite(outputs[1]).all():
         first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
@@ -595,31 +596,29 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     """
     _, z = search.overall
     robust, prior = misfit.robust, misfit.prior
-    near, stand_in = search.rows_of_model(z)
-    F = search.residuals[stand_in]
+    model, F, at_z, there = search.model_there(z)
     m = F.shape[1]
     rounding, floor = np.zeros(m), np.zeros(m)
     if lattice is not None and len(lattice.first) and lattice.steps.any():
-        rounding = misfit.spread_of(lattice.deviation(tuple(misfit.target.shape)))
-        on = lattice.holds(misfit.target.numpy())
-        floor = rounding * (on if misfit.plain else on.all())
+        rounding = misfit.spread_of(lattice.deviation(tuple(misfit.target.shape)))[there]
+        on = misfit.of_data(lattice.holds(misfit.target.numpy()))
+        floor = rounding * (on.all() if on.shape != there.shape else on[there])
     # Of outputs that have steps the smooth part, for which rounding is noise.
-    model = (
-        fit_kriging(search.rows[near], F @ F.T, unit=search.unit, rough=False)
-        if rounding.any()
-        else search.model(z, weighted=False)
-    )
+    if rounding.any():
+        model = fit_kriging(model.rows, F @ F.T, unit=search.unit, rough=False)
     w = model.at(z)[0]
-    r = F.T @ w if robust is None else search.residual_at(z)
+    r = F.T @ w if robust is None else at_z
     noise = np.maximum(model.residual_noise(F), rounding)
     width, left = 0.1 * search.unit, noise * float(w @ w)
     good = search.residuals[~search.failed]
     first = (
-        float(np.sqrt(np.median((good[: max(len(search.start) + 1, 6)] ** 2).mean(axis=1)))) if len(good) else np.inf
+        float(np.sqrt(np.median(np.nanmean(good[: max(len(search.start) + 1, 6)] ** 2, axis=1))))
+        if len(good)
+        else np.inf
     )
     stepped = rounding > 0
-    exact = bool(stepped.any()) and bool((np.abs(search.residual_at(z)) < 1e-3 * np.sqrt(12 * rounding))[stepped].all())
-    exact = exact and robust is None and bool((search.residual_at(z)[~stepped] == 0).all())
+    exact = bool(stepped.any()) and bool((np.abs(at_z) < 1e-3 * np.sqrt(12 * rounding))[stepped].all())
+    exact = exact and robust is None and bool((at_z[~stepped] == 0).all())
     total, wide = float(noise.sum()), 2.0 if stepped.any() else 1.0
     independent = float(np.clip(total**2 / max(float((noise**2).sum()), 1e-300), 1.0, m))
     usual = float(np.mean(left + floor))

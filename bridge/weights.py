@@ -143,18 +143,30 @@ def _survivors_only(nodes: Nodes, valid: NDArray[np.bool_]) -> Nodes:
     return replace(nodes, eps=nodes.eps[valid], score=nodes.score[valid], weight=weight, block=block)
 
 
+def in_pairs(strategy: Strategy, nodes: Nodes, good: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(num_rows,) the good rows of which the other half of the pair is good as well, where rows are pairs."""
+    valid, n = good.copy(), strategy.num_samples
+    if nodes.paired:
+        valid[:n] = np.repeat(valid[:n].reshape(-1, 2).all(axis=1), 2)
+    return valid
+
+
+def enough(strategy: Strategy, valid: NDArray[np.bool_]) -> bool:
+    """Whether so many rows suffice for an estimate."""
+    n = strategy.num_samples
+    left = int(valid[:n].sum())
+    return left >= max(strategy.min_ok * n, min(n, 2))
+
+
 def survivors(strategy: Strategy, nodes: Nodes, good: NDArray[np.bool_], why: str) -> NDArray[np.bool_]:
     """Which rows count, once those that failed are dropped: (num_rows,). A pair goes as a whole.
 
     Raises:
         EvaluationError: fewer than `min_ok` of the rows are left, or the unperturbed one is lost and has a weight.
     """
-    n = strategy.num_samples
-    valid = good.copy()
-    if nodes.paired:
-        valid[:n] = np.repeat(valid[:n].reshape(-1, 2).all(axis=1), 2)
+    n, valid = strategy.num_samples, in_pairs(strategy, nodes, good)
     left = int(valid[:n].sum())
-    if left < strategy.min_ok * n or left < min(n, 2):
+    if not enough(strategy, valid):
         raise EvaluationError(
             f"Expected at least {strategy.min_ok:.0%} of {n} rows to succeed (min_ok), and two, got {left} (first "
             f"failure: {why}). Bound the parameters to where the simulator works, or use a smaller scale."

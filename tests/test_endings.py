@@ -47,8 +47,12 @@ def decay(theta):
     return theta[0] * np.exp(-theta[1] * X) + theta[2]
 
 
+decay.identity = "decay"  # what happens to it is no part of it
+
+
 class Rows:
     # vectorised, and in a class: nothing wraps what it raises
+    identity = "rows"
     space = bridge.ParameterSpace(tuple(bridge.Parameter(n, natural_scale=0.3) for n in ("a", "rate", "b")))
     output_shape = (25,)
 

@@ -162,6 +162,48 @@ def test_points_lie_in_the_open_cube_and_depend_on_the_key_alone(points, n, d, a
         assert (cells == np.arange(n)[:, None]).all()
 
 
+@pytest.mark.parametrize(("n", "d"), [(3, 7), (7, 7), (10, 7), (17, 7), (2, 1)])
+def test_orthogonal_directions_are_gaussian_in_any_number(n, d):
+    """Also where the last rotation is used in part: blocks of d orthogonal rows, each row N(0, I) by itself."""
+    rng = np.random.default_rng(n)
+    sets = np.stack(
+        [get_points("orthogonal", False).nodes(get_distribution("gaussian"), n, d, rng).eps for _ in range(4000)]
+    )
+    assert sets.shape == (4000, n, d)
+    for start in range(0, n, d):
+        gram = sets[:, start : start + d] @ sets[:, start : start + d].transpose(0, 2, 1)
+        assert np.abs(gram - gram * np.eye(gram.shape[1])).max() < 1e-12 * d * 10
+    for row in (sets[:, 0], sets[:, -1]):
+        assert_mean(row**2, np.ones(d), power=0.3)
+        moments = row.T @ row / 4000
+        assert np.abs(moments - np.diag(np.diag(moments))).max() < 6 / np.sqrt(4000)
+        assert np.abs(row.mean(axis=0)).max() < 6 / np.sqrt(4000)
+
+
+def test_few_directions_of_many_parameters_factorise_a_slim_matrix(monkeypatch):
+    """d N^2 operations for N rows: with d x d matrices, 10,000 parameters took minutes and gigabytes."""
+    shapes = []
+    original = np.linalg.qr
+
+    def recorded(matrix):
+        shapes.append(matrix.shape)
+        return original(matrix)
+
+    monkeypatch.setattr(np.linalg, "qr", recorded)
+    smoothed = bridge.smooth(lambda x: x[:1], seed=0, num_samples=64, scale=0.1)
+    estimate = smoothed.estimate(torch.zeros(10_000, dtype=torch.float64))
+    assert estimate.points == "Orthogonal()"
+    assert estimate.jacobian().shape == (1, 10_000)
+    assert shapes == [(10_000, 64)]
+    gaussian, cauchy = get_distribution("gaussian"), get_distribution("cauchy")
+    auto = get_points("auto", False)
+    # What would take longer than a second is left to points that are made at once.
+    assert auto.choose(gaussian, 3000, 2000)[0].name == "sobol"
+    assert auto.choose(gaussian, 1500, 5000)[0].name == "latin"
+    assert auto.choose(cauchy, 64, 10_000)[0].name == "latin"
+    assert auto.choose(gaussian, 64, 10_000)[0].name == auto.choose(gaussian, 150, 100)[0].name == "orthogonal"
+
+
 @given(st.integers(1, 90), st.data())
 def test_the_tree_has_one_shape_for_any_owners(leaves, data):
     values = np.random.default_rng(leaves).normal(size=leaves) * 10.0 ** np.arange(leaves).clip(0, 12)

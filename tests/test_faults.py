@@ -66,7 +66,8 @@ def f(x):
             return instead
     return np.floor(50 * np.exp(-((grid[:, None] - x[0]) ** 2 + (grid - x[1]) ** 2) / 0.1))
 
-simulator = bridge.as_simulator(f, bounds=[(-1, 1), (-1, 1)], natural_scale=[0.1, 0.1])
+# What it is to suffer is another thing when it goes on.
+simulator = bridge.as_simulator(f, bounds=[(-1, 1), (-1, 1)], natural_scale=[0.1, 0.1], identity="f")
 target = np.floor(50 * np.exp(-((grid[:, None] - 0.3) ** 2 + (grid + 0.2) ** 2) / 0.1))
 result = bridge.fit(
     simulator, target, [0.0, 0.1], seed=0, method=method, steps=6, num_samples=16, scale=(2.0, 0.5),

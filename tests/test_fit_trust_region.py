@@ -60,7 +60,8 @@ def test_least_values_that_are_known(f, start, runs, least):
 
 def test_bounds_are_kept_and_a_minimum_at_one_is_found():
     def f(x):
-        assert (x >= [0.5, -2.0]).all() and (x <= [3.0, 1.2]).all()
+        assert (x >= [0.5, -2.0]).all()
+        assert (x <= [3.0, 1.2]).all()
         return sphere(x)
 
     result = minimised(f, [1.0, 1.0], max_runs=100, space={"bounds": [(0.5, 3.0), (-2.0, 1.2)]})

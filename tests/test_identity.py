@@ -304,6 +304,27 @@ def stateful() -> Any:
     return f
 
 
+def test_what_is_changed_by_hand_between_two_calls_counts(tmp_path: Path) -> None:
+    class Sim:
+        space, output_shape = None, (1,)
+
+        def __init__(self) -> None:
+            self.gain = 1.0
+
+        def __call__(self, inputs: Any, seeds: Any) -> Any:
+            return self.gain * inputs
+
+    simulator = Sim()
+    smoothed = bridge.smooth(simulator, seed=0, num_samples=8, store=Store(tmp_path, above_s=0))
+    first = smoothed.estimate(THETA)
+    simulator.gain = 10.0
+    second = smoothed.estimate(THETA)
+    assert (first.num_cached, second.num_cached) == (0, 0)
+    torch.testing.assert_close(second.value, 10 * first.value)
+    simulator.gain = 1.0
+    assert smoothed.estimate(THETA).num_cached == 8
+
+
 def test_what_calls_change_leaves_a_simulator_the_one_it_was(tmp_path: Path) -> None:
     def run(f: Any) -> int:
         return bridge.smooth(f, seed=0, num_samples=8, store=Store(tmp_path, above_s=0)).estimate(THETA).num_cached
@@ -512,6 +533,26 @@ def test_meshes_count_by_what_is_drawn_not_by_what_they_have_computed() -> None:
 # --- files and folders --------------------------------------------------------------------------------------------
 
 
+def test_a_text_is_a_text_but_for_programs_and_what_is_temporary(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    found = []
+    for i in range(2):
+        folder = tmp_path / "tmp" / str(i)  # another one in each process
+        folder.mkdir()
+        program, table = tmp_path / str(i), tmp_path / f"table{i}"
+        for path in (program, table, folder / "a"):
+            path.write_text("1", encoding="utf-8")
+        program.chmod(0o755)
+        found.append([identity(lab.closed(str(path))) for path in (folder, program, table)])
+    assert found[0][0] == found[1][0]
+    assert found[0][2] != found[1][2]
+    (tmp_path / "0").write_text("2", encoding="utf-8")
+    (tmp_path / "table0").write_text("2", encoding="utf-8")
+    assert identity(lab.closed(str(tmp_path / "0"))) != found[0][1]
+    assert identity(lab.closed(str(tmp_path / "table0"))) == found[0][2]
+
+
 def test_a_path_stands_for_what_is_there(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name / "inner").mkdir(parents=True)
@@ -521,7 +562,7 @@ def test_a_path_stands_for_what_is_there(tmp_path: Path) -> None:
     for seen in of:
         before, folder_before = seen(file), seen(tmp_path / "a")
         assert (before, folder_before) == (seen(place), seen(tmp_path / "b"))
-        assert seen(str(file)) != seen(str(place))  # a text is a text
+        assert seen(str(file)) == before  # in the folder for temporary files
         file.write_text(file.read_text(encoding="utf-8") + "2", encoding="utf-8")
         assert seen(file) != before
         assert seen(tmp_path / "a") != folder_before
@@ -530,6 +571,29 @@ def test_a_path_stands_for_what_is_there(tmp_path: Path) -> None:
         assert seen(tmp_path / "a") != seen(tmp_path / "b")
         place.with_name("more").unlink()
     assert identity(lab.closed(tmp_path / "nowhere")) != identity(lab.closed(tmp_path / "a"))
+
+
+def test_a_path_that_code_only_writes_to_is_no_part_of_it(tmp_path: Path) -> None:
+    def writing(path: Path) -> Any:
+        def f(x: Any) -> Any:
+            with path.open("ab") as file:
+                file.write(b"x")
+            return x
+
+        return f
+
+    def reading(path: Path) -> Any:
+        def f(x: Any) -> Any:
+            return x * float(path.read_text())
+
+        return f
+
+    file = tmp_path / "calls"
+    for made, same in ((writing, True), (reading, False)):
+        file.write_text("1", encoding="utf-8")
+        before = identity(made(file))
+        file.write_text("2", encoding="utf-8")
+        assert (identity(made(file)) == before) == same
 
 
 def test_a_folder_that_is_too_large_or_shut_is_named(tmp_path: Path, monkeypatch: Any) -> None:

@@ -403,40 +403,39 @@ PLY = (
 )
 STL = "solid a\nfacet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\nendfacet\n"
 
+DAMAGED = [
+    ("a.obj", SQUARE + "f 1 2 4\n", "out of bounds"),
+    ("a.obj", SQUARE + "f 1 2 3 4\n", "existing corners, got v 4"),
+    ("a.obj", SQUARE + "f 0 1 2\n", "existing corners, got v 0"),
+    ("a.obj", SQUARE + "f -1 -2 -4\n", "existing corners, got v -4"),
+    ("a.obj", SQUARE + "f 1 2\n", "three corners or more"),
+    ("a.obj", SQUARE + "f\n", "three corners or more"),
+    ("a.obj", SQUARE + "f 1 2 x\n", "readable"),
+    ("a.obj", SQUARE + "v 1 2\nf 1 2 3\n", "three coordinates, got 'v 1 2'"),
+    ("a.obj", SQUARE + "v 1 nan 2\nf 1 2 4\n", "finite vertices"),
+    ("a.obj", SQUARE + "v 1 1e999 2\nf 1 2 4\n", "finite vertices"),
+    ("a.obj", SQUARE.replace("1", "0,5") + "f 1 2 3\n", "readable"),
+    ("a.obj", "f 1 2 3\n", "none in"),
+    ("a.off", OFF + "3 0 1 3\n", "outside the range"),
+    ("a.off", OFF + "4 0 1 2 9\n", "between vertices 0 and 2"),
+    ("a.off", OFF + "2 0 1\n", "three corners or more"),
+    ("a.off", OFF, "got 0; the file may have been cut off"),
+    ("a.off", OFF.replace("1 0 0", "nan 0 0") + "3 0 1 2\n", "finite vertices"),
+    ("a.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n3 0 1 3\n", "between vertices 0 and 2"),
+    ("a.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n4 0 1 2 -1\n", "between vertices 0 and 2"),
+    ("a.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n", "expected 1 lines of element face, got 0"),
+    ("a.ply", PLY + "0 0 0\n1 0 0\n", "expected 3 lines of element vertex, got 2"),
+    ("a.ply", PLY + "0 0 0\n1 0 0\n0 nan 0\n3 0 1 2\n", "finite vertices"),
+    ("a.stl", STL, "the file may have been cut off"),
+    ("a.stl", STL.replace("vertex 1 0 0\n", "") + "endsolid\n", "the file may have been cut off"),
+    ("a.stl", STL.replace("1 0 0", "nan 0 0") + "endsolid\n", "finite vertices"),
+    ("a.stl", "\0" * 90, "84 bytes for 0 triangles, got 90"),
+    ("a.glb", "<html>not found</html>", "readable"),
+    ("a.foo", "hello", "not supported"),
+]
 
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("a.obj", SQUARE + "f 1 2 4\n", "out of bounds"),
-        ("a.obj", SQUARE + "f 1 2 3 4\n", "existing corners, got v 4"),
-        ("a.obj", SQUARE + "f 0 1 2\n", "existing corners, got v 0"),
-        ("a.obj", SQUARE + "f -1 -2 -4\n", "existing corners, got v -4"),
-        ("a.obj", SQUARE + "f 1 2\n", "three corners or more"),
-        ("a.obj", SQUARE + "f\n", "three corners or more"),
-        ("a.obj", SQUARE + "f 1 2 x\n", "readable"),
-        ("a.obj", SQUARE + "v 1 2\nf 1 2 3\n", "three coordinates, got 'v 1 2'"),
-        ("a.obj", SQUARE + "v 1 nan 2\nf 1 2 4\n", "finite vertices"),
-        ("a.obj", SQUARE + "v 1 1e999 2\nf 1 2 4\n", "finite vertices"),
-        ("a.obj", SQUARE.replace("1", "0,5") + "f 1 2 3\n", "readable"),
-        ("a.obj", "f 1 2 3\n", "none in"),
-        ("a.off", OFF + "3 0 1 3\n", "outside the range"),
-        ("a.off", OFF + "4 0 1 2 9\n", "between vertices 0 and 2"),
-        ("a.off", OFF + "2 0 1\n", "three corners or more"),
-        ("a.off", OFF, "got 0; the file may have been cut off"),
-        ("a.off", OFF.replace("1 0 0", "nan 0 0") + "3 0 1 2\n", "finite vertices"),
-        ("a.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n3 0 1 3\n", "between vertices 0 and 2"),
-        ("a.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n4 0 1 2 -1\n", "between vertices 0 and 2"),
-        ("a.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n", "expected 1 lines of element face, got 0"),
-        ("a.ply", PLY + "0 0 0\n1 0 0\n", "expected 3 lines of element vertex, got 2"),
-        ("a.ply", PLY + "0 0 0\n1 0 0\n0 nan 0\n3 0 1 2\n", "finite vertices"),
-        ("a.stl", STL, "the file may have been cut off"),
-        ("a.stl", STL.replace("vertex 1 0 0\n", "") + "endsolid\n", "the file may have been cut off"),
-        ("a.stl", STL.replace("1 0 0", "nan 0 0") + "endsolid\n", "finite vertices"),
-        ("a.stl", "\0" * 90, "84 bytes for 0 triangles, got 90"),
-        ("a.glb", "<html>not found</html>", "readable"),
-        ("a.foo", "hello", "not supported"),
-    ],
-)
+
+@pytest.mark.parametrize(("name", "text", "said"), DAMAGED, ids=[f"{name}: {said}" for name, _, said in DAMAGED])
 def test_damaged_files_are_refused_in_words(name: str, text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=said) as raised:

@@ -1,0 +1,197 @@
+"""A function that does not give the same again is noticed, whatever its noise comes from; others are left in peace."""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bridge
+
+START = [0.4, 1.2]
+
+
+def counting():
+    calls = []
+
+    def f(x):
+        calls.append(1)
+        return np.array([x[0] + len(calls), x[1]])
+
+    return f
+
+
+class Drifting:
+    def __init__(self):
+        self.state = np.zeros(2)
+
+    def __call__(self, x):
+        self.state = 0.9 * self.state + x
+        return self.state
+
+
+def beside_the_last(x, seen=[]):  # noqa: B006 - this is what is to be noticed
+    seen.append(x)
+    return x - seen[-2] if len(seen) > 1 else x
+
+
+ACCIDENTS = {
+    "numpy's global generator": lambda x: x + 0.1 * np.random.normal(size=2),  # noqa: NPY002
+    "Python's global generator": lambda x: x * (1 + 0.1 * random.random()),
+    "torch's global generator": lambda x: torch.as_tensor(x) + torch.randn(2),
+    "a generator of its own": lambda x: x + 0.1 * np.random.default_rng().normal(size=2),
+    "a generator that goes on": (lambda rng: lambda x: x + rng.normal(size=2))(np.random.default_rng(1)),
+    "a counter": counting(),
+    "a state": Drifting(),
+    "a default": beside_the_last,
+    "the time": lambda x: x + time.perf_counter(),
+}
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS)
+def test_a_function_that_is_none_is_noticed(accident):
+    smoothed = bridge.smooth(ACCIDENTS[accident], seed=0, num_samples=8, scale=0.1)
+    with pytest.warns(UserWarning, match="gives other numbers when its first row is run again") as said:
+        smoothed.estimate(START)
+    (one,) = said
+    assert "seeded=True" in str(one.message)
+    assert ("global generator" in str(one.message)) == ("global" in accident)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        smoothed.estimate(START, step=1)  # once is enough
+
+
+def test_fits_notice_too():
+    with pytest.warns(UserWarning, match="gives other numbers"):
+        bridge.fit(ACCIDENTS["a generator of its own"], [1.0, 2.0], START, seed=0, max_runs=20)
+
+
+@pytest.mark.parametrize("how", [{"workers": 3}, {"isolate": "process"}])
+def test_one_of_several_processes_tells(how, capfd):
+    bridge.smooth(ACCIDENTS["a generator of its own"], seed=0, num_samples=16, scale=0.1, **how).estimate(START)
+    assert capfd.readouterr().err.count("gives other numbers when its first row is run again") == 1
+
+
+def test_a_seed_that_is_not_all_is_noticed():
+    def f(x, seed):
+        return x + np.random.default_rng(seed).normal(size=2) + np.random.default_rng().normal(size=2)
+
+    with pytest.warns(UserWarning, match=r"Draw from the seed that it is given alone"):
+        bridge.smooth(bridge.as_simulator(f, seeded=True), seed=0, num_samples=4, scale=0.1).estimate(START)
+
+
+def test_rows_that_depend_on_those_beside_them_are_noticed():
+    centred = bridge.as_simulator(lambda X: X - X.mean(axis=0), vectorized=True)
+    with pytest.warns(UserWarning, match="gives other numbers when its first row is run again"):
+        bridge.smooth(centred, seed=0, num_samples=256, scale=0.1).estimate(START)
+
+
+def memo():
+    known = {}
+
+    def f(x):
+        return known.setdefault(x.tobytes(), np.sin(x))
+
+    return f
+
+
+def in_place(x, out=np.zeros(2)):  # noqa: B008 - a buffer that is handed out every time
+    np.multiply(x, 2, out=out)
+    return out
+
+
+def seeds_the_global_one(x, seed):
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    return x + np.random.normal(size=2)  # noqa: NPY002
+
+
+FUNCTIONS = {
+    "plain": bridge.as_simulator(lambda x: x**2),
+    "seeded": bridge.as_simulator(lambda x, seed: x + np.random.default_rng(seed).normal(size=2), seeded=True),
+    "seeds the global generator": bridge.as_simulator(seeds_the_global_one, seeded=True),
+    "remembers": bridge.as_simulator(memo()),
+    "one buffer": bridge.as_simulator(in_place),
+    "float32 product": bridge.as_simulator(
+        lambda X: (X @ np.ones((2, 500))).astype(np.float32) @ np.ones((500, 3), np.float32), vectorized=True
+    ),
+    "with NaN": bridge.as_simulator(lambda x: np.array([x[0], np.nan])),
+    "integers": bridge.as_simulator(lambda x: np.floor(10 * x).astype(np.int64)),
+    "booleans": bridge.as_simulator(lambda x: x > 1),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_left_in_peace(name):
+    missing = {"failures": "drop", "min_ok": 0.0} if name == "with NaN" else {}
+    smoothed = bridge.smooth(FUNCTIONS[name], seed=0, num_samples=8, scale=0.1, **missing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if name == "with NaN":
+            with pytest.raises(bridge.EvaluationError, match=r"NaN|non-finite"):
+                smoothed.estimate(START)
+        else:
+            smoothed.estimate(START)
+
+
+def test_the_second_look_changes_no_number_and_no_generator():
+    """The same bits as where nobody has looked, and the caller's next draws are what they were."""
+
+    def f(x):
+        return np.sin(x) * np.arange(1, 3)
+
+    np.random.seed(3)  # noqa: NPY002
+    random.seed(3)
+    torch.manual_seed(3)
+    looked = bridge.smooth(f, seed=0, num_samples=8, scale=0.1).estimate(START)
+    drawn = np.random.normal(), random.random(), float(torch.rand(()))  # noqa: NPY002
+    simulator = bridge.as_simulator(f)
+    simulator.watch.done = True
+    plain = bridge.smooth(simulator, seed=0, num_samples=8, scale=0.1).estimate(START)
+    assert torch.equal(looked.value, plain.value)
+    assert torch.equal(looked.jacobian(), plain.jacobian())
+    np.random.seed(3)  # noqa: NPY002
+    random.seed(3)
+    torch.manual_seed(3)
+    assert drawn == (np.random.normal(), random.random(), float(torch.rand(())))  # noqa: NPY002
+
+
+def test_one_run_more_and_no_more():
+    calls = []
+
+    def f(x):
+        calls.append(x.copy())
+        return x
+
+    simulator = bridge.as_simulator(f)
+    bridge.smooth(simulator, seed=0, num_samples=8, scale=0.1, points="mc").estimate(START)
+    assert len(calls) == 8 + 1
+    assert any(np.array_equal(call, calls[0]) for call in calls[2:])  # after another one
+    bridge.smooth(simulator, seed=1, num_samples=8, scale=0.1, points="mc").estimate(START)
+    assert len(calls) == 8 + 1 + 8
+
+
+def writes_a_file(x):
+    """A program that knows one file name only: several at once would read each other's."""
+    path = Path("result.txt")
+    path.write_text(repr(x.tolist()))
+    time.sleep(0.01)
+    return np.array(eval(path.read_text()))
+
+
+def test_processes_have_working_directories_of_their_own(tmp_path):
+    smoothed = bridge.smooth(
+        writes_a_file, seed=0, num_samples=24, scale=0.1, workers=3, own_directory=tmp_path / "scratch"
+    )
+    plain = bridge.smooth(lambda x: x, seed=0, num_samples=24, scale=0.1)
+    assert torch.equal(smoothed.estimate(START).value, plain.estimate(START).value)
+    assert 1 <= len(list((tmp_path / "scratch").iterdir())) <= 3
+    smoothed.simulator.close()
+    assert not list((tmp_path / "scratch").iterdir())
+    assert not Path("result.txt").exists()
+    with pytest.raises(bridge.InputError, match="own_directory"):
+        bridge.smooth(writes_a_file, seed=0, own_directory=True)
