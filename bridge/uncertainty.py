@@ -538,10 +538,10 @@ def of_descent(
     along = normal.mean.T @ (residuals - r).T
     within = float(((finite_inverse(normal.naive) @ along) * along).sum()) / max(R - 1, 1) / R
     evidence = Evidence(
-        normal, told, r, tuple(misfit.target.shape), within=3 * (1 + step_noise) * within,
-        left=step_noise * jitter * cut, seen=jitter, rounding=rounding, floor=floor,
-        step=step if past is not None else None, jitter=jitter * (1 + step_noise),
-        wander=wander, bias=bias, first=first, spread=_spread(misfit), newton=newton and not stepped, fresh=True,
+        normal, told, r, tuple(misfit.target.shape), within=3 * (1 + step_noise) * within, bias=bias, first=first,
+        left=step_noise * jitter * cut, seen=jitter, rounding=rounding, floor=floor, wander=wander, fresh=True,
+        step=step if past is not None else None, jitter=jitter * (1 + step_noise), spread=_spread(misfit),
+        newton=newton and not stepped,
     )  # fmt: skip
     return evidence.stated(prior.information, known, misfit.robust)
 
