@@ -73,6 +73,7 @@ FIT = """
 import hashlib
 import json
 import numpy as np
+import torch
 import bridge
 
 grid = np.linspace(-1, 1, 48)
@@ -104,6 +105,13 @@ def scalar(x):  # not a number beyond a wall: outputs that do not count
 result = bridge.fit(scalar, [0.0], [0.6, 0.5], seed=0, loss=lambda y, t: y.sum(), max_runs=30, num_samples=3)
 assert result.method == "trust-region" and np.abs(result.parameters - 0.3).max() < 1e-3, result
 digest.update(json.dumps([(h.parameters, h.num_failed) for h in result.history]).encode() + result.output.tobytes())
+gaps = lambda x: np.where(np.arange(4) * x[0] > 1.2, np.nan, np.append(x, [x @ x, x[0] * x[1]])).astype(np.float32)
+theta = torch.tensor([0.45, 0.5], dtype=torch.float64, requires_grad=True)
+smoothed = bridge.smooth(gaps, seed=0, num_samples=48, scale=0.1, missing="ignore", min_ok=0.2)
+torch.nansum(smoothed(theta) ** 2).backward()
+digest.update(theta.grad.numpy().tobytes() + smoothed.estimate(theta.detach()).jacobian().numpy().tobytes())
+result = bridge.fit(gaps, [0.4, 0.5, 0.41, 0.2], [0.7, 0.3], seed=0, max_runs=20, missing="ignore", variance=1e-4)
+digest.update(result.parameters.tobytes() + result.output.tobytes())
 walled = bridge.as_simulator(lambda x: np.append(x, np.nan if x[0] < 0.2 else 1.0), natural_scale=[0.3, 0.3])
 result = bridge.fit(walled, [1.0, 1.0, 1.0], [0.5, 0.5], seed=0, method="adam", num_samples=8, steps=6)
 assert result.num_failed > 0
