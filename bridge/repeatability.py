@@ -76,7 +76,7 @@ class Watch:
             return outputs
         try:
             known = real_array(outputs, f"from simulator {name!r}").copy()  # it may hand out the same memory every time
-            first = inputs[:1].copy(), seeds[:1].copy(), known[0]
+            first = inputs[:1].copy(), seeds[:1].copy(), known[0].copy()  # a loss may write to it
         except (BridgeError, IndexError):
             return outputs  # what is no output is told elsewhere
         alone = len(inputs) == 1
@@ -86,7 +86,7 @@ class Watch:
         if vectorized and not alone:
             # Its rows might also depend on each other: as many of the first one alone. As many, for a batched product
             # of another size may differ in its last digits.
-            first = np.repeat(inputs[:1], len(inputs), axis=0), np.repeat(seeds[:1], len(seeds)), known[0]
+            first = np.repeat(inputs[:1], len(inputs), axis=0), np.repeat(seeds[:1], len(seeds)), known[0].copy()
         said = _repeated(call, *(first if self._first is None or (vectorized and not alone) else self._first))
         _restore(after)
         self.done = bool(said) or not (alone and vectorized)

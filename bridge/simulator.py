@@ -500,6 +500,7 @@ def as_simulator(
     structure: BlockStructure | None = None,
     parallel: bool = False,
     identity: str | None = None,
+    repeatable: bool = False,
 ) -> Simulator:
     """Wraps a function as a simulator.
 
@@ -514,6 +515,8 @@ def as_simulator(
         output_shape: shape of one output; learned from the first call when left out.
         outside: "clip", "raise" or "ignore", see `ParameterSpace`.
         structure: which outputs each parameter touches, where that is known.
+        repeatable: f is known to give the same again, so that its first row is not run once more to see whether it does
+            (see `bridge.repeatability`).
         parallel: the function is an MPI program itself: its last argument is the communicator (mpi4py) of the ranks
             that call it together, see `ranks_per_evaluation` of `bridge.smooth`; the first rank's result counts.
         identity: a text under which evaluations are filed; change it whenever outputs do. Needed where what the
@@ -545,7 +548,9 @@ def as_simulator(
     arguments = ("inputs" if vectorized else "theta", *(("seed",) * seeded), *(("comm",) * parallel))
     checked_function(function, arguments, {"seeded": seeded})
     space = ParameterSpace(_parameters(given), outside=outside) if given else None
-    return FunctionSimulator(function, space, output_shape, vectorized, seeded, structure, parallel, identity)
+    return FunctionSimulator(
+        function, space, output_shape, vectorized, seeded, structure, parallel, identity, watch=Watch(done=repeatable)
+    )
 
 
 Pair = tuple[float | None, float | None] | None

@@ -310,7 +310,7 @@ def test_failures_are_dropped_by_new_weights(how, antithetic):
         return np.sin(x)
 
     kwargs = {"seed": 0, "num_samples": 16, "points": "mc", "antithetic": antithetic, "covariate": "block"}
-    e = bridge.smooth(f, failures="drop", **kwargs).estimate(X2)
+    e = bridge.smooth(bridge.as_simulator(f, repeatable=True), failures="drop", **kwargs).estimate(X2)
     assert e.num_failed == 2
     nodes = bridge.smooth(np.sin, **kwargs).estimate(X2)._evaluation.problems[0].design.nodes
     lost = [2, 3, 8, 9] if antithetic else [3, 8]
@@ -380,7 +380,7 @@ def test_the_simulators_own_seeds():
         seen.append(seed)
         return x
 
-    bridge.smooth(bridge.as_simulator(f, seeded=True), seed=0, num_samples=8, replicates=2)(X2)
+    bridge.smooth(bridge.as_simulator(f, seeded=True, repeatable=True), seed=0, num_samples=8, replicates=2)(X2)
     assert len(set(seen[:4])) == len(set(seen[4:])) == 1
     assert len(set(seen)) == 2
     seen.clear()

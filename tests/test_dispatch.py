@@ -103,8 +103,7 @@ def test_idle_ranks_take_rows_off_busy_ones(run_ranks):
             time.sleep(0.06 if len(x) and x[0] < 0.5 else 0.0)
             return x
 
-        f = bridge.as_simulator(f)
-        f.watch.done = True  # each run counts here: none more, to see whether the function is one
+        f = bridge.as_simulator(f, repeatable=True)
         theta = torch.zeros((2, 1), dtype=torch.float64)
         theta[1] = 1.0  # problem 1, short runs, is the second rank's share
         share = {}
@@ -138,8 +137,7 @@ def test_the_pool_evaluates_at_the_same_time_and_survives_a_crash(tmp_path):
         (tmp_path / f"{begin}").write_text(f"{os.getpid()} {begin} {time.monotonic()}", encoding="utf-8")
         return x
 
-    simulator = bridge.as_simulator(f)
-    simulator.watch.done = True  # each run counts here: none more, to see whether the function is one
+    simulator = bridge.as_simulator(f, repeatable=True)
     smoothed = bridge.smooth(simulator, seed=3, num_samples=16, points="mc", workers=4, failures="drop")
     e = smoothed.estimate(torch.zeros(2, dtype=torch.float64), step=1)
     crashed = int((e._evaluation.problems[0].design.nodes.eps[:, 0] > 1.0).sum())

@@ -287,7 +287,9 @@ def test_one_dispatch_for_a_mapped_batch_and_no_calls_in_backward():
         calls.append(len(x))
         return smooth_function(x)
 
-    smoothed = bridge.smooth(bridge.as_simulator(counted, vectorized=True), seed=0, num_samples=8, leaf_size=8)
+    smoothed = bridge.smooth(
+        bridge.as_simulator(counted, vectorized=True, repeatable=True), seed=0, num_samples=8, leaf_size=8
+    )
     batch = X.expand(5, 2).clone().requires_grad_()
     y = torch.func.vmap(smoothed)(batch)
     assert calls == [8] * 5
@@ -311,7 +313,7 @@ def test_the_simulator_is_a_black_box():
         return y
 
     theta = X.clone().requires_grad_()
-    y = bridge.smooth(opaque, seed=0, num_samples=256, scale=0.5)(theta)
+    y = bridge.smooth(bridge.as_simulator(opaque, repeatable=True), seed=0, num_samples=256, scale=0.5)(theta)
     y.backward()
     assert calls == 256
     np.testing.assert_allclose(theta.grad, [10, 10], rtol=0.15)
@@ -370,9 +372,10 @@ def test_simulator_seeds_are_common_or_independent():
         seen.append(seed)
         return np.random.default_rng(seed).normal()
 
+    sim = bridge.as_simulator(noisy, seeded=True, repeatable=True)
     for kind, count in (("common", 1), ("independent", 16)):
         seen.clear()
-        smoothed = bridge.smooth(bridge.as_simulator(noisy, seeded=True), seed=7, num_samples=16, simulator_seeds=kind)
+        smoothed = bridge.smooth(sim, seed=7, num_samples=16, simulator_seeds=kind)
         first = smoothed(X, step=1)
         assert len(set(seen)) == count
         before = list(seen)
@@ -402,7 +405,7 @@ def test_queries_are_clipped_and_counted():
         seen.append(x.copy())
         return x
 
-    sim = bridge.as_simulator(f, names=["a"], bounds=[(0.0, 1.0)], units=["nm"])
+    sim = bridge.as_simulator(f, names=["a"], bounds=[(0.0, 1.0)], units=["nm"], repeatable=True)
     estimate = bridge.smooth(sim, seed=0, num_samples=64, scale=1.0).estimate(torch.tensor([0.5]))
     queries = np.array(seen)
     assert queries.min() == 0.0

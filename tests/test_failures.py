@@ -89,8 +89,7 @@ def test_a_run_is_tried_again_with_the_same_seed():
             raise OSError("licence server busy")
         return x
 
-    sim = bridge.as_simulator(flaky, seeded=True)
-    sim.watch.done = True  # each run counts here: none more, to see whether the function is one
+    sim = bridge.as_simulator(flaky, seeded=True, repeatable=True)
     value = bridge.smooth(sim, seed=0, num_samples=4, retries=2, leaf_size=1)(ZERO)
     assert len(seen) == 12
     assert len(set(seen)) == 4

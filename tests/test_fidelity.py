@@ -340,7 +340,7 @@ def test_runs_are_counted_apart_and_never_differentiated():
             calls[name] += 1
             return function(x[None])[0]
 
-        return run
+        return bridge.as_simulator(run, repeatable=True)
 
     smoothed = smooth(counting("fine", waves), surrogate=counting("coarse", steps))
     estimate = smoothed.estimate(X.expand(3, 2))

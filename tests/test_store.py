@@ -150,8 +150,7 @@ def test_found_evaluations_change_cost_never_results(tmp_path, vectorized, failu
         calls.append(x)
         return np.tanh(x @ A)
 
-    sim = bridge.as_simulator(f, vectorized=vectorized)
-    sim.watch.done = True  # each run counts here: none more, to see whether the function is one
+    sim = bridge.as_simulator(f, vectorized=vectorized, repeatable=True)
     settings = {"seed": 0, "num_samples": 100, "failures": failures}
 
     def results(store):
