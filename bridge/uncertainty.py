@@ -216,7 +216,8 @@ class Evidence:
         unclear, lost = _unclear(self.normal, self.told, covariance, precision)
         covariance, more = self._with_steps(covariance, step, precision)
         least = np.sqrt(np.diag(covariance))
-        lost = lost if self.newton else unclear
+        # A lower bound is no error. Of Gauss-Newton, whose steps had many Jacobians, it is one.
+        lost = lost if self.newton and self.fresh else unclear
         covariance[lost], covariance[:, lost] = np.nan, np.nan
         signal, noise = np.sqrt(np.diag(self.normal.naive)), np.sqrt(np.diag(self.normal.noise))
         unit = np.where(signal > 0, signal, 1)
