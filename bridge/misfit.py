@@ -34,6 +34,8 @@ def checked_target(
         raise InputError(
             f"Expected a target of shape {sim.output_shape}, as {simulator_name(sim)!r} gives, got {array.shape}."
         )
+    if array.size == 0:
+        raise InputError(f"Expected a target with numbers, got an empty one, of shape {array.shape}.")
     masked = np.zeros(array.shape, dtype=bool)
     if isinstance(target, np.ma.MaskedArray):
         masked |= np.ma.getmaskarray(target)

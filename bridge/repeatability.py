@@ -2,8 +2,9 @@
 
 Noise that does not come from the seed makes every promise void: results then depend on the number of ranks and on what
 ran before, and cannot be resumed. So the first row of a plain function is run once more, after others have been run.
-Functions of which a run takes longer than a second are not run twice; of these it is only seen whether they draw from a
-global generator. `bridge check` looks closer.
+Functions of which a run takes longer than a second are not run twice, nor are those of fits that count every run
+(`max_runs=`, `directory=`); of these it is only seen whether they draw from a global generator. `bridge check` looks
+closer.
 """
 
 from __future__ import annotations
@@ -43,16 +44,16 @@ class Watch:
     """Looks at the first calls of a function, once in a process.
 
     Attributes:
-        done: whether there is nothing more to look at.
+        done: whether there is nothing more to look at. frugal: whether nothing is run again, since runs are counted.
     """
 
-    def __init__(self, done: bool = False) -> None:
-        self.done = done
+    def __init__(self, done: bool = False, frugal: bool = False) -> None:
+        self.done, self.frugal = done, frugal
         self._first: tuple[NDArray[np.float64], NDArray[np.uint64], Outputs] | None = None
         self._drawn: set[str] = set()
 
-    def __reduce__(self) -> tuple[type[Watch], tuple[bool]]:
-        return Watch, (self.done,)
+    def __reduce__(self) -> tuple[type[Watch], tuple[bool, bool]]:
+        return Watch, (self.done, self.frugal)
 
     def over(
         self,
@@ -69,7 +70,7 @@ class Watch:
         outputs = call(inputs.copy(), seeds.copy())
         seconds, after = time.perf_counter() - begin, generators()
         self._drawn |= {source for source, state in before.items() if source in after and after[source] != state}
-        if seconds > _CHEAP_S * len(inputs):
+        if self.frugal or seconds > _CHEAP_S * len(inputs):
             self.done = True
             if self._drawn and not seeded:
                 self._warn(f"Simulator {name!r} draws from {' and '.join(sorted(self._drawn))}.", seeded, outputs)
@@ -84,9 +85,8 @@ class Watch:
             self._first = first
             return known
         if vectorized and not alone:
-            # Its rows might also depend on each other: as many of the first one alone. As many, for a batched product
-            # of another size may differ in its last digits.
-            first = np.repeat(inputs[:1], len(inputs), axis=0), np.repeat(seeds[:1], len(seeds)), known[0].copy()
+            # Its rows might also depend on each other: the first one twice, without the others.
+            first = np.repeat(inputs[:1], 2, axis=0), np.repeat(seeds[:1], 2), known[0].copy()
         said = _repeated(call, *(first if self._first is None or (vectorized and not alone) else self._first))
         _restore(after)
         self.done = bool(said) or not (alone and vectorized)

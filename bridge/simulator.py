@@ -346,14 +346,20 @@ def may_be_noisy(simulator: Simulator) -> bool:
     return simulator.seeded
 
 
-def unwatched(simulator: Simulator) -> None:
-    """Has a function's first call go without a second one: another process looks at it (see `repeatability`)."""
+def watch_of(simulator: Simulator) -> Watch | None:
+    """What looks at the first calls of the function that does the work, if one does."""
     while not isinstance(simulator, FunctionSimulator):
         inner = getattr(simulator, "inner", None)
         if inner is None:
-            return
+            return None
         simulator = inner
-    simulator.watch.done = True
+    return simulator.watch
+
+
+def unwatched(simulator: Simulator) -> None:
+    """Has nobody look at a function's first calls: another process does (see `repeatability`)."""
+    if (watch := watch_of(simulator)) is not None:
+        watch.done = True
 
 
 @runtime_checkable

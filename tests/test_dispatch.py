@@ -266,11 +266,12 @@ def test_a_simulator_is_called_with_the_same_rows_whoever_calls():
         calls.append(len(x))
         return np.sin(x)
 
-    smoothed = bridge.smooth(bridge.as_simulator(f, vectorized=True), seed=0, num_samples=1024)
+    simulator = bridge.as_simulator(f, vectorized=True, repeatable=True)
+    smoothed = bridge.smooth(simulator, seed=0, num_samples=1024)
     for step in range(2):
         smoothed(torch.zeros(3, dtype=torch.float64), step=step)
     assert set(calls) == {8}
     calls.clear()
-    declared = bridge.as_simulator(f, vectorized=True, output_shape=(3,))
+    declared = bridge.as_simulator(f, vectorized=True, output_shape=(3,), repeatable=True)
     bridge.smooth(declared, seed=0, num_samples=1024)(torch.zeros(3, dtype=torch.float64))
     assert set(calls) == {32}

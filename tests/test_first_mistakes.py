@@ -128,7 +128,7 @@ MISTAKES = {
         "Expected 2 values (width_nm, angle_deg), got an array of shape (3,).",
     ),
     "another target": (of_fit(target=TARGET[:3]), "Expected a target of shape (5,), got (3,)."),
-    "an empty target": (of_fit(target=[]), "Expected a target of shape (5,), got (0,)."),
+    "an empty target": (of_fit(target=[]), "Expected a target with numbers, got an empty one, of shape (0,)."),
     "a file as target": (of_fit(target="target.npy"), "Load the file first: numpy.load('target.npy')."),
     "nothing as target": (of_fit(target=None), "Expected real numbers as target, got NoneType."),
     "a mapping as target": (of_fit(target={"y": TARGET}), "Expected real numbers as target, got dict."),

@@ -194,7 +194,7 @@ def test_the_loss_of_a_whitened_output_and_its_gradient():
     root = rng.normal(size=(6, 6))
     C = root @ root.T + np.eye(6)
     target, y = torch.as_tensor(rng.normal(size=6)), torch.as_tensor(rng.normal(size=6))
-    variance, whiten = checked_noise(C, None, target)
+    variance, whiten, _ = checked_noise(C, None, target, None)
     misfit = Misfit(target, variance, None, Prior(np.array([[4.0]]), np.array([1.0])), whiten)
     value, gradient, slope = misfit.value_and_gradient(y, np.array([1.5]))
     r = (y - target).numpy()

@@ -68,7 +68,22 @@ def test_a_function_that_is_none_is_noticed(accident):
 
 def test_fits_notice_too():
     with pytest.warns(UserWarning, match="gives other numbers"):
-        bridge.fit(ACCIDENTS["a generator of its own"], [1.0, 2.0], START, seed=0, max_runs=20)
+        bridge.fit(ACCIDENTS["a generator of its own"], [1.0, 2.0], START, seed=0, steps=3)
+
+
+def test_fits_that_count_their_runs_make_none_more():
+    calls = []
+
+    def f(x):
+        calls.append(1)
+        return x**2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = bridge.fit(f, [1.0, 2.0], START, seed=0, max_runs=12)
+    assert len(calls) == result.num_evaluations <= 12
+    with pytest.warns(UserWarning, match="draws from numpy's global generator"):
+        bridge.fit(ACCIDENTS["numpy's global generator"], [1.0, 2.0], START, seed=0, max_runs=12)
 
 
 @pytest.mark.parametrize("how", [{"workers": 3}, {"isolate": "process"}])
