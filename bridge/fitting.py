@@ -356,7 +356,8 @@ def fit(
 def _goodness(problem: FitProblem, end: End) -> tuple[Goodness, tuple[str, ...]]:
     """How well the target is explained at the end, and what to say of it."""
     misfit = problem.misfit
-    if not misfit.usable(end.output[None]).all():  # that run failed: the method knows no more than its own loss
+    # A loss of one's own, of noisy runs, is what the method makes of many; of a run that failed nothing else is known.
+    if misfit.loss is not None or not misfit.usable(end.output[None]).all():
         return Goodness(end.loss), ()
     good = goodness_of(problem.misfit, end.output, end.x, problem.known_noise, end.noise)
     target = misfit.target.numpy()

@@ -35,6 +35,8 @@ Array = NDArray[np.float64]
 # Rows that the model is made of: those nearest to the best, at least 2 (d + 1), but for those of a loss so many times
 # that of the best 2 (d + 1).
 MOST_ROWS, _CLIFF = 150, 30.0
+# Errors are stated from rows up to this part of the usual loss at least.
+_SLOPES = 1e-4
 # How much of the variance counts against the first point.
 _CAUTION = 0.3
 _FIRST_RADIUS, _LEAST_RADIUS, _FAR = 4.0, 0.02, 4.0
@@ -334,14 +336,17 @@ class Search:
         return True
 
     def _near(self, centre: Array | None = None) -> NDArray[np.intp]:
-        losses, enough = self._losses(), 2 * (len(self.start) + 1)
+        losses, enough, stated = self._losses(), 2 * (len(self.start) + 1), centre is not None
         if centre is None:
             own = np.arange(self.first_row, len(self.rows))
             centre = self.rows[own[int(np.argmin(losses[own]))]]
         distance = (((self.rows - centre) / self.unit) ** 2).sum(axis=1)
         if len(losses) > enough:
             # One kernel cannot do justice to cliffs far off and to what matters here.
-            cliffs = np.isfinite(losses) & (losses > _CLIFF * np.sort(losses)[enough - 1])
+            cliff = _CLIFF * np.sort(losses)[enough - 1]
+            if stated:  # of an exact target the nearest rows differ by rounding alone, and tell no slopes
+                cliff = max(cliff, _SLOPES * self._usual_loss())
+            cliffs = np.isfinite(losses) & (losses > cliff)
             distance[cliffs] = np.inf
         order, most = np.argsort(distance, kind="stable"), max(MOST_ROWS, enough)
         if self.noisy and len(order) > most:  # of as many rows, those that are apart tell more

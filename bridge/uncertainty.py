@@ -42,6 +42,7 @@ _MOST_OUTLIERS = 0.1
 # this over the root of m.
 _OF_FEW, _FAR_TOO_ALIKE = 1.25, 0.6
 # Of outputs beside their changes in a model, squared: what the least nugget makes of them.
+_LEAST_WIDTH = 1e-2
 _SPURIOUS = 1e-10
 # Different changes of outputs between two runs, to tell a step by.
 _ENOUGH_APART = 5
@@ -633,7 +634,8 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
         gram[spurious] = gram[:, spurious] = 0
         told = Normal(np.zeros((m, len(z))), gram, total * dw.T @ dw, independent).told()
         error = np.sqrt(np.diag(of_least_squares(told, variance, prior.information)))
-        width = np.clip(wide * error, 1e-4 * search.unit, search.unit)
+        # Rows that are next to each other tell slopes no better than their rounding does.
+        width = np.clip(wide * error, _LEAST_WIDTH * search.unit, search.unit)
     J = F.T @ dw
     J[:, spurious] = 0
     weight = 1.0 if robust is None else robust.weight(r)

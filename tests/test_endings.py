@@ -301,7 +301,7 @@ def interrupted(self, *arguments):
 Search.told = interrupted
 try:
     result = bridge.fit(rows, 2.0 * np.exp(-1.2 * X) + 0.5, [1.6, 0.9, 0.7], seed=0, directory="run")
-    print(result.stop_reason, len(result.history), np.isfinite(result.standard_error).all())
+    print(result.stop_reason, len(result.history), np.isfinite(result.parameters).all())
 finally:
     print("calls", calls)
 """

@@ -218,7 +218,7 @@ def test_ten_digits_are_an_end_and_nine_orders_of_loss_are_none():
     result = bridge.fit(f, f(truth), start, seed=0, max_runs=250)
     np.testing.assert_allclose(result.parameters, truth, rtol=1e-3)
     line = bridge.fit(lambda p: p[0] + p[1] * X, 3 + 2 * X, [1.0, 1.0], seed=0)
-    assert (line.stop_reason, line.num_evaluations <= 60) == ("converged", True)
+    assert (line.stop_reason, line.num_evaluations <= 120, line.warnings) == ("converged", True, ())
     np.testing.assert_allclose(line.parameters, [3, 2], rtol=1e-8)
 
 
@@ -251,7 +251,7 @@ def test_natural_scales_that_nobody_has_said():
         )
     )
     start = np.array([[0.1, 1e-6, 20.0, -40.0, 0.0, 0.0, 0.5]])
-    found, sources = with_scales(space, start, {"believed": (0.0, 0.2)}, {})
+    found, sources = with_scales(space, start, {"believed": 0.2}, {})
     np.testing.assert_allclose(
         found.natural_scale, [1.0, 1e-6 * 0.1 * np.log(1e4), 100.0, 4.0, 1.0, 0.2, 3.0], rtol=1e-12
     )
