@@ -34,6 +34,8 @@ class Lattice:
 
     def add(self, outputs: Array) -> None:
         """Of runs (n, ...); those that are not finite tell nothing."""
+        if not len(outputs):
+            return
         rows = np.asarray(outputs, dtype=np.float64).reshape(len(outputs), -1)
         rows = rows[np.isfinite(rows).all(axis=1)]
         if not len(rows):

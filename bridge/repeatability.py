@@ -3,8 +3,8 @@
 Noise that does not come from the seed makes every promise void: results then depend on the number of ranks and on what
 ran before, and cannot be resumed. So the first row of a plain function is run once more, after others have been run.
 Functions of which a run takes longer than a second are not run twice, nor are those of fits that count every run
-(`max_runs=`, `directory=`); of these it is only seen whether they draw from a global generator. `bridge check` looks
-closer.
+(`max_runs=`, `directory=`) or of what has a store; of these it is only seen whether they draw from a global
+generator. `bridge check` looks closer.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ from bridge.simulator import (
     makes_memory,
     simulator_name,
     unwatched,
+    watch_of,
 )
 from bridge.store import Store
 from bridge.streaming import as_rows
@@ -533,6 +534,8 @@ def smooth(
         )
     if dispatcher.rank > 0:  # one rank tells enough
         unwatched(wrapped)
+    if store is not None and (watch := watch_of(wrapped)) is not None:
+        watch.frugal = True  # no run is paid for twice
     place = (
         None if own_directory is False else Path(gettempdir() if own_directory is True else own_directory).absolute()
     )

@@ -56,6 +56,7 @@ result = bridge.fit(
 if bridge.is_root():
     print(json.dumps({name: value.hex() for name, value in simulator.space.mapping(result.parameters).items()}))
     for name, value in result.to_dict()["parameters"].items():
-        print(f"{name:14s} {value['value']:10.4f} +- {value['standard_error']:.4f} {value['unit']}")
+        error = value["standard_error"]  # None where none is stated: result.warnings says why
+        print(f"{name:14s} {value['value']:10.4f} +- {'?' if error is None else f'{error:.4f}'} {value['unit']}")
     if arguments.output:
         arguments.output.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -155,7 +155,7 @@ def test_a_failing_rank_raises_the_same_error_on_all(run_ranks):
         """,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("EvaluationError Expected finite outputs")
+    assert done.stdout.startswith("NonFiniteError Expected finite outputs")
     assert "(p0 = " in done.stdout
     assert "[rank " in done.stdout
 

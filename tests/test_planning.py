@@ -145,7 +145,7 @@ def test_units_and_leaves_are_those_of_the_code(n, leaf):
     workload = Workload(cost_s=1.0, num_samples=n, leaf_size=leaf, num_outputs=10_000_000, dimension=2)
     strategy = bridge.smooth(np.sin, seed=0, num_samples=n, leaf_size=leaf, points="mc").strategy
     assert workload.unit_rows == strategy.leaf_size
-    real = Evaluation.units_in_leaf.fget(SimpleNamespace(_large=workload.streamed, strategy=strategy))
+    real = Evaluation.units_in_leaf.fget(SimpleNamespace(large=workload.streamed, strategy=strategy))
     assert workload.units_in_leaf == real
 
 
@@ -159,7 +159,8 @@ def test_what_is_streamed_is_streamed_by_the_code(n, m, d):
         calls.append(1)
         return np.zeros(m, dtype=np.float32)
 
-    estimate = bridge.smooth(f, seed=0, num_samples=n, covariate="none", points="mc").estimate(torch.zeros(d))
+    simulator = bridge.as_simulator(f, repeatable=True)
+    estimate = bridge.smooth(simulator, seed=0, num_samples=n, covariate="none", points="mc").estimate(torch.zeros(d))
     predicted = Workload(cost_s=1.0, num_samples=n, num_outputs=m, dimension=d)
     assert (len(calls), predicted.units) == (n, min(n, 64) if n <= 64 else 32)
     assert estimate.streamed == predicted.streamed

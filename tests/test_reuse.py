@@ -251,7 +251,7 @@ def test_a_store_changes_what_a_fit_costs_never_what_it_finds(tmp_path, method):
     if method == "gauss-newton":
         settings |= {"steps": 2, "num_samples": 8, "covariate": "loo", "points": "mc"}
     simulator = counted()
-    plain = refit(simulator=simulator, **settings)
+    plain = refit(simulator=bridge.as_simulator(simulator, repeatable=True), **settings)
     spent = plain.num_evaluations
     assert (simulator.calls, plain.num_cached) == (spent, 0)
     for cached, calls in ((0, 2 * spent), (spent, 2 * spent), (0, 3 * spent)):
