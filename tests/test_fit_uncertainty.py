@@ -95,7 +95,7 @@ def test_the_noise_of_the_jacobian_is_no_information():
     beta = 15 / 16
     truth = np.sqrt((1 + beta / (1 + 2 * beta)) / 16)
     # Where next to nothing is left beside the noise none is stated.
-    told = np.isfinite(stated[:, 2])
+    finite = told = np.isfinite(stated[:, 2])
     assert told.mean() > 0.9
     assert np.median(stated[told, 2]) == pytest.approx(truth, rel=0.12)
     assert away[:, 2].std() == pytest.approx(truth, rel=0.25)
@@ -104,7 +104,8 @@ def test_the_noise_of_the_jacobian_is_no_information():
     assert (np.abs(away[:, 2]) < 1.96 / np.sqrt(16 + 15)).mean() < 0.85
     # No more is known of N than to within half of it, and that is said, with what to do; of a and b all is known.
     told = [[w for w in warnings if "noise of the estimated Jacobian" in w] for warnings in said]
-    assert np.mean([len(w) == 1 for w in told]) > 0.9
+    # In one of ten an estimate seems clear that is not: by chance, as in 0.1 of the draws of N's own estimate.
+    assert np.mean([len(w) == 1 for w, known in zip(told, finite, strict=True) if known]) > 0.85
     assert all(w.startswith("c acts") for warnings in told for w in warnings)
     assert all(word in told[0][0] for word in ("num_samples=", "scale=", "natural scale of c", "method='kriging'"))
 
