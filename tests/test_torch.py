@@ -413,6 +413,7 @@ def test_being_written_into_a_graph_is_refused_with_the_reason():
 
 
 @pytest.mark.slow  # the compiler takes its time
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at it
 def test_compile_goes_round_and_strict_export_says_why():
     module = Module()
     compiled = torch.compile(lambda x, i: module.smoothed(2 * x, step=i).sum(), backend="eager")
