@@ -237,4 +237,5 @@ def test_mpis_of_debian_12_are_refused(tmp_path, name, command):
         done = run(script, OMPI_MCA_osc="^rdma")
         alone = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, env=kept)
         assert done.returncode == 0
-        assert done.stdout == 2 * alone.stdout
+        # A launcher may put what two write on one line.
+        assert done.stdout.count(alone.stdout.removeprefix("value ").strip()) == 2
