@@ -68,7 +68,7 @@ class Stated:
         unclear: (d,) of which parameters the variance is a lower bound. notes: why none is stated, or what it rests on.
         sensitivity: (d,) root of the squared change of all outputs over a natural unit, in whitened residuals, and
             `hidden`, (d,) how large it is by noise alone.
-        residual_norm: root of the sum of squared residuals. least: (d,) of unclear parameters, the error or less.
+        target_norm: root of the sum of squares of the target about its mean. least: (d,) of unclear parameters, the error or less.
         run_noise: root of the sum of the outputs' variances by the noise of one run.
         open_direction: (d,) in which outputs change the least, natural units.
     """
@@ -79,7 +79,7 @@ class Stated:
     notes: tuple[str, ...] = ()
     sensitivity: Array = field(default_factory=lambda: np.zeros(0))
     hidden: Array = field(default_factory=lambda: np.zeros(0))
-    residual_norm: float = np.nan
+    target_norm: float = np.nan
     least: Array = field(default_factory=lambda: np.zeros(0))
     run_noise: float = 0.0
     open_direction: Array = field(default_factory=lambda: np.zeros(0))

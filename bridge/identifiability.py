@@ -44,7 +44,8 @@ def doubts(
     alone = np.array([acts_alone(stated, i) for i in range(len(error))])
     for i, (p, value, e) in enumerate(zip(space.parameters, theta, error, strict=True)):
         unit = f" {p.unit}" if p.unit else ""
-        if (open_[i] or unclear[i]) and not alone[i]:
+        withheld = np.isnan(e) and not at_bound[i]
+        if (open_[i] or unclear[i] or withheld) and not alone[i]:
             said.append(_not_seen(stated, space, i, kriging, advice))
         elif unclear[i] and np.isfinite(e):
             more = "max_runs=" if kriging else "num_samples="
@@ -134,12 +135,12 @@ def _pair(space: ParameterSpace, correlation: Array, error: Array, i: int, j: in
 
 def _scales(stated: Stated, space: ParameterSpace) -> list[str]:
     """Natural scales that are far off, and better ones, from how much outputs change."""
-    change, residual = stated.sensitivity, stated.residual_norm
-    if not change.size or not residual > 0:
+    change, size = stated.sensitivity, stated.target_norm
+    if not change.size or not size > 0:
         return []
     acting = np.array([acts_alone(stated, i) for i in range(len(change))])
     with np.errstate(divide="ignore"):
-        scales = np.where(acting, residual / np.maximum(change, 1e-300), 1.0)
+        scales = np.where(acting, size / np.maximum(change, 1e-300), 1.0)
     apart = change.max() > _APART * np.where(change > 1e-14 * change.max(), change, np.inf).min()
     off = acting & ((scales > _SMALL) | (scales < _LARGE) | apart)
     if not off.any():

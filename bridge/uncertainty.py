@@ -231,7 +231,7 @@ class Evidence:
             (*notes, *more),
             signal,
             noise,
-            min(float(np.sqrt(r @ r)), self.spread),
+            self.spread if 0 < self.spread < np.inf else float(np.sqrt(r @ r)),
             least,
             self.run_noise,
             axis,

@@ -147,7 +147,6 @@ def goes_on(fit, whole, ranks=0, twice=2):
     [
         ("raise", "ZeroDivisionError: division by zero", 3),
         ("sys.exit", "called sys.exit(3)", 3),
-        ("NaN", "Expected finite outputs", 3),
         ("shape", "Expected outputs of shape", 3),
         ("hang", "in hangs_in_python", 70),
         ("USR1", "A signal has asked", 75),
