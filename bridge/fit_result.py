@@ -68,7 +68,8 @@ class Stated:
         unclear: (d,) of which parameters the variance is a lower bound. notes: why none is stated, or what it rests on.
         sensitivity: (d,) root of the squared change of all outputs over a natural unit, in whitened residuals, and
             `hidden`, (d,) how large it is by noise alone.
-        target_norm: root of the sum of squares of the target about its mean. least: (d,) of unclear parameters, the error or less.
+        target_norm: root of the sum of squares of the target about its mean.
+        least: (d,) of unclear parameters, the error or less.
         run_noise: root of the sum of the outputs' variances by the noise of one run.
         open_direction: (d,) in which outputs change the least, natural units.
     """
