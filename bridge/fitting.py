@@ -35,7 +35,7 @@ from bridge.reuse import Earlier, Source, described, earlier_rows, sources
 from bridge.runs import Run
 from bridge.search import MOST_ROWS
 from bridge.searching import Searching
-from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name, watch_of
+from bridge.simulator import ParameterSpace, Simulator, as_simulator, counts_runs, simulator_name
 from bridge.smoothing import smooth
 from bridge.uncertainty import without
 
@@ -210,8 +210,8 @@ def fit(
         robust=robust, prior=prior, fixed=fixed, tied=tied, guess=scale is None,
         mask=mask, missing=missing,
     )  # fmt: skip
-    if (max_runs is not None or directory is not None) and (watch := watch_of(problem.simulator)) is not None:
-        watch.frugal = True  # every run counts
+    if max_runs is not None or directory is not None:
+        counts_runs(problem.simulator)
     method_, reason = choose(
         *(method, problem.simulator, problem.free.dimension),
         loss=loss is not None, optimiser=optimiser is not None, coarse=coarse is not None,

@@ -336,30 +336,32 @@ def makes_memory(simulator: Simulator) -> bool:
     return isinstance(simulator, FunctionSimulator) and not simulator.vectorized
 
 
-def may_be_noisy(simulator: Simulator) -> bool:
-    """Whether outputs may depend on the seed: not those of a function that is not given one."""
-    while not isinstance(simulator, FunctionSimulator):
-        inner = getattr(simulator, "inner", None)
-        if inner is None:
-            return True
-        simulator = inner
-    return simulator.seeded
-
-
-def watch_of(simulator: Simulator) -> Watch | None:
-    """What looks at the first calls of the function that does the work, if one does."""
+def _function_of(simulator: Simulator) -> FunctionSimulator | None:
+    """The function that does the work, behind whatever wraps it; None where something else does it."""
     while not isinstance(simulator, FunctionSimulator):
         inner = getattr(simulator, "inner", None)
         if inner is None:
             return None
         simulator = inner
-    return simulator.watch
+    return simulator
+
+
+def may_be_noisy(simulator: Simulator) -> bool:
+    """Whether outputs may depend on the seed: not those of a function that is not given one."""
+    function = _function_of(simulator)
+    return function is None or function.seeded
 
 
 def unwatched(simulator: Simulator) -> None:
     """Has nobody look at a function's first calls: another process does (see `repeatability`)."""
-    if (watch := watch_of(simulator)) is not None:
-        watch.done = True
+    if (function := _function_of(simulator)) is not None:
+        function.watch.done = True
+
+
+def counts_runs(simulator: Simulator) -> None:
+    """Has no run of a function made once more, since every run counts (see `repeatability`)."""
+    if (function := _function_of(simulator)) is not None:
+        function.watch.frugal = True
 
 
 @runtime_checkable

@@ -42,10 +42,10 @@ from bridge.simulator import (
     Simulator,
     as_simulator,
     computes_row_by_row,
+    counts_runs,
     makes_memory,
     simulator_name,
     unwatched,
-    watch_of,
 )
 from bridge.store import Store
 from bridge.streaming import as_rows
@@ -534,8 +534,8 @@ def smooth(
         )
     if dispatcher.rank > 0:  # one rank tells enough
         unwatched(wrapped)
-    if store is not None and (watch := watch_of(wrapped)) is not None:
-        watch.frugal = True  # no run is paid for twice
+    if store is not None:  # no run is paid for twice
+        counts_runs(wrapped)
     place = (
         None if own_directory is False else Path(gettempdir() if own_directory is True else own_directory).absolute()
     )

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 from bridge.checks import is_whole, known_keywords
 from bridge.errors import InputError, SetupError
 from bridge.files import write_whole
-from bridge.simulator import ParameterSpace, Simulator, as_simulator, simulator_name, watch_of
+from bridge.simulator import ParameterSpace, Simulator, as_simulator, counts_runs, simulator_name
 from bridge.smoothing import smooth
 
 if TYPE_CHECKING:
@@ -176,8 +176,7 @@ def study(
         InputError: a budget that leaves fewer than 4 rows, unknown names, theta of the wrong shape.
     """
     sim = as_simulator(simulator)
-    if (watch := watch_of(sim)) is not None:
-        watch.frugal = True  # every run counts
+    counts_runs(sim)
     if unknown := sorted(set(strategies) - set(STRATEGIES)):
         raise InputError(f"Unknown strategies {unknown}. Known: {', '.join(STRATEGIES)}.")
     if not strategies or not distributions or not factors or min(factors) <= 0:
