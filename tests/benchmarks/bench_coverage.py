@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,9 +27,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(threads, "1")  # the problems are small: several threads for each only wait for each other
 
-import bridge
+import numpy as np  # noqa: E402
+
+import bridge  # noqa: E402
 
 T = np.linspace(0.0, 1.0, 25)
 METHODS = ("kriging", "gauss-newton", "adam")
