@@ -139,7 +139,7 @@ def _scales(stated: Stated, space: ParameterSpace) -> list[str]:
     if not change.size or not size > 0:
         return []
     acting = np.array([acts_alone(stated, i) for i in range(len(change))])
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         scales = np.where(acting, size / np.maximum(change, 1e-300), 1.0)
     apart = change.max() > _APART * np.where(change > 1e-14 * change.max(), change, np.inf).min()
     off = acting & ((scales > _SMALL) | (scales < _LARGE) | apart)

@@ -289,10 +289,18 @@ class Search:
 
     def model_there(self, z: Array) -> tuple[Kriging, Array, Array, NDArray[np.bool_]]:
         """The model of those outputs that the run at z has, without weights; residuals of its rows (n, m), and of z;
-        and which outputs these are."""
+        and which outputs these are.
+
+        It is of the runs that have them all, where these are enough: what stands for a number is no evidence of it.
+        """
         stand_in, model = self.rows_of_model(z)[1], self.model(z, weighted=False)
-        residuals, at = self._completed()[0], self._nearest(z)
+        at = self._nearest(z)
         there = ~np.isnan(self.residuals[at])
+        whole = ~np.isnan(self.residuals[stand_in][:, there]).any(axis=1)
+        if not whole.all() and whole.sum() > 3 * (len(z) + 1):
+            R = self.residuals[stand_in[whole]][:, there]
+            return fit_kriging(model.rows[whole], R @ R.T, unit=self.unit), R, self.residuals[at][there], there
+        residuals = self._completed()[0]
         if not there.all():
             R = residuals[stand_in][:, there]
             model = replace(model, gram=R @ R.T, amplitude=model.amplitude * float(there.mean()))
