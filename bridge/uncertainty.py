@@ -44,6 +44,8 @@ _OF_FEW, _FAR_TOO_ALIKE = 1.25, 0.6
 # Of outputs beside their changes in a model, squared: what the least nugget makes of them.
 _LEAST_WIDTH = 1e-2
 _SPURIOUS = 1e-10
+# Steps of the outputs over the last scale, below which slopes are those of a staircase.
+_COARSE = 0.7
 # Different changes of outputs between two runs, to tell a step by.
 _ENOUGH_APART = 5
 # Of residuals at the start: those that are left of a target without noise.
@@ -513,7 +515,7 @@ def of_descent(
     step = -finite_inverse(told + prior.information) @ (slope + prior(z)[1])
     rounding: Array | float = 0.0
     floor: Array | float = 0.0
-    bias, stepped = None, False
+    bias, stepped, coarse = None, False, np.inf
     good = [y for y in outputs if np.isfinite(y).all()]
     if len(good) > 1:
         lattice, apart = Lattice(), np.unique(np.abs(good[0] - good[1]))
@@ -525,16 +527,17 @@ def of_descent(
             off = (misfit.target.numpy() - good[0]) / size
             floor = rounding * float((np.abs(off - np.round(off)) < 1e-3).all())
             # Noise averages steps: their first harmonic is left by exp(-2 pi^2 (change / step)^2).
-            change = (normal.mean**2).sum(axis=1) * last**2
-            rounding = rounding * np.exp(-4 * np.pi**2 * change / np.maximum(12 * rounding, 1e-300))
+            change = (normal.mean**2).sum(axis=1) * last**2 / np.maximum(12 * rounding, 1e-300)
+            h = leverages(normal.mean, np.ones(len(r)), 0 * told)
+            coarse = float(np.sqrt(change) @ h / max(float(h.sum()), 1e-300))
+            rounding = rounding * np.exp(-4 * np.pi**2 * change)
     if len(outputs) and np.isfinite(outputs[0]).all():
         bias = r - misfit.residual(torch.as_tensor(outputs[0])).numpy()[there]
     first = np.inf
     if len(outputs) > 1 and np.isfinite(outputs[1]).all():
         first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
-    # A full step has the noise of its outputs; those cut short, of length L beside noise s, walk by sqrt(s L / 0.8).
     noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(told + prior.information))).max(initial=0.0)
-    cut = min(1.0, longest / (0.8 * noise)) if noise > 0 else 1.0
+    cut = cut_short(noise / longest)
     newton = bool(step_noise) or past is None
     wander = np.atleast_2d(np.cov(past.T)) if past is not None and not newton and len(past) > 1 else None
     along = normal.mean.T @ (residuals - r).T
@@ -545,7 +548,22 @@ def of_descent(
         step=step if past is not None else None, jitter=jitter * (1 + step_noise), spread=_spread(misfit),
         newton=newton and not stepped,
     )  # fmt: skip
-    return evidence.stated(prior.information, known, misfit.robust)
+    stated = evidence.stated(prior.information, known, misfit.robust)
+    if coarse < _COARSE:
+        stated = replace(stated, covariance=np.full_like(told, np.nan), notes=(
+            f"No standard error is stated: outputs are multiples of {size:.3g}, and over the last scale those that "
+            f"tell parameters change by {coarse:.2g} of such steps only. Give a larger last scale (scale=), or take "
+            "method='kriging'.",
+        ))  # fmt: skip
+    return stated
+
+
+def cut_short(noise: float) -> float:
+    """Variance that x -> x + clip(n - x, -1, 1) comes to, over that of the noise n, of this standard deviation.
+
+    It is 1 for little noise and 0.63 / noise for much; between them this is some tenth too large at most.
+    """
+    return float((1 + (1.5 * noise) ** 3) ** (-1 / 3))
 
 
 def _spread(misfit: Misfit) -> float:
