@@ -38,9 +38,9 @@ _MISFIT, _SAID, _OUTLIER, _STEP = 0.01, 1e-4, 1e-3, 0.05
 # be, which counts as an error of the fit, until none is stated.
 _INFLUENCE, _UNFINISHED = 1.0, 1.0
 _MOST_OUTLIERS = 0.1
-# Correlation of neighbouring residuals with which they do not tell how large errors are; less of it where m are few, by
-# this over the root of m.
-_OF_FEW, _FAR_TOO_ALIKE = 1.25, 0.6
+# Correlation of neighbouring residuals that is said, and with which a variance of independent noise is not believed,
+# unless chi-square is more likely than that.
+_TOO_ALIKE, _FINE = 0.4, 0.3
 # Of outputs beside their changes in a model, squared: what the least nugget makes of them.
 _LEAST_WIDTH = 1e-2
 _SPURIOUS = 1e-10
@@ -50,7 +50,7 @@ _COARSE = 0.7
 _ENOUGH_APART = 5
 # Of residuals at the start: those that are left of a target without noise.
 _EXACT = 1e-6
-_TOO_ALIKE, _CORRELATIONS = 0.6, np.append(np.arange(0, 0.95, 0.1), 0.97)
+_CORRELATIONS = np.append(np.arange(0, 0.95, 0.1), 0.97)
 # Noise of an output beside the median one, and its share of a parameter, with which one sigma for all is wrong.
 _LOUD, _SHARE, _HEARD = 25.0, 0.3, 0.01
 
@@ -265,6 +265,8 @@ class Evidence:
                     f"them, since residuals are (chi-square {chi2:.4g} of {dof:.4g}): they hold if what is left of the "
                     "target is as good as independent noise."
                 )
+            elif dof >= 1 and not misfit and chdtrc(dof, chi2) < _FINE and not self._exact:
+                misfit = max(_alike(r, J, self.shape)[0], default=0.0) > _TOO_ALIKE
             V = V + left
         else:
             if dof < 0.5:
@@ -282,19 +284,17 @@ class Evidence:
             if not why:
                 seen_rho, rho, grown = _alike(r / np.sqrt(np.maximum(V, 1e-300)), J, self.shape)
                 V = V * grown
-                if max(seen_rho, default=0.0) > max(_TOO_ALIKE - _OF_FEW / np.sqrt(len(r)), 0.1):
-                    why = (
-                        f"No standard error is stated: residuals of neighbouring outputs are alike (correlation "
-                        f"{max(seen_rho):.2f}), so that something other than independent noise is left of the target. "
-                        "Give variance= as the covariance of its noise, or to the simulator what it lacks."
+                # Of the mean square of n numbers of correlation rho^|i - j|: as many independent ones vary as much.
+                dof *= float(np.prod([(1 - x**2) / (1 + x**2) for x in rho]))
+                if max(seen_rho, default=0.0) > _TOO_ALIKE:
+                    notes.append(
+                        f"Residuals of neighbouring outputs are alike (correlation {max(seen_rho):.2f}), as those of "
+                        "independent noise hardly ever are. Standard errors and intervals allow for noise that is "
+                        "alike. Give variance= as the covariance of the target's noise, or to the simulator what it "
+                        "lacks."
                     )
             if why:
                 return none, dof, [*notes, why]
-        elif float(r @ r) > 0.5 * dof and max(_alike(r, J, self.shape)[0], default=0.0) > _FAR_TOO_ALIKE:
-            return none, dof, [
-                "No standard error is stated: residuals of neighbouring outputs are alike, but the variance given is "
-                "that of independent noise. Give variance= as the covariance of the target's noise."
-            ]  # fmt: skip
         uniform = float(V.mean())
         unit = 1.0 if known else max(uniform, 1e-300)
         if np.ptp(V) <= 1e-12 * uniform and not any(rho) and not self.normal.noise.any() and (unit == uniform):
