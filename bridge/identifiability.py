@@ -66,6 +66,8 @@ def doubts(
             said.append(_pair(space, correlation, error, i, j))
     if not np.isfinite(error[~at_bound]).all():
         said += _scales(stated, space)
+        if not said:
+            said.append("No standard error is stated: the numbers that it is made of are too large or too small.")
     return tuple(said)
 
 

@@ -537,7 +537,7 @@ def of_descent(
     if len(outputs) > 1 and np.isfinite(outputs[1]).all():
         first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
     noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(told + prior.information))).max(initial=0.0)
-    cut = cut_short(noise / longest)
+    cut = cut_short(noise / longest) if noise > 0 else 1.0
     newton = bool(step_noise) or past is None
     wander = np.atleast_2d(np.cov(past.T)) if past is not None and not newton and len(past) > 1 else None
     along = normal.mean.T @ (residuals - r).T
