@@ -38,9 +38,10 @@ _MISFIT, _SAID, _OUTLIER, _STEP = 0.01, 1e-4, 1e-3, 0.05
 # be, which counts as an error of the fit, until none is stated.
 _INFLUENCE, _UNFINISHED = 1.0, 1.0
 _MOST_OUTLIERS = 0.1
-# Correlation of neighbouring residuals that is said, and with which a variance of independent noise is not believed,
-# unless chi-square is more likely than that.
-_TOO_ALIKE, _FINE = 0.4, 0.3
+# Correlation of neighbouring residuals, times the root of their number, that is said, and with which a variance of
+# independent noise is not believed, unless chi-square is more likely than that. Residuals with which it is believed in
+# full, and the least degrees of freedom that are left.
+_TOO_ALIKE, _FINE, _MANY, _LEAST_DOF = 2.0, 0.3, 15, 2.0
 # Of outputs beside their changes in a model, squared: what the least nugget makes of them.
 _LEAST_WIDTH = 1e-2
 _SPURIOUS = 1e-10
@@ -266,7 +267,7 @@ class Evidence:
                     "target is as good as independent noise."
                 )
             elif dof >= 1 and not misfit and chdtrc(dof, chi2) < _FINE and not self._exact:
-                misfit = max(_alike(r, J, self.shape)[0], default=0.0) > _TOO_ALIKE
+                misfit = max(_alike(r, J, self.shape)[0], default=0.0) > _TOO_ALIKE / np.sqrt(dof)
             V = V + left
         else:
             if dof < 0.5:
@@ -285,10 +286,12 @@ class Evidence:
                 seen_rho, rho, grown = _alike(r / np.sqrt(np.maximum(V, 1e-300)), J, self.shape)
                 V = V * grown
                 # Of the mean square of n numbers of correlation rho^|i - j|: as many independent ones vary as much.
-                dof *= float(np.prod([(1 - x**2) / (1 + x**2) for x in rho]))
-                if max(seen_rho, default=0.0) > _TOO_ALIKE:
+                alike, clear = max(seen_rho, default=0.0), _TOO_ALIKE / np.sqrt(dof)
+                less = float(np.prod([(1 - x**2) / (1 + x**2) for x in rho]))
+                dof = max(dof * less, min(dof, _LEAST_DOF))
+                if alike > clear:
                     notes.append(
-                        f"Residuals of neighbouring outputs are alike (correlation {max(seen_rho):.2f}), as those of "
+                        f"Residuals of neighbouring outputs are alike (correlation {alike:.2f}), as those of "
                         "independent noise hardly ever are. Standard errors and intervals allow for noise that is "
                         "alike. Give variance= as the covariance of the target's noise, or to the simulator what it "
                         "lacks."
@@ -406,6 +409,7 @@ def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], lis
     if size <= 0 or len(r) < 4:
         return [0.0] * len(shape), [0.0] * len(shape), 1.0
     q = J @ _root(finite_inverse(J.T @ J))  # H = q q^T
+    few = min(1.0, (len(r) - J.shape[1]) / _MANY)  # a handful of numbers tell next to nothing of it
     found, used, grown = [], [], 1.0
     for axis, n in enumerate(shape):
         if n < 4:
@@ -429,7 +433,7 @@ def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], lis
         rho, error = float(np.interp(seen, ratios, _CORRELATIONS)), 1 / np.sqrt(len(r))
         found.append(rho)
         # Those that go unnoticed are the low ones among estimates: two standard errors more, where it is not about 0.
-        used.append(min(rho + 2 * error * min(rho / error, 1.0), float(_CORRELATIONS[-1])))
+        used.append(few * min(rho + 2 * error * min(rho / error, 1.0), float(_CORRELATIONS[-1])))
         grown *= float(totals[0] / max(np.interp(used[-1], _CORRELATIONS, totals), 0.05 * totals[0]))
     return found, used, grown
 
