@@ -300,6 +300,8 @@ class FitResult:
 
 
 def _probability(p: float) -> str:
+    if p > 0.99:
+        return "> 0.99"
     return f"= {p:.2g}" if p >= 1e-12 else "< 1e-12"
 
 
