@@ -34,7 +34,8 @@ def with_files(text: str, folders: bool = True, but: Collection[str] = ()) -> st
         start = found.start()
         ends = [start + after.start() for after in itertools.islice(_AFTER.finditer(text[start : start + 4096]), 16)]
         # The longest that is there: names have spaces, too.
-        for end in sorted({len(text), *ends} - {start}, reverse=True) if start >= done else ():
+        ends += [len(text)] if len(text) - start < 4096 else []
+        for end in sorted({*ends} - {start}, reverse=True) if start >= done else ():
             path = text[start:end]
             before, after = text[:start][-1:], text[end : end + 1]
             one = not after and before in ("", "=")
@@ -49,6 +50,6 @@ def with_files(text: str, folders: bool = True, but: Collection[str] = ()) -> st
 
 def _is(kind: Callable[[str], bool], path: str) -> bool:
     try:
-        return len(path) < 4096 and kind(os.path.expanduser(path))
+        return kind(os.path.expanduser(path))
     except ValueError:
         return False

@@ -12,6 +12,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import pkgutil
 import random
 import runpy
 import struct
@@ -71,7 +72,8 @@ BYPASSES: dict[int, str] = {
         "importlib.import_module": importlib.import_module, "importlib.__import__": importlib.__import__,
         "importlib.reload": importlib.reload, "importlib.util": importlib.util,
         "importlib.machinery": importlib.machinery, "runpy": runpy, "runpy.run_path": runpy.run_path,
-        "runpy.run_module": runpy.run_module,
+        "runpy.run_module": runpy.run_module, "inspect.getmodule": inspect.getmodule,
+        "pkgutil.resolve_name": pkgutil.resolve_name,
     }.items()
 }  # fmt: skip
 # Names of attributes that do the same.

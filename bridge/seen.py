@@ -265,6 +265,8 @@ class _Walk:
     def _array(self, value: Any) -> None:
         array = np.asarray(value)
         self.put(type(value).__name__, f"{array.dtype.str} {array.shape}")
+        if array.dtype.metadata:
+            self._attributes(array.dtype.metadata)
         if type(value) not in (np.ndarray, np.memmap) and isinstance(value, np.ndarray):
             self._class(type(value))
             if isinstance(value, np.ma.MaskedArray):

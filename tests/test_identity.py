@@ -703,7 +703,7 @@ HOLDERS = {
     "the long name": "def f(t):\n    import pk.a\n    return pk.a.g(t)",
     "the long name under another": "def f(t):\n    import pk.a as q\n    return q.g(t)",
     "a relative one, in what is called": "import pk.c\ndef f(t): return pk.c.h(t)",
-    "what its package has itself": "def f(t):\n    import pk.a\n    return pk.k(t)",
+    "what its package has itself": "def f(t):\n    import pk.a\n    return pk.own(t)",
     "handed on": "from pk import a\ndef k(m, t): return m.g(t)\ndef f(t): return k(a, t)",
     "imported, handed on": "def k(m, t): return m.g(t)\ndef f(t):\n    from pk import a as b\n    return k(b, t)",
     "handed on with its package": "import pk.a\ndef k(m, t): return m.g(t)\ndef f(t): return k(pk.a, t)",
@@ -731,7 +731,7 @@ def test_a_module_of_ones_own_counts_wherever_it_goes(script: str, tmp_path: Pat
         folder = tmp_path / str(i)
         (folder / "pk").mkdir(parents=True)
         for name, text in {
-            "__init__": f"def k(x): return {value} * x",
+            "__init__": f"def own(x): return {value} * x",
             "a": f"from . import b\nN = {value}\ndef g(x): return N * x\ndef other(x): return x\n"
             "def deep(x): return b.g(x)\ndef __getattr__(name): return N",
             "b": f"def g(x): return {value} * x",
@@ -923,6 +923,7 @@ def _weak(value: Any) -> Any:
 HANGING: dict[str, Any] = {
     "array": lambda u: _with_unit(np.zeros(2).view(Quantity), u),
     "array with slots": lambda u: _with_unit(np.zeros(2).view(SlottedQuantity), u),
+    "array with metadata": lambda u: np.zeros(2, np.dtype("f8", metadata={"unit": u})),
     "masked array": lambda u: _with_unit(np.ma.array([1, 2], mask=[0, 1]), u),
     "tensor": lambda u: _with_unit(torch.zeros(2), u),
     "sparse tensor": lambda u: _with_unit(torch.eye(2).to_sparse(), u),
