@@ -21,6 +21,8 @@ _NO_EFFECT = frozenset(
 _POPS = {"COMPARE_OP": 2, "UNARY_NEGATIVE": 1, "UNARY_NOT": 1, "UNARY_INVERT": 1, "TO_BOOL": 1,
          "BINARY_SLICE": 3, "FORMAT_SIMPLE": 1, "CONVERT_VALUE": 1, "FORMAT_WITH_SPEC": 2, "GET_ITER": 1}  # fmt: skip
 _BUILDS = {"BUILD_TUPLE": 1, "BUILD_LIST": 1, "BUILD_SET": 1, "BUILD_STRING": 1, "BUILD_SLICE": 1, "BUILD_MAP": 2}
+# Attributes through which all others can be had.
+_ALL_OF_IT = frozenset({"__dict__", "__getattribute__", "__getattr__", "__dir__"})
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 _DEREF = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 
@@ -92,6 +94,8 @@ def facts_of(code: CodeType) -> Facts:
     for instruction in dis.get_instructions(code):
         if instruction.opname in (*_GLOBAL, "STORE_GLOBAL", "DELETE_GLOBAL"):
             found.add(str(instruction.argval))
+        if instruction.opname == "STORE_GLOBAL":
+            uses.escapes.add(str(instruction.argval))  # for other code to use
     for inner in nested(code):
         facts = facts_of(inner)
         found |= facts.globals
@@ -267,7 +271,9 @@ class _Stack:
         else:
             self.note(inner, "read")
 
-    def _attribute_of(self, base: _Place) -> None:
+    def _attribute_of(self, base: _Place, name: str = "") -> None:
+        if name in _ALL_OF_IT:
+            self.read(base)
         self.note(base, "attribute" if base is not None and base[0] == "name" else "read")
 
     def _load_attribute(self, instruction: dis.Instruction, name: str) -> None:
@@ -278,7 +284,7 @@ class _Stack:
         if method and base is not None and (name in _WRITERS or name == "get"):
             self.stack += [("method", base, name), None]
             return
-        self._attribute_of(base)
+        self._attribute_of(base, name)
         self.stack.append(None if base is None else ("attribute", base, name))
         if method:
             self.stack.append(None)

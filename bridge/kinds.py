@@ -18,6 +18,7 @@ import runpy
 import struct
 import sys
 from collections.abc import Mapping
+from pathlib import Path, PurePath
 from types import FunctionType
 from typing import Any
 
@@ -107,7 +108,9 @@ def extras_of(value: Any) -> dict[str, Any]:
     dropped = frozenset().union(*(names for base, names in _OF_ARRAYS.items() if isinstance(value, base)))
     if isinstance(value, np.ma.MaskedArray) and not extras.get("_optinfo"):
         dropped |= {"_optinfo"}
-    return {n: v for n, v in extras.items() if n not in dropped}
+    if isinstance(value, PurePath):
+        dropped |= {*PurePath.__slots__, *Path.__slots__}  # of the path itself, by which it is seen
+    return {n: v for n, v in extras.items() if n not in dropped and n not in ("__doc__", "lock")}
 
 
 def settings() -> list[str]:

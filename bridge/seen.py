@@ -207,6 +207,7 @@ class _Walk:
             self._tensor(value)
         elif isinstance(value, PurePath):
             self._file(value)
+            self._of_own_kind(value)
         elif isinstance(value, CodeType):
             self._code(value)
         else:
@@ -267,7 +268,9 @@ class _Walk:
         self.put(type(value).__name__, f"{array.dtype.str} {array.shape}")
         if array.dtype.metadata:
             self._attributes(array.dtype.metadata)
-        if type(value) not in (np.ndarray, np.memmap) and isinstance(value, np.ndarray):
+        if isinstance(value, np.generic):
+            self._of_own_kind(value)
+        elif type(value) not in (np.ndarray, np.memmap):
             self._class(type(value))
             if isinstance(value, np.ma.MaskedArray):
                 self._array(np.ma.getmaskarray(value))
@@ -320,12 +323,22 @@ class _Walk:
         plain = plain.resolve_conj().resolve_neg().to("cpu").contiguous().reshape(-1)
         self._numbers_of(plain.view(torch.uint8).numpy() if plain.numel() else np.empty(0, np.uint8), value)
 
-    def _extras(self, value: Any) -> None:
-        """The attributes of an array, a tensor or a member of an enumeration, besides what it is made of."""
+    def _extras(self, value: Any, met: bool = False) -> None:
+        """The attributes of an array, a tensor, a member of an enumeration and the like, besides what it is made of.
+
+        Args:
+            met: whether it is known to be met for the first time.
+        """
         if extras := extras_of(value):
             self.put("extras")
-            if not self.again(value):
+            if met or not self.again(value):
                 self._attributes(extras)
+
+    def _of_own_kind(self, value: Any, met: bool = False) -> None:
+        """The class, and what else it has put into this object, of something whose class the user has derived."""
+        if owner_of(type(value).__module__) is None:
+            self._class(type(value))
+            self._extras(value, met)
 
     def _file(self, value: PurePath) -> None:
         """A path stands for what is there; its name is none of it. Where nothing is, its last part stands for it."""
@@ -388,16 +401,20 @@ class _Walk:
         elif isinstance(value, staticmethod | classmethod):
             self.put(type(value).__name__)
             self.see(value.__func__)
+            self._of_own_kind(value, met=True)
         elif isinstance(value, property):
             self.put("property")
             for part in (value.fget, value.fset, value.fdel):
                 self.see(part)
+            self._of_own_kind(value, met=True)
         elif isinstance(value, functools.cached_property):
             self.put("cached property")
             self.see(value.func)
+            self._of_own_kind(value, met=True)
         elif isinstance(value, np.vectorize):
             self.put("vectorize", f"{value.otypes} {value.signature} {sorted(map(str, value.excluded))}")
             self.see(value.pyfunc)
+            self._of_own_kind(value, met=True)
         elif isinstance(value, weakref.WeakKeyDictionary | weakref.WeakValueDictionary):
             self.put("weak")
             self._class(type(value))
@@ -623,15 +640,19 @@ class _Walk:
                 self._taken(sys.modules[full], facts, {v for _, v in one.bound}, one.names)
             return
         parts = full.split(".")
-        for i in range(len(parts) if one.names else 1, len(parts) + 1):  # "import a.b" gives a
-            whole = "*" in one.names or one.escapes("", facts.uses)
-            self._module(self._imported(".".join(parts[:i])), None if whole else facts)
+        upwards = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+        modules = [self._imported(name) for name in upwards[: 1 if one.names else None]]  # "import a.b" gives a
+        for name in set(one.names) - {"*", *dir(modules[0])}:
+            with contextlib.suppress(ModuleNotFoundError):
+                self._imported(f"{full}.{name}")
+        for module in modules:
+            if isinstance(module, ModuleType):
+                whole = "*" in one.names or one.escapes("", facts.uses)
+                self._module(module, None if whole else facts)
+            else:  # what the module has put in its own place
+                self.see(module)
         for name in one.names:
-            module = sys.modules[full]
-            if name != "*" and name not in vars(module):
-                with contextlib.suppress(ModuleNotFoundError):
-                    self._imported(f"{full}.{name}")
-            value = vars(module).get(name)
+            value = vars(modules[0]).get(name) if isinstance(modules[0], ModuleType) else None
             if isinstance(value, ModuleType):
                 self.put("module", name)
                 self._module(value, None if one.escapes(name, facts.uses) else facts)

@@ -720,6 +720,11 @@ HOLDERS = {
     "what two functions take": "import pk.a\ndef one(t): return pk.a.other(t)\ndef f(t): return one(t) + pk.a.g(t)",
     "what the module names": "from pk import a\ndef k(m, t): return m.deep(t)\ndef f(t): return k(a, t)",
     "a variable that is not a function": "from pk import a\ndef k(m, t): return m.N * t\ndef f(t): return k(a, t)",
+    "its dictionary": "from pk import a\ndef f(t): return a.__dict__['g'](t)",
+    "as a global variable": "def f(t):\n    global m\n    from pk import a as m\n    return h(t)\n"
+    "def h(t): return m.g(t)",
+    "in its own place": "def f(t):\n    from pk import d\n    return d.g(t)",
+    "its long name, handed on": "def k(m, t): return m.g(t)\ndef f(t):\n    import pk.a\n    return k(pk.a, t)",
     "what it makes up": "from pk import a\ndef f(t): return a.made_up * t",
 }  # fmt: skip
 
@@ -734,6 +739,7 @@ def test_a_module_of_ones_own_counts_wherever_it_goes(script: str, tmp_path: Pat
             "__init__": f"def own(x): return {value} * x",
             "a": f"from . import b\nN = {value}\ndef g(x): return N * x\ndef other(x): return x\n"
             "def deep(x): return b.g(x)\ndef __getattr__(name): return N",
+            "d": f"import sys\nclass D:\n    def g(self, x): return {value} * x\nsys.modules[__name__] = D()",
             "b": f"def g(x): return {value} * x",
             "c": f"def h(x):\n    from . import a\n    # {i}\n    return a.g(x)",
         }.items():
@@ -887,6 +893,18 @@ class SlottedQuantity(np.ndarray):
     __slots__ = ("unit",)
 
 
+class OwnNumber(np.float64):
+    unit: Any
+
+
+class OwnPath(type(Path())):  # type: ignore[misc]
+    unit: Any
+
+
+class OwnProperty(property):
+    unit: Any
+
+
 class OwnTensor(torch.Tensor):
     unit: Any
 
@@ -922,6 +940,9 @@ def _weak(value: Any) -> Any:
 
 HANGING: dict[str, Any] = {
     "array": lambda u: _with_unit(np.zeros(2).view(Quantity), u),
+    "number": lambda u: _with_unit(OwnNumber(1.0), u),
+    "path": lambda u: _with_unit(OwnPath("nowhere"), u),
+    "property": lambda u: type("A", (), {"p": _with_unit(OwnProperty(abs), u)}),
     "array with slots": lambda u: _with_unit(np.zeros(2).view(SlottedQuantity), u),
     "array with metadata": lambda u: np.zeros(2, np.dtype("f8", metadata={"unit": u})),
     "masked array": lambda u: _with_unit(np.ma.array([1, 2], mask=[0, 1]), u),
