@@ -599,25 +599,22 @@ def of_descent(
     floor: Array | float = 0.0
     bias, stepped, coarse = None, False, np.inf
     good = [y for y in outputs if np.isfinite(y).all()]
-    if len(good) > 1:
-        lattice, apart = Lattice(), np.unique(np.abs(good[0] - good[1]))
-        lattice.add(np.append(0.0, apart)[:, None])
-        # Two runs of a few outputs may be whole numbers apart by chance, such as at a round start.
-        if (size := float(lattice.steps[0])) and len(apart) > _ENOUGH_APART:
-            stepped = True
-            rounding = misfit.spread_of(np.full(misfit.target.shape, size / np.sqrt(12)))[there]
-            off = (misfit.target.numpy() - good[0]) / size
-            floor = rounding * float((np.abs(off - np.round(off)) < 1e-3).all())
-            # Noise averages steps: their first harmonic is left by exp(-2 pi^2 (change / step)^2).
-            change = (normal.mean**2).sum(axis=1) * last**2 / np.maximum(12 * rounding, 1e-300)
-            h = leverages(normal.mean, np.ones(len(r)), 0 * told)
-            coarse = float(np.sqrt(change) @ h / max(float(h.sum()), 1e-300))
-            rounding = rounding * np.exp(-4 * np.pi**2 * change)
-    if len(outputs) and np.isfinite(outputs[0]).all():
-        bias = r - misfit.residual(torch.as_tensor(outputs[0])).numpy()[there]
     first = np.inf
     if len(outputs) > 1 and np.isfinite(outputs[1]).all():
         first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
+    exact = np.isfinite(first) and float(r @ r) < (_EXACT * first) ** 2 * len(r)
+    if size := _step_of(good, exact):
+        stepped = True
+        rounding = misfit.spread_of(np.full(misfit.target.shape, size / np.sqrt(12)))[there]
+        off = (misfit.target.numpy() - good[0]) / size
+        floor = rounding * float((np.abs(off - np.round(off)) < 1e-3).all())
+        # Noise averages steps: their first harmonic is left by exp(-2 pi^2 (change / step)^2).
+        change = (normal.mean**2).sum(axis=1) * last**2 / np.maximum(12 * rounding, 1e-300)
+        h = leverages(normal.mean, np.ones(len(r)), 0 * told)
+        coarse = float(np.sqrt(change) @ h / max(float(h.sum()), 1e-300))
+        rounding = rounding * np.exp(-4 * np.pi**2 * change)
+    if len(outputs) and np.isfinite(outputs[0]).all():
+        bias = r - misfit.residual(torch.as_tensor(outputs[0])).numpy()[there]
     noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(told + prior.information))).max(initial=0.0)
     cut = cut_short(noise / longest) if noise > 0 else 1.0
     newton = bool(step_noise) or past is None
@@ -639,6 +636,20 @@ def of_descent(
             "method='kriging'.",
         ))  # fmt: skip
     return stated
+
+
+def _step_of(outputs: Sequence[NDArray[np.float64]], exact: bool) -> float:
+    """Of which two runs' differences are multiples, or the first one's numbers themselves; 0 where there is none.
+
+    Two runs of a few outputs may be whole numbers apart by chance, such as at a round start. So may the numbers of an
+    exact target at a round truth.
+    """
+    for numbers in [outputs[0] - outputs[1]] * (len(outputs) > 1) + [outputs[0]] * (len(outputs) > 0 and not exact):
+        lattice, apart = Lattice(), np.unique(np.abs(numbers))
+        lattice.add(np.append(0.0, apart)[:, None])
+        if (size := float(lattice.steps[0])) and len(apart) > _ENOUGH_APART:
+            return size
+    return 0.0
 
 
 def cut_short(noise: float) -> float:
