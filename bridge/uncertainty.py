@@ -41,7 +41,7 @@ _MOST_OUTLIERS = 0.1
 # Correlation of neighbouring residuals, times the root of their number, that is said, and with which a variance of
 # independent noise is not believed, unless chi-square is more likely than that. Residuals with which it is believed in
 # full, and the least degrees of freedom that are left.
-_TOO_ALIKE, _FINE, _MANY, _LEAST_DOF, _MORE = 2.0, 0.3, 15, 2.0, 2.0
+_TOO_ALIKE, _FINE, _MANY, _LEAST_DOF = 2.0, 0.3, 15, 2.0
 # Of outputs beside their changes in a model, squared: what the least nugget makes of them.
 _LEAST_WIDTH = 1e-2
 _SPURIOUS = 1e-10
@@ -55,8 +55,8 @@ _ENOUGH_APART = 5
 _EXACT = 1e-6
 _CORRELATIONS = np.append(np.arange(0, 0.95, 0.1), 0.97)
 # Chance of noise that seems to grow with the outputs, from which on it does; outputs that tell it; standard deviations
-# from which on an output is an outlier all the same.
-_GROWS, _ENOUGH_TO_GROW, _LOUDEST = 0.2, 10, 4.0
+# from which on an output is an outlier all the same; and how far a fit may follow the noisiest one.
+_GROWS, _ENOUGH_TO_GROW, _LOUDEST, _DECIDES = 0.2, 10, 4.0, 0.6
 # Noise of an output beside the median one, and its share of a parameter, with which one sigma for all is wrong.
 _LOUD, _SHARE, _HEARD = 25.0, 0.3, 0.01
 
@@ -384,6 +384,8 @@ class Evidence:
         if not (b[1] > 0 and left > 0 and fdtrc(1, n, (all_ - left) * n / left) < _GROWS):
             return None
         usual = np.maximum(A @ b, 0.1 * squares.mean())
+        if h[int(np.argmax(usual))] > _DECIDES:
+            return None
         return usual if (squares < _LOUDEST**2 * usual).all() else None
 
     def _outliers(
@@ -509,8 +511,8 @@ def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], lis
         ratios = np.maximum.accumulate(ratios)
         rho, error = float(np.interp(seen, ratios, _CORRELATIONS)), 1 / np.sqrt(len(r))
         found.append(rho)
-        # Those that go unnoticed are the low ones among estimates: some standard errors more, where it is not about 0.
-        used.append(few * min(rho + _MORE * error * min(rho / error, 1.0), float(_CORRELATIONS[-1])))
+        # Those that go unnoticed are the low ones among estimates: a standard error more, where it is not about 0.
+        used.append(few * min(rho + error * min(rho / error, 1.0), float(_CORRELATIONS[-1])))
         grown *= float(totals[0] / max(np.interp(used[-1], _CORRELATIONS, totals), 0.05 * totals[0]))
     return found, used, grown
 
