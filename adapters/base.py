@@ -8,15 +8,17 @@ for programs that read text and write an array.
 from __future__ import annotations
 
 import errno
+import itertools
 import numbers
 import operator
 import os
 import platform
+import re
 import shlex
 import shutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ from typing import Any, Literal, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adapters._paths import is_of_system, with_files
 from adapters._process import Outcome, run_process
 from bridge.arrays import real_array
 from bridge.environment import child_environment, keep_directory, marked, own_directory
@@ -34,6 +37,7 @@ from bridge.simulator import ParameterSpace
 
 STDOUT, STDERR = "stdout.txt", "stderr.txt"
 _TAIL_LINES = 20
+_WORD = re.compile(r"\w[\w.+-]*")  # that may be a program's name
 # Directories of failed runs that stay: a fit in which many fail would fill the disk.
 _MOST_KEPT = 20
 
@@ -152,9 +156,22 @@ class Profile:
     @property
     def identity_parts(self) -> dict[str, Any]:
         """What outputs can depend on: the program itself, its arguments and variables, and the files these name."""
-        env = {f"variable {name}": _or_file(text) for name, text in self.env.items()}
+        env: dict[str, Any] = {}
+        for name, text in self.env.items():
+            # A list of folders begins with one's own, and goes on with what is there for every program.
+            env[f"variable {name}"] = with_files(text, but=os.environ.get(name, "").split(os.pathsep))
         program = Path(self.executable())
-        return {"name": program.name, "program": program, "argv": tuple(map(_or_file, self.argv[1:])), **env}
+        argv = self.argv[1:]
+        parts = {"name": program.name, "program": program, "argv": tuple(map(with_files, argv)), **env}
+        started = tuple(self._started(argv))
+        return parts | {"started": started} if started else parts
+
+    def _started(self, argv: Iterable[str]) -> Iterator[Path]:
+        """The programs that arguments name for a launcher or a shell to find, as `mpirun -n 4 engine` does."""
+        search = self.environment().get("PATH", os.defpath)
+        for word in itertools.chain.from_iterable(map(str.split, argv)):
+            if _WORD.fullmatch(word) and (found := shutil.which(word, path=search)) and not is_of_system(found):
+                yield Path(found)
 
     def environment(self) -> dict[str, str]:
         """The program's environment: this process's without the launcher's variables, threads, `env`."""
@@ -411,12 +428,6 @@ def _why_not_started(program: Path, error: OSError) -> str:
     return f"{said}{error.strerror}. Start it by hand on that machine to see why."
 
 
-def _or_file(text: str) -> str | tuple[str, Path]:
-    """A text, and in place of an absolute path in it (of a file, or after "=") what is there."""
-    before, equals, after = text.partition("=") if not os.path.isabs(text) else ("", "", text)
-    return (before + equals, Path(after)) if os.path.isabs(after) and os.path.exists(after) else text
-
-
 def _tail(path: Path, number: int = _TAIL_LINES, limit: int = 16_384) -> list[str]:
     """The last lines of a file, however long it or they are."""
     try:
@@ -473,8 +484,9 @@ class TextTemplate(Template):
     @property
     def identity_parts(self) -> dict[str, Any]:
         """What is written and read; the order of the files makes no difference."""
-        rest = {"output": self.output, "arguments": self.arguments, "stdin": self.stdin, "read": self.read}
-        return {f"input {name}": text for name, text in self.inputs.items()} | rest
+        arguments = tuple(map(with_files, self.arguments))
+        rest = {"output": self.output, "arguments": arguments, "stdin": self.stdin, "read": self.read}
+        return {f"input {name}": with_files(text, folders=False) for name, text in self.inputs.items()} | rest
 
     def check(self, space: ParameterSpace) -> None:
         if "seed" in space.names:

@@ -108,6 +108,22 @@ def is_whole(value: Any, least: int) -> bool:
         return False
 
 
+def as_whole(value: Any) -> Any:
+    """A number such as 100.0 or 1e2 as an int; anything else as it is, for others to refuse."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def can_be_called_with(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function takes so many arguments by position, as far as it can be known."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # written in C
+        return True
+    return True
+
+
 def is_number(value: Any) -> bool:
     """Whether a value can be taken for one real number; text and booleans cannot."""
     try:

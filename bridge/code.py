@@ -9,7 +9,7 @@ from __future__ import annotations
 import dis
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import Any
 
@@ -18,19 +18,26 @@ _WRITERS = frozenset({"append", "appendleft", "add", "extend", "insert", "update
 _NO_EFFECT = frozenset(
     {"RESUME", "NOP", "CACHE", "EXTENDED_ARG", "COPY_FREE_VARS", "MAKE_CELL", "KW_NAMES", "PRECALL", "NOT_TAKEN"}
 )
-_POPS = {"COMPARE_OP": 2, "IS_OP": 2, "UNARY_NEGATIVE": 1, "UNARY_NOT": 1, "UNARY_INVERT": 1, "TO_BOOL": 1,
+_POPS = {"COMPARE_OP": 2, "UNARY_NEGATIVE": 1, "UNARY_NOT": 1, "UNARY_INVERT": 1, "TO_BOOL": 1,
          "BINARY_SLICE": 3, "FORMAT_SIMPLE": 1, "CONVERT_VALUE": 1, "FORMAT_WITH_SPEC": 2, "GET_ITER": 1}  # fmt: skip
 _BUILDS = {"BUILD_TUPLE": 1, "BUILD_LIST": 1, "BUILD_SET": 1, "BUILD_STRING": 1, "BUILD_SLICE": 1, "BUILD_MAP": 2}
+# Attributes through which all others can be had.
+_ALL_OF_IT = frozenset({"__dict__", "__getattribute__", "__getattr__", "__dir__"})
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 _DEREF = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 
 
 @dataclass
 class Uses:
-    """What is done with names, and with attributes of names: sets of "read", "write", "lookup" and "attribute"."""
+    """What is done with names, and with attributes of names: sets of "read", "write", "lookup" and "attribute".
+
+    `escapes` are the names, and last parts of dotted ones, whose value is handed on, returned, stored or the like, so
+    that something else may be done with it out of sight.
+    """
 
     names: dict[str, set[str]] = field(default_factory=dict)
     attributes: dict[tuple[str, str], set[str]] = field(default_factory=dict)
+    escapes: set[str] = field(default_factory=set)
 
     def only(self, name: str, *allowed: str) -> bool:
         """Whether nothing else is done with a name than these."""
@@ -41,6 +48,25 @@ class Uses:
             self.names.setdefault(name, set()).update(uses)
         for key, uses in other.attributes.items():
             self.attributes.setdefault(key, set()).update(uses)
+        self.escapes |= other.escapes
+
+
+@dataclass(frozen=True, order=True)
+class Import:
+    """An import inside of code: the module, how many dots are before it, what is taken from it, and variables for it.
+
+    Attributes:
+        bound: (what, variable) for each; what is "" for the module itself.
+    """
+
+    module: str
+    level: int
+    names: tuple[str, ...] = ()
+    bound: tuple[tuple[str, str], ...] = ()
+
+    def escapes(self, what: str, uses: Uses) -> bool:
+        """Whether a variable that holds it is handed on."""
+        return any(source == what and variable in uses.escapes for source, variable in self.bound)
 
 
 @dataclass(frozen=True)
@@ -49,31 +75,27 @@ class Facts:
 
     Attributes:
         globals: names that it looks up in its module. names: all names of globals, attributes and imports.
-        imports: (module, level) of what it imports. texts: constants.
+        imports: what it imports. texts: constants.
         uses: of globals, closure variables, and the first argument.
     """
 
     globals: frozenset[str]
     names: frozenset[str]
-    imports: frozenset[tuple[str, int]]
+    imports: frozenset[Import]
     texts: frozenset[str]
     uses: Uses
 
 
 @functools.lru_cache(maxsize=4096)
 def facts_of(code: CodeType) -> Facts:
-    names, imports, found, uses = set(code.co_names), set(), set(), _uses(code)
-    before: list[Any] = []
+    imports = set(_imports(code))
+    names, found, uses = set(code.co_names), set(), _uses(code, {v for one in imports for _, v in one.bound})
     texts = {constant for constant in code.co_consts if isinstance(constant, str)}
     for instruction in dis.get_instructions(code):
         if instruction.opname in (*_GLOBAL, "STORE_GLOBAL", "DELETE_GLOBAL"):
             found.add(str(instruction.argval))
-        elif instruction.opname == "IMPORT_NAME":
-            # The level and the list of names are the two constants before.
-            level = next((v for v in before[-2:] if isinstance(v, int)), 0)
-            imports.add((str(instruction.argval), level))
-        if instruction.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
-            before.append(instruction.argval)
+        if instruction.opname == "STORE_GLOBAL":
+            uses.escapes.add(str(instruction.argval))  # for other code to use
     for inner in nested(code):
         facts = facts_of(inner)
         found |= facts.globals
@@ -85,9 +107,36 @@ def facts_of(code: CodeType) -> Facts:
             Uses(
                 {n: set(u) for n, u in facts.uses.names.items() if n not in own},
                 {key: set(u) for key, u in facts.uses.attributes.items() if key[0] not in own},
+                facts.uses.escapes - own,
             )
         )
     return Facts(frozenset(found), frozenset(names), frozenset(imports), frozenset(texts), uses)
+
+
+def _imports(code: CodeType) -> Iterator[Import]:
+    """The imports of a piece of code itself."""
+    before: list[Any] = []
+    current, what, bound = None, None, list[tuple[str, str]]()
+    for instruction in dis.get_instructions(code):
+        name, value = instruction.opname, instruction.argval
+        if name in ("LOAD_CONST", "LOAD_SMALL_INT"):
+            before.append(value)
+        elif name == "IMPORT_NAME":
+            if current is not None:
+                yield replace(current, bound=tuple(bound))
+            # The level and the list of names are the two constants before.
+            level = next((v for v in before[-2:] if isinstance(v, int)), 0)
+            names = next((v for v in before[-2:] if isinstance(v, tuple)), ())
+            current, what, bound = Import(str(value), level, names), "", []
+        elif name == "IMPORT_FROM" and current is not None:
+            what = str(value) if current.names else ""  # "import a.b as c" takes b from a
+        elif name.startswith("STORE_") and what is not None:
+            bound.append((what, value[0] if isinstance(value, tuple) else str(value)))
+            what = None
+        elif name not in ("SWAP", "POP_TOP", "EXTENDED_ARG", "CACHE"):
+            what = None
+    if current is not None:
+        yield replace(current, bound=tuple(bound))
 
 
 def nested(code: CodeType) -> Iterator[CodeType]:
@@ -109,8 +158,8 @@ def loaded_constants(code: CodeType) -> tuple[Any, ...]:
 _Place = Any
 
 
-def _uses(code: CodeType) -> Uses:
-    walk = _Stack(code)
+def _uses(code: CodeType, imported: set[str]) -> Uses:
+    walk = _Stack(code, imported)
     instructions = [i for i in dis.get_instructions(code) if i.opname not in _NO_EFFECT]
     for instruction, after in zip(instructions, [*instructions[1:], None], strict=True):
         if instruction.is_jump_target:
@@ -121,10 +170,11 @@ def _uses(code: CodeType) -> Uses:
 
 
 class _Stack:
-    def __init__(self, code: CodeType) -> None:
+    def __init__(self, code: CodeType, imported: set[str]) -> None:
         self.uses, self.stack = Uses(), list[_Place]()
-        self._cells = {*code.co_cellvars, *code.co_freevars}
-        self._first = code.co_varnames[0] if code.co_argcount else None
+        # The variables that are followed: the first argument, and what holds an imported module.
+        first = set(code.co_varnames[:1] if code.co_argcount else ()) - {*code.co_cellvars, *code.co_freevars}
+        self._followed = first | imported
 
     def step(self, instruction: dis.Instruction, after: dis.Instruction | None) -> None:
         name, value, arg = instruction.opname, instruction.argval, instruction.arg or 0
@@ -134,8 +184,7 @@ class _Stack:
             self.stack.append(("name", value))
         elif name.startswith("LOAD_FAST"):
             for local in value if isinstance(value, tuple) else (value,):
-                tracked = local == self._first and local not in self._cells
-                self.stack.append(("name", local) if tracked else None)
+                self._load_local(local)
         elif name in ("LOAD_CONST", "LOAD_SMALL_INT", "LOAD_CLOSURE", "PUSH_NULL", "LOAD_COMMON_CONSTANT"):
             self.stack.append(None)
         elif name == "COPY":
@@ -167,8 +216,20 @@ class _Stack:
         elif name == "STORE_SUBSCR":
             self.read(self.pop())
             self._store(("item", self.pop()))
-        elif name == "STORE_FAST":
+        elif name in ("STORE_FAST", "STORE_FAST_STORE_FAST", "STORE_FAST_LOAD_FAST"):
             self.read(self.pop())
+            if name == "STORE_FAST_STORE_FAST":
+                self.read(self.pop())
+            elif name == "STORE_FAST_LOAD_FAST":
+                self._load_local(value[1])
+        elif name == "IS_OP" or name.startswith("POP_JUMP"):
+            # Whether it is None is asked of it, or whether it is true: it goes nowhere.
+            for _ in range(2 if name == "IS_OP" else 1):
+                self.note(self.pop(), "read")
+            if name == "IS_OP":
+                self.stack.append(None)
+            else:
+                self.forget()
         elif name == "CALL":
             self._call(arg, after)
         elif name in _POPS or name in _BUILDS:
@@ -190,7 +251,12 @@ class _Stack:
         self.stack = [None] * len(self.stack)
 
     def read(self, place: _Place) -> None:
+        if place is not None and place[0] in ("name", "attribute"):
+            self.uses.escapes.add(place[-1])
         self.note(place, "read")
+
+    def _load_local(self, name: str) -> None:
+        self.stack.append(("name", name) if name in self._followed else None)
 
     def note(self, place: _Place, use: str) -> None:
         if place is None:
@@ -205,7 +271,9 @@ class _Stack:
         else:
             self.note(inner, "read")
 
-    def _attribute_of(self, base: _Place) -> None:
+    def _attribute_of(self, base: _Place, name: str = "") -> None:
+        if name in _ALL_OF_IT:
+            self.read(base)
         self.note(base, "attribute" if base is not None and base[0] == "name" else "read")
 
     def _load_attribute(self, instruction: dis.Instruction, name: str) -> None:
@@ -216,7 +284,7 @@ class _Stack:
         if method and base is not None and (name in _WRITERS or name == "get"):
             self.stack += [("method", base, name), None]
             return
-        self._attribute_of(base)
+        self._attribute_of(base, name)
         self.stack.append(None if base is None else ("attribute", base, name))
         if method:
             self.stack.append(None)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
+from bridge.checks import is_number
 from bridge.errors import InputError
 from bridge.simulator import ParameterSpace
 from bridge.wording import describe_end, format_duration, format_value, printable
@@ -187,7 +188,7 @@ class FitResult:
         Student's t times the standard error about the value, where the variance of the target comes from the
         residuals, else the normal distribution's quantile; cut at the parameter's bounds. NaN where no error is stated.
         """
-        if not 0 < level < 1:
+        if not is_number(level) or not 0 < level < 1:
             raise InputError(f"Expected a level between 0 and 1, such as 0.95, got {level!r}.")
         if self.standard_error is None:
             nothing = np.full(len(self.parameters), np.nan)
@@ -300,6 +301,8 @@ class FitResult:
 
 
 def _probability(p: float) -> str:
+    if p > 0.99:
+        return "> 0.99"
     return f"= {p:.2g}" if p >= 1e-12 else "< 1e-12"
 
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.arrays import real_array
-from bridge.checks import is_number, refuse_unknown
+from bridge.checks import as_whole, can_be_called_with, is_number, refuse_unknown
 from bridge.errors import BridgeError, InputError
 from bridge.fit_problem import FitProblem, Start, make_problem
 from bridge.fit_result import End, FitEnd, FitResult, FitStep
@@ -203,6 +203,10 @@ def fit(
     refuse_unknown("bridge.fit", smoothing, fit_settings())
     smoothing = {**smoothing, "missing": missing} if missing != "raise" else smoothing
     _check_kinds(target, start, variance, fixed, tied, loss, on_step)
+    steps, num_samples, num_starts = as_whole(steps), as_whole(num_samples), as_whole(num_starts)
+    max_runs, restarts = as_whole(max_runs), as_whole(restarts)
+    if directory is not None and not isinstance(directory, str | os.PathLike):
+        raise InputError(f"Expected directory as a path, got {directory!r}.")
     if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
         raise InputError(f"Expected a positive max_seconds, got {max_seconds!r}.")
     problem = make_problem(
@@ -417,6 +421,10 @@ def _check_kinds(target: Any, start: Any, variance: Any, fixed: Any, tied: Any, 
     if loss is not None and not callable(loss):
         raise InputError(
             f"Expected loss as a function of output and target, got {loss!r}. Least squares need none: leave it out."
+        )
+    if loss is not None and not can_be_called_with(loss, 2):
+        raise InputError(
+            "Expected loss as a function of two arguments, loss(output, target), got one of other arguments."
         )
     if on_step is not None and not callable(on_step):
         raise InputError(f"Expected on_step as a function of a FitStep, got {on_step!r}.")

@@ -21,6 +21,8 @@ _CHANCE, _EXCESS = 1e-4, 1.05
 _ALIKE_SIGMA, _ALIKE, _ENOUGH = 3.5, 0.3, 20
 # Residuals of less than this part of what the start was off by are those of an exact fit: rounding has any pattern.
 _EXACT = 1e-6
+# More than this of a prior in chi-square is chance once in a thousand times, for each of some parameters.
+_AT_ODDS = 15.0
 # A single output that is this much of the loss is named.
 _LOUD = 0.5
 
@@ -38,7 +40,7 @@ class Goodness:
         p_value: probability of a chi-square as large, were the target explained; the noise of the simulator itself
             counts as far as it is known. None with a robust loss.
         share: of each output in sum r^2, of the target's shape: e V^-1 e elementwise, e = output - target. None where
-            `whiten` mixes outputs.
+            `whiten` mixes outputs. by_prior: what the prior adds to chi-square.
     """
 
     loss: float
@@ -46,6 +48,7 @@ class Goodness:
     chi_square: float | None = None
     p_value: float | None = None
     share: Array | None = None
+    by_prior: float = 0.0
 
 
 def goodness_of(misfit: Misfit, output: NDArray[np.generic], z: Array, known: bool, noise: float = 0.0) -> Goodness:
@@ -61,13 +64,13 @@ def goodness_of(misfit: Misfit, output: NDArray[np.generic], z: Array, known: bo
         return Goodness(loss)
     r = misfit.residual(tensor).numpy()
     r = r[~np.isnan(r)]
-    dof = len(r) + misfit.prior.known - len(z)
+    dof = max(len(r) + misfit.prior.known - len(z), 0)
     squares = float(r @ r) + 2 * misfit.prior(z)[0]
     p_value = None
     if known and misfit.robust is None and dof > 0:
         p_value = float(chi2.sf(squares / (1 + noise), dof))
     share = misfit.shares(tensor)
-    return Goodness(loss, dof, squares if known else None, p_value, share)
+    return Goodness(loss, dof, squares if known else None, p_value, share, squares - float(r @ r))
 
 
 def unexplained(good: Goodness, residual: NDArray[np.generic], start_residual: NDArray[np.generic]) -> tuple[str, ...]:
@@ -82,10 +85,16 @@ def unexplained(good: Goodness, residual: NDArray[np.generic], start_residual: N
     if good.p_value is not None and good.chi_square is not None:
         reduced = good.chi_square / max(good.dof, 1)
         if good.p_value < _CHANCE and reduced > _EXCESS:
+            prior = ""
+            if good.by_prior > _AT_ODDS:
+                prior = (
+                    f" {good.by_prior:.3g} of it are the prior's, which is at odds with the target: check prior= first."
+                )
             said.append(
                 f"The target is not explained: chi-square is {good.chi_square:.4g} for {good.dof} degrees of freedom "
-                f"({reduced:.3g} each; 1 is expected).{loud} Look at the residuals; try other starts (num_starts=, "
-                "restarts=), more runs, a variance that has all noise, or robust= where few outputs are off."
+                f"({reduced:.3g} each; 1 is expected).{prior}{loud} Look at the residuals; try other starts "
+                "(num_starts=, restarts=), more runs, a variance that has all noise, or robust= where few outputs are "
+                "off."
             )
     size, first = _size(residual), _size(start_residual)
     alike = _alike(residual) if size > _EXACT * first else 0.0

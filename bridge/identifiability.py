@@ -44,8 +44,10 @@ def doubts(
     alone = np.array([acts_alone(stated, i) for i in range(len(error))])
     for i, (p, value, e) in enumerate(zip(space.parameters, theta, error, strict=True)):
         unit = f" {p.unit}" if p.unit else ""
-        withheld = np.isnan(e) and not at_bound[i]
-        if (open_[i] or unclear[i] or withheld) and not alone[i]:
+        # At a bound, or where none is stated for another reason, only what is next to nothing is worth a word.
+        nothing = np.isnan(e) and _nothing(stated, i)
+        hidden = open_[i] or (unclear[i] and not (stated.notes and np.isnan(error).all()))
+        if (nothing or hidden) and not at_bound[i] and not alone[i]:
             said.append(_not_seen(stated, space, i, kriging, advice))
         elif unclear[i] and np.isfinite(e):
             more = "max_runs=" if kriging else "num_samples="
@@ -58,7 +60,9 @@ def doubts(
         if at_bound[i]:
             said.append(f"{p.name} ended at its bound {value:g}{unit}: no standard error of it is stated there.")
     together = np.flatnonzero((open_ | unclear & np.isnan(error)) & alone)
-    if len(together):
+    if len(together) == 1 and _by_itself(stated, int(together[0])):
+        said.append(_of_little_effect(stated, space, int(together[0]), advice))
+    elif len(together):
         said.append(_valley(stated, space, together.tolist(), bool(open_.any())))
     if np.isfinite(error).all() and (error > 0).all() and not len(together):
         correlation = covariance / np.outer(error, error)
@@ -66,6 +70,8 @@ def doubts(
             said.append(_pair(space, correlation, error, i, j))
     if not np.isfinite(error[~at_bound]).all():
         said += _scales(stated, space)
+        if not said:
+            said.append("No standard error is stated: the numbers that it is made of are too large or too small.")
     return tuple(said)
 
 
@@ -75,6 +81,13 @@ def acts_alone(stated: Stated, i: int) -> bool:
         return False
     most = float(stated.sensitivity.max(initial=0.0))
     return bool(stated.sensitivity[i] > max(_TOLD * stated.hidden[i], _NOTHING * most, 1e-300))
+
+
+def _nothing(stated: Stated, i: int) -> bool:
+    """Whether outputs do not change with a parameter, or by less than a millionth of what another one does."""
+    if not stated.sensitivity.size:
+        return False
+    return bool(stated.sensitivity[i] + _TOLD * stated.hidden[i] <= _NOTHING * float(stated.sensitivity.max()))
 
 
 def _not_seen(stated: Stated, space: ParameterSpace, i: int, kriging: bool, advice: str) -> str:
@@ -100,9 +113,10 @@ def _not_seen(stated: Stated, space: ParameterSpace, i: int, kriging: bool, advi
     error = stated.least[i] * natural if stated.least.size else np.nan
     least = f"its standard error is {error:.3g}{unit} or more" if np.isfinite(error) else "its error is not known"
     if kriging:
+        variance = "" if np.isinf(stated.dof) else "give variance= if you know it, "
         return (
             f"{p.name} acts on the outputs by hardly more than noise, which hides so far how much: {least}. Make more "
-            f"runs (max_runs=), give variance= if you know it, or {p.name} a larger natural scale."
+            f"runs (max_runs=), {variance}or give {p.name} a larger natural scale."
         )
     return (
         f"{p.name} acts on the outputs by hardly more than the noise of the estimated Jacobian: {least}. Use "
@@ -125,6 +139,23 @@ def _valley(stated: Stated, space: ParameterSpace, which: list[int], flat: bool)
     )
 
 
+def _by_itself(stated: Stated, i: int) -> bool:
+    """Whether a direction that is not determined is that of one parameter, the others being next to nothing in it."""
+    part = np.abs(stated.open_direction)
+    return bool(part.size > 1 and np.argmax(part) == i and np.delete(part, i).max() < _NAMED)
+
+
+def _of_little_effect(stated: Stated, space: ParameterSpace, i: int, advice: str) -> str:
+    p, most = space.parameters[i], int(np.argmax(stated.sensitivity))
+    unit, natural = f" {p.unit}" if p.unit else "", float(space.natural_scale[i])
+    share = float(stated.sensitivity[i] / stated.sensitivity[most])
+    beside = f" ({share:.1g} of what {space.names[most]} does)" if most != i else ""
+    return (
+        f"{p.name} is not determined by the target: over its natural scale of {natural:g}{unit} outputs change by next "
+        f"to nothing{beside}, and by nothing that other parameters cannot make up for. {advice}"
+    )
+
+
 def _pair(space: ParameterSpace, correlation: Array, error: Array, i: int, j: int) -> str:
     a, b = space.names[i], space.names[j]
     return (
@@ -138,7 +169,7 @@ def _scales(stated: Stated, space: ParameterSpace) -> list[str]:
     change, size = stated.sensitivity, stated.target_norm
     if not change.size or not size > 0:
         return []
-    acting = np.array([acts_alone(stated, i) for i in range(len(change))])
+    acting = np.array([acts_alone(stated, i) for i in range(len(change))]) & ~np.isinf(np.diag(stated.covariance))
     with np.errstate(divide="ignore", over="ignore"):
         scales = np.where(acting, size / np.maximum(change, 1e-300), 1.0)
     apart = change.max() > _APART * np.where(change > 1e-14 * change.max(), change, np.inf).min()

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import copyreg
+import decimal
+import enum
+import gc
+import importlib
+import importlib.machinery
+import importlib.util
 import inspect
+import pkgutil
 import random
+import runpy
 import struct
+import sys
 from collections.abc import Mapping
+from pathlib import Path, PurePath
 from types import FunctionType
 from typing import Any
 
 import numpy as np
+import torch
 
 from bridge.code import Facts, facts_of
 from bridge.packages import owner_of
@@ -43,6 +56,81 @@ _MADE = _words(
     "__getstate__ __setstate__ __getnewargs__ __attrs_init__ _dataclass_getstate _dataclass_setstate"
 )
 ENUM = _words("_member_names_ _member_map_ _value2member_map_ _unhashable_values_ _hashable_values_")
+
+
+# What modules have of their own.
+OF_MODULES = _words(
+    "__name__ __doc__ __package__ __loader__ __spec__ __path__ __file__ __cached__ __builtins__ __annotations__ "
+    "__annotate__ __conditional_annotations__ __warningregistry__"
+)
+# What gives code things that it does not name: itself, by id, and what to call it.
+BYPASSES: dict[int, str] = {
+    id(value): name
+    for name, value in {
+        "eval": eval, "exec": exec, "globals": globals, "__import__": __import__, "sys.modules": sys.modules,
+        "sys._getframe": sys._getframe, "inspect.currentframe": inspect.currentframe, "inspect.stack": inspect.stack,
+        "gc.get_objects": gc.get_objects, "gc.get_referrers": gc.get_referrers, "gc.get_referents": gc.get_referents,
+        "importlib.import_module": importlib.import_module, "importlib.__import__": importlib.__import__,
+        "importlib.reload": importlib.reload, "importlib.util": importlib.util,
+        "importlib.machinery": importlib.machinery, "runpy": runpy, "runpy.run_path": runpy.run_path,
+        "runpy.run_module": runpy.run_module, "inspect.getmodule": inspect.getmodule,
+        "pkgutil.resolve_name": pkgutil.resolve_name,
+    }.items()
+}  # fmt: skip
+# Names of attributes that do the same.
+HIDDEN = _words("__globals__ __builtins__ __subclasses__ f_globals f_locals f_builtins f_back")
+# What is said about functions and classes, and the names by which code looks at it.
+SAID = {
+    "name": _words("__name__ __qualname__"),
+    "documentation": _words("__doc__ getdoc"),
+    "annotations": _words(
+        "__annotations__ __annotate__ __dataclass_fields__ fields signature get_annotations get_type_hints "
+        "getfullargspec"
+    ),
+}
+_OF_ARRAYS = {
+    np.ma.MaskedArray: _words("_mask _fill_value _hardmask _sharedmask _isfield _baseclass _basedict"),
+    np.memmap: _words("_mmap offset mode filename"),
+}
+
+
+def extras_of(value: Any) -> dict[str, Any]:
+    """The attributes that somebody has given to an array, a tensor or a member of an enumeration."""
+    kind = type(value)
+    if kind.__module__.partition(".")[0] == "trimesh":
+        return {}  # what its arrays keep of what was computed of them
+    extras = dict(getattr(value, "__dict__", {}))
+    for name in copyreg._slotnames(kind):  # type: ignore[attr-defined]
+        with contextlib.suppress(AttributeError):
+            extras[name] = getattr(value, name)
+    if isinstance(value, enum.Enum):
+        return {n: v for n, v in extras.items() if not (n.startswith("_") and n.endswith("_"))}
+    dropped = frozenset().union(*(names for base, names in _OF_ARRAYS.items() if isinstance(value, base)))
+    if isinstance(value, np.ma.MaskedArray) and not extras.get("_optinfo"):
+        dropped |= {"_optinfo"}
+    if isinstance(value, PurePath):
+        dropped |= {*PurePath.__slots__, *Path.__slots__}  # of the path itself, by which it is seen
+    return {n: v for n, v in extras.items() if n not in dropped and n not in ("__doc__", "lock")}
+
+
+def settings() -> list[str]:
+    """Settings of this process, as far as they are not the usual ones."""
+    found = []
+    if torch.get_default_dtype() != torch.float32:
+        found.append(str(torch.get_default_dtype()))
+    context = decimal.getcontext()
+    if (context.prec, context.rounding) != (28, decimal.ROUND_HALF_EVEN):
+        found.append(f"decimal {context.prec} {context.rounding}")
+    return found
+
+
+def is_users(value: Any) -> bool:
+    """Whether a function, a class or an object is the user's own, though an installed module has it now."""
+    if isinstance(value, FunctionType):
+        home = value.__globals__.get("__name__")
+    else:
+        home = getattr(value if isinstance(value, type) else type(value), "__module__", None)
+    return isinstance(home, str) and home in sys.modules and owner_of(home) is None
 
 
 def wrapped(value: Any) -> Any:

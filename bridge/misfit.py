@@ -110,7 +110,10 @@ def checked_noise(
             )
         return torch.ones((), dtype=torch.float64), _whitening(tensor.reshape(m, m), masked), None
     if not bool((tensor > 0).all()) or (tensor.ndim == 0 and not bool(torch.isfinite(tensor))):
-        raise InputError("Expected a positive, finite variance of the target; in an array inf where there are no data.")
+        raise InputError(
+            "Expected a positive, finite variance of the target; in an array inf where there are no data; got "
+            f"{float(tensor.min()):g}."
+        )
     counts = (size > 0) & torch.isfinite(tensor)
     if masked is not None:
         counts &= ~touched(whiten, masked)

@@ -355,6 +355,11 @@ class Search:
             if stated:  # of an exact target the nearest rows differ by rounding alone, and tell no slopes
                 cliff = max(cliff, _SLOPES * self._usual_loss())
             cliffs = np.isfinite(losses) & (losses > cliff)
+            if stated:  # rows that are all at a bound say nothing of it: the next ones that are not
+                for moved in (self.rows != centre).T:
+                    if not (moved & np.isfinite(losses) & ~cliffs).any():
+                        there = np.flatnonzero(moved & cliffs)
+                        cliffs[there[np.argsort(distance[there], kind="stable")[:enough]]] = False
             distance[cliffs] = np.inf
         order, most = np.argsort(distance, kind="stable"), max(MOST_ROWS, enough)
         if self.noisy and len(order) > most:  # of as many rows, those that are apart tell more

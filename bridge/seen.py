@@ -18,10 +18,12 @@ import enum
 import functools
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import io
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -39,19 +41,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridge.code import Facts, facts_of, loaded_constants
+from bridge.code import Facts, Import, facts_of, loaded_constants
 from bridge.files import content_digest
 from bridge.kinds import (
+    BYPASSES,
     COUNTED,
     ENUM,
+    HIDDEN,
     NOISE,
+    OF_MODULES,
+    SAID,
     counters,
+    extras_of,
     in_c,
     is_cached,
     is_generated,
     is_global_generator,
     is_python,
+    is_users,
     only_written,
+    settings,
     state_of,
     wrapped,
 )
@@ -87,7 +96,10 @@ def digest_of(value: Any, name: str, kept: dict[int, tuple[Any, str]] | None = N
     walk, limit = _Walk([name], kept), sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, 12 * _DEEPEST))  # one function names another, and that one the next
     try:
-        walk.see(value)
+        walk.see_all(value)
+        if walk.asked:  # of what has been gone through already, perhaps
+            walk = _Walk([name], kept, frozenset(walk.asked))
+            walk.see_all(value)
     finally:
         sys.setrecursionlimit(limit)
     return walk.out.hexdigest()
@@ -101,12 +113,28 @@ def given_identity(value: Any) -> str | None:
 
 
 class _Walk:
-    def __init__(self, path: list[str], kept: dict[int, tuple[Any, str]] | None) -> None:
+    """
+    Args:
+        told: what counts of what is said about functions and classes, see `bridge.kinds.SAID`; `asked` is what the code
+            that was seen looks at.
+    """
+
+    def __init__(
+        self, path: list[str], kept: dict[int, tuple[Any, str]] | None, told: frozenset[str] = frozenset()
+    ) -> None:
         self.out = hashlib.blake2b(digest_size=16)
-        self._path, self._kept = path, kept
+        self.asked = set[str]()
+        self._path, self._kept, self._told = path, kept, told
         # What has an identity of its own is gone through once; the number is that of its first appearance.
         self._numbers: dict[tuple[int, bool], int] = {}
+        self._modules: dict[tuple[int, int], int] = {}
         self._alive: list[Any] = []  # no other object may take the place, and the id, of one that has been seen
+
+    def see_all(self, value: Any) -> None:
+        """Adds a value, and the settings of this process under which numbers come out otherwise."""
+        for setting in settings():
+            self.put("setting", setting)
+        self.see(value)
 
     def put(self, tag: str, data: bytes | str = b"") -> None:
         data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
@@ -129,8 +157,9 @@ class _Walk:
 
     def apart(self, value: Any) -> bytes:
         """The digest of a value by itself, to bring what has no order into one."""
-        walk = _Walk(self._path, self._kept)
+        walk = _Walk(self._path, self._kept, self._told)
         walk.see(value)
+        self.asked |= walk.asked
         return walk.out.digest()
 
     def again(self, value: Any, ordered: bool = True) -> bool:
@@ -178,6 +207,7 @@ class _Walk:
             self._tensor(value)
         elif isinstance(value, PurePath):
             self._file(value)
+            self._of_own_kind(value)
         elif isinstance(value, CodeType):
             self._code(value)
         else:
@@ -193,6 +223,11 @@ class _Walk:
                 if os.path.isfile(value) and os.access(value, os.X_OK):
                     self.put("program", f"{os.path.basename(value)} {content_digest(value)}")
                     return
+            words = value.split()[:_MANY]
+            for word in words if len(words) > 1 else ():  # of a line for a shell
+                with contextlib.suppress(OSError, ValueError):
+                    if os.path.isabs(word) and os.path.isfile(word) and os.access(word, os.X_OK):
+                        self.put("program", content_digest(word))
         self.put("str", value)
 
     def _items(self, value: Any) -> None:
@@ -214,6 +249,8 @@ class _Walk:
             self.out.update(digest)
 
     def _dict(self, value: Mapping[Any, Any], ordered: bool) -> None:
+        if value is sys.modules:
+            raise self.unseen(_bypass(value))
         if self.again(value, ordered):
             return
         self.put("dict" if ordered else "table", str(len(value)))
@@ -229,12 +266,17 @@ class _Walk:
     def _array(self, value: Any) -> None:
         array = np.asarray(value)
         self.put(type(value).__name__, f"{array.dtype.str} {array.shape}")
-        if type(value) not in (np.ndarray, np.memmap) and isinstance(value, np.ndarray):
+        if array.dtype.metadata:
+            self._attributes(array.dtype.metadata)
+        if isinstance(value, np.generic):
+            self._of_own_kind(value)
+        elif type(value) not in (np.ndarray, np.memmap):
             self._class(type(value))
             if isinstance(value, np.ma.MaskedArray):
                 self._array(np.ma.getmaskarray(value))
-                self.see(value.fill_value)
+                self.see((value.fill_value, value.hardmask))
                 array = np.ma.getdata(value)
+            self._extras(value)
         self._numbers_of(np.asarray(array), value)
 
     def _numbers_of(self, array: np.ndarray[Any, Any], owner: Any) -> None:
@@ -261,6 +303,15 @@ class _Walk:
         self.put("tensor", f"{value.dtype} {tuple(value.shape)} {value.layout}")
         if type(value) not in (torch.Tensor, torch.nn.Parameter):
             self._class(type(value))
+        self._extras(value)
+        try:
+            self._elements(value)
+        except UnseenError:
+            raise
+        except Exception as error:  # of a subclass that has its numbers elsewhere
+            raise self.unseen(f"{_article(type(value).__name__)} whose numbers cannot be read ({error})") from error
+
+    def _elements(self, value: torch.Tensor) -> None:
         plain = value.detach()
         if plain.layout == torch.sparse_coo:
             plain = plain.coalesce()
@@ -271,6 +322,23 @@ class _Walk:
             raise self.unseen(f"a tensor with layout {value.layout} on {value.device}")
         plain = plain.resolve_conj().resolve_neg().to("cpu").contiguous().reshape(-1)
         self._numbers_of(plain.view(torch.uint8).numpy() if plain.numel() else np.empty(0, np.uint8), value)
+
+    def _extras(self, value: Any, met: bool = False) -> None:
+        """The attributes of an array, a tensor, a member of an enumeration and the like, besides what it is made of.
+
+        Args:
+            met: whether it is known to be met for the first time.
+        """
+        if extras := extras_of(value):
+            self.put("extras")
+            if met or not self.again(value):
+                self._attributes(extras)
+
+    def _of_own_kind(self, value: Any, met: bool = False) -> None:
+        """The class, and what else it has put into this object, of something whose class the user has derived."""
+        if owner_of(type(value).__module__) is None:
+            self._class(type(value))
+            self._extras(value, met)
 
     def _file(self, value: PurePath) -> None:
         """A path stands for what is there; its name is none of it. Where nothing is, its last part stands for it."""
@@ -286,11 +354,14 @@ class _Walk:
     # -- objects --------------------------------------------------------------------------------------------------
 
     def _object(self, value: Any) -> None:
+        if id(value) in BYPASSES:
+            raise self.unseen(_bypass(value))
         if callable(value) and (text := given_identity(value)) is not None:
             self.put("identity", text)
         elif isinstance(value, enum.Enum):
             self.put("enum", str(value.name))
             self.see(value._value_)
+            self._extras(value)
             self._class(type(value))
         elif isinstance(value, type):
             self._class(value)
@@ -330,18 +401,28 @@ class _Walk:
         elif isinstance(value, staticmethod | classmethod):
             self.put(type(value).__name__)
             self.see(value.__func__)
+            self._of_own_kind(value, met=True)
         elif isinstance(value, property):
             self.put("property")
             for part in (value.fget, value.fset, value.fdel):
                 self.see(part)
+            self._of_own_kind(value, met=True)
         elif isinstance(value, functools.cached_property):
             self.put("cached property")
             self.see(value.func)
+            self._of_own_kind(value, met=True)
         elif isinstance(value, np.vectorize):
             self.put("vectorize", f"{value.otypes} {value.signature} {sorted(map(str, value.excluded))}")
             self.see(value.pyfunc)
-        elif isinstance(value, weakref.WeakKeyDictionary | weakref.WeakValueDictionary | weakref.WeakSet):
-            self.put("weak")  # of what others have
+            self._of_own_kind(value, met=True)
+        elif isinstance(value, weakref.WeakKeyDictionary | weakref.WeakValueDictionary):
+            self.put("weak")
+            self._class(type(value))
+            self._dict(dict(value), True)
+        elif isinstance(value, weakref.WeakSet):
+            self.put("weak")
+            self._class(type(value))
+            self._set(set(value))
         elif isinstance(value, weakref.ReferenceType):
             self.put("weak")
             self.see(value())
@@ -413,8 +494,10 @@ class _Walk:
             self._home(str(getattr(value, "__module__", None) or kind.__module__))
             return
         self._alive.append(parts)
-        function, arguments, state, items, pairs = (*parts, None, None, None)[:5]
+        function, arguments, state, items, pairs, setter = (*parts, None, None, None, None)[:6]
         self.put("reduced", getattr(function, "__qualname__", ""))
+        if isinstance(function, functools.partial | MethodType) or getattr(function, "__closure__", None):
+            self.see_as("function", function)  # which holds something
         skip = 1 if arguments and arguments[0] is kind else 0
         for i, item in enumerate(arguments[skip:]):
             self.see_as(f"part {i}", item)
@@ -423,6 +506,8 @@ class _Walk:
                 self._attributes({n: v for n, v in part.items() if not is_cached(kind, n)})
             else:
                 self.see_as("state", part)
+        if setter is not None:
+            self.see_as("function", setter)
         for i, item in enumerate(items or ()):
             self.see_as(f"item {i}", item)
         for key, item in pairs or ():
@@ -482,6 +567,8 @@ class _Walk:
             self.put("function", f"{home}.{function.__qualname__} {owner}")
         else:
             self.put("function")
+            self.asked |= {said for said, words in SAID.items() if words & (facts.names | facts.texts)}
+            self._said(function)
             self._code(code)
             for i, item in enumerate(function.__defaults__ or ()):
                 self.see_as(f"default {i}", item)
@@ -499,6 +586,20 @@ class _Walk:
         if owner is None:
             self._globals(function.__globals__, facts)
 
+    def _said(self, value: Any) -> None:
+        """What is said about a function or a class: of no account, but where code looks at it."""
+        if "name" in self._told:
+            self.put("name", f"{value.__name__} {value.__qualname__}")
+        if "documentation" in self._told:
+            self.see(vars(value).get("__doc__") if isinstance(value, type) else value.__doc__)
+        if "annotations" in self._told:
+            try:
+                found = dict(getattr(value, "__annotations__", None) or {})
+            except Exception:  # of names that are not there yet
+                found = {}
+            for name, annotation in found.items():
+                self.put("annotation", f"{name} {_told(annotation)}")
+
     def _variable(self, kind: str, name: str, value: Any, facts: Facts) -> None:
         if facts.uses.only(name, "write") and type(value) in COUNTED:
             return  # counted, and not looked at
@@ -507,48 +608,124 @@ class _Walk:
         self.put("variable", name)
         with self.inside(f"{'function' if isinstance(value, FunctionType) and kind[0] == 'g' else kind} {name!r}"):
             if isinstance(value, ModuleType):
-                self._module(value, facts)
+                self._module(value, None if name in facts.uses.escapes else facts, name)
             else:
                 self.see(value, ordered=not facts.uses.only(name, "lookup", "write"))
 
     def _globals(self, names: Mapping[str, Any], facts: Facts) -> None:
+        if hidden := facts.names & HIDDEN:
+            raise self.unseen(f"{min(hidden)}, by which code reaches what it does not name")
         for name in sorted(facts.globals):
             if name in ("__name__", "__file__"):
                 continue
             if name in names:
                 self._variable("global variable", name, names[name], facts)
             else:
+                if id(getattr(builtins, name, None)) in BYPASSES:
+                    raise self.unseen(_bypass(getattr(builtins, name)))
                 self.put("builtin" if hasattr(builtins, name) else "no variable", name)
-        for module, level in sorted(facts.imports):
-            self.put("import", f"{level} {module}")
+        for one in sorted(facts.imports):
+            self.put("import", f"{one.level} {one.module}")
             package = str(names.get("__package__") or "")
-            with self.inside(f"import {module!r}"), contextlib.suppress(ImportError, ValueError):
-                full = importlib.util.resolve_name("." * level + module, package) if level else module
-                owner = owner_of(full)
-                if owner is not None:
-                    self.put("module", owner)
-                else:
-                    self._module(importlib.import_module(full), facts)
+            with self.inside(f"import {one.module!r}"), contextlib.suppress(ImportError, ValueError):
+                full = importlib.util.resolve_name("." * one.level + one.module, package) if one.level else one.module
+                self._import(full, one, facts)
 
-    def _module(self, module: ModuleType, facts: Facts | None) -> None:
-        """A module: its version, or what the code at hand takes from it, or all of its text."""
+    def _import(self, full: str, one: Import, facts: Facts) -> None:
+        """What an import inside of a function takes, under the full name of its module."""
+        owner = owner_of(full)
+        if owner is not None:
+            self.put("module", owner)
+            if full in sys.modules:
+                self._taken(sys.modules[full], facts, {v for _, v in one.bound}, one.names)
+            return
+        parts = full.split(".")
+        upwards = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+        modules = [self._imported(name) for name in upwards[: 1 if one.names else None]]  # "import a.b" gives a
+        for name in set(one.names) - {"*", *dir(modules[0])}:
+            with contextlib.suppress(ModuleNotFoundError):
+                self._imported(f"{full}.{name}")
+        for module in modules:
+            if isinstance(module, ModuleType):
+                whole = "*" in one.names or one.escapes("", facts.uses)
+                self._module(module, None if whole else facts)
+            else:  # what the module has put in its own place
+                self.see(module)
+        for name in one.names:
+            value = vars(modules[0]).get(name) if isinstance(modules[0], ModuleType) else None
+            if isinstance(value, ModuleType):
+                self.put("module", name)
+                self._module(value, None if one.escapes(name, facts.uses) else facts)
+
+    def _imported(self, name: str) -> ModuleType:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            raise
+        except Exception as error:
+            raise self.unseen(f"a module that cannot be imported ({type(error).__name__}: {error})") from error
+
+    def _module(self, module: ModuleType, facts: Facts | None, variable: str = "") -> None:
+        """A module: its version, or what the code at hand takes from it, or all that is in it.
+
+        Args:
+            facts: of the code that takes something from it; None where it is handed on, to what may take anything.
+            variable: that holds it in that code.
+        """
+        if id(module) in BYPASSES:
+            raise self.unseen(_bypass(module))
         owner = owner_of(module.__name__)
         if owner is not None:
             self.put("module", f"{module.__name__} {owner}")
-        elif facts is None:
-            path = getattr(module, "__file__", None)
-            self.put("module", content_digest(path) if path else module.__name__)
-        else:
-            self.put("module")
-            for name in sorted(facts.names & vars(module).keys()):
-                value = vars(module)[name]
+            if facts is not None:
+                self._taken(module, facts, {variable}, ())
+            return
+        # The same module again, with what the same code takes: of modules that name each other there is an end.
+        if self._taken_before(module, facts):
+            return
+        path = str(getattr(module, "__file__", None) or "")
+        if path.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES)):
+            self.put("file", content_digest(path))
+        found = vars(module)
+        for name in sorted(
+            found.keys() - OF_MODULES if facts is None else found.keys() & {*facts.names, "__getattr__"}
+        ):
+            value = found[name]
+            self.put("variable", name)
+            with self.inside(f"{'function' if isinstance(value, FunctionType) else 'variable'} {name!r}"):
+                if isinstance(value, ModuleType):
+                    self._module(value, None if facts is None or name in facts.uses.escapes else facts)
+                else:
+                    self.see(value)
+
+    def _taken_before(self, module: ModuleType, facts: Facts | None, noted: bool = True) -> bool:
+        """Whether this module has been seen already with these facts; `noted` puts its number."""
+        key = id(module), id(facts)
+        before = key in self._modules
+        if not before:
+            self._modules[key] = len(self._modules)
+            self._alive.append((module, facts))
+        if noted:
+            self.put("module", str(self._modules[key]))
+        return before
+
+    def _taken(self, module: ModuleType, facts: Facts, variables: set[str], names: tuple[str, ...]) -> None:
+        """What code takes from a package that is installed, where that is not what has been installed."""
+        found = vars(module)
+        for name in sorted(facts.names & found.keys()):
+            value = found[name]
+            named = name in names or any((variable, name) in facts.uses.attributes for variable in variables)
+            if named and id(value) in BYPASSES:
+                raise self.unseen(_bypass(value))
+            if isinstance(value, ModuleType):
+                if value.__name__.startswith(f"{module.__name__}.") and not self._taken_before(value, facts, False):
+                    self._taken(value, facts, set(), ())
+            elif is_users(value):
+                self.put("replaced", name)
+                self.see_as(f"variable {name!r}", value)
+            elif named and type(value) in (bool, int, float, complex):
                 self.put("variable", name)
-                with self.inside(f"{'function' if isinstance(value, FunctionType) else 'variable'} {name!r}"):
-                    if isinstance(value, ModuleType):
-                        if not self.again(value):
-                            self._module(value, facts)
-                    else:
-                        self.see(value)
+                self.see(value)
 
     def _code(self, code: CodeType) -> None:
         """Not where it stands, what it is called, nor its comments."""
@@ -568,6 +745,7 @@ class _Walk:
             return
         self.put("class", kind.__qualname__)
         with self.inside(f"class {kind.__qualname__}"):
+            self._said(kind)
             for base in (*kind.__bases__, type(kind)):
                 self._class(base)
             noise = NOISE | counters(kind, vars(kind))
@@ -575,7 +753,9 @@ class _Walk:
                 noise |= ENUM | kind.__members__.keys()
                 for name, member in kind.__members__.items():
                     self.put("member", name)
-                    self.see_as(f"member {name!r}", member._value_)
+                    with self.inside(f"member {name!r}"):
+                        self.see(member._value_)
+                        self._extras(member)
             for name in sorted(vars(kind).keys() - noise):
                 value = vars(kind)[name]
                 if isinstance(value, types.MemberDescriptorType) or is_generated(kind, name, value):
@@ -585,12 +765,28 @@ class _Walk:
             for name, field in sorted(getattr(kind, "__dataclass_fields__", {}).items()):
                 self.put("field", name)
                 with self.inside(f"field {name!r}"):
+                    if field.metadata:
+                        self.see(field.metadata)
+                    if "annotations" in self._told:
+                        flags = field.init, field.repr, field.hash, field.compare, field.kw_only
+                        self.put("annotation", f"{_told(field.type)} {flags}")
                     for part in (field.default, field.default_factory):
                         self.put("none") if "MISSING" in type(part).__name__ else self.see(part)
 
 
 def _bytes(array: np.ndarray[Any, Any]) -> Any:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
+
+
+def _bypass(value: Any) -> str:
+    return f"{BYPASSES[id(value)]}, by which code reaches what it does not name"
+
+
+def _told(annotation: Any) -> str:
+    """An annotation, the same in every process."""
+    if isinstance(annotation, type):
+        return f"{annotation.__module__}.{annotation.__qualname__}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(annotation))
 
 
 def _article(name: str) -> str:

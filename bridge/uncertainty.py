@@ -38,12 +38,15 @@ _MISFIT, _SAID, _OUTLIER, _STEP = 0.01, 1e-4, 1e-3, 0.05
 # be, which counts as an error of the fit, until none is stated.
 _INFLUENCE, _UNFINISHED = 1.0, 1.0
 _MOST_OUTLIERS = 0.1
-# Correlation of neighbouring residuals that is said, and with which a variance of independent noise is not believed,
-# unless chi-square is more likely than that.
-_TOO_ALIKE, _FINE = 0.4, 0.3
+# Correlation of neighbouring residuals, times the root of their number, that is said, and with which a variance of
+# independent noise is not believed, unless chi-square is more likely than that. Residuals with which it is believed in
+# full, and the least degrees of freedom that are left.
+_TOO_ALIKE, _FINE, _MANY, _LEAST_DOF, _MORE = 2.0, 0.3, 15, 2.0, 2.0
 # Of outputs beside their changes in a model, squared: what the least nugget makes of them.
 _LEAST_WIDTH = 1e-2
 _SPURIOUS = 1e-10
+# Part of a parameter in a direction that is not determined, beside the largest, with which it is not meant.
+_BYSTANDER = 0.02
 # Steps of the outputs over the last scale, below which slopes are those of a staircase.
 _COARSE = 0.7
 # Different changes of outputs between two runs, to tell a step by.
@@ -51,6 +54,9 @@ _ENOUGH_APART = 5
 # Of residuals at the start: those that are left of a target without noise.
 _EXACT = 1e-6
 _CORRELATIONS = np.append(np.arange(0, 0.95, 0.1), 0.97)
+# Chance of noise that seems to grow with the outputs, from which on it does; outputs that tell it; standard deviations
+# from which on an output is an outlier all the same.
+_GROWS, _ENOUGH_TO_GROW, _LOUDEST = 0.2, 10, 4.0
 # Noise of an output beside the median one, and its share of a parameter, with which one sigma for all is wrong.
 _LOUD, _SHARE, _HEARD = 25.0, 0.3, 0.01
 
@@ -185,6 +191,7 @@ class Evidence:
         run_noise: root of the sum of the outputs' variances by the noise of one run.
         spread: root of the sum of squares of the target about its mean.
         first: root of the mean squared residual where the fit began, infinite if unknown.
+        output: (m,) size of the outputs, whitened as residuals are.
         newton: whether it came here by steps of Gauss-Newton of outputs without steps. fresh: by other Jacobians.
     """
 
@@ -204,11 +211,55 @@ class Evidence:
     first: float = np.inf
     run_noise: float = 0.0
     spread: float = np.inf
+    output: Array | None = None
     newton: bool = True
     fresh: bool = False
 
     def stated(self, precision: Array, known: bool, robust: Robust | None) -> Stated:
-        """Errors, or none and why. known: whether the target's variance is, 1 in these units."""
+        """Errors, or none and why. known: whether the target's variance is, 1 in these units.
+
+        Parameters that have next to no part in a direction that is not determined have errors all the same: those
+        that they have where the one with the largest part is held.
+        """
+        full = self._stated(precision, known, robust)
+        error = np.sqrt(np.diag(full.covariance))
+        bad = ~np.isfinite(error) | full.unclear
+        worst = int(np.argmax(np.abs(full.open_direction)))
+        if len(error) < 2 or not bad[worst] or not (np.isinf(error) | full.unclear).any():
+            return full
+        keep = np.delete(np.arange(len(error)), worst)
+        rest = self._without(worst, precision).stated(precision[np.ix_(keep, keep)], known, robust)
+        away = np.abs(full.open_direction[keep]) < _BYSTANDER
+        mended = away & bad[keep] & np.isfinite(np.diag(rest.covariance)) & ~rest.unclear
+        if not mended.any():
+            return full
+        covariance, unclear, least = full.covariance.copy(), full.unclear.copy(), full.least.copy()
+        i, j = np.ix_(keep[mended], keep[mended])
+        covariance[keep[mended]], covariance[:, keep[mended]] = 0.0, 0.0
+        covariance[i, j] = rest.covariance[np.ix_(mended, mended)]
+        unclear[keep[mended]], least[keep[mended]] = False, rest.least[mended]
+        others = np.isfinite(np.diag(covariance)) & ~np.isin(np.arange(len(error)), keep[mended])
+        if others.any():  # those that had errors before, beside what is known of them where the worst is held
+            at = np.searchsorted(keep, np.flatnonzero(others))
+            covariance[np.ix_(others, keep[mended])] = rest.covariance[np.ix_(at, mended)]
+            covariance[np.ix_(keep[mended], others)] = rest.covariance[np.ix_(mended, at)]
+        return replace(full, covariance=covariance, unclear=unclear, least=least, notes=rest.notes, dof=rest.dof)
+
+    def _without(self, i: int, precision: Array) -> Evidence:
+        """Of the other parameters, with this one held."""
+        keep = np.delete(np.arange(len(self.told)), i)
+        both, normal, metric, step = np.ix_(keep, keep), self.normal, self.told + precision, self.step
+        if step is not None:
+            step = finite_inverse(metric[both]) @ (metric @ step)[keep]
+        return replace(
+            self,
+            normal=replace(normal, mean=normal.mean[:, keep], naive=normal.naive[both], noise=normal.noise[both]),
+            told=self.told[both],
+            step=step,
+            wander=None if self.wander is None else self.wander[both],
+        )
+
+    def _stated(self, precision: Array, known: bool, robust: Robust | None) -> Stated:
         J, r, d = self.normal.mean, self.r, len(self.told)
         step = np.zeros(d) if self.step is None or not np.isfinite(self.step).all() else self.step
         notes: list[str] = []
@@ -233,11 +284,17 @@ class Evidence:
             (*notes, *more),
             signal,
             noise,
-            self.spread if 0 < self.spread < np.inf else float(np.sqrt(r @ r)),
+            self._size,
             least,
             self.run_noise,
             axis,
         )
+
+    @property
+    def _size(self) -> float:
+        """Of the target: about its mean, or from where the fit began, where it is one number."""
+        first = self.first * float(np.sqrt(len(self.r)))
+        return self.spread if 0 < self.spread < np.inf else first if np.isfinite(first) else 0.0
 
     @property
     def _exact(self) -> bool:
@@ -266,7 +323,7 @@ class Evidence:
                     "target is as good as independent noise."
                 )
             elif dof >= 1 and not misfit and chdtrc(dof, chi2) < _FINE and not self._exact:
-                misfit = max(_alike(r, J, self.shape)[0], default=0.0) > _TOO_ALIKE
+                misfit = max(_alike(r, J, self.shape)[0], default=0.0) > _TOO_ALIKE / np.sqrt(dof)
             V = V + left
         else:
             if dof < 0.5:
@@ -280,15 +337,22 @@ class Evidence:
         if self._exact:  # what is left has the pattern of rounding
             pass
         elif not known or misfit:
-            V, why = self._outliers(J, r, h, dof, V, left, rounding + floor)
+            least, usual = left + rounding + floor, self._growing(r, h)
+            if usual is None:
+                V, why = self._outliers(J, r, h, dof, V, left, rounding + floor)
+                usual = V
+            else:  # each output's own, as HC3 has it (MacKinnon and White 1985)
+                V, why = np.maximum((r / np.maximum(1 - h, 1e-3)) ** 2, least), ""
             if not why:
-                seen_rho, rho, grown = _alike(r / np.sqrt(np.maximum(V, 1e-300)), J, self.shape)
+                seen_rho, rho, grown = _alike(r / np.sqrt(np.maximum(usual, 1e-300)), J, self.shape)
                 V = V * grown
                 # Of the mean square of n numbers of correlation rho^|i - j|: as many independent ones vary as much.
-                dof *= float(np.prod([(1 - x**2) / (1 + x**2) for x in rho]))
-                if max(seen_rho, default=0.0) > _TOO_ALIKE:
+                alike, clear = max(seen_rho, default=0.0), _TOO_ALIKE / np.sqrt(dof)
+                less = float(np.prod([(1 - x**2) / (1 + x**2) for x in rho]))
+                dof = max(dof * less, min(dof, _LEAST_DOF))
+                if alike > clear:
                     notes.append(
-                        f"Residuals of neighbouring outputs are alike (correlation {max(seen_rho):.2f}), as those of "
+                        f"Residuals of neighbouring outputs are alike (correlation {alike:.2f}), as those of "
                         "independent noise hardly ever are. Standard errors and intervals allow for noise that is "
                         "alike. Give variance= as the covariance of the target's noise, or to the simulator what it "
                         "lacks."
@@ -305,6 +369,22 @@ class Evidence:
         meat = root.T @ _correlated(root, rho, self.shape) + precision
         bread = inverse(self.told / unit + precision)
         return _sandwich(bread, meat), dof if not known or misfit else np.inf, notes
+
+    def _growing(self, r: Array, h: Array) -> Array | None:
+        """(m,) variance a + b |output| where squared residuals grow with the outputs, as those of counts do.
+
+        By the F test of their regression on the size of the outputs (Breusch and Pagan 1979, as Koenker has it).
+        """
+        if self.output is None or len(r) < _ENOUGH_TO_GROW or np.ptp(self.output) <= 0:
+            return None
+        squares, A = r**2 / np.maximum(1 - h, 1e-3), np.stack([np.ones(len(r)), self.output], axis=1)
+        b = np.linalg.lstsq(A, squares, rcond=None)[0]
+        left, all_ = float(((squares - A @ b) ** 2).sum()), float(((squares - squares.mean()) ** 2).sum())
+        n = len(r) - 2
+        if not (b[1] > 0 and left > 0 and fdtrc(1, n, (all_ - left) * n / left) < _GROWS):
+            return None
+        usual = np.maximum(A @ b, 0.1 * squares.mean())
+        return usual if (squares < _LOUDEST**2 * usual).all() else None
 
     def _outliers(
         self, J: Array, r: Array, h: Array, dof: float, V: Array, noise: Array, least: Array
@@ -363,9 +443,9 @@ class Evidence:
             if far.any() and not self._exact:
                 by = np.max(np.abs(s[far]) / np.maximum(error[far], 1e-300))
                 return np.full_like(covariance, np.nan), [
-                    f"No standard error is stated: the fit has not converged, and parameters would still move by "
-                    f"{by:.2g} of what are standard errors at a minimum. Allow more steps or runs (steps=, max_runs=), "
-                    "a smaller last scale (scale=), or begin from here."
+                    f"No standard error is stated: by the slopes at the end, the minimum is still {by:.2g} standard "
+                    "errors away. Allow more steps or runs (steps=, max_runs=), a smaller last scale (scale=), or "
+                    "begin from here. If it stays so, outputs are too rough for slopes to tell."
                 ]  # fmt: skip
         if self.wander is not None:
             covariance = covariance + self.wander
@@ -406,6 +486,7 @@ def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], lis
     if size <= 0 or len(r) < 4:
         return [0.0] * len(shape), [0.0] * len(shape), 1.0
     q = J @ _root(finite_inverse(J.T @ J))  # H = q q^T
+    few = min(1.0, (len(r) - J.shape[1]) / _MANY)  # a handful of numbers tell next to nothing of it
     found, used, grown = [], [], 1.0
     for axis, n in enumerate(shape):
         if n < 4:
@@ -428,8 +509,8 @@ def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], lis
         ratios = np.maximum.accumulate(ratios)
         rho, error = float(np.interp(seen, ratios, _CORRELATIONS)), 1 / np.sqrt(len(r))
         found.append(rho)
-        # Those that go unnoticed are the low ones among estimates: two standard errors more, where it is not about 0.
-        used.append(min(rho + 2 * error * min(rho / error, 1.0), float(_CORRELATIONS[-1])))
+        # Those that go unnoticed are the low ones among estimates: some standard errors more, where it is not about 0.
+        used.append(few * min(rho + _MORE * error * min(rho / error, 1.0), float(_CORRELATIONS[-1])))
         grown *= float(totals[0] / max(np.interp(used[-1], _CORRELATIONS, totals), 0.05 * totals[0]))
     return found, used, grown
 
@@ -478,6 +559,7 @@ def _sandwich(bread: Array, meat: Array) -> Array:
     bread = bread.copy()
     bread[open_, open_] = 0
     result = bread @ meat @ bread
+    open_ |= (np.diag(result) <= 0) & (np.diag(meat) > 0)  # lost in rounding
     result[open_, open_] = np.inf
     return np.asarray(result)
 
@@ -537,7 +619,7 @@ def of_descent(
     if len(outputs) > 1 and np.isfinite(outputs[1]).all():
         first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
     noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(told + prior.information))).max(initial=0.0)
-    cut = cut_short(noise / longest)
+    cut = cut_short(noise / longest) if noise > 0 else 1.0
     newton = bool(step_noise) or past is None
     wander = np.atleast_2d(np.cov(past.T)) if past is not None and not newton and len(past) > 1 else None
     along = normal.mean.T @ (residuals - r).T
@@ -546,6 +628,7 @@ def of_descent(
         normal, told, r, tuple(misfit.target.shape), within=3 * (1 + step_noise) * within, bias=bias, first=first,
         left=step_noise * jitter * cut, seen=jitter, rounding=rounding, floor=floor, wander=wander, fresh=True,
         step=step if past is not None else None, jitter=jitter * (1 + step_noise), spread=_spread(misfit),
+        output=np.abs(r - misfit.residual(torch.zeros_like(misfit.target)).numpy()[there]),
         newton=newton and not stepped,
     )  # fmt: skip
     stated = evidence.stated(prior.information, known, misfit.robust)
@@ -662,6 +745,7 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
         Normal(J, J.T @ J, total * dw.T @ dw, independent), told, r, tuple(misfit.target.shape), left=left, seen=left,
         floor=floor, step=np.clip(z + step, search.lower, search.upper) - z, first=first,
         run_noise=float(np.sqrt(total)), spread=_spread(misfit),
+        output=np.abs(r - misfit.residual(torch.zeros_like(misfit.target)).numpy()[there]),
     )  # fmt: skip
     stated = evidence.stated(prior.information, known, robust)
     if exact:

@@ -445,3 +445,13 @@ def test_arrays_of_keys_and_numbers_in_any_order_of_bytes(dtype: str):
         turned = np.ascontiguousarray(x.numpy()).astype(">f8")
         again = smoothed(turned, step=numbers, problem=numbers, scale=wide)
         assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("target", [np.array([1.0, 2.0], dtype=object), np.array(["1", "2"]), None])
+def test_a_target_of_no_numbers_is_refused_with_what_to_do(target: object):
+    smoothed = bridge.smooth(lambda x: x[:2], seed=0, num_samples=4, scale=0.1, points="mc")
+    with pytest.raises(bridge.InputError, match=r"real numbers as the target, got .*Give "):
+        smoothed.squared_error(torch.zeros(2, dtype=torch.float64), target)
+    again = smoothed.squared_error(torch.zeros(2, dtype=torch.float64), np.array([0.1, 0.2], ">f8"))
+    exact = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    assert torch.equal(again, smoothed.squared_error(torch.zeros(2, dtype=torch.float64), exact))

@@ -400,3 +400,35 @@ def test_no_command_shows_what_there_is(capsys):
     said = capsys.readouterr().err
     assert "recover parameters from a target, as a job file says" in said
     assert "exit codes:" in said
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"max_runs": 1e2}, {"num_samples": 8.0, "method": "adam", "steps": 3.0}, {"num_starts": 2.0, "max_runs": 40.0}],
+)
+def test_whole_numbers_may_be_floats(given):
+    whole = {k: int(v) if isinstance(v, float) else v for k, v in given.items()}
+    target = np.array([1.0, 2.0])
+    a, b = (bridge.fit(lambda p: p * [1.0, 2.0], target, [0.5, 0.5], seed=0, **kw) for kw in (given, whole))
+    assert (a.parameters == b.parameters).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"directory": 3}, "Expected directory as a path, got 3"),
+        ({"loss": lambda a: a}, r"loss\(output, target\)"),
+        ({"max_runs": 2.5}, "max_runs of at least 2, got 2.5"),
+        ({"steps": 0, "method": "adam"}, "at least one step, got 0"),
+        ({"variance": 0.0}, "got 0"),
+    ],
+)
+def test_values_of_other_kinds_are_told(given, said):
+    with pytest.raises(bridge.InputError, match=said):
+        bridge.fit(lambda p: p, np.array([1.0]), [0.5], seed=0, **given)
+
+
+def test_a_level_that_is_no_number_is_told():
+    result = bridge.fit(lambda p: p * [1.0, 2.0], np.array([1.0, 2.0]), [0.5, 0.5], seed=0, max_runs=20)
+    with pytest.raises(bridge.InputError, match="level between 0 and 1"):
+        result.interval("a")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import decimal
 import functools
 import inspect
 import json
+import operator
 import os
 import shutil
 import socket
@@ -14,6 +16,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -689,3 +693,345 @@ def test_functions_that_have_travelled_by_value_are_the_same() -> None:
         if function is names["g"]:
             done = subprocess.run([sys.executable, "-c", program], input=sent, capture_output=True, check=False)
             assert done.stdout.decode().strip() == identity(function), done.stderr.decode()
+
+
+# --- modules, wherever they go ------------------------------------------------------------------------------------
+
+HOLDERS = {
+    "from pk import a, inside": "def f(t):\n    from pk import a\n    return a.g(t)",
+    "under another name": "def f(t):\n    from pk import a as b\n    return b.g(t)",
+    "the long name": "def f(t):\n    import pk.a\n    return pk.a.g(t)",
+    "the long name under another": "def f(t):\n    import pk.a as q\n    return q.g(t)",
+    "a relative one, in what is called": "import pk.c\ndef f(t): return pk.c.h(t)",
+    "what its package has itself": "def f(t):\n    import pk.a\n    return pk.own(t)",
+    "handed on": "from pk import a\ndef k(m, t): return m.g(t)\ndef f(t): return k(a, t)",
+    "imported, handed on": "def k(m, t): return m.g(t)\ndef f(t):\n    from pk import a as b\n    return k(b, t)",
+    "handed on with its package": "import pk.a\ndef k(m, t): return m.g(t)\ndef f(t): return k(pk.a, t)",
+    "its package handed on": "import pk.a\ndef k(m, t): return m.a.g(t)\ndef f(t): return k(pk, t)",
+    "from a closure": "import pk.a\ndef k(m, t): return m.g(t)\ndef mk(m): return lambda t: k(m, t)\nf = mk(pk.a)",
+    "returned": "from pk import a\ndef sel(): return a\ndef f(t): return sel().g(t)",
+    "renamed": "from pk import a\ndef f(t):\n    h = a\n    return h.g(t)",
+    "one of two": "from pk import a\ndef f(t):\n    h = a if t[0] else np\n    return h.g(t)",
+    "gone through": "from pk import a\ndef f(t): return [m.g(t) for m in (a,)]",
+    "by getattr": "from pk import a\ndef f(t): return getattr(a, 'g')(t)",
+    "in a table": "from pk import a\nT = {'m': a}\ndef f(t): return T['m'].g(t)",
+    "of a nested function": "def f(t):\n    from pk import a\n    def k(x): return j(a, x)\n    return k(t)\n"
+    "def j(m, x): return m.g(x)",
+    "what two functions take": "import pk.a\ndef one(t): return pk.a.other(t)\ndef f(t): return one(t) + pk.a.g(t)",
+    "what the module names": "from pk import a\ndef k(m, t): return m.deep(t)\ndef f(t): return k(a, t)",
+    "a variable that is not a function": "from pk import a\ndef k(m, t): return m.N * t\ndef f(t): return k(a, t)",
+    "its dictionary": "from pk import a\ndef f(t): return a.__dict__['g'](t)",
+    "as a global variable": "def f(t):\n    global m\n    from pk import a as m\n    return h(t)\n"
+    "def h(t): return m.g(t)",
+    "in its own place": "def f(t):\n    from pk import d\n    return d.g(t)",
+    "its long name, handed on": "def k(m, t): return m.g(t)\ndef f(t):\n    import pk.a\n    return k(pk.a, t)",
+    "what it makes up": "from pk import a\ndef f(t): return a.made_up * t",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", HOLDERS.values(), ids=HOLDERS)
+def test_a_module_of_ones_own_counts_wherever_it_goes(script: str, tmp_path: Path, monkeypatch: Any) -> None:
+    found = []
+    for i, value in enumerate((2, 3, 2)):
+        folder = tmp_path / str(i)
+        (folder / "pk").mkdir(parents=True)
+        for name, text in {
+            "__init__": f"def own(x): return {value} * x",
+            "a": f"from . import b\nN = {value}\ndef g(x): return N * x\ndef other(x): return x\n"
+            "def deep(x): return b.g(x)\ndef __getattr__(name): return N",
+            "d": f"import sys\nclass D:\n    def g(self, x): return {value} * x\nsys.modules[__name__] = D()",
+            "b": f"def g(x): return {value} * x",
+            "c": f"def h(x):\n    from . import a\n    # {i}\n    return a.g(x)",
+        }.items():
+            (folder / "pk" / f"{name}.py").write_text(text, encoding="utf-8")
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(folder)
+            for name in [n for n in sys.modules if n.partition(".")[0] == "pk"]:
+                patch.delitem(sys.modules, name)
+            names: dict[str, Any] = {"__name__": "__main__", "np": np}
+            exec(script, names)
+            found.append(identity(names["f"]))
+            for name in [n for n in sys.modules if n.partition(".")[0] == "pk"]:
+                del sys.modules[name]
+    assert found[0] == found[2] != found[1]
+
+
+def test_what_code_takes_of_a_module_is_all_that_counts_of_it() -> None:
+    def made(text: str, **content: Any) -> str:
+        names: dict[str, Any] = {"__name__": "__main__", "own": types.ModuleType("own")}
+        vars(names["own"]).update(content)
+        exec(text, names)
+        return identity(names["f"])
+
+    for text in (
+        "def f(x): return own.a * x",
+        "def f(x): return own.a * x if own is not None else x",
+        "def f(x):\n    if own: return own.a * x",
+    ):
+        assert made(text, a=1, lock=threading.Lock()) == made(text, a=1) != made(text, a=2)
+    with pytest.raises(InputError, match=r"variable 'lock' of .*: .*a lock"):
+        made("def f(x): return str(own)", lock=threading.Lock())
+
+
+# --- ways round what code names -----------------------------------------------------------------------------------
+
+BYPASSES = {
+    "globals": "def f(x): return x * globals()['K']",
+    "eval": "def f(x): return x * eval('K')",
+    "eval of a variable": "e = eval\ndef f(x): return x * e('K')",
+    "exec": "def f(x):\n    d = {}\n    exec('k = 1', d)\n    return x * d['k']",
+    "sys.modules": "import sys\ndef f(x): return x * sys.modules[__name__].K",
+    "sys.modules.get": "import sys as s\ndef f(x): return x * s.modules.get('__main__').K",
+    "sys.modules inside": "def f(x):\n    import sys\n    return x * sys.modules['__main__'].K",
+    "sys.modules from": "from sys import modules\ndef f(x): return x * modules['__main__'].K",
+    "importlib.import_module": "import importlib\ndef f(x): return x * importlib.import_module('__main__').K",
+    "import_module": "def f(x):\n    from importlib import import_module\n    return x * import_module('m').K",
+    "__import__": "def f(x): return x * __import__('__main__').K",
+    "importlib.util": "import importlib.util\ndef f(x): return importlib.util.spec_from_file_location('m', 'm.py')",
+    "runpy": "import runpy\ndef f(x): return x * runpy.run_path('m.py')['K']",
+    "sys._getframe": "import sys\ndef f(x): return x * sys._getframe().f_globals['K']",
+    "__globals__": "def f(x): return x * f.__globals__['K']",
+    "__subclasses__": "class A: pass\ndef f(x): return x * len(A.__subclasses__())",
+}
+
+
+@pytest.mark.parametrize("script", BYPASSES.values(), ids=BYPASSES)
+def test_code_that_reaches_what_it_does_not_name_is_refused(script: str) -> None:
+    names: dict[str, Any] = {"__name__": "__main__", "K": 2}
+    exec(script, names)
+    with pytest.raises(InputError, match=r"by which code reaches what it does not name.*identity="):
+        identity(names["f"])
+    assert identity_of(as_simulator(names["f"], identity="one")) == "one"
+
+
+def test_ordinary_code_is_not_refused() -> None:
+    names: dict[str, Any] = {"__name__": "__main__", "torch": torch, "np": np}
+    exec(
+        textwrap.dedent("""
+        import sys, importlib, importlib.metadata, inspect
+        net = torch.nn.Sequential(torch.nn.Linear(1, 1))
+        class Table:
+            def eval(self, x): return x
+            def exec(self, globals=None): return globals
+        def exec_plan(x, vars=None): return x
+        def f(x, locals=3):
+            net.eval()
+            print(len(list(net.modules())), file=sys.stderr)
+            words = dict(a=1, **vars(Table()))
+            importlib.metadata.version("numpy"), inspect.signature(exec_plan)
+            return Table().eval(exec_plan(x)) + words["a"] + len("{x}".format(**{"x": locals}))
+        """),
+        names,
+    )
+    identity(names["f"])
+
+
+def test_what_somebody_has_put_into_a_package_counts(monkeypatch: Any) -> None:
+    def of(text: str, **put: Any) -> str:
+        names: dict[str, Any] = {"__name__": "__main__", "np": np}
+        exec(text, names)
+        with monkeypatch.context() as patch:
+            for name, value in put.items():
+                patch.setattr(np.linalg if name == "norm" else np, name, value, raising=False)
+            return identity(names["f"])
+
+    for text, name in (("def f(x): return np.sin(x)", "sin"), ("def f(x): return np.linalg.norm(x)", "norm")):
+        assert len({of(text), of(text, **{name: lab.closed(1)}), of(text, **{name: lab.closed(2)})}) == 3
+        assert of(text) == of(text)
+    gain = "def f(x): return np.gain * x"
+    assert of(gain, gain=2.0) != of(gain, gain=3.0)
+
+
+def test_settings_of_a_process_that_change_numbers_count(monkeypatch: Any) -> None:
+    before = identity(lab.plain)
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = identity(lab.plain)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with decimal.localcontext() as context:
+        context.prec = 5
+        short = identity(lab.plain)
+    assert len({before, double, short}) == 3
+    assert identity(lab.plain) == before
+
+
+def test_what_is_said_about_code_counts_where_code_looks_at_it() -> None:
+    def of(text: str) -> str:
+        names: dict[str, Any] = {"__name__": "__main__"}
+        exec(text, names)
+        return identity(names["f"])
+
+    record = "import dataclasses\n@dataclasses.dataclass\nclass A:\n    k: HERE = 2\n"
+    for text, one, two in (
+        ("def f(x):\n    'HERE'\n    return x * len(f.__doc__)", "a", "ab"),
+        ("class A:\n    'HERE'\ndef f(x): return x * len(A.__doc__)", "a", "ab"),
+        ("def gHERE(): pass\ng = gHERE\ndef f(x): return x * len(g.__name__)", "1", "22"),
+        ("def g(a: HERE): pass\ndef f(x): return x * (g.__annotations__['a'] is int)", "int", "float"),
+        ("class A:\n    a: HERE\ndef f(x): return x * (A.__annotations__['a'] is int)", "int", "float"),
+        (record + "def f(x): return [x for q in dataclasses.fields(A) if q.type is int]", "int", "float"),
+    ):
+        first, second = text.replace("HERE", one), text.replace("HERE", two)
+        assert of(first) == of(first) != of(second), text
+    silent = record + "def f(x): return A().k * x"
+    assert of(silent.replace("HERE", "int")) == of(silent.replace("HERE", "float"))
+    scaled = (
+        "import dataclasses\n@dataclasses.dataclass\nclass A:\n    k: int = dataclasses.field(metadata={'s': HERE})\n"
+    )
+    scaled += "def f(x): return [x * q.metadata['s'] for q in dataclasses.fields(A)]"
+    assert of(scaled.replace("HERE", "1")) != of(scaled.replace("HERE", "2"))
+
+
+# --- what hangs on arrays, tensors and the like -------------------------------------------------------------------
+
+
+class Quantity(np.ndarray):
+    unit: Any = None
+
+
+class SlottedQuantity(np.ndarray):
+    __slots__ = ("unit",)
+
+
+class OwnNumber(np.float64):
+    unit: Any
+
+
+class OwnPath(type(Path())):  # type: ignore[misc]
+    unit: Any
+
+
+class OwnProperty(property):
+    unit: Any
+
+
+class OwnTensor(torch.Tensor):
+    unit: Any
+
+
+class Unit(lab.enum.Enum):
+    ONE = 1
+    unit: Any
+
+
+class Answering:
+    __slots__ = ("content",)
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def __reduce__(self) -> Any:
+        return functools.partial(Answering, self.content), ()
+
+
+def _with_unit(thing: Any, unit: Any) -> Any:
+    thing.unit = unit
+    return thing
+
+
+def _member(unit: Any) -> Any:
+    return _with_unit(lab.enum.Enum("Local", {"ONE": 1})["ONE"], unit)
+
+
+def _weak(value: Any) -> Any:
+    key = lab.Plain(1)
+    return key, weakref.WeakKeyDictionary({key: value})
+
+
+HANGING: dict[str, Any] = {
+    "array": lambda u: _with_unit(np.zeros(2).view(Quantity), u),
+    "number": lambda u: _with_unit(OwnNumber(1.0), u),
+    "path": lambda u: _with_unit(OwnPath("nowhere"), u),
+    "property": lambda u: type("A", (), {"p": _with_unit(OwnProperty(abs), u)}),
+    "array with slots": lambda u: _with_unit(np.zeros(2).view(SlottedQuantity), u),
+    "array with metadata": lambda u: np.zeros(2, np.dtype("f8", metadata={"unit": u})),
+    "masked array": lambda u: _with_unit(np.ma.array([1, 2], mask=[0, 1]), u),
+    "tensor": lambda u: _with_unit(torch.zeros(2), u),
+    "sparse tensor": lambda u: _with_unit(torch.eye(2).to_sparse(), u),
+    "parameter": lambda u: _with_unit(torch.nn.Parameter(torch.zeros(2)), u),
+    "tensor of one's own": lambda u: _with_unit(torch.zeros(2).as_subclass(OwnTensor), u),
+    "member": _member,
+    "class of a member": lambda u: type(_member(u)),
+    "methodcaller": lambda u: operator.methodcaller("a", x=u),
+    "reduced by a partial": Answering,
+    "weak": _weak,
+}
+
+
+@pytest.mark.parametrize("make", HANGING.values(), ids=HANGING)
+def test_what_hangs_on_arrays_tensors_and_members_counts(make: Any) -> None:
+    found = [identity(lab.closed(make(unit))) for unit in (1, 1000, 1)]
+    assert found[0] == found[2] != found[1]
+
+
+# --- paths in texts, and behind links -----------------------------------------------------------------------------
+
+
+def test_what_is_behind_a_link_in_a_folder_counts(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for path in (folder / "inner", other):
+        path.mkdir(parents=True)
+    (other / "k.txt").write_text("1", encoding="utf-8")
+    (folder / "link").symlink_to(other)
+    (folder / "inner" / "up").symlink_to(folder)  # without an end
+    (folder / "none").symlink_to(tmp_path / "nowhere")
+    before = identity(lab.closed(folder))
+    assert identity(lab.closed(folder)) == before
+    (other / "k.txt").write_text("2", encoding="utf-8")
+    after = identity(lab.closed(folder))
+    assert after != before
+    (folder / "empty").mkdir()
+    assert identity(lab.closed(folder)) != after
+
+
+WHERE: dict[str, Any] = {
+    "template: a path": {"arguments": ("{k}",)},
+    "template: an option": {"arguments": ("--x={k}",)},
+    "template: one letter": {"arguments": ("-I{k}", "{{a}}")},
+    "template: a list": {"arguments": ("a,{k}:b",)},
+    "input": {"inputs": {"in.txt": "mass = {{a}}\ntable = '{k}'\n"}},
+    "input: a comment": {"inputs": {"in.txt": "x {{a}} # see {k};\n"}},
+    "profile: a path": {"argv": ("{k}",)},
+    "profile: one letter": {"argv": ("-f{k}",)},
+    "profile: a script": {"argv": ("-c", "cat {k} > out && echo $1")},
+    "profile: a folder": {"argv": ("-I{d}",)},
+    "variable": {"env": {"K": "{k}"}},
+    "variable: a list": {"env": {"K": "{d}:/usr/lib"}},
+    "variable: programs": {"env": {"PATH": "{d}:/usr/bin:/bin"}},
+    "a launcher's program": {"argv": ("-n", "4", "engine"), "env": {"PATH": "{d}:/usr/bin:/bin"}},
+}
+
+
+@pytest.mark.parametrize("where", WHERE.values(), ids=WHERE)
+def test_files_that_texts_name_by_absolute_paths_count(where: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    for name in ("k.txt", "engine"):
+        (folder / name).write_text("1", encoding="utf-8")
+        (folder / name).chmod(0o755)
+
+    def filled(text: str) -> str:
+        return text.replace("{k}", str(folder / "k.txt")).replace("{d}", str(folder)).replace("{{a}}", "{a}")
+
+    def made() -> str:
+        inputs = {name: filled(text) for name, text in where.get("inputs", {}).items()}
+        template = TextTemplate(output="o", inputs=inputs, arguments=tuple(map(filled, where.get("arguments", ()))))
+        env = {name: filled(text) for name, text in where.get("env", {}).items()}
+        profile = Profile(("sh", *map(filled, where.get("argv", ()))), env=env)
+        return identity_of(ExternalSimulator(template, profile, ParameterSpace((Parameter("a"),)), ()))
+
+    before = made()
+    assert made() == before
+    for name in ("k.txt", "engine"):
+        (folder / name).write_text("2", encoding="utf-8")
+    assert made() != before
+
+
+def test_a_program_in_a_line_for_a_shell_counts(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    program = tmp_path / "engine"
+    program.write_text("#!/bin/sh\necho 1\n", encoding="utf-8")
+    program.chmod(0o755)
+    before = identity(lab.closed(f"nice {program} 1.5"))
+    program.write_text("#!/bin/sh\necho 2\n", encoding="utf-8")
+    assert identity(lab.closed(f"nice {program} 1.5")) != before
