@@ -7,14 +7,19 @@ for programs that read text and write an array.
 
 from __future__ import annotations
 
+import errno
 import itertools
+import numbers
+import operator
 import os
 import platform
 import re
 import shlex
 import shutil
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -25,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adapters._paths import is_of_system, with_files
 from adapters._process import Outcome, run_process
+from bridge.arrays import real_array
 from bridge.environment import child_environment, keep_directory, marked, own_directory
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
 from bridge.simulator import ParameterSpace
@@ -117,26 +123,33 @@ class Profile:
                 f"Expected argv as a list of strings, got the single string {self.argv!r}. Write "
                 f"{tuple(shlex.split(os.fsdecode(self.argv)))!r}: then spaces and quotes mean nothing."
             )
-        argv = tuple(os.fspath(part) if isinstance(part, os.PathLike) else part for part in self.argv)
+        try:
+            argv = tuple(os.fspath(part) if isinstance(part, os.PathLike) else part for part in self.argv)
+        except TypeError:
+            argv = ()
         if not argv or not all(isinstance(part, str) for part in argv) or not argv[0]:
             raise InputError(f"Expected argv as a program and its arguments, all strings, got {self.argv!r}.")
         if os.sep in argv[0]:
             argv = (os.path.abspath(argv[0]), *argv[1:])
         object.__setattr__(self, "argv", argv)
-        env = dict(self.env)
-        if not all(isinstance(k, str) and isinstance(v, str) and k and "=" not in k for k, v in env.items()):
+        env = dict(self.env) if isinstance(self.env, Mapping) else self.env
+        if not isinstance(env, dict) or not all(
+            isinstance(k, str) and isinstance(v, str) and k and "=" not in k for k, v in env.items()
+        ):
             raise InputError(f"Expected env as a mapping of names to strings, got {env!r}. Write numbers as strings.")
         object.__setattr__(self, "env", env)
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise InputError(f"Expected a positive timeout_s or None, got {self.timeout_s!r}.")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"Expected at least one thread or None, got {self.threads!r}.")
+        if self.timeout_s is not None and not (_is_real(self.timeout_s) and self.timeout_s > 0):
+            raise InputError(f"Expected timeout_s as a number > 0 or None, got {self.timeout_s!r}.")
+        if self.threads is not None and not (_is_whole(self.threads) and self.threads >= 1):
+            raise InputError(f"Expected threads as a whole number of at least 1 or None, got {self.threads!r}.")
         if self.keep not in ("failed", "all", "none"):
             raise InputError(f"Unknown keep={self.keep!r}. Known: failed, all, none.")
-        if self.keep_at_most is not None and not self.keep_at_most >= 1:
+        if self.keep_at_most is not None and not (_is_whole(self.keep_at_most) and self.keep_at_most >= 1):
             raise InputError(f"Expected a keep_at_most of 1 or more, or None, got {self.keep_at_most!r}.")
-        if not self.kill_grace_s >= 0:
+        if not (_is_real(self.kill_grace_s) and self.kill_grace_s >= 0):
             raise InputError(f"Expected a kill_grace_s of 0 or more, got {self.kill_grace_s!r}.")
+        if self.scratch is not None and not isinstance(self.scratch, str | os.PathLike):
+            raise InputError(f"Expected scratch as a path or None, got {self.scratch!r}.")
         if self.scratch is not None:
             object.__setattr__(self, "scratch", Path(os.path.abspath(self.scratch)))
 
@@ -216,7 +229,16 @@ class ExternalSimulator:
 
     def __post_init__(self) -> None:
         if self.output_shape is not None:
-            object.__setattr__(self, "output_shape", tuple(int(n) for n in self.output_shape))
+            try:
+                shape = tuple(operator.index(n) for n in self.output_shape)
+            except TypeError:
+                shape = (-1,)
+            if any(n < 0 for n in shape):
+                raise InputError(
+                    f"Expected output_shape as a tuple of whole numbers, got {self.output_shape!r}. One number is (), "
+                    "five are (5,); None takes what the first run gives."
+                )
+            object.__setattr__(self, "output_shape", shape)
         self.template.check(self.space)
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -263,16 +285,21 @@ class ExternalSimulator:
             self.template.write_input(directory, row)
             command = (executable, *self.profile.argv[1:], *self.template.command_arguments(row))
             standard_input = self.template.standard_input(row)
-            outcome = run_process(
-                command,
-                directory=directory,
-                environment=marked(self.profile.environment()),
-                standard_input=None if standard_input is None else directory / standard_input,
-                standard_output=directory / STDOUT,
-                standard_error=directory / STDERR,
-                timeout_s=self.profile.timeout_s,
-                kill_grace_s=self.profile.kill_grace_s,
-            )
+            try:
+                outcome = run_process(
+                    command,
+                    directory=directory,
+                    environment=marked(self.profile.environment()),
+                    standard_input=None if standard_input is None else directory / standard_input,
+                    standard_output=directory / STDOUT,
+                    standard_error=directory / STDERR,
+                    timeout_s=self.profile.timeout_s,
+                    kill_grace_s=self.profile.kill_grace_s,
+                )
+            except OSError as error:
+                if error.filename != executable:
+                    raise
+                raise SetupError(_why_not_started(Path(executable), error)) from error
             if outcome.timed_out:
                 raise EvaluationTimeoutError(
                     f"Expected an end within {self.profile.timeout_s:g} s, got none: the run was killed. Raise "
@@ -318,8 +345,16 @@ class ExternalSimulator:
 
     def _read(self, directory: Path, shape: tuple[int, ...] | None) -> NDArray[np.float64]:
         reader = f"{type(self.template).__name__}.read_output"
+        if not directory.is_dir():
+            raise OutputError(
+                "Expected the run's directory with its output, got none: the program, which ended with status 0, has "
+                "removed its own directory, or something it started has. Have it remove files by their names."
+            )
         try:
-            output = np.asarray(self.template.read_output(directory))
+            given = self.template.read_output(directory)
+            if given is None or isinstance(given, Mapping | set | np.ma.MaskedArray):
+                given = real_array(given, f"from {reader}")
+            output = np.asarray(given)
             if np.iscomplexobj(output):
                 raise TypeError("complex numbers; return real and imaginary parts as real numbers")
             output = np.array(output, dtype=np.float64, order="C")  # `ascontiguousarray` makes a vector of a scalar
@@ -348,18 +383,49 @@ class ExternalSimulator:
         values = ", ".join(
             f"{p.name} = {row.values[p.name]!r}{' ' + p.unit if p.unit else ''}" for p in self.space.parameters
         )
+        place = directory if kept is None else kept
+        gone = " (removed: Profile.keep)" if kept is None else "" if kept.exists() else " (which is gone)"
         lines = [
             said,
             f"  program: {shlex.join(outcome.command) if outcome else self.profile.argv[0]}",
             f"  parameters: {values}; seed {row.seed}",
             f"  status: {outcome.describe() if outcome else 'not started'}, on {platform.node()}",
-            f"  directory: {directory if kept is None else kept}{' (removed: Profile.keep)' if kept is None else ''}",
+            f"  directory: {place}{gone}",
         ]
         for name in (STDOUT, STDERR, *self.template.log_files()):
             tail = [line.replace(str(directory), str(kept or directory)) for line in _tail((kept or directory) / name)]
             if tail:
                 lines += [f"  last lines of {name}:", *(f"    {line}" for line in tail)]
         return "\n".join(lines)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _why_not_started(program: Path, error: OSError) -> str:
+    """What hinders a file that is there and executable from being started; the kernel names the file alone."""
+    said = f"Expected the program {str(program)!r} to start on {platform.node()}, got "
+    first = b""
+    with suppress(OSError), program.open("rb") as file:
+        first = file.read(256).split(b"\n")[0]
+    if first.startswith(b"#!") and error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ELOOP):
+        interpreter = (first[2:].decode(errors="replace").lstrip(" \t").split(" ") or [""])[0]
+        lines = " Its lines end as on Windows: convert them (dos2unix)." if interpreter.endswith("\r") else ""
+        return (
+            f"{said}{error.strerror}: the interpreter that its first line names, {interpreter!r}, is not there or may "
+            f"not be executed.{lines} Correct the line, or name the interpreter: Profile(('sh', {str(program)!r}))."
+        )
+    if error.errno == errno.ENOEXEC:
+        return (
+            f"{said}{error.strerror}: it has no first line such as #!/bin/sh, or is made for another kind of machine. "
+            f"Add the line, or name the interpreter: Profile(('sh', {str(program)!r}))."
+        )
+    return f"{said}{error.strerror}. Start it by hand on that machine to see why."
 
 
 def _tail(path: Path, number: int = _TAIL_LINES, limit: int = 16_384) -> list[str]:
@@ -400,8 +466,13 @@ class TextTemplate(Template):
     read: Callable[[Path], ArrayLike] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.arguments, str):
+        if not isinstance(self.arguments, list | tuple) or not all(isinstance(a, str) for a in self.arguments):
             raise InputError(f"Expected arguments as a list of strings, got {self.arguments!r}.")
+        if not isinstance(self.output, str):
+            raise InputError(f"Expected output as the name of a file, got {self.output!r}.")
+        texts = self.inputs.items() if isinstance(self.inputs, Mapping) else [(None, None)]
+        if not all(isinstance(name, str) and isinstance(text, str) for name, text in texts):
+            raise InputError(f"Expected inputs as a mapping of file names to texts, got {self.inputs!r}.")
         object.__setattr__(self, "arguments", tuple(self.arguments))
         object.__setattr__(self, "inputs", dict(self.inputs))
         for name in (self.output, *self.inputs):
@@ -428,6 +499,16 @@ class TextTemplate(Template):
                     f"Unknown placeholders {unknown} in {text[:60]!r}. Known: {', '.join((*space.names, 'seed'))}. "
                     "Double the braces that belong to the file itself: {{ and }}."
                 )
+
+        used = {name for text in (*self.inputs.values(), *self.arguments) for name in _fields(text)}
+        if unused := [name for name in space.names if name not in used]:
+            warnings.warn(
+                f"TextTemplate has no placeholder for {', '.join(unused)}: outputs cannot depend on "
+                f"{'it' if len(unused) == 1 else 'them'}. Write {{{unused[0]}}} into inputs or arguments, or take the "
+                "parameter out of the space.",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def write_input(self, directory: Path, row: Row) -> None:
         for name, text in self.inputs.items():

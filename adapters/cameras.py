@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adapters._scene import LARGEST_COORDINATE, Scene, among
+from bridge.arrays import is_number
 from bridge.errors import InputError
 from bridge.simulator import Parameter, ParameterSpace
 
@@ -79,8 +80,8 @@ class Orthographic:
     half_height: float
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.half_height) and self.half_height > 0):
-            raise InputError(f"Expected a positive, finite half_height, got {self.half_height}.")
+        if not (is_number(self.half_height) and self.half_height > 0):
+            raise InputError(f"Expected a positive, finite half_height, got {self.half_height!r}.")
 
 
 Lens = Perspective | Pinhole | Orthographic

@@ -296,6 +296,8 @@ def _direction(axis: ArrayLike) -> NDArray[np.float64]:
 def _numbers(what: str, value: ArrayLike) -> NDArray[np.float64]:
     if np.ma.is_masked(value):
         raise InputError(f"Expected {what} as plain numbers, got masked ones. Fill them, or leave them out.")
+    if value is None or (isinstance(value, list | tuple) and any(v is None for v in value)):
+        raise InputError(f"Expected {what} as real numbers, got None. A function without a return statement gives it.")
     try:
         array = np.asarray(value)
         array = array.astype(np.float64) if array.dtype.kind in "biufO" else array
@@ -321,6 +323,7 @@ def _fit(*shapes: tuple[int, ...]) -> None:
 def _rotations(value: ArrayLike) -> NDArray[np.float64]:
     matrix = _numbers("rotations", value)
     if matrix.shape[-2:] == (4, 4):
+        _check_last_row(matrix)
         matrix = matrix[..., :3, :3]
     if matrix.shape[-2:] != (3, 3):
         raise InputError(f"Expected rotations (..., 3, 3) or poses (..., 4, 4), got shape {matrix.shape}.")
@@ -340,6 +343,10 @@ def _poses(value: ArrayLike) -> NDArray[np.float64]:
     if pose.shape[-2:] != (4, 4):
         raise InputError(f"Expected poses (..., 4, 4), got shape {pose.shape}.")
     _rotations(pose)
+    return pose
+
+
+def _check_last_row(pose: NDArray[np.float64]) -> None:
     if np.abs(pose[..., 3, :] - [0, 0, 0, 1]).max(initial=0) > 1e-9:
         row = pose.reshape(-1, 4, 4)[:, 3]
         row = row[np.abs(row - [0, 0, 0, 1]).max(axis=1).argmax()]
@@ -347,7 +354,6 @@ def _poses(value: ArrayLike) -> NDArray[np.float64]:
             f"Expected poses with the last row 0 0 0 1, got {row.tolist()}. The translation belongs into the last "
             "column: transpose matrices that have it below."
         )
-    return pose
 
 
 def _points(value: ArrayLike) -> NDArray[np.float64]:

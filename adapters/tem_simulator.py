@@ -25,6 +25,7 @@ from adapters._tem_keys import DIALECTS, KEYS, Dialect, Value
 from adapters._tem_maps import IMAGINARY, REAL, Maps, absorption, cache_key, cached, default_cache
 from adapters._tem_parameters import PARAMETER_NAMES, Angles, Plan, make_plan
 from adapters.base import STDOUT, ExternalSimulator, Profile, Row, Template
+from bridge.arrays import unmasked_array
 from bridge.errors import EvaluationError, InputError
 from bridge.simulator import BlockStructure, Outside, Parameter, ParameterSpace
 
@@ -358,7 +359,8 @@ class TEMSimulator:
 
     def write_output(self, path: str, output: NDArray[Any]) -> None:
         """Images as an MRC stack; with several detectors one after another."""
-        _tem_mrc.write_stack(Path(path), np.reshape(output, (-1, *self.output_shape[-2:])), self.pixel_angstrom)
+        images = unmasked_array(output, "as images").reshape(-1, *self.output_shape[-2:])
+        _tem_mrc.write_stack(Path(path), images, self.pixel_angstrom)
 
     def _maps(self) -> tuple[Maps | None, ...]:
         """The cached maps of each particle of the deck; None where it has none."""

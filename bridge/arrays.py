@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.errors import BridgeError, OutputError
+from bridge.errors import BridgeError, InputError, OutputError
 
 # All of their values are float32 values; those of any other type are made float64.
 _NARROW = frozenset(map(np.dtype, (np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.float16, np.float32)))
@@ -50,6 +50,17 @@ def real_array(given: Any, source: str, error: type[BridgeError] = OutputError) 
     return array
 
 
+def unmasked_array(given: Any, source: str) -> NDArray[Any]:
+    """As `real_array`, for a file that has no place for a mask: what lies under one is no number of the array."""
+    array = real_array(given, source, InputError)
+    if any(map(np.ma.is_masked, given if isinstance(given, list | tuple) else (given,))):
+        raise InputError(
+            f"Expected numbers {source}, got a masked array: the file has no mask. Fill it: "
+            "np.ma.filled(array, array.mean())."
+        )
+    return array
+
+
 def floating(array: NDArray[Any], narrow: type[np.floating[Any]] = np.float32) -> NDArray[Any]:
     """The same numbers in float64, or in `narrow` where float32 has all values of the dtype."""
     dtype = array.dtype.newbyteorder("=")
@@ -68,6 +79,16 @@ def one_number(given: Any, source: str, error: type[BridgeError] = OutputError) 
     if array.size != 1:
         raise error(f"Expected one number {source}, got shape {array.shape}. Reduce it with .mean() or .sum().")
     return float(array.reshape(()))
+
+
+def is_number(given: Any) -> bool:
+    """Whether it is one finite real number; a boolean and text are none."""
+    if isinstance(given, bool | np.bool_):
+        return False
+    try:
+        return bool(np.isfinite(one_number(given, "")))
+    except BridgeError:
+        return False
 
 
 def is_tensor(given: Any) -> bool:

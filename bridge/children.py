@@ -68,7 +68,7 @@ def keep_directory(directory: Path, stem: str, most: int | None) -> Path:
     with contextlib.suppress(OSError):
         os.rename(directory, kept)
         directory = kept
-    if most is not None:
+    if most is not None and place.is_dir():
         names = re.compile(rf"bridge-{re.escape(stem)}-{_KEPT}-[a-z0-9_]{{8}}")
         found = [(_changed(path), path) for path in place.iterdir() if names.fullmatch(path.name)]
         for _, path in sorted(found)[: max(0, len(found) - most)]:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import special, stats
 
+from bridge.arrays import real_array
 from bridge.errors import InputError
 from bridge.evaluation import Evaluation
 from bridge.fidelity import Corrected
@@ -351,6 +352,8 @@ class Estimate:
                 "Expected covariate='loo' and forward='smoothed' for an unbiased squared error, got "
                 f"{self.covariate!r} and {evaluation.strategy.forward!r}."
             )
+        if not isinstance(target, torch.Tensor):
+            target = torch.as_tensor(real_array(target, "as the target", InputError).astype(np.float64))
         try:
             t = as_tensor(target).detach().to(self._wide).expand(self.value.shape)
             w = as_tensor(weight).detach().to(self._wide).expand(self.value.shape) / evaluation.num_outputs

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.arrays import real_array
 from bridge.checks import as_whole, can_be_called_with, is_number, refuse_unknown
 from bridge.errors import BridgeError, InputError
 from bridge.fit_problem import FitProblem, Start, make_problem
@@ -410,15 +411,7 @@ def _check_kinds(target: Any, start: Any, variance: Any, fixed: Any, tied: Any, 
             load = f" Load the file first: numpy.load({os.fspath(value)!r})." if name == "target" else ""
             raise InputError(f"Expected numbers as {name}, got the text {os.fspath(value)!r}.{load}")
         if name == "target":
-            try:
-                kind = np.asarray(value).dtype
-            except ValueError as error:
-                raise InputError(f"Expected a target of one shape, got: {error}.") from error
-            if kind.kind == "c":
-                raise InputError("Expected real numbers as target, got complex ones. Stack real and imaginary parts.")
-            if kind.kind not in "biuf":
-                what = type(value).__name__ if np.ndim(value) == 0 else f"an array of dtype {kind}"
-                raise InputError(f"Expected real numbers as target, got {what}.")
+            real_array(value, "as the target", InputError)
     if isinstance(fixed, Mapping):
         raise InputError(
             f"Expected a list of names as fixed, got {fixed!r}: they keep their start. Give {list(fixed)}."

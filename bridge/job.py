@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge import registry
+from bridge.arrays import real_array
 from bridge.checks import did_you_mean, refuse_unknown
 from bridge.dispatch import is_root
 from bridge.errors import InputError, SetupError
@@ -229,7 +230,8 @@ def write_output(simulator: Simulator, stem: Path, output: NDArray[Any]) -> Path
     if isinstance(simulator, FileFormat):
         form = simulator
         return write_whole(stem.with_suffix(form.output_suffix), lambda p: form.write_output(str(p), output))
-    return write_whole(stem.with_suffix(".npy"), lambda p: np.save(p, output, allow_pickle=False))
+    array = real_array(output, "as an output", InputError)  # masked numbers are NaN
+    return write_whole(stem.with_suffix(".npy"), lambda p: np.save(p, array, allow_pickle=False))
 
 
 def is_finished(job: Job) -> bool:

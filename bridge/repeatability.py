@@ -3,8 +3,9 @@
 Noise that does not come from the seed makes every promise void: results then depend on the number of ranks and on what
 ran before, and cannot be resumed. So the first row of a plain function is run once more, after others have been run.
 Functions of which a run takes longer than a second are not run twice, nor are those of fits that count every run
-(`max_runs=`, `directory=`) or of what has a store; of these it is only seen whether they draw from a global
-generator. `bridge check` looks closer.
+(`max_runs=`, `directory=`), of studies, or of what has a store: there a counter, a file or a generator of its own is
+not seen. Of these it is seen whether they draw from a global generator, and one that does is run once more for that,
+where a run takes less than a second. `bridge check` looks closer.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Watch:
     """Looks at the first calls of a function, once in a process.
 
     Attributes:
-        done: whether there is nothing more to look at. frugal: whether nothing is run again, since runs are counted.
+        done: whether there is nothing more to look at. frugal: whether nothing is run again, since runs are counted,
+            but of a function that draws from a global generator.
     """
 
     def __init__(self, done: bool = False, frugal: bool = False) -> None:
@@ -70,10 +72,13 @@ class Watch:
         outputs = call(inputs.copy(), seeds.copy())
         seconds, after = time.perf_counter() - begin, generators()
         self._drawn |= {source for source, state in before.items() if source in after and after[source] != state}
-        if self.frugal or seconds > _CHEAP_S * len(inputs):
+        dear = seconds > _CHEAP_S * len(inputs)
+        if dear or (self.frugal and not self._drawn):
             self.done = True
             if self._drawn and not seeded:
-                self._warn(f"Simulator {name!r} draws from {' and '.join(sorted(self._drawn))}.", seeded, outputs)
+                drawn = f"Simulator {name!r} draws from {' and '.join(sorted(self._drawn))}."
+                # Numbers may be thrown away, or the generator be seeded by each call: that is not known.
+                self._warn(f"{drawn} If its outputs depend on that, results", seeded, outputs)
             return outputs
         try:
             known = real_array(outputs, f"from simulator {name!r}").copy()  # it may hand out the same memory every time
@@ -81,7 +86,7 @@ class Watch:
         except (BridgeError, IndexError):
             return outputs  # what is no output is told elsewhere
         alone = len(inputs) == 1
-        if alone and self._first is None:
+        if alone and self._first is None and not self.frugal:
             self._first = first
             return known
         if vectorized and not alone:
@@ -89,10 +94,11 @@ class Watch:
             first = np.repeat(inputs[:1], 2, axis=0), np.repeat(seeds[:1], 2), known[0].copy()
         said = _repeated(call, *(first if self._first is None or (vectorized and not alone) else self._first))
         _restore(after)
-        self.done = bool(said) or not (alone and vectorized)
+        self.done = bool(said) or self.frugal or not (alone and vectorized)
         if said:
             source = f", and draws from {' and '.join(sorted(self._drawn))}" if self._drawn else ""
-            self._warn(f"Simulator {name!r} {said} when its first row is run again{source}.", seeded, known)
+            said = f"Simulator {name!r} {said} when its first row is run again{source}. Results then"
+            self._warn(said, seeded, known)
         return known
 
     @staticmethod
@@ -104,7 +110,7 @@ class Watch:
             "bridge.as_simulator(f, seeded=True) says so. If it keeps something between calls, begin each call anew."
         )
         warning = NotRepeatableWarning(
-            f"{said} Results then depend on ranks and on what ran before, and cannot be resumed. {advice}"
+            f"{said} depend on ranks and on what ran before, and cannot be resumed. {advice}"
         )
         warning.outputs = outputs
         warnings.warn(warning, stacklevel=2)

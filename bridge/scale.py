@@ -22,9 +22,13 @@ Array = NDArray[np.float64]
 Form = Literal["diagonal", "matrix"]
 
 
-def as_tensor(values: Any) -> torch.Tensor:
+def as_tensor(values: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A tensor as it is; numbers on the CPU, whatever torch's default device is."""
-    return values if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
+    if isinstance(values, torch.Tensor):
+        return values
+    if isinstance(values, np.ndarray) and (not values.dtype.isnative or min(values.strides, default=0) < 0):
+        values = values.astype(values.dtype.newbyteorder("="))  # torch has neither another order nor strides below 0
+    return torch.as_tensor(values, dtype=dtype, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,7 @@ def parse_scale(scale: ScaleLike, natural: Array, distribution: Distribution) ->
     else:
         # Straight to float64: as_tensor of a Python number would round it to float32.
         try:
-            given = (
-                scale if isinstance(scale, torch.Tensor) else torch.as_tensor(scale, dtype=torch.float64, device="cpu")
-            )
+            given = as_tensor(scale, torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"Expected a scale that is a number, ({d},) or ({d}, {d}), got {scale!r}. Give numbers, in the order "

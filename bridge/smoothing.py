@@ -195,10 +195,11 @@ class SmoothedSimulator:
         theta, tensor, form, space = self._prepare(theta, scale)
         transformed = torch._C._functorch.maybe_current_level() is not None
         keys = _make_keys(step, problem, theta.shape[:-1])
-        if not transformed and not old_vmap_depth():
-            self._notice_frozen_noise(theta, keys)
         tangents = has_tangent(theta, tensor)
         need = torch.is_grad_enabled() or tangents
+        # Values alone, as of the items of a data set, are no optimiser's.
+        if not transformed and not old_vmap_depth() and need and (tangents or theta.requires_grad):
+            self._notice_frozen_noise(theta, keys)
         call = Call(
             self,
             0,
@@ -372,7 +373,9 @@ def _make_keys(step: int | torch.Tensor, problem: int | torch.Tensor, batch: Seq
 def _key(name: str, value: Any, batch: Sequence[int]) -> int | torch.Tensor:
     """A number, or a tensor of them, whose values are looked at where the mapping of `torch.func.vmap` is undone."""
     if isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "iu":
-        value = torch.as_tensor(value)
+        if value.size and int(value.max()) >= 1 << 63:
+            raise InputError(f"Expected {name} to be integers from 0 to 2^63 - 1, got {value.max()}.")
+        value = torch.as_tensor(value.astype(np.int64))  # in this machine's byte order
     if not isinstance(value, torch.Tensor):
         return whole_number(name, value)
     exact = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)

@@ -151,7 +151,7 @@ class Finding:
 def examine(simulator: Simulator, at: ArrayLike, seed: int = 0, elsewhere: bool = True) -> list[Finding]:
     """Looks at whether a simulator keeps to what `bridge.Simulator` asks: the same numbers for the same row and seed.
 
-    Eleven rows about a place are run together, again, in reverse order, one by one, and in another process.
+    Eleven rows about a place are run together, again, in reverse order, one by one, and in another process in reverse.
 
     Args:
         at: (d,) parameters. seed: of the rows and of the simulator. elsewhere: whether another process is tried.
@@ -189,6 +189,12 @@ def examine(simulator: Simulator, at: ArrayLike, seed: int = 0, elsewhere: bool 
             found.append(Finding(what, True, "the same numbers" if bits else "the same but for the last digits"))
 
     unwatched(simulator)
+    child: IsolatedSimulator | BridgeError | None = None
+    if elsewhere:
+        try:
+            child = IsolatedSimulator(simulator)  # before it has run: what it keeps does not travel with it
+        except BridgeError as error:
+            child = error
     every = np.arange(len(x))
     folder, here, states = Path.cwd(), sorted(os.listdir()), generators()
     begin = time.perf_counter()
@@ -236,14 +242,15 @@ def examine(simulator: Simulator, at: ArrayLike, seed: int = 0, elsewhere: bool 
         what = str(error) if isinstance(error, BridgeError) else f"{type(error).__name__}: {error}"
         found.append(Finding("runs", False, what))
         return found
-    if elsewhere:
-        child = None
+    if isinstance(child, BridgeError):
+        found.append(Finding("in another process", False, str(child)))
+    elif child is not None:
         try:
-            child = IsolatedSimulator(simulator)
-            compare("in another process", every, real_array(child(x.copy(), seeds.copy()), "from there"), keep)
+            # Begun with another row: what a function keeps of its first call is another there.
+            rows = every[::-1]
+            compare("in another process", rows, real_array(child(x[rows], seeds[rows]), "from there"), keep)
         except BridgeError as error:
             found.append(Finding("in another process", False, str(error)))
         finally:
-            if child is not None:
-                child.close()
+            child.close()
     return found

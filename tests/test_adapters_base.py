@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from adapters.base import ExternalSimulator, Profile, Row, Template, TextTemplat
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
 from bridge.simulator import Parameter, ParameterSpace, Simulator
 
+# Programs of constant outputs stand for any.
+pytestmark = pytest.mark.filterwarnings("ignore:TextTemplate has no placeholder")
+
 SPACE = ParameterSpace((Parameter("mass_kg", "kg"), Parameter("angle_deg", "deg")))
 X = np.array([[1.5, 30.0], [-2.25, 1e-17]])
 SEEDS = np.array([7, 2**64 - 1], dtype=np.uint64)
@@ -34,6 +38,7 @@ SEEDS = np.array([7, 2**64 - 1], dtype=np.uint64)
 PROGRAM = """
 import struct, sys
 import numpy as np
+
 mass, angle, seed = open("in.txt").read().split()
 seed = int(seed)
 print("working on", mass)
@@ -248,6 +253,80 @@ def test_missing_output_lists_what_is_there(make: Any, scratch: Path) -> None:
 def test_unreadable_output(make: Any, output: str, program: str, said: str) -> None:
     with pytest.raises(OutputError, match=said):
         make(program, output=output)(X, SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "got None. .*return statement"),
+        ({"a": 1.0}, "dict with the keys 'a'"),
+        (np.ma.masked_array([1.0, -9999.0], mask=[False, True]), "1 of 2 that are NaN"),
+    ],
+)
+@pytest.mark.parametrize("shape", [None, (2,), ()])
+def test_a_reader_that_returns_no_numbers(tmp_path: Path, shape: Any, value: Any, said: str) -> None:
+    template = TextTemplate("stdout.txt", INPUT, read=lambda path: value)
+    simulator = ExternalSimulator(template, Profile(("echo", "1"), scratch=tmp_path), SPACE, shape)
+    if isinstance(value, np.ma.MaskedArray) and shape == ():
+        said = "shape"
+    with pytest.raises(EvaluationError, match=said):
+        simulator(X, SEEDS)
+
+
+def test_a_program_that_removes_its_directory(tmp_path: Path) -> None:
+    for place in ("$PWD", "$(dirname $PWD)"):
+        template = TextTemplate("stdout.txt", INPUT)
+        profile = Profile(("sh", "-c", f'rm -rf "{place}"'), scratch=tmp_path / "scratch")
+        with pytest.raises(OutputError, match=r"has removed its own directory(?s:.*)which is gone"):
+            ExternalSimulator(template, profile, SPACE, (2,))(X, SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("#!/nonexistent/lab-shell -x\necho 1\n", "interpreter that its first line names, '/nonexistent/lab-shell'"),
+        ("#!/bin/sh\r\necho 1\r\n", "end as on Windows"),
+        ("echo 1\n", "no first line such as #!/bin/sh.*Profile..'sh'"),
+    ],
+)
+def test_a_script_that_cannot_start(tmp_path: Path, text: str, said: str) -> None:
+    script = tmp_path / "prog.sh"
+    script.write_bytes(text.encode())
+    script.chmod(0o755)
+    simulator = ExternalSimulator(TextTemplate("stdout.txt", INPUT), Profile((str(script),)), SPACE, ())
+    with pytest.raises(SetupError, match=rf"{said}(?s:.*)not started"):
+        simulator(X, SEEDS)
+
+
+def test_a_parameter_that_no_text_has_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"no placeholder for angle_deg: .*\{angle_deg\}"):
+        ExternalSimulator(TextTemplate("o.npy", {"in.txt": "{mass_kg:.3f} {seed}"}), Profile(("echo",)), SPACE, ())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        template = TextTemplate("o.npy", {"in.txt": "{mass_kg}"}, arguments=("--angle={angle_deg}",))
+        ExternalSimulator(template, Profile(("echo",)), SPACE, ())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"timeout_s": "5"}, {"timeout_s": True}, {"timeout_s": float("nan")}, {"threads": "2"}, {"threads": 1.5},
+        {"kill_grace_s": "1"}, {"kill_grace_s": None}, {"keep_at_most": "3"}, {"keep_at_most": 1.5}, {"scratch": 5},
+        {"env": None}, {"env": ["A"]}, {"argv": None}, {"argv": 3},
+    ],
+)  # fmt: skip
+def test_settings_of_another_type_are_refused_in_words(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"Expected .*{next(iter(settings))}"):
+        Profile(**{"argv": ("echo",)} | settings)
+
+
+@pytest.mark.parametrize("shape", [5, "ab", (1.5,), (-1,)])
+def test_shapes_of_another_type_are_refused_in_words(shape: Any) -> None:
+    with pytest.raises(InputError, match="output_shape"):
+        ExternalSimulator(TextTemplate("o.npy", INPUT), Profile(("echo",)), SPACE, shape)
+    for wrong in ({"output": None}, {"inputs": "in.txt"}, {"inputs": {"a": 1}}, {"arguments": (1,)}):
+        with pytest.raises(InputError, match=f"Expected {next(iter(wrong))}"):
+            TextTemplate(**{"output": "o.npy"} | wrong)  # type: ignore[arg-type]
 
 
 def test_wrong_shape_gives_advice(make: Any) -> None:

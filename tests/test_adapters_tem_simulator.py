@@ -494,6 +494,8 @@ def test_outputs_live_in_mrc_files(lab: Lab) -> None:
     simulator.write_output(path, output)
     np.testing.assert_allclose(simulator.read_output(path), output, rtol=1e-6)
     assert _tem_mrc.read_header(Path(path)).voxel_angstrom[:2] == (10.0, 10.0)
+    with pytest.raises(InputError, match="no mask"):
+        simulator.write_output(path, np.ma.masked_greater(output, output.mean()))
     with pytest.raises(InputError, match=r"\(16, 24\)"):
         lab.make().read_output(path)
     with pytest.raises(InputError, match="none"):

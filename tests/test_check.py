@@ -39,6 +39,12 @@ def goes(p):
 def constant(p):
     return np.ones(3)
 
+KEPT = []
+
+def first(p):
+    KEPT or KEPT.append(p.copy())
+    return p - KEPT[0]
+
 def elsewhere(p):
     return p * os.getpid()
 
@@ -82,6 +88,7 @@ def test_what_is_right_is_ok(here, capsys, name):
         ("goes", "NO the working directory: It goes to /"),
         ("constant", "NO the parameters: No output changes."),
         ("elsewhere", "NO in another process: 11 of 11 outputs are others."),
+        ("first", "NO in another process: 11 of 11 outputs are others. Keep nothing between calls"),
         ("beside", "NO one row at a time: "),
         ("changed", "NO runs: It changed the parameters that it was given."),
     ],

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.errors import InputError
-from simulators.cryoet import Specimen, read_micrograph, write_micrograph
+from simulators.cryoet import Specimen, read_micrograph, write_micrograph, write_stack
 
 pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 mrcfile = pytest.importorskip("mrcfile", reason="the cryo-EM simulator needs mrcfile")
@@ -244,9 +244,20 @@ def test_mrc_write_is_refused_without_touching_the_old_file(tmp_path: Path, monk
         (np.ones((2, 2)), 0.0, ""),
         (np.ones((2, 2)), 1.0, "x" * 81),
         (np.ones((2, 2)), 1.0, "angstr\u00f6m"),
+        (np.ones((2, 2)), 1.0, None),
+        *((np.ones((2, 2)), pixel, "") for pixel in ("2", None, True, np.nan, [1.0, 2.0])),
+        (None, 1.0, ""),
+        ("image", 1.0, ""),
     ):
         with pytest.raises(InputError, match="Expected"):
-            write_micrograph(path, image, pixel, label)
+            write_micrograph(path, image, pixel, label)  # type: ignore[arg-type]
+    # What lies under a mask is not written, whole or not.
+    holes = np.ma.masked_array(np.full((4, 4), -9999.0), mask=np.eye(4))
+    for array in (holes, holes.astype(np.int16)):
+        with pytest.raises(InputError, match=r"no mask.*np\.ma\.filled"):
+            write_micrograph(path, array, 1.0)
+        with pytest.raises(InputError, match="no mask"):
+            write_stack(path, [array, array], 1.0)
     with pytest.raises(InputError, match="folder"):
         write_micrograph(tmp_path / "no" / "image.mrc", np.ones((2, 2)), 1.0)
 

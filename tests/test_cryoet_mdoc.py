@@ -301,3 +301,28 @@ def test_a_sorted_series_may_stay_in_its_file(stack: Path) -> None:
     file = mdoc(stack.parent, *({"PriorRecordDose": i} for i in range(3)))
     assert isinstance(read_tilt_series(stack, mdoc=file, memory_map=True).images, np.memmap)
     np.testing.assert_array_equal(read_tilt_series(stack, mdoc=file, memory_map=True).images, IMAGES[:3])
+
+
+@pytest.mark.parametrize("key", ["ExposureDose", "PriorRecordDose"])
+def test_a_negative_dose_is_refused_by_line(stack: Path, key: str) -> None:
+    sections = [{"PriorRecordDose": 3 * i, "ExposureDose": 3} for i in range(3)]
+    for where in range(3):
+        spoilt = [section | ({key: -3} if i == where else {}) for i, section in enumerate(sections)]
+        path = mdoc(stack.parent, *spoilt)
+        line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if text == f"{key} = -3")
+        with pytest.raises(InputError, match=rf"{key} >= 0 in line {line} "):
+            read_tilt_series(stack, mdoc=path)
+
+
+@pytest.mark.parametrize("extra", ["TiltAngle = 9", "ExposureDose = 4", "DateTime = 25-Mar-21 17:00:46"])
+def test_two_values_of_one_key_are_refused_by_line(stack: Path, extra: str) -> None:
+    sections = [{"PriorRecordDose": 3 * i, "ExposureDose": 3, "DateTime": f"25-Mar-21 17:00:1{i}"} for i in range(3)]
+    path = mdoc(stack.parent, *sections)
+    text = path.read_text()
+    path.write_text(f"{text}\n{extra}\n")
+    last = len(path.read_text().splitlines())
+    with pytest.raises(InputError, match=rf"one {extra.split()[0]} in a section .* in line \d+ and .* in line {last}"):
+        read_tilt_series(stack, mdoc=path)
+    # The same again does no harm.
+    path.write_text(f"{text}\nTiltAngle = 3.0\n")
+    assert read_tilt_series(stack, mdoc=path).scheme.angles_deg == (-3.0, 0.0, 3.0)

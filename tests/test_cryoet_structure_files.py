@@ -239,6 +239,153 @@ def test_an_assembly_of_shares(tmp_path: Path, read: Reader) -> None:
     assert found.weights.sum() == pytest.approx(copies * 2.0, abs=1e-5)
 
 
+BIOMT = [
+    "REMARK 350 BIOMOLECULE: 1", "REMARK 350 APPLY THE FOLLOWING TO CHAINS: A, B,",
+    "REMARK 350                    AND CHAINS: C",
+    *(
+        f"REMARK 350   BIOMT{i}   {n}" + "".join(f" {(i == j) * (1 - 2 * (n == 2 and i < 3)):9.6f}" for j in (1, 2, 3))
+        + f"{30.0 * (n - 1) * (i == 1):15.5f}" for n in (1, 2) for i in (1, 2, 3)
+    ),
+]  # fmt: skip
+OPERATORS = [
+    *(f"_pdbx_struct_oper_list.matrix[{i}][{j}]" for i in (1, 2, 3) for j in (1, 2, 3)),
+    *(f"_pdbx_struct_oper_list.vector[{i}]" for i in (1, 2, 3)),
+]
+ATOMS_CIF = ["data_a", "loop_", *(f"_atom_site.{tag}" for tag in (
+    "group_PDB", "id", "type_symbol", "label_atom_id", "label_alt_id", "label_comp_id", "label_asym_id", "label_seq_id",
+    "Cartn_x", "Cartn_y", "Cartn_z", "occupancy", "B_iso_or_equiv")),
+    *(f"ATOM {i} C CA . ALA {c} 1 {i} 2 3 1 20" for i, c in enumerate("ABC")),
+    "HETATM 9 O O . HOH D . 5 5 5 1 20"]  # fmt: skip
+TABLES = [
+    "_pdbx_struct_assembly.id 1", "_pdbx_struct_assembly.details other", "_pdbx_struct_assembly_gen.assembly_id 1",
+    "_pdbx_struct_assembly_gen.oper_expression 1,2", "_pdbx_struct_assembly_gen.asym_id_list A,B,C", "loop_",
+    "_pdbx_struct_oper_list.id", *OPERATORS, "1 1 0 0 0 1 0 0 0 1 0 0 0", "2 -1 0 0 0 -1 0 0 0 1 30 0 0",
+]  # fmt: skip
+
+
+def specimen(folder: Path, lines: Sequence[str], **options: Any) -> tuple[Specimen, list[str]]:
+    path = folder / "a.ent"
+    path.write_text("\n".join([*lines, ""]))
+    return quietly(lambda: Specimen.from_file(path, hydrogens="none", **options))
+
+
+def atoms_of(chains: str) -> list[str]:
+    return [atom(i, chain=c, place=(i, 2, 3)) for i, c in enumerate(chains)]
+
+
+@pytest.mark.parametrize("kind", ["pdb", "cif", "pairs"])
+def test_an_assembly_is_whole_or_says_what_it_lacks(tmp_path: Path, kind: str) -> None:
+    """Of copies x, y, z and 30 - x, -y, z; tables of one row may be pairs, and details may be anything."""
+    if kind == "pdb":
+        head, whole, chains = BIOMT, [*BIOMT, *atoms_of("ABC")], [atoms_of("A"), atoms_of("Z")]
+    else:
+        tables = list(TABLES)
+        if kind == "pairs":
+            at = tables.index("loop_")
+            numbers = dict(zip(OPERATORS, tables[-1].split()[1:], strict=True))
+            tables[at:] = ["_pdbx_struct_oper_list.id 1", *(f"{tag} {value}" for tag, value in numbers.items())]
+            tables = [line.replace("1,2", "1") for line in tables]
+        head, whole = tables, [*ATOMS_CIF, *tables]
+        cut = [line.replace(" A 1 0", f" {c} 1 0") for c in "AZ" for line in ATOMS_CIF[:-3]]
+        chains = [cut[: len(cut) // 2], cut[len(cut) // 2 :]]
+    found, said = specimen(tmp_path, whole)
+    x = found.positions - found.positions[0]
+    if kind == "pairs":
+        assert x.tolist() == [[0, 0, 0], [-1, 0, 0], [-2, 0, 0]]
+    else:
+        assert x.tolist() == [[0, 0, 0], [1, 0, 0], [2, 0, 0], [30, -4, 0], [29, -4, 0], [28, -4, 0]]
+    assert not said
+    # A file that was cut to one chain; to none of them.
+    joined = [[*head, *part] if kind == "pdb" else [*part, *head] for part in chains]
+    found, said = specimen(tmp_path, joined[0])
+    assert found.num_atoms == (1 if kind == "pairs" else 2)
+    assert ["without chains that the file does not have: B, C" in told for told in said] == [True]
+    with pytest.raises(InputError, match=r"none of A, B, C.*assembly=None"):
+        specimen(tmp_path, joined[1])
+    assert specimen(tmp_path, joined[1], assembly=None)[0].num_atoms == 1
+
+
+def test_a_chain_of_water_is_no_missing_chain(tmp_path: Path) -> None:
+    water = [atom(9, " O  ", "HOH", "C", element=" O", record="HETATM", place=(7, 7, 7))]
+    found, said = specimen(tmp_path, [*BIOMT, *atoms_of("AB"), *water])
+    assert (found.num_atoms, said) == (4, [])
+    listed = [line.replace("A,B,C", "A,B,C,D") for line in TABLES]
+    found, said = specimen(tmp_path, [*ATOMS_CIF, *listed])
+    assert (found.num_atoms, said) == (6, [])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("BIOMT1   2 -1.0", "BIOMT1   2 -x.0", "four numbers of BIOMT1 in line 7"),
+        ("BIOMT2   2  0.0", "BIOMT2   2  nan", "four numbers of BIOMT2 of matrix 2 in line 8"),
+        ("BIOMT3   2  0.0", "BIOMT3   3  0.0", "BIOMT3 of matrix 2 in line 9"),
+        ("BIOMT2   1 ", "BIOMT3   1 ", "BIOMT2 of matrix 1 in line 5"),
+        ("BIOMT1   2 -1.0", "BIOMT1   2 -2.0", "rotation .*lines 7 to 9"),
+        ("BIOMT1   2 -1.0", "BIOMT1   2 -0.0", "rotation .*lines 7 to 9"),
+        ("BIOMT1   2 -1.0", "BIOMT1     2 -1.0", "columns 24 to 68, in lines 7 to 9"),
+        ("   BIOMT2   2", "   BIOM 2   2", "BIOMT2 of matrix 2 in line 8"),
+        ("                   AND CHAINS: C", "C", "AND CHAINS: .* in line 3"),
+    ],
+)
+def test_damage_of_matrices_is_named_by_line(tmp_path: Path, old: str, new: str, said: str) -> None:
+    text = "\n".join([*BIOMT, *atoms_of("ABC")])
+    assert text.count(old) == 1
+    with pytest.raises(InputError, match=said):
+        specimen(tmp_path, text.replace(old, new).split("\n"))
+    assert specimen(tmp_path, text.replace(old, new).split("\n"), assembly=None)[0].num_atoms == 3
+
+
+@pytest.mark.parametrize("row", [3, 4, 5, 6, 7, 8])
+def test_a_lost_row_is_named(tmp_path: Path, row: int) -> None:
+    left = [line for i, line in enumerate(BIOMT) if i != row]
+    with pytest.raises(InputError, match=r"BIOMT\d .*line \d"):
+        specimen(tmp_path, [*left, *atoms_of("ABC")])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("2 -1 0", "2 -x 0", r"matrix\[1\]\[1\] of operator '2'.*got '-x'"),
+        ("2 -1 0", "2 ? 0", r"matrix\[1\]\[1\] of operator '2'.*got '\?'"),
+        ("2 -1 0", "2 -2 0", "rotation .*operator '2'"),
+        (" 1,2", " 1,3", "operator '3'.*those of 1, 2"),
+        (" 1,2", " '(1-2'", "expression of operators"),
+        ("_pdbx_struct_oper_list.vector[3]", "_pdbx_struct_oper_list.other", "operator '1'.*those of none"),
+    ],
+)
+def test_damage_of_tables_is_named(tmp_path: Path, old: str, new: str, said: str) -> None:
+    text = "\n".join([*ATOMS_CIF, *TABLES])
+    assert text.count(old) == 1
+    with pytest.raises(InputError, match=said):
+        specimen(tmp_path, text.replace(old, new).split("\n"))
+
+
+@pytest.mark.parametrize("written", ["(1,2)", "(1-2)", "'1, 2'", "(1)(1,2)"])
+def test_expressions_of_operators(tmp_path: Path, written: str) -> None:
+    tables = [line.replace("1,2", written) for line in TABLES]
+    assert specimen(tmp_path, [*ATOMS_CIF, *tables])[0].num_atoms == 6
+
+
+def test_the_last_of_several_operators_comes_first(tmp_path: Path) -> None:
+    tables = [line.replace("1,2", "(1,3)(2)") for line in TABLES]
+    made = specimen(tmp_path, [*ATOMS_CIF, *tables, "3 1 0 0 0 1 0 0 0 1 100 0 0"])[0].positions
+    plain = specimen(tmp_path, ATOMS_CIF)[0].positions
+    turned = plain[:1] - plain
+    expected = np.concatenate((turned, turned + np.array([100, 0, 0]))) * [1, 1, 0]
+    np.testing.assert_allclose(made - made[0], expected, atol=1e-9)
+
+
+def test_a_mirror_image_and_matrices_without_a_name_are_told(tmp_path: Path) -> None:
+    mirror = [line.replace("BIOMT1   2 -1", "BIOMT1   2  1") for line in BIOMT]
+    found, said = specimen(tmp_path, [*mirror, *atoms_of("ABC")])
+    assert found.num_atoms == 6
+    assert ["mirror image" in told for told in said] == [True]
+    found, said = specimen(tmp_path, [*BIOMT[1:], *atoms_of("ABC")])
+    assert found.num_atoms == 3
+    assert ["names no assembly" in told for told in said] == [True]
+
+
 def test_shares_deform_as_one_residue(tmp_path: Path) -> None:
     random = np.random.default_rng(0).uniform(-8, 8, (6, 3))
     frames = [
@@ -382,10 +529,14 @@ def test_occupancies(tmp_path: Path, read: Reader) -> None:
     mixed = [atom(i, residue=r, occupancy=1.0, altloc=a) for i, (r, a) in enumerate((("SER", "A"), ("THR", "B")), 1)]
     assert weights(*mixed) == ([0.5, 0.5], 1)
     # Not the same place: insertion codes, chains, residues that share a number.
-    for other in (atom(2, code="A"), atom(2, chain="B"), atom(2, residue="GLY")):
-        assert weights(atom(1), other) == ([1.0, 1.0], 0)
+    for other in ({"code": "A"}, {"chain": "B"}, {"residue": "GLY"}):
+        assert weights(atom(1), atom(2, place=(9, 0, 0), **other)) == ([1.0, 1.0], 0)  # type: ignore[arg-type]
+        # The very same place, each whole: told, not changed. Shares of one are not.
+        assert weights(atom(1), atom(2, **other)) == ([1.0, 1.0], 1)  # type: ignore[arg-type]
+        halves = [atom(i, occupancy=0.5, **o) for i, o in enumerate(({}, other))]  # type: ignore[arg-type]
+        assert weights(*halves) == ([0.5, 0.5], 0)
     assert weights(atom(1, occupancy=100.0)) == ([1.0], 1)
-    assert weights(atom(1, occupancy="      "), atom(2, name=" CB ")) == ([1.0, 1.0], 0)
+    assert weights(atom(1, occupancy="      "), atom(2, name=" CB ", place=(9, 0, 0))) == ([1.0, 1.0], 0)
     assert weights(atom(1)[:54]) == ([1.0], 0)
     assert weights(atom(1, occupancy=0.0), atom(2, name=" CB ")) == ([0.0, 1.0], 0)
 
@@ -412,9 +563,9 @@ def test_records_beside(tmp_path: Path) -> None:
         "remark   1 M\u00fcller", "CRYST1   50.000   50.000   50.000  90.00  90.00  90.00 P 1           1",
         atom("A0000", " N  ", element=" N"),
         f"ANISOU{'A0000':>5}  N   ALA A   1     2406   1892   1614    198    519   -328       N",
-        atom("*****", " C  ").replace("ATOM", "atom"), "TER",
-        atom(9, " O  ", element=" O", number="A000", record="HETATM"),
-        atom(10, " O  ", "HOH", number=3, element=" O", record="HETATM"),
+        atom("*****", " C  ", place=(1, 0, 0)).replace("ATOM", "atom"), "TER",
+        atom(9, " O  ", element=" O", number="A000", record="HETATM", place=(2, 0, 0)),
+        atom(10, " O  ", "HOH", number=3, element=" O", record="HETATM", place=(3, 0, 0)),
         atom(11, " MW ", "HOH", number=3, element=" M"),
     ]  # fmt: skip
     assert Specimen.from_file(pdb(tmp_path, *lines)).atomic_numbers.tolist() == [7, 6, 8]

@@ -389,13 +389,21 @@ def test_simulator_seeds_are_common_or_independent():
 
 def test_frozen_noise_is_noticed_once():
     smoothed = bridge.smooth(VECTORIZED, seed=0, num_samples=4)
-    smoothed(X)
-    with pytest.warns(UserWarning, match="noise is frozen"):
-        smoothed(X + 1)
+    wanted = X.clone().requires_grad_(True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        smoothed(X + 2)
-        smoothed(X + 3, step=1)
+        # Values alone are no optimiser's, of parameters that need a gradient or not.
+        smoothed(X + 4)
+        smoothed(X + 5)
+        with torch.no_grad():
+            smoothed(wanted + 6)
+    smoothed(wanted)
+    with pytest.warns(UserWarning, match="noise is frozen"):
+        smoothed(wanted + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        smoothed(wanted + 2)
+        smoothed(wanted + 3, step=1)
 
 
 def test_queries_are_clipped_and_counted():
@@ -421,3 +429,29 @@ def test_a_plain_scale_is_in_natural_units():
     e = bridge.smooth(sim, seed=0, num_samples=256, scale=0.1)
     f = bridge.smooth(lambda x: x, seed=0, num_samples=256, scale=0.1 * torch.tensor([30.0, 0.5]).double())
     assert torch.equal(e(X), f(X))
+
+
+@pytest.mark.parametrize("dtype", [">i4", "<i8", ">u8", "u2", "strided"])
+def test_arrays_of_keys_and_numbers_in_any_order_of_bytes(dtype: str):
+    numbers = np.array([9, 4, 7])[::-1] if dtype == "strided" else np.array([7, 4, 9], dtype)
+    smoothed = bridge.smooth(VECTORIZED, seed=0, num_samples=4, scale=0.1)
+    x = torch.stack([X, X + 1, X + 2])
+    expected = smoothed(x, step=torch.tensor([7, 4, 9]), problem=torch.tensor([7, 4, 9]))
+    assert torch.equal(smoothed(x, step=numbers, problem=numbers), expected)
+    with pytest.raises(bridge.InputError, match=r"2\^63 - 1"):
+        smoothed(x, step=np.array([1, 2, 1 << 63], "u8"))
+    if dtype[0] == ">":
+        wide = np.array([0.1] * len(X), ">f8")
+        turned = np.ascontiguousarray(x.numpy()).astype(">f8")
+        again = smoothed(turned, step=numbers, problem=numbers, scale=wide)
+        assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("target", [np.array([1.0, 2.0], dtype=object), np.array(["1", "2"]), None])
+def test_a_target_of_no_numbers_is_refused_with_what_to_do(target: object):
+    smoothed = bridge.smooth(lambda x: x[:2], seed=0, num_samples=4, scale=0.1, points="mc")
+    with pytest.raises(bridge.InputError, match=r"real numbers as the target, got .*Give "):
+        smoothed.squared_error(torch.zeros(2, dtype=torch.float64), target)
+    again = smoothed.squared_error(torch.zeros(2, dtype=torch.float64), np.array([0.1, 0.2], ">f8"))
+    exact = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    assert torch.equal(again, smoothed.squared_error(torch.zeros(2, dtype=torch.float64), exact))

@@ -458,6 +458,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "bin"
 
 
+@pytest.mark.filterwarnings("ignore:TextTemplate has no placeholder")  # of constant outputs
 def test_a_program_is_its_content_what_it_is_told_and_what_it_reads(folder: Path) -> None:
     base = identity_of(program(folder, env={"MODE": "1", "PATH": f"{folder}:/bin"}))
     changes: list[dict[str, Any]] = [
@@ -1003,6 +1004,7 @@ WHERE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("where", WHERE.values(), ids=WHERE)
+@pytest.mark.filterwarnings("ignore:TextTemplate has no placeholder")  # of constant outputs
 def test_files_that_texts_name_by_absolute_paths_count(where: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()

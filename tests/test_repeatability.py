@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import bridge
+from bridge.repeatability import NotRepeatableWarning
 
 START = [0.4, 1.2]
 
@@ -69,6 +70,53 @@ def test_a_function_that_is_none_is_noticed(accident):
 def test_fits_notice_too():
     with pytest.warns(UserWarning, match="gives other numbers"):
         bridge.fit(ACCIDENTS["a generator of its own"], [1.0, 2.0], START, seed=0, steps=3)
+
+
+def seeds_itself(x):
+    np.random.seed(0)  # noqa: NPY002
+    return x + np.random.normal(size=2)  # noqa: NPY002
+
+
+def throws_away(x):
+    random.random()
+    np.random.rand()  # noqa: NPY002
+    torch.rand(1)
+    return x**2
+
+
+def seeds_itself_late(x):
+    y = x + np.random.normal(size=2)  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    return y
+
+
+@pytest.mark.parametrize("f", [seeds_itself, throws_away])
+@pytest.mark.parametrize("budget", [{"max_runs": 12}, {"method": "gauss-newton", "steps": 2}])
+def test_a_generator_that_outputs_do_not_depend_on_is_no_matter(f, budget):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NotRepeatableWarning)
+        bridge.fit(f, [1.0, 2.0], START, seed=0, **budget)
+        bridge.smooth(f, seed=0, num_samples=8, scale=0.1).estimate(START)
+
+
+def test_where_runs_are_counted_draws_are_noticed_by_one_run_more():
+    calls = []
+
+    def f(x):
+        calls.append(1)
+        return x + 0.1 * np.random.normal(size=2)  # noqa: NPY002
+
+    with pytest.warns(NotRepeatableWarning, match="gives other numbers .*numpy's global generator"):
+        result = bridge.fit(f, [1.0, 2.0], START, seed=0, max_runs=12)
+    assert len(calls) == result.num_evaluations + 1
+    with pytest.warns(NotRepeatableWarning, match="gives other numbers"):
+        bridge.fit(seeds_itself_late, [1.0, 2.0], START, seed=0, max_runs=12)
+
+
+def test_of_dear_functions_it_is_said_what_is_known(monkeypatch):
+    monkeypatch.setattr("bridge.repeatability._CHEAP_S", 0.0)
+    with pytest.warns(NotRepeatableWarning, match="draws from numpy's .* If its outputs depend on that, results"):
+        bridge.fit(seeds_itself, [1.0, 2.0], START, seed=0, max_runs=12)
 
 
 def test_fits_that_count_their_runs_make_none_more():

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.arrays import is_number, unmasked_array
 from bridge.errors import InputError
 from simulators.cryoet.mrc import import_mrcfile, read_mrc
 
@@ -51,7 +52,7 @@ def write_micrograph(
         InputError: wrong shape, not finite, a pixel size that is not positive, a label that is too long, or no such
             folder.
     """
-    array = np.asarray(image)
+    array = unmasked_array(image, "as an image")
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"Expected an image of shape (rows, columns), got {array.shape}. Write one image at a time.")
     _write(Path(path), array, pixel_size_angstrom, label)
@@ -74,7 +75,7 @@ def write_stack(
     Raises:
         InputError: as for `write_micrograph`.
     """
-    array = np.asarray(images)
+    array = unmasked_array(images, "as images")
     if array.ndim != 3 or 0 in array.shape:
         raise InputError(f"Expected images of shape (images, rows, columns), got {array.shape}.")
     _write(Path(path), array, pixel_size_angstrom, label)
@@ -85,10 +86,10 @@ def _write(path: Path, array: NDArray[Any], pixel_size_angstrom: float, label: s
     if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
         raise InputError(f"Expected finite real numbers, got dtype {array.dtype} or NaN or infinity in the image.")
     array = array if array.dtype in _MODES else array.astype(np.float32)
-    if not (np.isfinite(pixel_size_angstrom) and pixel_size_angstrom > 0):
-        raise InputError(f"Expected pixel_size_angstrom > 0, got {pixel_size_angstrom!r}.")
-    if len(label) > 80 or not label.isascii():
-        raise InputError(f"Expected a label of at most 80 ASCII characters, got {len(label)}: {label!r}. Shorten it.")
+    if not (is_number(pixel_size_angstrom) and pixel_size_angstrom > 0):
+        raise InputError(f"Expected pixel_size_angstrom as a number > 0, got {pixel_size_angstrom!r}.")
+    if not isinstance(label, str) or len(label) > 80 or not label.isascii():
+        raise InputError(f"Expected a label of at most 80 ASCII characters, got {label!r}. Shorten it.")
     if not path.parent.is_dir():
         raise InputError(f"Expected the folder {str(path.parent)!r} to exist. Create it first.")
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -190,7 +191,7 @@ class Oriented:
 
     Args:
         images: (images, rows, columns).
-        edges: of a pixel by the header, along x and y; 0 where it does not say [angstrom].
+        edges: of a pixel by the header, along x and y; 0 or not finite where it does not say [angstrom].
         label: the first label.
         notes: see `Stack`.
     """
@@ -209,8 +210,8 @@ def read_oriented(path: str | Path, y_axis: YAxis | None, *, memory_map: bool = 
     header, images = content.header, content.data
     axes = (int(header.mapc), int(header.mapr), int(header.maps))
     sampling, cell = (int(header.mx), int(header.my)), (float(header.cella.x), float(header.cella.y))
-    x, y = (edge / n if n > 0 and np.isfinite(edge) else 0.0 for edge, n in zip(cell, sampling, strict=True))
-    if y_axis is None and (axes not in ((1, 2, 3), (0, 0, 0)) or min(x, y) < 0):
+    x, y = (edge / n if n > 0 else 0.0 for edge, n in zip(cell, sampling, strict=True))
+    if y_axis is None and (axes not in ((1, 2, 3), (0, 0, 0)) or x < 0 or y < 0):
         raise InputError(
             f"Expected columns along x and rows along y (MAPC, MAPR, MAPS = 1, 2, 3, and a positive cell) in "
             f"{str(path)!r}, got axes {axes} and pixels of {(x, y)} angstrom. Say where y runs: y_axis='down' (to "
@@ -228,11 +229,11 @@ def read_oriented(path: str | Path, y_axis: YAxis | None, *, memory_map: bool = 
 def square_pixel(path: str | Path, size: tuple[float, float], given: float | None) -> float:
     """The edge of a square pixel [angstrom]: the given one, else the header's."""
     if given is not None:
-        if not (np.isfinite(given) and given > 0):
-            raise InputError(f"Expected pixel_size_angstrom > 0, got {given!r}.")
+        if not (is_number(given) and given > 0):
+            raise InputError(f"Expected pixel_size_angstrom as a number > 0, got {given!r}.")
         return float(given)
     edges = [abs(edge) for edge in size]
-    if not (min(edges) > 0 and max(edges) < np.inf):
+    if not all(0 < edge < np.inf for edge in edges):
         raise InputError(
             f"Expected pixels of known size in {str(path)!r}, got {size} angstrom in its header. Give "
             "pixel_size_angstrom=..., or set the header's cell."

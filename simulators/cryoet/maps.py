@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.arrays import is_number
 from bridge.errors import InputError
 from simulators.cryoet.mrc import read_mrc
 
@@ -100,7 +101,7 @@ class DensityMap:
                 f"Expected volts_per_unit for {where}: the unit of a map is arbitrary, and contrast depends on it. "
                 f"Its values are from {values.min():.4g} to {values.max():.4g}."
             )
-        if not (np.isfinite(volts_per_unit) and volts_per_unit != 0):
+        if not (is_number(volts_per_unit) and volts_per_unit != 0):
             raise InputError(f"Expected volts_per_unit as a number that is not 0, got {volts_per_unit!r}.")
         if level is not None:
             values[values < level] = 0.0
@@ -197,7 +198,7 @@ def _half(values: NDArray[np.complex128]) -> NDArray[np.complex128]:
 def _voxel(header: Any, given: float | None, where: str) -> tuple[float, float, float]:
     """Edges along x, y, z [angstrom]."""
     if given is not None:
-        if not (np.isfinite(given) and given > 0):
+        if not (is_number(given) and given > 0):
             raise InputError(f"Expected voxel_size_angstrom > 0, got {given!r}.")
         return (float(given),) * 3
     cell = [float(header.cella[k]) for k in "xyz"]

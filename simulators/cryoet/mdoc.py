@@ -27,6 +27,7 @@ Array = NDArray[np.float64]
 _NUMBERS = (
     "PixelSpacing", "TiltAngle", "RotationAngle", "ExposureDose", "PriorRecordDose", "Defocus", "TargetDefocus",
 )  # fmt: skip
+_DOSES = ("ExposureDose", "PriorRecordDose")
 _TITLE = "Tilt axis angle"
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 # Differences of doses that are the same but for their rounding.
@@ -177,6 +178,21 @@ class Mdoc:
 class _Section:
     numbers: dict[str, float] = field(default_factory=dict)
     time: str = ""
+    lines: dict[str, int] = field(default_factory=dict)
+
+    def put(self, key: str, value: float | str, line: int, path: Path) -> None:
+        """Takes a value; raises where the section has another one already, since which is meant is not known."""
+        known = self.time if key == "DateTime" else self.numbers.get(key)
+        if key in self.lines and known != value:
+            raise InputError(
+                f"Expected one {key} in a section of {str(path)!r}, got {known} in line {self.lines[key]} and {value} "
+                f"in line {line}. Take one out."
+            )
+        self.lines[key] = line
+        if isinstance(value, str):
+            self.time = value
+        else:
+            self.numbers[key] = value
 
 
 def read_mdoc(path: Path) -> Mdoc:
@@ -200,9 +216,11 @@ def read_mdoc(path: Path) -> Mdoc:
         elif opens:
             current = _Section()  # of something else
         elif equals and key in _NUMBERS:
-            current.numbers[key] = number(value, path, i)
+            current.put(key, number(value, path, i), i, path)
+            if key in _DOSES and current.numbers[key] < 0:
+                raise InputError(f"Expected {key} >= 0 in line {i} of {str(path)!r}, got {value}. Correct the line.")
         elif equals and key == "DateTime":
-            current.time = value
+            current.put(key, value, i, path)
     if not sections:
         raise InputError(f"Expected sections [ZValue = 0], [ZValue = 1], ... in {str(path)!r}, got none.")
     z = sorted(sections)

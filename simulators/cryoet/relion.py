@@ -29,6 +29,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.arrays import is_number
 from bridge.errors import InputError
 from simulators.cryoet.files import YAxis, read_oriented
 from simulators.cryoet.star import LARGEST, NUMBER, Table, is_file, listed, read_star
@@ -158,7 +159,7 @@ def read_relion_series(
 
     def setting(column: str, argument: str, given: float | None) -> float:
         if given is not None:
-            if not abs(given) <= LARGEST:
+            if not (is_number(given) and abs(given) <= LARGEST):
                 raise InputError(f"Expected a number as {argument}, got {given!r}.")
             return float(given)
         if column not in table.columns:
@@ -196,7 +197,7 @@ def read_relion_series(
         tilts = _from_matrices(tilts, whole[row], np.array(images.shape[:0:-1]), pixel, centre)
     n = tilts.rows
     # 0 and 1 are what many programs write for an unknown pixel.
-    differ = [edge for edge in edges if edge not in (0.0, 1.0) and abs(edge / pixel - 1) > 0.01]
+    differ = [edge for edge in edges if edge not in (0.0, 1.0) and np.isfinite(edge) and abs(edge / pixel - 1) > 0.01]
     if pixel_size_angstrom is None and differ:
         raise InputError(
             f"Expected one pixel size, got {differ[0]:g} angstrom in the images of {str(tilts.path)!r} and {pixel:g} "

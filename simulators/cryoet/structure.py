@@ -9,9 +9,10 @@ What a file means where it is not plain:
 * Occupancies of nothing but 0 are a column that nobody filled in, as some modelling programs leave it: each is 1.
 * A negative B is what refinement against a sharpened map leaves; an atom is not sharper than a point, and B is 0.
 * Residues DUM are planes of membranes (OPM, PPM), not atoms.
+* Atoms at the very same place each count, unless they are alternative locations.
 * Where an element is missing, it follows from the atom's name.
 
-Each of these but the last two is told by a warning.
+Each of these but planes of membranes and elements that follow is told by a warning.
 
 Reference:
     Atomic Coordinate Entry Format Version 3.3, Worldwide Protein Data Bank (2012): columns of ATOM; occupancies of
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bridge.errors import InputError, SetupError
+from simulators.cryoet.assembly import assembled, assembly_names
 from simulators.cryoet.packed import PACKED_ERRORS, opened
 
 Key = tuple[str, str, int, str]
@@ -110,10 +112,15 @@ def read_structure_file(
     try:
         with opened(path) as stream:
             text = _decoded(stream.read())
+        block = None
         if _is_cif(text):
-            structure = _from_cif(gemmi, text)
+            structure, block = _from_cif(gemmi, text)
+            present = {residue.subchain for m in structure for chain in m for residue in chain}
         else:
             structure = gemmi.read_pdb_string(_tidied(gemmi, text, path, skip, water).encode())
+            present = {
+                line[20:22].strip() for line in text.split("\n") if line[:6].upper().startswith(("ATOM", "HETATM"))
+            }
         structure.merge_chain_parts()
     except InputError:
         raise
@@ -135,16 +142,16 @@ def read_structure_file(
         )
     _complete(models, path)
     models = _chosen(models, model, path)
-    if assembly is not None and len(structure.assemblies):
-        named = {a.name: a for a in structure.assemblies}
-        if str(assembly) not in named:
-            raise InputError(
-                f"Unknown assembly {assembly!r} of {str(path)!r}. Known: {', '.join(named)}; None takes the atoms "
-                "of the file as they stand."
-            )
-        models = [gemmi.make_assembly(named[str(assembly)], m, gemmi.HowToNameCopiedChain.Short) for m in models]
+    if assembly is not None and assembly_names(structure, block):
+        models = assembled(
+            gemmi, structure, models, str(assembly), text, block, present, path, lambda said: _warn(path, said, 6)
+        )
     elif assembly not in (None, "1"):
         raise InputError(f"Unknown assembly {assembly!r}: {str(path)!r} names no assemblies. Use assembly=None.")
+    elif (
+        assembly is not None and block is None and re.search(r"^REMARK 350\s+BIOMT", text, re.MULTILINE | re.IGNORECASE)
+    ):
+        _warn(path, "REMARK 350 has matrices, but names no assembly (BIOMOLECULE: 1): its atoms count as they stand.")
     return Structure([group for i, m in enumerate(models) for group in _groups(m, i)], models)
 
 
@@ -176,8 +183,8 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def _warn(path: Path, said: str) -> None:
-    warnings.warn(f"{path.name}: {said}", UserWarning, stacklevel=5)
+def _warn(path: Path, said: str, level: int = 5) -> None:
+    warnings.warn(f"{path.name}: {said}", UserWarning, stacklevel=level)
 
 
 # --- elements -----------------------------------------------------------------------------------------------------
@@ -340,12 +347,13 @@ def _field(line: str, start: int, stop: int, what: str, number: int, path: Path,
 _NEEDED = {"id": "?", "type_symbol": "?", "label_alt_id": ".", "label_asym_id": "A", "label_seq_id": "."}
 
 
-def _from_cif(gemmi: Any, text: str) -> Any:
+def _from_cif(gemmi: Any, text: str) -> tuple[Any, Any]:
+    """The structure and its block; None where no block has atoms."""
     for block in gemmi.cif.read_string(text):
         loop = block.find_loop("_atom_site.Cartn_x").get_loop()
         if loop is None:
             if block.find_value("_atom_site.Cartn_x"):
-                return gemmi.make_structure_from_block(block)  # a single atom
+                return gemmi.make_structure_from_block(block), block  # a single atom
             continue
         tags = [tag.partition(".")[2] for tag in loop.tags]
         for tag, value in _NEEDED.items():
@@ -362,8 +370,8 @@ def _from_cif(gemmi: Any, text: str) -> Any:
                     if row[0] in stated and row[0] != stated[row[0]]:
                         names = (gemmi.cif.as_string(row[i]) for i in (1, 2))
                         row[0] = stated[row[0]] or guessed_element(*names) or "X"
-        return gemmi.make_structure_from_block(block)
-    return gemmi.Structure()
+        return gemmi.make_structure_from_block(block), block
+    return gemmi.Structure(), None
 
 
 def _without_charge(gemmi: Any, symbol: str) -> str:
@@ -454,6 +462,7 @@ def _complete(models: Sequence[Any], path: Path) -> None:
         _warn(path, "all occupancies are 0, as in files whose column nobody filled in: each atom counts as 1.")
         for atom in atoms:
             atom.occ = 1.0
+    _tell_doubles(models, path)
     crowded, most = 0, 1.0
     for m in models if any(atom.occ > 1 or atom.has_altloc() for atom in atoms) else ():
         for site in _sites(m).values():
@@ -467,6 +476,31 @@ def _complete(models: Sequence[Any], path: Path) -> None:
             path,
             f"occupancies (of all alternative locations) are more than 1 at {_count(crowded, 'place')}, up to "
             f"{most:.4g}: there they are scaled to add up to 1.",
+        )
+
+
+def _tell_doubles(models: Sequence[Any], path: Path) -> None:
+    """Warns of atoms at the very same place that are no alternatives of each other."""
+    doubled, example = 0, ""
+    for m in models:
+        places: dict[tuple[float, float, float], tuple[float, int]] = {}
+        for chain in m:
+            for residue in chain:
+                for atom in residue:
+                    if atom.has_altloc():
+                        continue
+                    place = tuple(atom.pos.tolist())
+                    total, count = places.get(place, (0.0, 0))
+                    places[place] = total + atom.occ, count + 1
+                    if count and total + atom.occ > 1 + _ROUNDING * (count + 2):
+                        doubled += 1
+                        example = example or f"{atom.name} of {residue.name} {chain.name} {residue.seqid}"
+    if doubled:
+        _warn(
+            path,
+            f"{_count(doubled, 'atom')} (the first one: {example}) stand exactly where another atom does, and are no "
+            "alternative locations: each counts. Does the file have its atoms twice?",
+            6,
         )
 
 

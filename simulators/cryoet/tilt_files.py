@@ -28,6 +28,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.arrays import is_number, unmasked_array
 from bridge.errors import InputError
 from simulators.cryoet.files import YAxis, read_oriented, square_pixel, write_stack
 from simulators.cryoet.mdoc import Mdoc, number, read_mdoc, text_lines, within_half_a_turn
@@ -56,7 +57,7 @@ def write_tilt_series(
     Raises:
         InputError: another shape, or a name that is none for files.
     """
-    stack = np.asarray(images)
+    stack = unmasked_array(images, "as images")
     if stack.shape != series.output_shape:
         raise InputError(f"Expected images of shape {series.output_shape}, got {stack.shape}.")
     if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
@@ -343,7 +344,7 @@ def read_tilt_series(
                 "TiltSeries has one magnification: see magnifications of what was read. Pixels stay those of the files."
             )
     if tilt_axis_deg is not None:
-        if not np.isfinite(tilt_axis_deg):
+        if not is_number(tilt_axis_deg):
             raise InputError(f"Expected tilt_axis_deg as a number, got {tilt_axis_deg!r}.")
         axis = float(tilt_axis_deg)
     place = np.argsort(angles, kind="stable")
@@ -418,7 +419,7 @@ def _pixel(
     given: float | None,
 ) -> float:
     """The pixel [angstrom]: the given one, else the mdoc's, else the header's; none that stands for an unknown one."""
-    unknown = abs(edges[0]) in (0.0, 1.0)
+    unknown = abs(edges[0]) in (0.0, 1.0) or not math.isfinite(edges[0])
     spacing = None if sections is None else sections[0].get("PixelSpacing")
     if given is None and spacing is None and abs(edges[0]) == 1.0:
         raise InputError(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from bridge.arrays import is_number
 from bridge.errors import InputError
 from simulators.cryoet.optics import check_range
 
@@ -106,7 +107,7 @@ class TiltScheme:
 
 def _steps(range_deg: float, step_deg: float) -> int:
     """How many whole steps a range has."""
-    if not (math.isfinite(range_deg) and math.isfinite(step_deg)) or step_deg == 0 or range_deg / step_deg < 0:
+    if not (is_number(range_deg) and is_number(step_deg)) or step_deg == 0 or range_deg / step_deg < 0:
         raise InputError(f"Expected a step that leads from start to stop, got {step_deg} over {range_deg} degrees.")
     return int(range_deg / step_deg + 1e-6)
 
