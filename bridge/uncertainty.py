@@ -59,6 +59,8 @@ _CORRELATIONS = np.append(np.arange(0, 0.95, 0.1), 0.97)
 _GROWS, _ENOUGH_TO_GROW, _LOUDEST, _DECIDES = 0.2, 10, 4.0, 0.6
 # Noise of an output beside the median one, and its share of a parameter, with which one sigma for all is wrong.
 _LOUD, _SHARE, _HEARD = 25.0, 0.3, 0.01
+# Of a variance that two numbers tell: the largest of many is seldom as far above the median.
+_OF_ONE = 0.1
 
 
 def of_least_squares(normal: Array, variance: float, precision: Array) -> Array:
@@ -192,7 +194,8 @@ class Evidence:
         spread: root of the sum of squares of the target about its mean.
         first: root of the mean squared residual where the fit began, infinite if unknown.
         output: (m,) size of the outputs, whitened as residuals are.
-        newton: whether it came here by steps of Gauss-Newton of outputs without steps. fresh: by other Jacobians.
+        own: (m,) variance that noise of the runs has in each output, or less.
+        newton: whether it came here by steps of Gauss-Newton. fresh: by other Jacobians.
     """
 
     normal: Normal
@@ -212,6 +215,7 @@ class Evidence:
     run_noise: float = 0.0
     spread: float = np.inf
     output: Array | None = None
+    own: Array | float = 0.0
     newton: bool = True
     fresh: bool = False
 
@@ -412,6 +416,7 @@ class Evidence:
                 return V, self._names(k)
             found[k] = True
             V = np.where(found, np.maximum(loo**2, noise), np.maximum(V * min(1.0, rest[k] / V[~found].mean()), noise))
+        noise = np.maximum(noise, self.own)
         k = int(np.argmax(noise))
         if noise[k] > _LOUD * np.median(noise) and noise[k] > _HEARD * np.median(V) and h[k] > _SHARE:
             return V, self._names(k)
@@ -599,14 +604,13 @@ def of_descent(
     step = -finite_inverse(told + prior.information) @ (slope + prior(z)[1])
     rounding: Array | float = 0.0
     floor: Array | float = 0.0
-    bias, stepped, coarse = None, False, np.inf
+    bias, coarse = None, np.inf
     good = [y for y in outputs if np.isfinite(y).all()]
     first = np.inf
     if len(outputs) > 1 and np.isfinite(outputs[1]).all():
         first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
     exact = np.isfinite(first) and float(r @ r) < (_EXACT * first) ** 2 * len(r)
     if size := _step_of(good, exact):
-        stepped = True
         rounding = misfit.spread_of(np.full(misfit.target.shape, size / np.sqrt(12)))[there]
         off = (misfit.target.numpy() - good[0]) / size
         floor = rounding * float((np.abs(off - np.round(off)) < 1e-3).all())
@@ -627,8 +631,9 @@ def of_descent(
         normal, told, r, tuple(misfit.target.shape), within=3 * (1 + step_noise) * within, bias=bias, first=first,
         left=step_noise * jitter * cut, seen=jitter, rounding=rounding, floor=floor, wander=wander, fresh=True,
         step=step if past is not None else None, jitter=jitter * (1 + step_noise), spread=_spread(misfit),
+        own=_OF_ONE * ((residuals - r) ** 2).mean(axis=0) / max(R - 1, 1),
         output=np.abs(r - misfit.residual(torch.zeros_like(misfit.target)).numpy()[there]),
-        newton=newton and not stepped,
+        newton=newton,
     )  # fmt: skip
     stated = evidence.stated(prior.information, known, misfit.robust)
     if coarse < _COARSE:

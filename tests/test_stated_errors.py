@@ -81,7 +81,7 @@ def test_intervals_hold_in_linear_fits(noise, known, least_stated):
 
 
 def test_noise_of_counts_is_that_of_each_output():
-    """A histogram of 2,000 draws of a normal distribution: its bins have the noise of counts, of which nothing is said."""
+    """A histogram of 2,000 draws of a normal distribution, with the noise of counts, of which nothing is said."""
     edges = np.linspace(-4, 6, 21)
 
     def counts(p):
