@@ -517,7 +517,7 @@ def _alike(r: Array, J: Array, shape: tuple[int, ...]) -> tuple[list[float], lis
         rho, error = float(np.interp(seen, ratios, _CORRELATIONS)), 1 / np.sqrt(len(r))
         found.append(rho)
         # Those that go unnoticed are the low ones among estimates: a standard error more, where it is not about 0.
-        used.append(few * min(rho + error * min(rho / error, 1.0), float(_CORRELATIONS[-1])))
+        used.append(few * min(rho + error * min(max(rho / error - 1, 0.0), 1.0), float(_CORRELATIONS[-1])))
         grown *= float(totals[0] / max(np.interp(used[-1], _CORRELATIONS, totals), 0.05 * totals[0]))
     return found, used, grown
 
@@ -651,7 +651,8 @@ def _step_of(outputs: Sequence[NDArray[np.float64]], exact: bool) -> float:
     Two runs of a few outputs may be whole numbers apart by chance, such as at a round start. So may the numbers of an
     exact target at a round truth.
     """
-    for numbers in [outputs[0] - outputs[1]] * (len(outputs) > 1) + [outputs[0]] * (len(outputs) > 0 and not exact):
+    between = [outputs[0] - outputs[1]] if len(outputs) > 1 else []
+    for numbers in between if exact else [*between, *outputs[:1]]:
         lattice, apart = Lattice(), np.unique(np.abs(numbers))
         lattice.add(np.append(0.0, apart)[:, None])
         if (size := float(lattice.steps[0])) and len(apart) > _ENOUGH_APART:

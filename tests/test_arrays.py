@@ -217,7 +217,7 @@ def test_a_sparse_output_is_told() -> None:
         (torch.tensor([1j, 2]), "complex"),
         (np.array(["1", "2"]), "dtype <U1"),
         ({"a": 1.0}, "dict"),
-        (None, "NoneType"),
+        (None, "got None"),
         ([1.0, np.nan], r"mask=~numpy.isfinite"),
         (np.ma.masked_array([1.0, 2.0], [True, True]), "not masked, got none"),
     ],
