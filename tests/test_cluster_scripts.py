@@ -109,7 +109,7 @@ class Site:
         self,
         script: str,
         meanwhile: Callable[[subprocess.Popen[bytes]], None] | None = None,
-        timeout: float = 60,
+        timeout: float = 240,
         **env: str,
     ) -> tuple[int, str]:
         """Runs a job script as the batch system would; (exit code, what it printed)."""
@@ -171,7 +171,7 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
         process.wait()
 
 
-def until(condition: Callable[[], bool], limit_s: float = 60) -> None:
+def until(condition: Callable[[], bool], limit_s: float = 240) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "waited in vain"

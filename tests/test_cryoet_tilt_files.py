@@ -170,7 +170,7 @@ def test_an_unknown_pixel_is_asked_for(folder: Path, pixel: float) -> None:
             with pytest.raises(InputError, match="pixel_size_angstrom="):
                 read(folder / "one.mrc")
             assert read(folder / "one.mrc", pixel_size_angstrom=2.5).pixel_size_angstrom == 2.5
-            with pytest.raises(InputError, match="pixel_size_angstrom > 0"):
+            with pytest.raises(InputError, match="pixel_size_angstrom as a number > 0"):
                 read(folder / "one.mrc", pixel_size_angstrom=-1.0)
 
 
