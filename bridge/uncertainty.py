@@ -45,6 +45,8 @@ _TOO_ALIKE, _FINE, _MANY, _LEAST_DOF = 2.0, 0.3, 15, 2.0
 # Of outputs beside their changes in a model, squared: what the least nugget makes of them.
 _LEAST_WIDTH = 1e-2
 _SPURIOUS = 1e-10
+# Of what tells parameters apart, that is left over shorter differences, below which it was their length that told it.
+_BENT = 0.25
 # Part of a parameter in a direction that is not determined, beside the largest, with which it is not meant.
 _BYSTANDER = 0.02
 # Steps of the outputs over the last scale, below which slopes are those of a staircase.
@@ -692,6 +694,12 @@ def finite_inverse(normal: Array) -> Array:
     return result
 
 
+def _least_share(normal: Array) -> float:
+    """The least eigenvalue of a normal matrix with a diagonal of 1: how far parameters are told apart."""
+    size = np.sqrt(np.maximum(np.diag(normal), 1e-300))
+    return max(float(np.linalg.eigvalsh(normal / np.outer(size, size))[0]), 0.0)
+
+
 def _unclear(
     normal: Normal, told: Array, covariance: Array, precision: Array
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -745,17 +753,29 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     independent = float(np.clip(total**2 / max(float((noise**2).sum()), 1e-300), 1.0, m))
     usual = float(np.mean(left + floor))
     variance = 1.0 + usual if known else max(float(r @ r) / max(m - len(z), 1), usual, 1e-300)
-    # Differences over the errors themselves: the slope between two steps of a staircase is not what counts.
-    for _ in range(3):
+
+    def slopes(width: Array) -> tuple[Array, NDArray[np.bool_], Array]:
+        """Weights dw of the differences, which slopes are spurious, and what is told of J^T J."""
         dw = model.differences(z, width)
         gram = dw.T @ model.gram @ dw
         # A slope of less than the model's own rounding is that of others' outputs, and not one.
         spurious = np.diag(gram) <= _SPURIOUS * float(np.diag(model.gram).max()) * (dw**2).sum(axis=0)
         gram[spurious] = gram[:, spurious] = 0
-        told = Normal(np.zeros((m, len(z))), gram, total * dw.T @ dw, independent).told()
+        return dw, spurious, Normal(np.zeros((m, len(z))), gram, total * dw.T @ dw, independent).told()
+
+    # Differences over the errors themselves: the slope between two steps of a staircase is not what counts.
+    for _ in range(3):
+        dw, gram, spurious, told = slopes(width)
         error = np.sqrt(np.diag(of_least_squares(told, variance, prior.information)))
         # Rows that are next to each other tell slopes no better than their rounding does.
         width = np.clip(wide * error, _LEAST_WIDTH * search.unit, search.unit)
+    # Along a valley errors are long, and over these outputs bend: what is told of it may be the bending alone.
+    alone = np.sqrt(variance / np.maximum(np.diag(told), 1e-300))
+    narrow = np.clip(alone, _LEAST_WIDTH * search.unit, width)
+    if not stepped.any() and (narrow < 0.5 * width).any():
+        nearer = slopes(narrow)
+        if _least_share(nearer[2]) < _BENT * _least_share(told):
+            dw, spurious, told = nearer
     J = F.T @ dw
     J[:, spurious] = 0
     weight = 1.0 if robust is None else robust.weight(r)

@@ -258,3 +258,24 @@ def test_a_part_of_the_audit(cell):
     records = [bench_coverage.refit(cell, given, "kriging", n) for given in (True, False) for n in range(12)]
     told = bench_coverage.summary(records)
     assert told["wrong"] == ""
+
+
+def test_a_valley_that_bends_has_no_small_error():
+    """A circuit's response to a step depends on l c and r / l alone: (r, l, 1 / c) may all be s times as large."""
+    t = np.linspace(0, 1e-4, 101)
+
+    def response(p):
+        r, inductance, c = p
+        w, a = 1 / np.sqrt(inductance * c), r / (2 * inductance)
+        s = np.sqrt(complex(w * w - a * a))
+        return np.real(1 - np.exp(-a * t) * (np.cos(s * t) + a / s * np.sin(s * t)))
+
+    bounds = [(10, 500), (1e-4, 1e-2), (1e-8, 1e-6)]
+    simulator = bridge.as_simulator(response, names=["r", "l", "c"], bounds=bounds)
+    truth = np.array([50, 1e-3, 1e-7])
+    for seed in range(3):
+        target = response(truth) + 0.01 * np.random.default_rng(seed).normal(size=len(t))
+        result = bridge.fit(simulator, target, [90, 2e-3, 1.8e-7], seed=seed, variance=1e-4, max_runs=120)
+        lower, upper = result.interval()
+        assert (~np.isfinite(lower) | (lower < truth) & (truth < upper)).all()
+        assert result.warnings
