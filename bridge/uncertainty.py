@@ -765,7 +765,7 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
 
     # Differences over the errors themselves: the slope between two steps of a staircase is not what counts.
     for _ in range(3):
-        dw, gram, spurious, told = slopes(width)
+        dw, spurious, told = slopes(width)
         error = np.sqrt(np.diag(of_least_squares(told, variance, prior.information)))
         # Rows that are next to each other tell slopes no better than their rounding does.
         width = np.clip(wide * error, _LEAST_WIDTH * search.unit, search.unit)
