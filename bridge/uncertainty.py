@@ -47,6 +47,8 @@ _LEAST_WIDTH = 1e-2
 _SPURIOUS = 1e-10
 # Of what tells parameters apart, that is left over shorter differences, below which it was their length that told it.
 _BENT = 0.25
+# Noise of the smoothed output beside the target's, from which on the end of a first-order descent tells no error.
+_TOO_NOISY = 2.0
 # Part of a parameter in a direction that is not determined, beside the largest, with which it is not meant.
 _BYSTANDER = 0.02
 # Steps of the outputs over the last scale, below which slopes are those of a staircase.
@@ -638,6 +640,13 @@ def of_descent(
         newton=newton,
     )  # fmt: skip
     stated = evidence.stated(prior.information, known, misfit.robust)
+    own = 1.0 if known else max(float(r @ r) / len(r) - jitter, 0.0)
+    if not newton and jitter > _TOO_NOISY * own and not exact:
+        stated = replace(stated, covariance=np.full_like(told, np.nan), notes=(
+            "No standard error is stated: the smoothed output is noisier than the target, and where a descent ends in "
+            "such noise says little of the minimum. Take more samples (num_samples=), method='gauss-newton' or "
+            "'kriging'.",
+        ))  # fmt: skip
     if coarse < _COARSE:
         stated = replace(stated, covariance=np.full_like(told, np.nan), notes=(
             f"No standard error is stated: outputs are multiples of {size:.3g}, and over the last scale those that "
