@@ -306,8 +306,7 @@ class Evidence:
 
     @property
     def _exact(self) -> bool:
-        """Whether residuals are those of a target without noise, met but for rounding."""
-        return bool(np.isfinite(self.first) and self.r @ self.r < (_EXACT * self.first) ** 2 * len(self.r))
+        return _is_exact(self.r, self.first)
 
     def _least_squares(self, J: Array, r: Array, precision: Array, known: bool) -> tuple[Array, float, list[str]]:
         d, none = len(self.told), np.full((len(self.told), len(self.told)), np.nan)
@@ -321,16 +320,17 @@ class Evidence:
         if known:
             V = 1.0 + rounding
             chi2 = float((r**2 / (V + seen)).sum())
-            if dof >= 1 and chdtrc(dof, chi2) < _MISFIT:
+            chance = float(chdtrc(dof, chi2)) if dof >= 1 else 1.0
+            if chance < _MISFIT:
                 misfit = True
                 V = V * (chi2 / dof)
-            if misfit and chdtrc(dof, chi2) < _SAID:
+            if chance < _SAID:
                 notes.append(
                     f"Standard errors are {np.sqrt(chi2 / dof):.3g} times as large as the variance alone would make "
                     f"them, since residuals are (chi-square {chi2:.4g} of {dof:.4g}): they hold if what is left of the "
                     "target is as good as independent noise."
                 )
-            elif dof >= 1 and not misfit and chdtrc(dof, chi2) < _FINE and not self._exact:
+            elif _MISFIT <= chance < _FINE and not self._exact:
                 misfit = max(_alike(r, J, self.shape)[0], default=0.0) > _TOO_ALIKE / np.sqrt(dof)
             V = V + left
         else:
@@ -478,6 +478,15 @@ class Evidence:
         return s, max(d * noise, self.within)
 
 
+def _is_exact(r: Array, first: float) -> bool:
+    """Whether residuals are those of a target without noise, met but for rounding.
+
+    Args:
+        first: root of the mean squared residual where the fit began.
+    """
+    return bool(np.isfinite(first) and r @ r < (_EXACT * first) ** 2 * len(r))
+
+
 def _data(J: Array, r: Array) -> NDArray[np.bool_]:
     """(m,) which numbers are data: not those that are 0 in all runs and in the target."""
     size, least = np.abs(J).max(axis=1, initial=0.0), 1e-12
@@ -613,7 +622,7 @@ def of_descent(
     first = np.inf
     if len(outputs) > 1 and np.isfinite(outputs[1]).all():
         first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
-    exact = np.isfinite(first) and float(r @ r) < (_EXACT * first) ** 2 * len(r)
+    exact = _is_exact(r, first)
     if size := _step_of(good, exact):
         rounding = misfit.spread_of(np.full(misfit.target.shape, size / np.sqrt(12)))[there]
         off = (misfit.target.numpy() - good[0]) / size
@@ -636,24 +645,24 @@ def of_descent(
         left=step_noise * jitter * cut, seen=jitter, rounding=rounding, floor=floor, wander=wander, fresh=True,
         step=step if past is not None else None, jitter=jitter * (1 + step_noise), spread=_spread(misfit),
         own=_OF_ONE * ((residuals - r) ** 2).mean(axis=0) / max(R - 1, 1),
-        output=np.abs(r - misfit.residual(torch.zeros_like(misfit.target)).numpy()[there]),
+        output=_sizes(misfit, r, there),
         newton=newton,
     )  # fmt: skip
     stated = evidence.stated(prior.information, known, misfit.robust)
-    own = 1.0 if known else max(float(r @ r) / len(r) - jitter, 0.0)
+    own, why = 1.0 if known else max(float(r @ r) / len(r) - jitter, 0.0), ""
     if not newton and jitter > _TOO_NOISY * own and not exact:
-        stated = replace(stated, covariance=np.full_like(told, np.nan), notes=(
+        why = (
             "No standard error is stated: the smoothed output is noisier than the target, and where a descent ends in "
             "such noise says little of the minimum. Take more samples (num_samples=), method='gauss-newton' or "
-            "'kriging'.",
-        ))  # fmt: skip
+            "'kriging'."
+        )
     if coarse < _COARSE:
-        stated = replace(stated, covariance=np.full_like(told, np.nan), notes=(
+        why = (
             f"No standard error is stated: outputs are multiples of {size:.3g}, and over the last scale those that "
             f"tell parameters change by {coarse:.2g} of such steps only. Give a larger last scale (scale=), or take "
-            "method='kriging'.",
-        ))  # fmt: skip
-    return stated
+            "method='kriging'."
+        )
+    return replace(stated, covariance=np.full_like(told, np.nan), notes=(why,)) if why else stated
 
 
 def _step_of(outputs: Sequence[NDArray[np.float64]], exact: bool) -> float:
@@ -677,6 +686,11 @@ def cut_short(noise: float) -> float:
     It is 1 for little noise and 0.63 / noise for much; between them this is some tenth too large at most.
     """
     return float((1 + (1.5 * noise) ** 3) ** (-1 / 3))
+
+
+def _sizes(misfit: Misfit, r: Array, there: NDArray[np.bool_]) -> Array:
+    """Of the outputs with these residuals, whitened as they are."""
+    return np.abs(r - misfit.residual(torch.zeros_like(misfit.target)).numpy()[there])
 
 
 def _spread(misfit: Misfit) -> float:
@@ -793,7 +807,7 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
         Normal(J, J.T @ J, total * dw.T @ dw, independent), told, r, tuple(misfit.target.shape), left=left, seen=left,
         floor=floor, step=np.clip(z + step, search.lower, search.upper) - z, first=first,
         run_noise=float(np.sqrt(total)), spread=_spread(misfit),
-        output=np.abs(r - misfit.residual(torch.zeros_like(misfit.target)).numpy()[there]),
+        output=_sizes(misfit, r, there),
     )  # fmt: skip
     stated = evidence.stated(prior.information, known, robust)
     if exact:

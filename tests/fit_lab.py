@@ -18,6 +18,18 @@ def decay(theta):
     return theta[0] * np.exp(-theta[1] * X) + theta[2]
 
 
+def circuit(t):
+    """The response to a step, at times t, of (r, l, c) in series: it depends on l c and r / l alone."""
+
+    def response(p):
+        r, inductance, c = p
+        w, a = 1 / np.sqrt(inductance * c), r / (2 * inductance)
+        s = np.sqrt(complex(w * w - a * a))
+        return np.real(1 - np.exp(-a * t) * (np.cos(s * t) + a / s * np.sin(s * t)))
+
+    return response
+
+
 def named(function, **settings):
     return bridge.as_simulator(function, names=["a", "rate", "b"], natural_scale=[0.3, 0.3, 0.2], **settings)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fit_lab import circuit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -266,14 +267,7 @@ def test_natural_scales_that_nobody_has_said():
 
 
 def test_a_circuit_in_si_units():
-    t = np.linspace(0, 1e-4, 301)
-
-    def response(p):
-        r, inductance, c = p
-        w, a = 1 / np.sqrt(inductance * c), r / (2 * inductance)
-        s = np.sqrt(complex(w * w - a * a))
-        return np.real(1 - np.exp(-a * t) * (np.cos(s * t) + a / s * np.sin(s * t)))
-
+    response = circuit(np.linspace(0, 1e-4, 301))
     truth = np.array([50, 1e-3, 1e-7])
     target = response(truth)
     bounds = [(10, 500), (1e-4, 1e-2), (1e-8, 1e-6)]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fit_lab import circuit
 from scipy.special import ndtr, ndtri, stdtrit
 
 import bridge
@@ -263,13 +264,7 @@ def test_a_part_of_the_audit(cell):
 def test_a_valley_that_bends_has_no_small_error():
     """A circuit's response to a step depends on l c and r / l alone: (r, l, 1 / c) may all be s times as large."""
     t = np.linspace(0, 1e-4, 101)
-
-    def response(p):
-        r, inductance, c = p
-        w, a = 1 / np.sqrt(inductance * c), r / (2 * inductance)
-        s = np.sqrt(complex(w * w - a * a))
-        return np.real(1 - np.exp(-a * t) * (np.cos(s * t) + a / s * np.sin(s * t)))
-
+    response = circuit(t)
     bounds = [(10, 500), (1e-4, 1e-2), (1e-8, 1e-6)]
     simulator = bridge.as_simulator(response, names=["r", "l", "c"], bounds=bounds)
     truth = np.array([50, 1e-3, 1e-7])

@@ -7,11 +7,10 @@ Each cell is a kind of problem, with the variance given or left out, and a metho
 each with a truth, a start and noise of its own. An interval is that of `FitResult.interval`. Where no finite error is
 stated, the fit must say why: it counts as not stated, and as "silent" where no warning says anything.
 
-Refits are kept as JSON lines in FOLDER, by the sources of the package at HEAD, and are not made again. Start it in the
-root of the repository. The table is printed at the end:
-coverage [%] of the intervals that were stated, share of the parameters for which none was, rms of (found - true) /
-stated, and what is wrong with a cell. Coverage is in range between 90 and 98 %, by three standard deviations of the
-refits at hand where there are fewer than 200.
+Refits are kept as JSON lines in FOLDER, by the sources of the package at HEAD, and are not made again. The table is
+printed at the end: coverage [%] of the intervals that were stated, share of the parameters for which none was, rms of
+(found - true) / stated, and what is wrong with a cell. Coverage is in range between 90 and 98 %, by three standard
+deviations of the refits at hand where there are fewer than 200.
 """
 
 from __future__ import annotations
@@ -350,8 +349,9 @@ def main(arguments: list[str]) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     given.kept.mkdir(parents=True, exist_ok=True)
     # What the numbers come from: the package and the problems, not the rest of the commit.
-    sources = ["git", "rev-parse", "HEAD:bridge", f"HEAD:{Path(__file__).resolve().relative_to(Path.cwd())}"]
-    trees = subprocess.run(sources, capture_output=True, text=True).stdout.split()
+    sources = ["git", "rev-parse", "HEAD:bridge", f"HEAD:./{Path(__file__).name}"]
+    here = Path(__file__).resolve().parent
+    trees = subprocess.run(sources, capture_output=True, text=True, cwd=here).stdout.split()
     path = given.kept / f"{'-'.join(tree[:7] for tree in trees) or 'unknown'}.jsonl"
     if given.fresh:
         path.unlink(missing_ok=True)
