@@ -39,7 +39,7 @@ from bridge.simulator import (
     makes_memory,
     simulator_name,
 )
-from bridge.streaming import STREAMED_LEAF, Outputs, Stream, Unit, accumulate, aligned, spilled
+from bridge.streaming import Outputs, Stream, Unit, accumulate, aligned, spilled, units_of_leaf
 from bridge.weights import Weights, enough, in_pairs, make_weights, second_weights, survivors
 
 Array = NDArray[np.float64]
@@ -47,6 +47,8 @@ Array = NDArray[np.float64]
 Chunks = list[tuple[int, torch.Tensor | None]]
 # Rows whose bits a float64 holds exactly.
 _BITS = 48
+# Numbers that are multiplied at once: with those of a vector they stay in a cache, whatever the number of outputs.
+_PIECE = 1 << 15
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -251,7 +253,7 @@ class Evaluation:
         for out in self.runner.run():
             F = out.F
             if F is not None and like is None:
-                like, self.output_shape = F, self.runner.output_shape
+                like, self.output_shape = F[:0].clone(), self.runner.output_shape
                 self.large, streams = self._layout(F, self._execution.keep_bytes)
                 if streams:
                     stream = Stream(self, F, spare)
@@ -272,7 +274,7 @@ class Evaluation:
                 G = None if part.F is None else aligned(part.F)
                 chunks.setdefault(unit, []).append((len(part.inputs), G))
             del F, out
-        return None if like is None else like[:0].clone(), stream
+        return like, stream
 
     def by_unit(self, out: Outputs) -> Iterator[tuple[Unit, Outputs]]:
         """Rows of one unit or several, by unit."""
@@ -306,13 +308,8 @@ class Evaluation:
 
     @property
     def units_in_leaf(self) -> int:
-        """Units of a streamed leaf, from N and the unit alone: 2 rows at N = 16, 32 at N = 256, and never more than 16
-        leaves, because each level of the tree holds a sum."""
-        if not self.large:
-            return 1
-        n, unit = self.strategy.num_samples, self.strategy.leaf_size
-        rows = max(min(STREAMED_LEAF, 1 << max(0, (n - 1).bit_length() - 3)), -(-n // 16))
-        return max(1, -(-rows // unit) if rows > STREAMED_LEAF else rows // unit)
+        """Units that are added up before the tree."""
+        return units_of_leaf(self.strategy.num_samples, self.strategy.leaf_size) if self.large else 1
 
     def stream_weights(self, p: int) -> Array:
         """[a, W] of problem p as the streamed kernel takes it: (columns, num_rows)."""
@@ -455,8 +452,8 @@ class Evaluation:
             if whole is None:
                 whole = results[q] = total.new_full((len(total), self.num_outputs), torch.nan)
             whole[:, columns.to(whole.device)] = total
-        like = self._like.new_full((1, self.num_outputs), torch.nan, dtype=torch.float64)
-        return [like.clone() if whole is None else whole for whole in results]
+        shape = 1, self.num_outputs
+        return [self._like.new_full(shape, torch.nan, dtype=torch.float64) if x is None else x for x in results]
 
     def _group_products(self, p: int, v: torch.Tensor) -> list[tuple[Group, Array]]:
         """<v, F_i> of all rows over the outputs of each group that has weights, (num_rows,), or, where there is block
@@ -551,24 +548,33 @@ class Evaluation:
         """
         blocks = 1 if block_of is None else int(block_of.max()) + 1
         scalars = np.zeros((len(pairs), self.strategy.num_rows, blocks))
-        wide: torch.Tensor | None = None
         asked: dict[int, list[tuple[int, torch.Tensor]]] = {}
         for q, (p, v) in enumerate(pairs):
             asked.setdefault(p, []).append((q, v))
-        for unit, F in (kept for p in asked for kept in self._kept[p]):
-            mine = asked[unit.problem]
-            if wide is None or wide.shape != F.shape or wide.device != F.device:
-                wide = torch.empty(F.shape, dtype=torch.float64, device=F.device)
-            wide.copy_(F)
-            if square:
-                wide.square_()
-            for q, v in mine:
-                v = v.to(F.device)
-                if block_of is None:
-                    sums = torch.mv(wide, v)[:, None]
-                else:
-                    sums = wide.new_zeros((len(F), blocks)).index_add_(1, block_of.to(F.device), wide * v)
-                scalars[q, unit.start : unit.stop] = sums.cpu().numpy()
+        width = self.num_outputs
+        if self._like.device.type == "cpu":
+            width = max(_PIECE // 16, _PIECE // self.strategy.leaf_size)
+        for p, mine in asked.items():
+            for piece in (slice(left, left + width) for left in range(0, self.num_outputs, width)):
+                wide = torch.empty(0, dtype=torch.float64)
+                sums: list[list[torch.Tensor]] = [[] for _ in mine]
+                for _, F in self._kept[p]:
+                    if len(wide) != len(F) or wide.device != F.device:
+                        wide = torch.empty_like(F[:, piece], dtype=torch.float64, memory_format=torch.contiguous_format)
+                    wide.copy_(F[:, piece])
+                    if square:
+                        wide.square_()
+                    for i, (_, v) in enumerate(mine):
+                        part = v[piece].to(F.device)
+                        if block_of is None:
+                            sums[i].append(torch.mv(wide, part)[:, None])
+                        else:
+                            of_blocks = wide.new_zeros((len(F), blocks))
+                            sums[i].append(of_blocks.index_add_(1, block_of[piece].to(F.device), wide * part))
+                own = [row for unit, _ in self._kept[p] for row in range(unit.start, unit.stop)]
+                for (q, _), parts in zip(mine, sums, strict=True):
+                    if parts:
+                        scalars[q, own] += torch.cat([part.cpu() for part in parts]).numpy()
         total = self.dispatcher.scatter_add(scalars)
         return list(total[:, :, 0] if block_of is None else total)
 

@@ -33,7 +33,7 @@ from scipy import integrate, special
 from bridge.design import default_leaf_size
 from bridge.dispatch.tree import run_of, transfers
 from bridge.errors import InputError
-from bridge.streaming import CHUNK, STREAMED_LEAF
+from bridge.streaming import CHUNK, units_of_leaf
 
 Array = NDArray[np.float64]
 
@@ -154,12 +154,8 @@ class Workload:
 
     @property
     def units_in_leaf(self) -> int:
-        """Units that are added up before the tree, see `Evaluation.units_in_leaf`."""
-        if not self.streamed:
-            return 1
-        n, unit = self.num_samples, self.unit_rows
-        rows = max(min(STREAMED_LEAF, 1 << max(0, (n - 1).bit_length() - 3)), -(-n // 16))
-        return max(1, -(-rows // unit) if rows > STREAMED_LEAF else rows // unit)
+        """Units that are added up before the tree."""
+        return units_of_leaf(self.num_samples, self.unit_rows) if self.streamed else 1
 
     @property
     def with_repetitions(self) -> tuple[float, float]:

@@ -198,6 +198,7 @@ class Runner:
             if F is not None:
                 self.output_shape = self._shape = call.shape
             yield Outputs(call.problem, call.stolen, call.start, call.inputs, F)
+            del F  # its memory is used for the next
 
     def _in_turn(self) -> Iterator[tuple[_Call, torch.Tensor | None]]:
         for call in self._planned():

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.signal import lfilter
-from scipy.special import chdtrc, chdtri, fdtrc, gammaln, stdtr
+from scipy.special import chdtrc, chdtri, fdtrc, stdtr
 
 from bridge.fit_result import Stated
 from bridge.kriging import fit_kriging
@@ -57,6 +57,8 @@ _COARSE = 0.7
 _ENOUGH_APART = 5
 # Of residuals at the start: those that are left of a target without noise.
 _EXACT = 1e-6
+# Where all outputs have the target's steps: directions, and nodes along each.
+_DIRECTIONS, _NODES = 64, 32
 _CORRELATIONS = np.append(np.arange(0, 0.95, 0.1), 0.97)
 # Chance of noise that seems to grow with the outputs, from which on it does; outputs that tell it; standard deviations
 # from which on an output is an outlier all the same; and how far a fit may follow the noisiest one.
@@ -701,13 +703,27 @@ def _spread(misfit: Misfit) -> float:
 def _on_plateau(J: Array, rounding: Array, precision: Array) -> Array:
     """Covariance where all outputs that have steps are those of the target.
 
-    An output keeps its step with probability 1 - |J_o dz| / step_o, and all with exp(-sum |J_o dz| / step_o), nearly.
-    Its second moment is taken with the sum the same in all directions of J^T J: (d + 1) / c^2, c the mean of the sum.
+    An output keeps its step over dz with probability p = 1 - |J_o dz| / step_o, so that the product of these is the
+    density of the truth about z. Its second moment is taken as the same in all directions of J^T J: it is integrated
+    along some of them, chosen evenly.
     """
-    d, J = J.shape[1], J / np.sqrt(12 * rounding)[:, None]
-    h = np.clip(leverages(J, np.ones(len(J)), np.zeros((d, d))), 0, 1)
-    c = float(np.exp(gammaln(d / 2) - gammaln((d + 1) / 2))) / np.sqrt(np.pi) * float(np.sqrt(h).sum())
-    return of_least_squares(J.T @ J, (d + 1) / max(c, 1e-6) ** 2, precision)
+    J = J / np.sqrt(12 * rounding)[:, None]
+    left, size, _ = np.linalg.svd(J, full_matrices=False)
+    left = left[:, size > 1e-5 * size.max(initial=0.0)]
+    k = left.shape[1]
+    if k == 0:
+        return of_least_squares(J.T @ J, 1.0, precision)
+    directions = np.random.Generator(np.random.Philox(key=k)).normal(size=(_DIRECTIONS, k))
+    x, w = np.polynomial.legendre.leggauss(_NODES)
+    unit, moments = k / float(np.abs(left).sum()), np.zeros(2)
+    for u in directions / np.linalg.norm(directions, axis=1, keepdims=True):
+        slope = np.abs(left @ u)
+        # Until one output has surely another step, or all together nearly so.
+        end = min(1 / float(slope.max()), (40 + 2 * k) / float(slope.sum()))
+        distance = 0.5 * end * (x + 1)
+        density = (distance / unit) ** (k - 1) * np.exp(np.log1p(-np.outer(distance, slope)).sum(axis=1))
+        moments += 0.5 * end * (w * density) @ np.stack([np.ones(_NODES), distance**2], axis=1)
+    return of_least_squares(J.T @ J, float(moments[1] / moments[0]) / k, precision)
 
 
 def finite_inverse(normal: Array) -> Array:

@@ -239,6 +239,21 @@ def test_a_batch_is_its_problems_one_by_one_bitwise(keep):
     assert torch.equal(mapped, together[:, 0])
 
 
+@pytest.mark.parametrize("samples", [20, 64, 200])
+@pytest.mark.parametrize(("dimension", "outputs"), [(1, 3), (2, 1000), (8, 40_000), (13, 7)])
+def test_a_value_has_the_same_bits_whatever_derivatives_are_added_up_beside_it(samples, dimension, outputs):
+    matrix = np.random.default_rng(dimension).normal(size=(dimension, outputs))
+
+    def simulator(x):
+        return (100 + np.sin(x @ matrix)).astype(np.float32)
+
+    smoothed = bridge.smooth(simulator, seed=0, num_samples=samples, scale=0.4, keep_megabytes=0)
+    theta, scale = torch.zeros(dimension), torch.full((dimension,), 0.4, dtype=torch.float64)
+    alone = smoothed(theta)
+    assert torch.equal(smoothed(theta.requires_grad_()), alone)
+    assert torch.equal(smoothed(theta, scale=scale.requires_grad_()), alone)
+
+
 def test_kept_and_streamed_agree():
     a, b = (
         bridge.smooth(VECTORIZED, seed=2, num_samples=100, keep_megabytes=k, covariate="f(x)").estimate(

@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+# So many rows of sums, and a product with an identity costs no more than the additions.
+_FEW = 16
+
 
 class Node(NamedTuple):
     """A subtree: see the module."""
@@ -66,13 +69,12 @@ class TreeSum:
                 if self._shares is None:
                     left.add_(right)
                 else:
-                    # As ever, the value's row by itself: its bits do not depend on what is beside it.
-                    away, end = right[-1] - left[-1], min((place | 1) + 1 << level, self.num_leaves)
+                    # The value's row by itself: its bits do not depend on what is beside it.
+                    away, end = right[-1].sub_(left[-1]), min((place | 1) + 1 << level, self.num_leaves)
                     w = self.share_of((place | 1) << level, end)
-                    left[:-1].add_(right[:-1])
-                    left[0].add_(away, alpha=w[0])
+                    left[0].add_(right[0]).add_(away, alpha=w[0])
                     if len(w) > 1:
-                        left[1:-1].addr_(torch.tensor(w[1:], dtype=left.dtype, device=left.device), away)
+                        _add_moved(left[1:-1], right[1:], torch.tensor(w[1:], dtype=left.dtype, device=left.device))
                 value = left
                 self.reuse(right)
             node = Node(level + 1, place // 2)
@@ -95,6 +97,14 @@ class TreeSum:
         """The whole sum, once every leaf has come."""
         (total,) = self._partials.values()
         return total
+
+
+def _add_moved(left: torch.Tensor, right: torch.Tensor, w: torch.Tensor) -> None:
+    """Adds right[:-1] + w x right[-1] to left (c, m); of few rows as one product, which goes over them once."""
+    if len(left) <= _FEW:
+        left.addmm_(torch.cat([torch.eye(len(w), dtype=w.dtype, device=w.device), w[:, None]], dim=1), right)
+    else:
+        left.add_(right[:-1]).addr_(w, right[-1])
 
 
 def transfers(owners: NDArray[np.int64]) -> Iterator[tuple[Node, int, int]]:
