@@ -375,7 +375,7 @@ class _Memory(threading.local):
     """Memory for outputs, used again once nothing refers to it: fresh pages cost more than what is written to them."""
 
     def __init__(self) -> None:
-        self._block, self._start = np.empty(0, dtype=np.uint8), 0
+        self._block, self._alone, self._start = np.empty(0, dtype=np.uint8), 0, 0
 
     def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
         return _Memory, ()
@@ -385,9 +385,10 @@ class _Memory(threading.local):
         if dtype.hasobject:
             return np.empty(shape, dtype)
         size = int(np.prod(shape)) * dtype.itemsize
-        # Two references are ours: the attribute, and the argument here. An array or a tensor in the block is one more.
-        if self._block.size < size + 64 or sys.getrefcount(self._block) > 2:
+        # An array or a tensor in the block is one more reference than there are when it is new.
+        if self._block.size < size + 64 or sys.getrefcount(self._block) > self._alone:
             self._block = np.empty(size + 64, dtype=np.uint8)
+            self._alone = sys.getrefcount(self._block)
             self._start = -self._block.ctypes.data % 64
         return self._block[self._start : self._start + size].view(dtype).reshape(shape)
 

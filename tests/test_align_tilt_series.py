@@ -161,6 +161,7 @@ def test_the_options_of_the_command_line(
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_series_are_aligned_alike_on_one_rank_and_on_two(example: ModuleType, run_ranks: Any) -> None:
     alone = example.Layout(Specimen.helix(98), example.MIDDLE, 5, size=64, pixel=8.0)
     information = example.fisher(alone, example.truth(alone, 20))

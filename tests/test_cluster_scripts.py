@@ -411,7 +411,7 @@ def digest(tmp_path_factory):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("script", ["srun.sh", "mpirun.sh"])
+@pytest.mark.parametrize("script", ["srun.sh", pytest.param("mpirun.sh", marks=pytest.mark.slow)])
 def test_a_job_that_is_told_to_stop_is_requeued_and_ends_with_the_same_bits(tmp_path, digest, script):
     site = Site(tmp_path, FIT)
     paid = tmp_path / "paid"

@@ -395,6 +395,7 @@ if bridge.is_root():
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_a_structural_fit_finds_the_structure_with_the_same_bits_on_one_rank_and_on_two(
     run_ranks, capsys: pytest.CaptureFixture[str]
 ) -> None:
