@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -450,11 +450,11 @@ def make_prior(prior: PriorOf | None, space: ParameterSpace) -> Prior:
         if len(set(at)) < len(at) or seen & set(at):
             raise InputError(f"Expected each parameter once in prior=, got one of {', '.join(names)} again.")
         seen |= set(at)
-        centres, covariance = np.atleast_1d(np.asarray(centre, float)), np.asarray(spread, float)
+        centres, covariance = np.atleast_1d(centre), spread
         what = f"prior[{', '.join(map(repr, names))}]"
         if len(at) == 1 and covariance.ndim == 0:
             if centres.shape != (1,) or not (np.isfinite(centres[0]) and covariance > 0):
-                raise InputError(f"Expected {what} = (mean, standard deviation > 0), got ({centre!r}, {spread!r}).")
+                raise InputError(f"Expected {what} = (mean, standard deviation > 0), got ({centre}, {spread}).")
             information[at[0], at[0]] = (natural[at[0]] / float(covariance)) ** 2
         else:
             information[np.ix_(at, at)] = _inverse_covariance(what, centres, covariance, natural[at])
@@ -466,8 +466,8 @@ def marginal_deviations(prior: PriorOf | None, space: ParameterSpace) -> dict[st
     """The standard deviation of each parameter of which a prior says something; what is no prior is passed over."""
     found: dict[str, float] = {}
     for names, (_, spread) in _by_names(prior, space).items():
-        size = np.asarray(spread, float)
-        sizes = size.reshape(-1) if size.ndim == 0 else np.sqrt(np.maximum(np.diag(size), 0)) if size.ndim == 2 else ()
+        variances = np.diag(spread) if spread.ndim == 2 else np.square(spread).reshape(-1)
+        sizes = np.sqrt(np.maximum(variances, 0))
         found |= {name: float(s) for name, s in zip(names, sizes, strict=False) if np.isfinite(s) and s > 0}
     return found
 
@@ -491,7 +491,7 @@ def _inverse_covariance(what: str, means: Array, covariance: Array, unit: Array)
     )
 
 
-def _by_names(prior: PriorOf | None, space: ParameterSpace) -> dict[tuple[str, ...], tuple[Any, Any]]:
+def _by_names(prior: PriorOf | None, space: ParameterSpace) -> dict[tuple[str, ...], tuple[Array, Array]]:
     if prior is None:
         return {}
     given = prior if isinstance(prior, Mapping) else {space.names: prior}
@@ -501,10 +501,14 @@ def _by_names(prior: PriorOf | None, space: ParameterSpace) -> dict[tuple[str, .
             names = (key,) if key in space.names else tuple(name.strip() for name in key.split(","))
         else:
             names = tuple(key)
-        if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str) or len(value) != 2:
+        try:
+            if isinstance(value, str):
+                raise TypeError
+            centre, spread = (np.asarray(x, dtype=np.float64) for x in value)
+        except (TypeError, ValueError):
             raise InputError(
                 f"Expected prior[{', '.join(names)}] = (mean, standard deviation), or (means, covariance) of several "
                 f"parameters, got {value!r}."
-            )
-        named[names] = (value[0], value[1])
+            ) from None
+        named[names] = (centre, spread)
     return named

@@ -254,6 +254,25 @@ def test_a_value_has_the_same_bits_whatever_derivatives_are_added_up_beside_it(s
     assert torch.equal(smoothed(theta, scale=scale.requires_grad_()), alone)
 
 
+def test_the_memory_of_outputs_is_used_again_once_they_are_added_up(monkeypatch):
+    from bridge import simulator as module
+
+    places, empty = [], module._Memory.empty
+
+    def told(self, shape, dtype):
+        result = empty(self, shape, dtype)
+        places.append(result.ctypes.data)
+        return result
+
+    monkeypatch.setattr(module._Memory, "empty", told)
+    smoothed = bridge.smooth(lambda x: np.full(5000, x[0]), seed=0, num_samples=256, scale=0.4, keep_megabytes=0)
+    smoothed(torch.zeros(1))
+    places.clear()
+    smoothed(torch.zeros(1), step=1)
+    assert len(places) > 30
+    assert len(set(places)) == 1
+
+
 def test_kept_and_streamed_agree():
     a, b = (
         bridge.smooth(VECTORIZED, seed=2, num_samples=100, keep_megabytes=k, covariate="f(x)").estimate(

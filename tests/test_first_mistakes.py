@@ -157,6 +157,10 @@ MISTAKES = {
     "a name as fixed": (of_fit(fixed="width_nm"), "Expected a list of names, fixed=['width_nm'], got a text."),
     "pairs that are tied": (of_fit(tied=["a", "b"]), "Expected tied as name -> the name that it is to equal"),
     "a list of priors": (of_fit(prior=[(0, 1)]), "Expected prior[width_nm, angle_deg] = (mean, standard deviation)"),
+    "a text in a prior": (
+        of_fit(prior={"width_nm": ("x", 1)}),
+        "Expected prior[width_nm] = (mean, standard deviation)",
+    ),
     "a number as prior": (of_fit(prior={"width_nm": 0.1}), "Expected prior[width_nm] = (mean, standard deviation)"),
     "a loss by name": (of_fit(loss="mse"), "Least squares need none: leave it out."),
     "on_step": (of_fit(on_step=3), "Expected on_step as a function of a FitStep, got 3."),
