@@ -53,6 +53,7 @@ class Watch:
         self.done, self.frugal = done, frugal
         self._first: tuple[NDArray[np.float64], NDArray[np.uint64], Outputs] | None = None
         self._drawn: set[str] = set()
+        self._waits = False  # for a call of several rows, to see whether they depend on each other
 
     def __reduce__(self) -> tuple[type[Watch], tuple[bool, bool]]:
         return Watch, (self.done, self.frugal)
@@ -68,6 +69,8 @@ class Watch:
         vectorized: bool,
     ) -> Any:
         """The outputs of a call; warns where the first row gives others once other rows have been run."""
+        if self._waits and len(inputs) == 1:
+            return call(inputs, seeds)
         before, begin = generators(), time.perf_counter()
         outputs = call(inputs.copy(), seeds.copy())
         seconds, after = time.perf_counter() - begin, generators()
@@ -94,7 +97,8 @@ class Watch:
             first = np.repeat(inputs[:1], 2, axis=0), np.repeat(seeds[:1], 2), known[0].copy()
         said = _repeated(call, *(first if self._first is None or (vectorized and not alone) else self._first))
         _restore(after)
-        self.done = bool(said) or self.frugal or not (alone and vectorized)
+        self._waits = alone and vectorized
+        self.done = bool(said) or self.frugal or not self._waits
         if said:
             source = f", and draws from {' and '.join(sorted(self._drawn))}" if self._drawn else ""
             said = f"Simulator {name!r} {said} when its first row is run again{source}. Results then"

@@ -238,6 +238,24 @@ def test_one_run_more_and_no_more():
     assert len(calls) == 8 + 1 + 8
 
 
+def test_one_run_more_of_vectorised_functions_that_get_rows_singly():
+    """And two more once they get several, which may depend on each other."""
+    rows = []
+
+    def f(X):
+        rows.append(len(X))
+        return X
+
+    simulator = bridge.as_simulator(f, vectorized=True)
+    for seed in range(4):
+        bridge.smooth(simulator, seed=seed, num_samples=8, scale=0.1, points="mc").estimate(START)
+    assert rows == [1] * (4 * 8 + 1)
+    simulator(np.zeros((5, 2)), np.zeros(5, np.uint64))
+    assert rows[33:] == [5, 2]
+    simulator(np.zeros((5, 2)), np.zeros(5, np.uint64))
+    assert rows[33:] == [5, 2, 5]
+
+
 def writes_a_file(x):
     """A program that knows one file name only: several at once would read each other's."""
     path = Path("result.txt")
