@@ -371,11 +371,27 @@ class Parallel(Protocol):
     def bound(self, comm: Any) -> Simulator: ...
 
 
+# Blocks of memory for outputs that are not given back, and their bytes but for the newest.
+_HELD, _HELD_BYTES = 4, 24_000_000
+
+
+class _Block:
+    """Memory that is free again once nothing else refers to it."""
+
+    def __init__(self, size: int) -> None:
+        self.memory: NDArray[np.uint8] = np.empty(size + 64, dtype=np.uint8)
+        self.start = -self.memory.ctypes.data % 64
+        self._alone = sys.getrefcount(self.memory)  # an array or a tensor in it is one more
+
+    def has_room(self, size: int) -> bool:
+        return self.memory.size >= size + 64 and sys.getrefcount(self.memory) == self._alone
+
+
 class _Memory(threading.local):
     """Memory for outputs, used again once nothing refers to it: fresh pages cost more than what is written to them."""
 
     def __init__(self) -> None:
-        self._block, self._alone, self._start = np.empty(0, dtype=np.uint8), 0, 0
+        self._blocks: list[_Block] = []
 
     def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
         return _Memory, ()
@@ -385,12 +401,15 @@ class _Memory(threading.local):
         if dtype.hasobject:
             return np.empty(shape, dtype)
         size = int(np.prod(shape)) * dtype.itemsize
-        # An array or a tensor in the block is one more reference than there are when it is new.
-        if self._block.size < size + 64 or sys.getrefcount(self._block) > self._alone:
-            self._block = np.empty(size + 64, dtype=np.uint8)
-            self._alone = sys.getrefcount(self._block)
-            self._start = -self._block.ctypes.data % 64
-        return self._block[self._start : self._start + size].view(dtype).reshape(shape)
+        free = [block for block in self._blocks if block.has_room(size)]
+        if free:
+            block = min(free, key=lambda block: block.memory.size)
+        else:
+            block = _Block(size)
+            self._blocks.append(block)
+            while len(self._blocks) > _HELD or sum(b.memory.size for b in self._blocks[:-1]) > _HELD_BYTES:
+                del self._blocks[0]
+        return block.memory[block.start : block.start + size].view(dtype).reshape(shape)
 
 
 class _With:
