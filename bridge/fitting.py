@@ -48,8 +48,8 @@ __all__ = ["FitEnd", "FitResult", "FitStep", "fit"]
 _UNLIMITED = 10**15
 _INTERRUPTED = "bridge: interrupted; the fit ends with the best so far. Once more to leave at once."
 _LEFT_OUT = (
-    "The fit was interrupted: what it would run at its end, for errors and outputs, is left out. With the same "
-    "directory= it goes on where it was."
+    "The fit was interrupted: what it would run at its end, for errors and outputs, is left out, and the loss is that "
+    "of the smoothed output. With the same directory= it goes on where it was."
 )
 
 _log = logging.getLogger("bridge")
@@ -372,10 +372,20 @@ def _goodness(problem: FitProblem, end: End) -> tuple[Goodness, tuple[str, ...]]
 
 
 def _cut_short(way: Way, problem: FitProblem, history: Sequence[FitStep]) -> End:
-    """The end of a fit that was interrupted: what is known, without another run."""
+    """The end of a fit that was interrupted: what is known, without another run.
+
+    The parameters are those of the least loss that was seen: of where the last step led none is known.
+    """
     unknown = np.full(tuple(problem.misfit.target.shape), np.nan)
-    loss, failed = (history[-1].loss, history[-1].num_failed) if history else (float("nan"), 0)
-    return End(way.x, problem.free_starts[0], loss, None, unknown, unknown, num_evaluations=0, num_failed=failed)
+    seen = [record for record in history if np.isfinite(record.loss)]
+    if not seen:
+        failed = history[-1].num_failed if history else 0
+        return End(way.x, problem.free_starts[0], np.nan, None, unknown, unknown, num_evaluations=0, num_failed=failed)
+    best = min(seen, key=lambda record: record.loss)
+    at = [problem.space.index(name) for name in problem.free.names]
+    x = np.array(best.parameters)[at] / problem.natural
+    failed = history[-1].num_failed
+    return End(x, problem.free_starts[0], best.loss, None, unknown, unknown, num_evaluations=0, num_failed=failed)
 
 
 def _deviations(covariance: NDArray[np.float64] | None) -> NDArray[np.float64] | None:

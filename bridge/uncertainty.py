@@ -33,7 +33,7 @@ _CLEAR, _LOST = 3.0, 1.0
 _ALIKE = 0.25
 # Chance of a chi-square as large as that from which on it scales errors, and from which on that is said; of an outlier,
 # and of a step that is no noise.
-_MISFIT, _SAID, _OUTLIER, _STEP = 0.01, 1e-4, 1e-3, 0.05
+_MISFIT, _SAID, _OUTLIER, _STEP = 0.01, 2e-3, 1e-3, 0.05
 # Of its standard error: how far a parameter may go without an output that is an outlier; how far the expected step may
 # be, which counts as an error of the fit, until none is stated.
 _INFLUENCE, _UNFINISHED = 1.0, 1.0
@@ -57,6 +57,9 @@ _COARSE = 0.7
 _ENOUGH_APART = 5
 # Of residuals at the start: those that are left of a target without noise.
 _EXACT = 1e-6
+# How notes begin: of one output, and of errors, which are dropped where there are none.
+_ONE_OUTPUT = "No standard error is stated: output"
+_OF_ERRORS = ("Standard errors are", "Residuals of neighbouring outputs")
 # Where all outputs have the target's steps: directions, and nodes along each.
 _DIRECTIONS, _NODES = 64, 32
 _CORRELATIONS = np.append(np.arange(0, 0.95, 0.1), 0.97)
@@ -278,11 +281,19 @@ class Evidence:
         else:
             covariance, dof, notes = self._least_squares(J, r, precision, known)
         unclear, lost = _unclear(self.normal, self.told, covariance, precision)
+        if any(note.startswith(_ONE_OUTPUT) for note in notes):
+            # Before the minimum one residual may be the largest by far without being noise.
+            free = max(len(r) - d, 1)
+            plain = of_least_squares(self.told, 1.0 if known else float(r @ r) / free, precision)
+            if unfinished := self._with_steps(plain, step, precision)[1]:
+                notes = [note for note in notes if not note.startswith(_ONE_OUTPUT)] + unfinished
         covariance, more = self._with_steps(covariance, step, precision)
         least = np.sqrt(np.diag(covariance))
         # A lower bound is no error. Of Gauss-Newton, whose steps had many Jacobians, it is one.
         lost = lost if self.newton and self.fresh else unclear
         covariance[lost], covariance[:, lost] = np.nan, np.nan
+        if not np.isfinite(np.diag(covariance)).any():  # nothing is to be said of errors that are not there
+            notes = [note for note in notes if not note.startswith(_OF_ERRORS)]
         signal, noise = np.sqrt(np.diag(self.normal.naive)), np.sqrt(np.diag(self.normal.noise))
         unit = np.where(signal > 0, signal, 1)
         axis = np.linalg.eigh(self.told / np.outer(unit, unit) + precision / np.outer(unit, unit))[1][:, 0] / unit
@@ -329,8 +340,8 @@ class Evidence:
             if chance < _SAID:
                 notes.append(
                     f"Standard errors are {np.sqrt(chi2 / dof):.3g} times as large as the variance alone would make "
-                    f"them, since residuals are (chi-square {chi2:.4g} of {dof:.4g}): they hold if what is left of the "
-                    "target is as good as independent noise."
+                    "them, since residuals are larger than it allows: they hold if what is left of the target is as "
+                    "good as independent noise."
                 )
             elif _MISFIT <= chance < _FINE and not self._exact:
                 misfit = max(_alike(r, J, self.shape)[0], default=0.0) > _TOO_ALIKE / np.sqrt(dof)
@@ -419,22 +430,25 @@ class Evidence:
                 break
             moves = np.abs(covariance @ J[k] * loo[k])
             if (moves > _INFLUENCE * np.sqrt(np.diag(covariance) * rest[k])).any():
-                return V, self._names(k)
+                return V, (
+                    f"{_ONE_OUTPUT} [{self._name(k)}] fits far worse than the others, and outweighs them: it is far "
+                    "noisier than the others, or the fit is not at the minimum yet. Give variance= for each output, "
+                    "leave that one out, or allow more steps or runs."
+                )
             found[k] = True
             V = np.where(found, np.maximum(loo**2, noise), np.maximum(V * min(1.0, rest[k] / V[~found].mean()), noise))
         noise = np.maximum(noise, self.own)
         k = int(np.argmax(noise))
         if noise[k] > _LOUD * np.median(noise) and noise[k] > _HEARD * np.median(V) and h[k] > _SHARE:
-            return V, self._names(k)
+            return V, (
+                f"{_ONE_OUTPUT} [{self._name(k)}] is far noisier than the others, and outweighs them. Give variance= "
+                "for each output, or leave that one out."
+            )
         return V, ""
 
-    def _names(self, k: int) -> str:
+    def _name(self, k: int) -> str:
         where = np.unravel_index(k, self.shape) if np.prod(self.shape) == len(self.r) else (k,)
-        name = ", ".join(str(int(i)) for i in where)
-        return (
-            f"No standard error is stated: output [{name}] is far noisier than the others, and outweighs them. Give "
-            "variance= for each output, or leave that one out."
-        )
+        return ", ".join(str(int(i)) for i in where)
 
     def _with_steps(self, covariance: Array, step: Array, precision: Array) -> tuple[Array, list[str]]:
         """With what the fit itself is still away from the minimum, or none where that is more."""
@@ -765,6 +779,12 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     """
     _, z = search.overall
     robust, prior = misfit.robust, misfit.prior
+    rows, d = search.rows[~search.failed], len(z)
+    if np.linalg.matrix_rank((rows - z) / search.unit, tol=1e-9) < d:
+        runs = "1 run does" if len(rows) == 1 else f"{len(rows)} runs do"
+        what = "the parameter" if d == 1 else f"{d} parameters apart"
+        why = f"No standard error is stated: {runs} not tell {what}. Allow more (max_runs=)."
+        return Stated(np.full((d, d), np.nan), np.nan, np.zeros(d, dtype=bool), (why,))
     model, F, at_z, there = search.model_there(z)
     m = F.shape[1]
     rounding, floor = np.zeros(m), np.zeros(m)
@@ -818,17 +838,34 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     J = F.T @ dw
     J[:, spurious] = 0
     weight = 1.0 if robust is None else robust.weight(r)
-    step = -finite_inverse(told + prior.information) @ (J.T @ (weight * r) + prior(z)[1])
+    step = _step_within(told + prior.information, J.T @ (weight * r) + prior(z)[1], z, search.lower, search.upper)
     evidence = Evidence(
         Normal(J, J.T @ J, total * dw.T @ dw, independent), told, r, tuple(misfit.target.shape), left=left, seen=left,
-        floor=floor, step=np.clip(z + step, search.lower, search.upper) - z, first=first,
+        floor=floor, step=step, first=first,
         run_noise=float(np.sqrt(total)), spread=_spread(misfit),
         output=_sizes(misfit, r, there),
     )  # fmt: skip
     stated = evidence.stated(prior.information, known, robust)
     if exact:
-        stated = replace(stated, covariance=_on_plateau(J[stepped], rounding[stepped], prior.information), notes=())
+        covariance = _on_plateau(J[stepped], rounding[stepped], prior.information)
+        clear, least = np.zeros(len(z), dtype=bool), np.sqrt(np.diag(covariance))
+        stated = replace(stated, covariance=covariance, unclear=clear, least=least, notes=())
     return stated
+
+
+def _step_within(metric: Array, slope: Array, z: Array, lower: Array, upper: Array) -> Array:
+    """The step (d,) to the minimum of a quadratic, of those parameters that no bound holds at z."""
+    held, step = np.zeros(len(z), dtype=bool), np.zeros(len(z))
+    while not held.all():
+        free = np.flatnonzero(~held)
+        step = np.zeros(len(z))
+        step[free] = -finite_inverse(metric[np.ix_(free, free)]) @ slope[free]
+        out = ((z <= lower) & (step < 0)) | ((z >= upper) & (step > 0))
+        if not out.any():
+            break
+        held |= out
+        step[held] = 0.0
+    return np.asarray(np.clip(z + step, lower, upper) - z)
 
 
 def inverse(normal: Array) -> Array:

@@ -274,3 +274,80 @@ def test_a_valley_that_bends_has_no_small_error():
         lower, upper = result.interval()
         assert (~np.isfinite(lower) | (lower < truth) & (truth < upper)).all()
         assert result.warnings
+
+
+TIME = np.linspace(0, 5, 50)
+
+
+def fading(p):
+    return p[0] * np.exp(-p[1] * TIME) + p[2]
+
+
+def faded(seed):
+    return fading([2.0, 0.7, 0.5]) + 0.02 * np.random.default_rng(seed).normal(size=len(TIME))
+
+
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_a_minimum_at_a_bound_is_one(seed):
+    """The slope along a bound is no step that is left, and what the others are is known."""
+    simulator = bridge.as_simulator(fading, names=["amp", "rate", "off"], bounds={"rate": (0.75, 3)})
+    r = bridge.fit(simulator, faded(seed), [1.5, 1.0, 0.3], seed=0, variance=4e-4)
+    assert r.parameters[1] == 0.75
+    assert not any("standard errors away" in w for w in r.warnings)
+    assert np.isfinite(r.standard_error[[0, 2]]).all()
+    assert np.isnan(r.standard_error[1])
+    J = np.stack([np.exp(-0.75 * TIME), np.ones(len(TIME))], axis=1)  # linear in the others
+    np.testing.assert_allclose(r.parameters[[0, 2]], np.linalg.lstsq(J, faded(seed), rcond=None)[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_where_all_rounded_outputs_are_met_warnings_are_about_the_stated_errors(seed):
+    def rounded(p):
+        return np.round(fading(p), 2)
+
+    r = bridge.fit(rounded, rounded([2.0, 0.7, 0.5]), [1.6, 0.9, 0.4], seed=seed, max_runs=80)
+    assert r.loss == 0
+    assert np.isfinite(r.standard_error).all()
+    assert not any("or more" in w or "not determined" in w for w in r.warnings)
+
+
+@pytest.mark.parametrize("runs", [2, 3])
+def test_too_few_runs_are_not_the_target_s_fault(runs):
+    r = bridge.fit(fading, faded(0), [1.5, 1.0, 0.3], seed=0, variance=4e-4, max_runs=runs)
+    assert r.standard_error is not None
+    assert np.isnan(r.standard_error).all()
+    assert any(f"not tell {len(r.parameters)} parameters apart" in w for w in r.warnings)
+    assert not any("not determined" in w or "as large" in w for w in r.warnings)
+
+
+def test_where_no_error_is_stated_nothing_is_said_of_errors_but_why():
+    """Fringes: far from the answer the model of the runs is of no use."""
+    wave = np.linspace(1.5, 1.52, 200)
+
+    def fringes(p):
+        return 1 / (1 + p[1] * np.sin(2 * np.pi * p[0] / wave) ** 2)
+
+    for seed in range(4):
+        target = fringes([100.0, 10.0]) + 0.02 * np.random.default_rng(seed).normal(size=200)
+        r = bridge.fit(fringes, target, [100.3, 6.0], seed=seed, variance=4e-4, max_runs=60)
+        if np.isfinite(r.standard_error).any():
+            continue
+        assert not any(w.startswith(("Standard errors are", "Residuals of neighbouring")) for w in r.warnings)
+        assert any("standard error" in w or "not determined" in w or "runs do not tell" in w for w in r.warnings)
+
+
+@pytest.mark.parametrize(("method", "call"), [("gauss-newton", 50), ("adam", 300)])
+def test_the_loss_of_an_interrupted_descent_is_that_of_its_parameters(method, call):
+    calls = []
+
+    def stopped(p):
+        calls.append(p)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return fading(p)
+
+    r = bridge.fit(stopped, faded(0), [1.5, 1.0, 0.3], seed=0, variance=4e-4, method=method)
+    assert r.stop_reason == "interrupted"
+    (at,) = [step for step in r.history if step.loss == r.loss]
+    assert at.parameters == tuple(r.parameters)
+    assert at.loss == min(step.loss for step in r.history)
