@@ -142,7 +142,7 @@ def test_order_counts_where_a_call_can_see_it(table: dict[str, int], random: Any
     def going_through(d: Any) -> Any:
         return lambda x: [x * value for value in d.values()]
 
-    def called(x: Any, **names: int) -> Any:
+    def called(x: Any, /, **names: int) -> Any:
         return x, names
 
     assert identity(looking(table)) == identity(looking(other))
