@@ -555,6 +555,7 @@ class Evaluation:
         if self._like.device.type == "cpu":
             width = max(_PIECE // 16, _PIECE // self.strategy.leaf_size)
         for p, mine in asked.items():
+            own = [row for unit, _ in self._kept[p] for row in range(unit.start, unit.stop)]
             for piece in (slice(left, left + width) for left in range(0, self.num_outputs, width)):
                 wide = torch.empty(0, dtype=torch.float64)
                 sums: list[list[torch.Tensor]] = [[] for _ in mine]
@@ -571,7 +572,6 @@ class Evaluation:
                         else:
                             of_blocks = wide.new_zeros((len(F), blocks))
                             sums[i].append(of_blocks.index_add_(1, block_of[piece].to(F.device), wide * part))
-                own = [row for unit, _ in self._kept[p] for row in range(unit.start, unit.stop)]
                 for (q, _), parts in zip(mine, sums, strict=True):
                     if parts:
                         scalars[q, own] += torch.cat([part.cpu() for part in parts]).numpy()

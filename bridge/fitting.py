@@ -377,15 +377,13 @@ def _cut_short(way: Way, problem: FitProblem, history: Sequence[FitStep]) -> End
     The parameters are those of the least loss that was seen: of where the last step led none is known.
     """
     unknown = np.full(tuple(problem.misfit.target.shape), np.nan)
-    seen = [record for record in history if np.isfinite(record.loss)]
-    if not seen:
-        failed = history[-1].num_failed if history else 0
-        return End(way.x, problem.free_starts[0], np.nan, None, unknown, unknown, num_evaluations=0, num_failed=failed)
-    best = min(seen, key=lambda record: record.loss)
-    at = [problem.space.index(name) for name in problem.free.names]
-    x = np.array(best.parameters)[at] / problem.natural
-    failed = history[-1].num_failed
-    return End(x, problem.free_starts[0], best.loss, None, unknown, unknown, num_evaluations=0, num_failed=failed)
+    x, loss = way.x, np.nan
+    if seen := [record for record in history if np.isfinite(record.loss)]:
+        best = min(seen, key=lambda record: record.loss)
+        at = [problem.space.index(name) for name in problem.free.names]
+        x, loss = np.array(best.parameters)[at] / problem.natural, best.loss
+    failed = history[-1].num_failed if history else 0
+    return End(x, problem.free_starts[0], loss, None, unknown, unknown, num_evaluations=0, num_failed=failed)
 
 
 def _deviations(covariance: NDArray[np.float64] | None) -> NDArray[np.float64] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -502,7 +502,7 @@ def _by_names(prior: PriorOf | None, space: ParameterSpace) -> dict[tuple[str, .
         else:
             names = tuple(key)
         try:
-            if isinstance(value, str):
+            if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
                 raise TypeError
             centre, spread = (np.asarray(x, dtype=np.float64) for x in value)
         except (TypeError, ValueError):

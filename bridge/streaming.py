@@ -161,18 +161,21 @@ def accumulate_differences(
         np.subtract(F.numpy(), total[-1].numpy(), out=F.numpy())  # in half of torch's time
     else:
         F.sub_(total[-1])
-    if first:
-        torch.mm(weights, F, out=total[:-1])
-    else:
-        total[:-1].addmm_(weights, F)
+    _add_product(total[:-1], weights, F, first)
 
 
 def _add(total: torch.Tensor, W: torch.Tensor, G: torch.Tensor, first: bool) -> None:
-    for rows in (slice(0, 1), slice(1, None)) if len(total) > 1 else (slice(0, 1),):
-        if first:
-            torch.mm(W[rows], G, out=total[rows])
-        else:
-            total[rows].addmm_(W[rows], G)
+    """The value's row, and those of derivatives."""
+    _add_product(total[:1], W[:1], G, first)
+    if len(total) > 1:
+        _add_product(total[1:], W[1:], G, first)
+
+
+def _add_product(total: torch.Tensor, W: torch.Tensor, G: torch.Tensor, first: bool) -> None:
+    if first:
+        torch.mm(W, G, out=total)
+    else:
+        total.addmm_(W, G)
 
 
 class Stream:

@@ -161,6 +161,7 @@ MISTAKES = {
         of_fit(prior={"width_nm": ("x", 1)}),
         "Expected prior[width_nm] = (mean, standard deviation)",
     ),
+    "a set as prior": (of_fit(prior={"width_nm": {1, 2}}), "Expected prior[width_nm] = (mean, standard deviation)"),
     "a number as prior": (of_fit(prior={"width_nm": 0.1}), "Expected prior[width_nm] = (mean, standard deviation)"),
     "a loss by name": (of_fit(loss="mse"), "Least squares need none: leave it out."),
     "on_step": (of_fit(on_step=3), "Expected on_step as a function of a FitStep, got 3."),
