@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import socket
 import zlib
 from collections import Counter
@@ -558,20 +559,22 @@ class Evaluation:
             own = [row for unit, _ in self._kept[p] for row in range(unit.start, unit.stop)]
             for piece in (slice(left, left + width) for left in range(0, self.num_outputs, width)):
                 wide = torch.empty(0, dtype=torch.float64)
+                there = [v[piece] for _, v in mine]
                 sums: list[list[torch.Tensor]] = [[] for _ in mine]
                 for _, F in self._kept[p]:
-                    if len(wide) != len(F) or wide.device != F.device:
-                        wide = torch.empty_like(F[:, piece], dtype=torch.float64, memory_format=torch.contiguous_format)
-                    wide.copy_(F[:, piece])
+                    F = F[:, piece]
+                    if wide.shape != F.shape or wide.device != F.device:
+                        wide = torch.empty_like(F, dtype=torch.float64, memory_format=torch.contiguous_format)
+                        there = [part.to(F.device) for part in there]
+                    wide.copy_(F)
                     if square:
                         wide.square_()
-                    for i, (_, v) in enumerate(mine):
-                        part = v[piece].to(F.device)
+                    for part, found in zip(there, sums, strict=True):
                         if block_of is None:
-                            sums[i].append(torch.mv(wide, part)[:, None])
+                            found.append(torch.mv(wide, part)[:, None])
                         else:
-                            of_blocks = wide.new_zeros((len(F), blocks))
-                            sums[i].append(of_blocks.index_add_(1, block_of[piece].to(F.device), wide * part))
+                            of_blocks = wide.new_zeros((wide.shape[0], blocks))
+                            found.append(of_blocks.index_add_(1, block_of[piece].to(F.device), wide * part))
                 for (q, _), parts in zip(mine, sums, strict=True):
                     if parts:
                         scalars[q, own] += torch.cat([part.cpu() for part in parts]).numpy()
@@ -772,16 +775,20 @@ class Evaluation:
             columns: for each, the outputs to sum; all where None.
             transform: applied to the rows first.
         """
-        sums = [TreeSum(len(self.runs), spare) for _ in weights]
-        for q, (p, w) in enumerate(weights):
+        sums = [TreeSum(len(self.runs), spare, weight=self._exact_weight(w)) for _, w in weights]
+        for tree, q, (p, w) in zip(sums, range(len(sums)), weights, strict=True):
             index = None if columns is None else columns[q]
             for unit, F in self._kept[p]:
                 G = F if transform is None else transform(F)
                 G = G if index is None else G[:, index.to(G.device)]
+                if tree.weight is not None and G.dtype == torch.float32 and G.device.type == "cpu":
+                    tree.add(unit.index, G)
+                    continue
                 part = aligned(torch.as_tensor(np.ascontiguousarray(w[:, unit.start : unit.stop])).to(G.device))
-                total = sums[q].buffer(G if G.dtype == torch.float64 else G[:0].to(torch.float64), len(part))
+                total = tree.buffer(G if G.dtype == torch.float64 else G[:0].to(torch.float64), len(part))
                 accumulate(total, part, G, first=True)
-                sums[q].add(unit.index, total)
+                tree.add(unit.index, total)
+            tree.widen()
         if self.dispatcher.size == 1:
             return [tree.result() for tree in sums]
         owners = [self.leaf_owner(p, 1) for p, _ in weights]
@@ -792,6 +799,11 @@ class Evaluation:
             for (_, w), c in zip(weights, columns or [None] * len(weights), strict=True)
         ]
         return self.dispatcher.finish(sums, like, owners)
+
+    def _exact_weight(self, w: Array) -> float | None:
+        """The weight of all rows, where they are leaves and it is a power of two: w a + w b is then w (a + b)."""
+        one = self.strategy.leaf_size == 1 and len(w) == 1 and bool((w == w[0, 0]).all())
+        return float(w[0, 0]) if one and math.frexp(w[0, 0])[0] == 0.5 else None
 
     def leaf_owner(self, p: int, units_in_leaf: int) -> NDArray[np.int64]:
         """(leaves,) the rank that adds each leaf of a problem: the one that has its first unit."""

@@ -33,15 +33,21 @@ class TreeSum:
     """Adds leaves in any order; tensors passed in are owned (and changed) by the sum."""
 
     def __init__(
-        self, num_leaves: int, spare: list[torch.Tensor] | None = None, shares: NDArray[np.float64] | None = None
+        self,
+        num_leaves: int,
+        spare: list[torch.Tensor] | None = None,
+        shares: NDArray[np.float64] | None = None,
+        weight: float | None = None,
     ) -> None:
         """Args:
         spare: collects the memory of finished sums, for this tree and for later ones that are given the list: fresh
             pages cost more than the additions.
         shares: (leaves, c) where each leaf is (c + 1, m), sums of w_i (F_i - r) with r as the last row, and has sums of
             the weights w_i of its own. The sum of two subtrees has the r of the left one.
+        weight: leaves in float32 are rows to be multiplied by it and added in float64; they stay as they are.
         """
         self.num_leaves = num_leaves
+        self.weight = weight
         self._shares = shares
         self._partials: dict[Node, torch.Tensor] = {}
         self._spare = [] if spare is None else spare
@@ -67,7 +73,7 @@ class TreeSum:
                     break  # still to come
                 left, right = (other, value) if place % 2 else (value, other)
                 if self._shares is None:
-                    left.add_(right)
+                    value = self._added(left, right)
                 else:
                     # The value's row by itself: its bits do not depend on what is beside it.
                     away, end = right[-1].sub_(left[-1]), min((place | 1) + 1 << level, self.num_leaves)
@@ -75,10 +81,30 @@ class TreeSum:
                     left[0].add_(right[0]).add_(away, alpha=w[0])
                     if len(w) > 1:
                         _add_moved(left[1:-1], right[1:], torch.tensor(w[1:], dtype=left.dtype, device=left.device))
-                value = left
-                self.reuse(right)
+                    value = left
+                    self.reuse(right)
             node = Node(level + 1, place // 2)
         self._partials[node] = value
+
+    def _added(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if self.weight is None or torch.float32 not in (left.dtype, right.dtype):
+            left.add_(right)
+            self.reuse(right)
+            return left
+        if left.dtype != right.dtype:
+            return self._added(self._weighted(left), self._weighted(right))
+        total = self.buffer(left[:0].to(torch.float64), len(left))
+        np.add(left.numpy(), right.numpy(), out=total.numpy(), dtype=np.float64)  # one pass over two rows
+        return total.mul_(self.weight)
+
+    def _weighted(self, row: torch.Tensor) -> torch.Tensor:
+        if self.weight is None or row.dtype != torch.float32:
+            return row
+        return self.buffer(row[:0].to(torch.float64), len(row)).copy_(row).mul_(self.weight)
+
+    def widen(self) -> None:
+        """Rows in float32 that still are by themselves become leaves like others."""
+        self._partials = {node: self._weighted(value) for node, value in self._partials.items()}
 
     def share_of(self, first: int, end: int) -> list[float]:
         """Sums of the weights over the leaves [first, end): c numbers."""
