@@ -36,7 +36,7 @@ def test_a_few_cases_agree_in_one_process_a_pool_and_on_two_ranks(tool: Any, tmp
     found = json.loads(out.read_text(encoding="utf-8"))["cases"]
     assert set(found) == {"smooth/kept", "smooth/streamed", "fit/auto coarse", "study/some"}
     # One process and two ranks; a pool and a driver besides, where the case is for them.
-    ways = {line.rsplit(None, 6)[0].strip(): int(line.split()[-2]) for line in done.stdout.splitlines()}
+    ways = {line.rsplit(None, 5)[0].strip(): int(line.split()[-2]) for line in done.stdout.splitlines()}
     assert ways == {"smooth/kept": 5, "smooth/streamed": 5, "fit/auto coarse": 3, "study/some": 4}
     assert {"value", "jacobian", "vjp", "jvp", "backward"} < set(found["smooth/streamed"]["numbers"])
     assert {"parameters", "covariance", "history"} < set(found["fit/auto coarse"]["numbers"])

@@ -559,7 +559,7 @@ FITS: dict[str, tuple[Box, dict[str, Any]]] = {
 # Cases for a pool, whose children take a while to start where they need torch; for a driver; and what one number of
 # ranks is enough for, as torch imports much for it.
 POOLED = re.compile(
-    f"smooth/(?!loss [fd]|distr|points|covar|scale|kept b|stre.* f|transf)|fit/({'|'.join(SHORT)}|auto blocks|.* drop)$"
+    f"smooth/(?!loss [fd]|distr|points|covar|scale|kept b|stre.* f|transf)|fit/({'|'.join(SHORT)}|auto blocks|(kriging|gauss-newton) drop)$"
 )
 DRIVEN = re.compile(f"smooth/(kept|streamed|drop|loss|surrogate|vmap|adaptive)|fit/({'|'.join(SHORT)})$|study/some")
 ON_TWO_RANKS = re.compile("smooth/transforms")
