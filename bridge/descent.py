@@ -325,6 +325,7 @@ class Descent:
                     told = of_descent(
                         self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past,
                         (outputs[best], outputs[-1]), last=self.schedule.last, longest=self.newton * self.schedule.last,
+                        start=ends[-1],
                     )  # fmt: skip
             except (np.linalg.LinAlgError, ArithmeticError, ValueError):
                 said.append("No standard errors: the numbers of the Jacobian at the end are too large or too small.")

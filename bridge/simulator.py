@@ -489,28 +489,31 @@ class FunctionSimulator:
         if self.vectorized:
             return self.function(inputs, seeds) if self.seeded else self.function(inputs)
         # Each output is copied as it comes: the function may hand out the same memory every time.
-        stacked: NDArray[Any] = np.empty(0)
-        for i, (x, seed) in enumerate(zip(inputs, seeds, strict=True)):
+        function, seeded, source = self.function, self.seeded, f"from simulator {self.name!r}"
+        stacked: NDArray[Any] | None = None
+        for i, (x, seed) in enumerate(zip(inputs, seeds.tolist(), strict=True)):
             try:
                 # A copy: a function that changes its argument must not change the design.
-                given = self.function(x.copy(), int(seed)) if self.seeded else self.function(x.copy())
+                given = function(x.copy(), seed) if seeded else function(x.copy())
             except Exception as error:
                 raise EvaluationError(
                     f"Simulator {self.name!r} raised {type(error).__name__}: {error} at parameters {x.tolist()}, "
-                    f"seed {int(seed)}. {_advice(error)}"
+                    f"seed {seed}. {_advice(error)}"
                 ) from error
-            result = real_array(given, f"from simulator {self.name!r}")
-            if i == 0:
-                stacked = self.memory.empty((len(inputs), *result.shape), result.dtype)
-            if result.shape != stacked.shape[1:]:
+            result = real_array(given, source)
+            if stacked is None:
+                shape, dtype = result.shape, result.dtype
+                stacked = self.memory.empty((len(inputs), *shape), dtype)
+            elif result.shape != shape:
                 raise OutputError(
-                    f"Expected outputs of one shape from {self.name!r}, got {stacked.shape[1:]} and {result.shape}. "
+                    f"Expected outputs of one shape from {self.name!r}, got {shape} and {result.shape}. "
                     "Pad or interpolate the output to a fixed shape."
                 )
-            if result.dtype != stacked.dtype:
+            elif result.dtype != dtype:
                 stacked = stacked.astype(np.result_type(stacked, result), copy=False)
+                dtype = stacked.dtype
             stacked[i] = result
-        return stacked
+        return np.empty(0) if stacked is None else stacked
 
 
 @known_keywords

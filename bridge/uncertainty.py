@@ -49,8 +49,12 @@ _SPURIOUS = 1e-10
 _BENT = 0.25
 # Noise of the smoothed output beside the target's, from which on the end of a first-order descent tells no error.
 _TOO_NOISY = 2.0
+# Chance with which the target's noise is less than what is taken for it there, where residuals alone tell it.
+_OWN = 0.025
 # Part of a parameter in a direction that is not determined, beside the largest, with which it is not meant.
 _BYSTANDER = 0.02
+# Least eigenvalue of a normal matrix with a diagonal of 1, below which first-order descents hardly move along it.
+_VALLEY = 1e-2
 # Steps of the outputs over the last scale, below which slopes are those of a staircase.
 _COARSE = 0.7
 # Different changes of outputs between two runs, to tell a step by.
@@ -458,6 +462,9 @@ class Evidence:
         beta = float(np.linalg.eigvals(finite_inverse(metric) @ self.normal.noise).real.max(initial=0.0))
         by_slopes = 2 * beta / (1 + beta) * float(self.r @ self.r) / max(len(self.r) - d, 1) if self.fresh else 0.0
         expected = max((self.jitter + by_slopes) * chdtri(d, _STEP), self.within) if self.newton else 0.0
+        about = np.zeros_like(covariance)
+        if not self.newton:
+            about = self._about_end(step, metric)
         for s, noise in ((step, expected), self._bias_step(precision)):
             length = float(s @ metric @ s)
             if length <= noise or not np.isfinite(length):
@@ -466,7 +473,8 @@ class Evidence:
             part = 1 - noise / length
             with np.errstate(invalid="ignore"):
                 far = np.abs(s) * np.sqrt(part) > _UNFINISHED * error
-            covariance = covariance + part * np.outer(s, s)
+            if self.newton or s is not step:
+                covariance = covariance + part * np.outer(s, s)
             if far.any() and not self._exact:
                 by = np.max(np.abs(s[far]) / np.maximum(error[far], 1e-300))
                 return np.full_like(covariance, np.nan), [
@@ -474,9 +482,29 @@ class Evidence:
                     "errors away. Allow more steps or runs (steps=, max_runs=), a smaller last scale (scale=), or "
                     "begin from here. If it stays so, outputs are too rough for slopes to tell."
                 ]  # fmt: skip
-        if self.wander is not None:
-            covariance = covariance + self.wander
-        return covariance, []
+        return covariance + about, []
+
+    def _about_end(self, step: Array, metric: Array) -> Array:
+        """E[(z - z*) (z - z*)^T], z* the minimum, z where a first-order descent has come to.
+
+        Slopes tell z* - z = step with a covariance S, by the noise of outputs and of the Jacobian; the last steps went
+        about as far as W. Taken together it is W (W + S)^-1 step, give or take W - W (W + S)^-1 W. Where the step is
+        far longer than that allows, the descent was still on its way, and its last steps tell nothing.
+        """
+        if self.wander is None:
+            return np.outer(step, step)
+        variance, noise = float(self.r @ self.r) / max(len(self.r) - len(step), 1), self.normal.noise
+        own = self.jitter * finite_inverse(metric)
+        own = own + 2 * variance * finite_inverse(metric) @ noise @ finite_inverse(metric + noise)
+        size = np.sqrt(np.diag(self.wander) + np.diag(own))
+        size[size == 0] = 1
+        unit = np.outer(size, size)
+        both = np.linalg.pinv((self.wander + own) / unit, rcond=1e-12, hermitian=True) / unit
+        if float(step @ both @ step) > chdtri(len(step), _STEP):
+            return np.outer(step, step) + own
+        share = self.wander @ both
+        step = share @ step
+        return np.outer(step, step) + self.wander - share @ self.wander
 
     def _bias_step(self, precision: Array) -> tuple[Array, float]:
         """The step by what smoothing adds to the outputs, and how long it is by noise alone."""
@@ -612,6 +640,7 @@ def of_descent(
     outputs: Sequence[NDArray[np.float64]] = (),
     last: float = 0.0,
     longest: float = np.inf,
+    start: Array | None = None,
 ) -> Stated:
     """Errors at z, in natural units.
 
@@ -620,6 +649,7 @@ def of_descent(
         natural: (d,). known: whether the target's variance is; else the mean squared residual takes its place.
         step_noise: see `Normal.told`; 0 but for Gauss-Newton. past: (n, d), where other descents have been last.
         outputs: of the simulator itself, at z and elsewhere. last: scale of the noise. longest: that a step may be.
+        start: (d,) of this descent.
     """
     residuals = np.stack([misfit.residual(v).numpy() for v in values])
     there = ~np.isnan(residuals).any(axis=0)  # outputs may lack numbers
@@ -665,7 +695,10 @@ def of_descent(
         newton=newton,
     )  # fmt: skip
     stated = evidence.stated(prior.information, known, misfit.robust)
-    own, why = 1.0 if known else max(float(r @ r) / len(r) - jitter, 0.0), ""
+    if not newton and start is not None:
+        stated = _where_it_began(stated, told + prior.information, z - start)
+    # Or the least it may be: else those fits would state errors whose residuals happen to be large, and too large ones.
+    own, why = 1.0 if known else max(float(r @ r) / chdtri(len(r), _OWN) - jitter, 0.0), ""
     if not newton and jitter > _TOO_NOISY * own and not exact:
         why = (
             "No standard error is stated: the smoothed output is noisier than the target, and where a descent ends in "
@@ -679,6 +712,22 @@ def of_descent(
             "method='kriging'."
         )
     return replace(stated, covariance=np.full_like(told, np.nan), notes=(why,)) if why else stated
+
+
+def _where_it_began(stated: Stated, metric: Array, moved: Array) -> Stated:
+    """Without errors along a valley that a first-order descent has not moved along: where it began, it ends."""
+    size = np.sqrt(np.maximum(np.diag(metric), 1e-300))
+    values, vectors = np.linalg.eigh(metric / np.outer(size, size))
+    u, covariance = vectors[:, 0], stated.covariance * np.outer(size, size)
+    along = float(u @ covariance @ u)
+    if not (values[0] < _VALLEY and (u @ (size * moved)) ** 2 < along < np.inf):
+        return stated
+    part = (covariance @ u) ** 2 / along > 0.5 * np.diag(covariance)
+    note = (
+        "No standard error is stated along the valley in which the minimum lies: a first-order descent hardly moves "
+        "along it, and ends there where it began. Take method='gauss-newton' or 'kriging'."
+    )
+    return replace(stated, covariance=without(stated.covariance, part), notes=(*stated.notes, note))
 
 
 def _step_of(outputs: Sequence[NDArray[np.float64]], exact: bool) -> float:

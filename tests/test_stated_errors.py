@@ -137,6 +137,49 @@ def test_a_misfit_scales_the_errors():
     assert "4 times as large" in of_many.notes[0]
 
 
+def descents(lag, wander, slope_noise, count=400):
+    """rms of (found - true) / stated of a parameter: a descent ends some way off the minimum, which slopes tell."""
+    rng, m = np.random.default_rng(5), 25
+    J, away = np.ones((m, 1)), []  # its error is 1 / 5
+    for _ in range(count):
+        e = rng.normal(size=m)
+        least = float(e.mean())  # of the minimum, the truth is 0
+        end = least + lag * rng.normal()
+        step = np.array([least - end + slope_noise * rng.normal()])
+        evidence = Evidence(
+            normal_of([J]), J.T @ J, J @ [end] - e, (m,), step=step, wander=np.array([[wander**2]]),
+            jitter=25 * slope_noise**2, newton=False,
+        )  # fmt: skip
+        error = np.sqrt(evidence.stated(np.zeros((1, 1)), True, None).covariance[0, 0])
+        away.append(end / error)
+    away = np.array(away)
+    return np.sqrt(np.mean(away[np.isfinite(away)] ** 2)), np.mean(np.isfinite(away))
+
+
+@pytest.mark.parametrize(
+    ("lag", "wander", "slope_noise"),
+    [(0.1, 0.1, 0.01), (0.1, 0.1, 0.1), (0.1, 0.1, 0.3), (0.15, 0.01, 0.02), (0.02, 0.02, 0.2)],
+)
+def test_a_descent_s_end_counts_once_by_its_steps_and_by_slopes(lag, wander, slope_noise):
+    rms, stated = descents(lag, wander, slope_noise)
+    assert 0.85 < rms < 1.12
+    assert stated > 0.4
+
+
+def test_a_first_order_descent_states_nothing_along_a_valley_where_it_has_not_moved():
+    def f(x):  # outputs tell x[0] + x[1] well, and their difference hardly
+        return (x[0] + x[1]) * np.sin(3 * T) + 0.003 * (x[0] - x[1]) * np.cos(9 * T)
+
+    y = f(np.array([1.0, 0.5])) + 0.02 * np.random.default_rng(1).normal(size=25)
+    found = {
+        method: bridge.fit(f, y, [0.9, 0.2], seed=0, method=method, variance=4e-4, num_samples=8)
+        for method in ("adam", "gauss-newton")
+    }
+    assert np.isnan(found["adam"].standard_error).all()
+    assert any("along the valley" in w and "gauss-newton" in w for w in found["adam"].warnings)
+    assert not any("along the valley in which" in w for w in found["gauss-newton"].warnings)
+
+
 def test_steps_of_outputs_are_found():
     rng = np.random.default_rng(0)
     kinds = {
