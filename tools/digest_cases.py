@@ -558,10 +558,12 @@ FITS: dict[str, tuple[Box, dict[str, Any]]] = {
 }
 # Cases for a pool, whose children take a while to start where they need torch; for a driver; and what one number of
 # ranks is enough for, as torch imports much for it.
+_PLAIN = "|".join(SHORT)
 POOLED = re.compile(
-    f"smooth/(?!loss [fd]|distr|points|covar|scale|kept b|stre.* f|transf)|fit/({'|'.join(SHORT)}|auto blocks|(kriging|gauss-newton) drop)$"
+    "smooth/(?!loss [fd]|distr|points|covar|scale|kept b|stre.* f|transf)"
+    f"|fit/({_PLAIN}|auto blocks|(kriging|gauss-newton) drop)$"
 )
-DRIVEN = re.compile(f"smooth/(kept|streamed|drop|loss|surrogate|vmap|adaptive)|fit/({'|'.join(SHORT)})$|study/some")
+DRIVEN = re.compile(f"smooth/(kept|streamed|drop|loss|surrogate|vmap|adaptive)|fit/({_PLAIN})$|study/some")
 ON_TWO_RANKS = re.compile("smooth/transforms")
 # Fits that are killed, and the runs after which a process kills itself: in the middle of a step.
 KILLED = {"fit/" + name: runs for name, runs in zip(SHORT, (50, 45, 45, 50, 15, 15), strict=True)}
