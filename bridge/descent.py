@@ -151,7 +151,10 @@ class Descent:
         self.dropped: list[tuple[int, Array, float, int]] = []
         self.best, self.done, self.others = 0, "", tuple(others)
         self.first_loss = self.last_loss = np.inf
-        self.safe, self.tolerant = starts, False
+        # Whoever has failed runs dropped means them to be no end of the fit, wherever a step leads.
+        self.chosen = smoothed.strategy.failures != "raise"
+        self.enough = smoothed.strategy.min_ok if self.chosen else _HALF
+        self.safe, self.tolerant = starts, self.chosen
         self.calm, self.precise, self.last_runs, self.failed, self.at_limit = 0, 0, 0, 0, False
 
     @property
@@ -209,7 +212,7 @@ class Descent:
             try:
                 look = self.rule.look(self._x, step)
                 if np.isfinite(look.loss).all() and np.isfinite(look.x).all():
-                    self.safe = self.safe if self._ask_for(_HALF) else self._x
+                    self.safe = self.safe if self._ask_for(self.enough) else self._x
                     return look, more, said
                 problem = EvaluationError(
                     f"Expected a finite loss and a finite step at {(self._x * self.natural).tolist()}, got other "
@@ -232,7 +235,7 @@ class Descent:
             if self.past and back < _RETREATS:
                 back, said = back + 1, "most outputs are no use there: half of the step is taken back"
                 self._x = self.safe if back == _RETREATS else (self._x + self.safe) / 2
-            elif not self._ask_for(_LEAST_LEFT):
+            elif not self._ask_for(min(_LEAST_LEFT, self.enough)):
                 if not self.past:
                     raise problem
                 self.done = "failures"
@@ -335,7 +338,7 @@ class Descent:
             said.append(worse)
         if self.done == "failures":
             said.append("The fit ended early, at the last place where a fair share of the runs was of use.")
-        if self.tolerant:
+        if self.tolerant and not self.chosen:
             said.append(
                 f"{self.failed} runs gave NaN, infinite or enormous outputs and were dropped. If the answer is near to "
                 "them, bound the parameters to where the simulator works."

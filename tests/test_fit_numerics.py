@@ -366,3 +366,19 @@ def test_certified_sums_of_squares_with_nothing_said(name, which):
         assert not (result.stop_reason == "converged" and left > 1.01)
     else:
         assert left < 1.01
+
+
+@pytest.mark.parametrize("method", ["adam", "gauss-newton", "natural"])
+@pytest.mark.parametrize("failures", [{"failures": "drop"}, {"failures": "penalty", "penalty": 1e3}])
+def test_a_step_to_where_every_run_fails_is_taken_back_where_failed_runs_are_data(method, failures):
+    def f(x):
+        if x[0] < 0.3:
+            raise RuntimeError("it does not converge")
+        return np.array([x[0], x[0] ** 2, x[1]])
+
+    result = bridge.fit(f, [0.0, 0.0, 1.0], [1.0, 0.0], seed=0, method=method, num_samples=8, min_ok=0.25, **failures)
+    assert result.num_failed > 0
+    if failures["failures"] == "drop":
+        assert result.parameters[0] > 0.3
+        assert result.loss < 0.5 * result.history[0].loss
+    assert not any("NaN, infinite or enormous" in w for w in result.warnings)
