@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError, SetupError
-from bridge.simulator import Parameter, ParameterSpace
+from bridge.simulator.protocol import Parameter, ParameterSpace
 
 Array = NDArray[np.float64]
 

@@ -14,12 +14,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from bridge.arrays import real_array
-from bridge.distributions import Cauchy, Distribution, Gaussian, Gumbel, Triangular
 from bridge.errors import BridgeError, InputError
-from bridge.isolation import IsolatedSimulator
-from bridge.points import Nodes, PointSet
-from bridge.repeatability import generators, same
-from bridge.simulator import Simulator, simulator_name, unwatched
+from bridge.estimators.distributions import Cauchy, Distribution, Gaussian, Gumbel, Triangular
+from bridge.estimators.points import Nodes, PointSet
+from bridge.evaluation.workers import IsolatedSimulator
+from bridge.simulator.protocol import Simulator, simulator_name, unwatched
+from bridge.simulator.repeatability import generators, same
 
 Array = NDArray[np.float64]
 

@@ -36,10 +36,10 @@ import torch
 from numpy.typing import NDArray
 
 import bridge
-from bridge.simulator import Simulator
+from bridge.simulator.protocol import Simulator
 from simulators.cryoet import Detector, Microscope, Particle, Specimen, TiltScheme, TiltSeries, projected_potential
-from simulators.cryoet.physics import focal_spread_angstrom, interaction_constant, wavelength_angstrom
-from simulators.cryoet.potential import add_linear, displaced_voxels, ice_potential
+from simulators.cryoet.microscope.physics import focal_spread_angstrom, interaction_constant, wavelength_angstrom
+from simulators.cryoet.specimen.potential import add_linear, displaced_voxels, ice_potential
 
 Array = NDArray[np.float64]
 

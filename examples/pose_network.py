@@ -37,9 +37,9 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import bridge
-from adapters.pose_metrics import rotation_angle_deg, translation_error
-from adapters.pyrender import PyrenderSimulator, teapot
-from adapters.raster import RasterSimulator
+from adapters.render.pose_metrics import rotation_angle_deg, translation_error
+from adapters.render.pyrender import PyrenderSimulator, teapot
+from adapters.render.raster import RasterSimulator
 
 Array = NDArray[np.float64]
 

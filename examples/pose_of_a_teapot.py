@@ -36,10 +36,10 @@ import torch
 from numpy.typing import NDArray
 
 import bridge
-from adapters.cameras import turntable_pose
-from adapters.pose_metrics import direction_angle_deg, mask_iou
-from adapters.pyrender import teapot
-from adapters.raster import RasterSimulator
+from adapters.render.cameras import turntable_pose
+from adapters.render.pose_metrics import direction_angle_deg, mask_iou
+from adapters.render.pyrender import teapot
+from adapters.render.raster import RasterSimulator
 
 Array = NDArray[np.float64]
 

@@ -38,11 +38,11 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 import bridge
-from adapters.cameras import rotation_from_vector
-from adapters.pose_metrics import Symmetry, diameter
-from adapters.pyrender import PyrenderSimulator, teapot
-from adapters.raster import RasterSimulator
-from bridge.simulator import Parameter, ParameterSpace
+from adapters.render.cameras import rotation_from_vector
+from adapters.render.pose_metrics import Symmetry, diameter
+from adapters.render.pyrender import PyrenderSimulator, teapot
+from adapters.render.raster import RasterSimulator
+from bridge.simulator.protocol import Parameter, ParameterSpace
 
 Array = NDArray[np.float64]
 Poses = tuple[Array, Array]  # rotations (10, 3, 3) and positions (10, 3)

@@ -41,10 +41,10 @@ from numpy.typing import NDArray
 from scipy.stats import qmc
 
 import bridge
-from bridge.distributions import Distribution
-from bridge.points import Nodes
+from bridge.estimators.distributions import Distribution
+from bridge.estimators.points import Nodes
 from simulators.cryoet import Specimen, TEMSim
-from simulators.cryoet.temsim import Camera
+from simulators.cryoet.temsim.simulator import Camera
 
 Array = NDArray[np.float64]
 
@@ -331,7 +331,7 @@ def make_temsim(arguments: argparse.Namespace, **changes: Any) -> TEMSim:
 
 def make_program(arguments: argparse.Namespace, noise: str = "none") -> Any:
     """The program itself, by its adapter; a deck with the same settings."""
-    from adapters.tem_simulator import TEMSimulator
+    from adapters.tem.simulator import TEMSimulator
 
     place = Path(arguments.out or ".") / "coordinates.txt"
     place.parent.mkdir(parents=True, exist_ok=True)

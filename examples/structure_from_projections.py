@@ -39,11 +39,11 @@ import torch
 from numpy.typing import NDArray
 
 import bridge
-from bridge.simulator import BlockStructure, Parameter, ParameterSpace
+from bridge.simulator.protocol import BlockStructure, Parameter, ParameterSpace
 from simulators.cryoet import CryoET, Deformation, Detector, Microscope, Specimen, cramer_rao
-from simulators.cryoet.optics import frequencies, transfer_function
-from simulators.cryoet.physics import interaction_constant, wavelength_angstrom
-from simulators.cryoet.potential import add_linear, displaced_voxels, ice_potential, projected_potential
+from simulators.cryoet.microscope.optics import frequencies, transfer_function
+from simulators.cryoet.microscope.physics import interaction_constant, wavelength_angstrom
+from simulators.cryoet.specimen.potential import add_linear, displaced_voxels, ice_potential, projected_potential
 
 Array = NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
 from bridge.errors import InputError
-from bridge.simulator import ParameterSpace
+from bridge.simulator.protocol import ParameterSpace
 
 Array = NDArray[np.float64]
 

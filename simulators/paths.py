@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from bridge.errors import InputError
-from bridge.simulator import Parameter, ParameterSpace
+from bridge.simulator.protocol import Parameter, ParameterSpace
 
 Array = NDArray[np.float64]
 

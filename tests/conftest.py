@@ -25,10 +25,11 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
-from forking_server import ask, exit_status, wait_for
+
+from tests.lab.forking_server import ask, exit_status, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
-FORKING_SERVER = ROOT / "tests" / "forking_server.py"
+FORKING_SERVER = ROOT / "tests" / "lab" / "forking_server.py"
 
 # No example database: tests write nowhere but into tmp_path. Derandomised, so that a failure is everybody's failure.
 hypothesis.settings.register_profile(

@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from bridge.cli import _parser, main
+from bridge.cli.main import _parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -93,7 +93,7 @@ for block in json.loads(Path("blocks.json").read_text()):
         with contextlib.redirect_stdout(said):
             exec(code, namespace)
     elif block["run"]:
-        from bridge.cli import main
+        from bridge.cli.main import main
         for command in block["commands"]:
             with contextlib.redirect_stdout(said):
                 status = main(command)
@@ -151,7 +151,7 @@ def test_few_blocks_are_skipped_and_each_says_why(capsys):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_job_files_of_a_page_are_job_files(page):
-    from bridge.job import _KEYS, _SECTIONS, _fit_settings
+    from bridge.cli.job import _KEYS, _SECTIONS, _fit_settings
 
     for block in blocks_of(page):
         if block.language == "toml":
@@ -201,7 +201,7 @@ def check_script(words: list[str], command: str) -> None:
         if file in _OF_THE_READER:
             return
         assert (ROOT / file).is_file(), command
-    if files and files[0] == words[0] and not files[0].startswith("tests/test_"):
+    if files and files[0] == words[0] and not Path(files[0]).name.startswith("test_"):
         source = (ROOT / files[0]).read_text(encoding="utf-8")
         for word in words[1:]:
             if word.startswith("--"):

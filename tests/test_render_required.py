@@ -24,11 +24,11 @@ def test_missing_opengl_fails_where_it_is_required(required: str, status: int, o
     environment = os.environ | {
         "BRIDGE_REQUIRE_GL": required,
         "LD_LIBRARY_PATH": str(hidden),
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider"),
+            *(sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider"),
             *("-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path / "test_small.py"),
         ],
         env=environment, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,

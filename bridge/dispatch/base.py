@@ -24,9 +24,8 @@ from bridge.environment import device_index, thread_count
 from bridge.errors import BridgeError, InputError, exit_code
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
-
     from bridge.dispatch.driver import Driver
+    from bridge.dispatch.mpi import Intracomm
 
 T = TypeVar("T")
 

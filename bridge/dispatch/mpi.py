@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar, final
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, final
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from bridge.dispatch.base import Dispatcher, get_dispatcher
 from bridge.dispatch.neighbours import Neighbours, Process, this_process
 from bridge.dispatch.soundness import describe_unusable, find_fault, known_crash
 from bridge.dispatch.tree import TreeSum, run_of, subtrees, transfers
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm as Intracomm  # for the signatures of others
 
 try:
     import mpi4py

@@ -1,25 +1,32 @@
 """An embedded cryo-EM simulator: atoms to micrographs, with exact gradients to check against in its smooth mode."""
 
-from simulators.cryoet.deformation import Deformation, Domain, elastic_modes
-from simulators.cryoet.detector import Detector
-from simulators.cryoet.files import Micrograph, Stack, read_micrograph, read_stack, write_micrograph, write_stack
+from simulators.cryoet.formats.micrographs import (
+    Micrograph,
+    Stack,
+    read_micrograph,
+    read_stack,
+    write_micrograph,
+    write_stack,
+)
 from simulators.cryoet.information import CramerRao, cramer_rao
-from simulators.cryoet.maps import DensityMap
-from simulators.cryoet.optics import Microscope, contrast_transfer
+from simulators.cryoet.microscope.detector import Detector
+from simulators.cryoet.microscope.optics import Microscope, contrast_transfer
 from simulators.cryoet.parameters import PARAMETER_NAMES, Pose
-from simulators.cryoet.potential import projected_potential
-from simulators.cryoet.relion import RelionSeries, read_relion_series
-from simulators.cryoet.relion_particles import RelionParticles, read_relion_particles
 from simulators.cryoet.simulator import CryoET
-from simulators.cryoet.specimen import Residues, Specimen
-from simulators.cryoet.temsim import TEMSIM_PARAMETER_NAMES, Camera, Placement, TEMSim, counted
-from simulators.cryoet.temsim_optics import Optics, Sample
-from simulators.cryoet.temsim_potential import read_structure
-from simulators.cryoet.tilt_files import RecordedSeries, read_tilt_series, write_tilt_series
-from simulators.cryoet.tilt_parameters import SERIES_PARAMETER_NAMES, Particle
-from simulators.cryoet.tilt_scheme import TiltScheme
-from simulators.cryoet.tilt_series import TiltSeries
-from simulators.cryoet.volume import Volume
+from simulators.cryoet.specimen.deformation import Deformation, Domain, elastic_modes
+from simulators.cryoet.specimen.maps import DensityMap
+from simulators.cryoet.specimen.potential import projected_potential
+from simulators.cryoet.specimen.specimen import Residues, Specimen
+from simulators.cryoet.specimen.volume import Volume
+from simulators.cryoet.temsim.optics import Optics, Sample
+from simulators.cryoet.temsim.potential import read_structure
+from simulators.cryoet.temsim.simulator import TEMSIM_PARAMETER_NAMES, Camera, Placement, TEMSim, counted
+from simulators.cryoet.tilt.files import RecordedSeries, read_tilt_series, write_tilt_series
+from simulators.cryoet.tilt.parameters import SERIES_PARAMETER_NAMES, Particle
+from simulators.cryoet.tilt.relion import RelionSeries, read_relion_series
+from simulators.cryoet.tilt.relion_particles import RelionParticles, read_relion_particles
+from simulators.cryoet.tilt.scheme import TiltScheme
+from simulators.cryoet.tilt.series import TiltSeries
 
 __all__ = [
     "PARAMETER_NAMES",

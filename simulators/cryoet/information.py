@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
-from simulators.cryoet.detector import Detector, dead_pixels
+from simulators.cryoet.microscope.detector import Detector, dead_pixels
 from simulators.cryoet.simulator import CryoET
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from bridge.errors import InputError
-from bridge.simulator import Kind, Parameter, ParameterSpace
-from simulators.cryoet.deformation import STRUCTURE
-from simulators.cryoet.optics import check_range
+from bridge.simulator.protocol import Kind, Parameter, ParameterSpace
+from simulators.cryoet.microscope.optics import check_range
+from simulators.cryoet.specimen.deformation import STRUCTURE
 
 
 @dataclass(frozen=True)

@@ -22,21 +22,21 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from bridge.simulator import ParameterSpace
-from simulators.cryoet import detector as detection
-from simulators.cryoet.deformation import Deformation, Motion, number
-from simulators.cryoet.detector import Detector
+from bridge.simulator.protocol import ParameterSpace
 from simulators.cryoet.device import CPU, checked_device, checked_theta
-from simulators.cryoet.files import read_micrograph, write_micrograph
-from simulators.cryoet.maps import DensityMap
-from simulators.cryoet.optics import Microscope, Value, check_range, cos_sin, frequencies, transfer_function
+from simulators.cryoet.formats.micrographs import read_micrograph, write_micrograph
+from simulators.cryoet.microscope import detector as detection
+from simulators.cryoet.microscope.detector import Detector
+from simulators.cryoet.microscope.optics import Microscope, Value, check_range, cos_sin, frequencies, transfer_function
+from simulators.cryoet.microscope.physics import interaction_constant, wavelength_angstrom
 from simulators.cryoet.parameters import KNOWN as KNOWN
 from simulators.cryoet.parameters import TILTS, make_space
 from simulators.cryoet.parameters import Pose as Pose
-from simulators.cryoet.physics import interaction_constant, wavelength_angstrom
-from simulators.cryoet.potential import Projection, Projector
-from simulators.cryoet.specimen import Specimen
-from simulators.cryoet.volume import MapProjector
+from simulators.cryoet.specimen.deformation import Deformation, Motion, number
+from simulators.cryoet.specimen.maps import DensityMap
+from simulators.cryoet.specimen.potential import Projection, Projector
+from simulators.cryoet.specimen.specimen import Specimen
+from simulators.cryoet.specimen.volume import MapProjector
 
 Mode = Literal["hard", "smooth"]
 Noise = Literal["none", "poisson", "full"]

@@ -94,11 +94,11 @@ def exact(gradients: bool, seconds: float = 1e-3, n: int = 64) -> None:
     import torch
 
     import bridge
-    from bridge.design import make_design
-    from bridge.running import Problem, Runner
-    from bridge.simulator import ParameterSpace
-    from bridge.streaming import Unit, accumulate, aligned
-    from bridge.weights import make_weights
+    from bridge.estimators.covariates import make_weights
+    from bridge.estimators.design import make_design
+    from bridge.evaluation.runner import Problem, Runner
+    from bridge.evaluation.streamed import Unit, accumulate, aligned
+    from bridge.simulator.protocol import ParameterSpace
 
     prepared = np.random.default_rng(0).normal(size=(4, M)).astype(np.float32)
 
@@ -244,7 +244,7 @@ def uneven(schedule: str, n: int = 64) -> None:
     import torch
 
     import bridge
-    from bridge.design import make_design
+    from bridge.estimators.design import make_design
 
     theta = torch.zeros(1, dtype=torch.float64)
     length: dict[bytes, float] = {}

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import bridge
-from adapters.raster import RasterSimulator
+from adapters.render.raster import RasterSimulator
 from simulators.cryoet import CryoET
 
 TUNING, TEST, REFERENCE = 1000, 0, 9

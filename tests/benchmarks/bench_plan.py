@@ -42,14 +42,14 @@ DELAYS_S = (0.0, 0.0002, 0.001)
 
 
 def machine_numbers() -> dict[str, float]:
-    """Of this machine, on two ranks: what `bridge.planning.Machine` wants to know."""
+    """Of this machine, on two ranks: what `bridge.planning.cost_model.Machine` wants to know."""
     import numpy as np
     import torch
 
     import bridge
-    from bridge.design import make_design
     from bridge.dispatch import get_dispatcher
-    from bridge.weights import make_weights
+    from bridge.estimators.covariates import make_weights
+    from bridge.estimators.design import make_design
 
     dispatcher = get_dispatcher()
 
@@ -181,7 +181,7 @@ def run(ranks: int, what: Any, delay_s: float | None = None) -> Any:
 
 def compare(cases: list[Any], ranks: int, machine: Any, where: str, delay_s: float | None = None) -> list[Any]:
     """Rows of measured and predicted steps; an evaluation's cost is what it took in these same steps."""
-    from bridge.planning import Workload, predict
+    from bridge.planning.cost_model import Workload, predict
 
     rows = []
     for case, measured in zip(cases, run(ranks, cases, delay_s), strict=True):
@@ -237,8 +237,8 @@ def draw(rows: list[Any], machine: Any) -> None:
     import numpy as np
     from matplotlib import pyplot as plt
 
-    from bridge.advising import seconds
-    from bridge.planning import Machine, Workload, predict
+    from bridge.planning.advice import seconds
+    from bridge.planning.cost_model import Machine, Workload, predict
 
     ranks = sorted({*range(1, 65), *np.unique(np.geomspace(1, 10_000, 160).astype(int)).tolist()})
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
@@ -276,7 +276,7 @@ def draw(rows: list[Any], machine: Any) -> None:
 
 
 def main() -> None:
-    from bridge.planning import Machine
+    from bridge.planning.cost_model import Machine
 
     numbers = run(2, "machine")
     machine = Machine(**numbers)

@@ -36,8 +36,8 @@ def rows(k: int) -> object:
 def ours(kind: str, size: int) -> Works:
     import numpy as np
 
-    from adapters.pyrender import PyrenderSimulator, _projections
-    from adapters.raster import RasterSimulator
+    from adapters.render.pyrender import PyrenderSimulator, _projections
+    from adapters.render.raster import RasterSimulator
 
     k = 50 if size <= 64 else 20
     inputs, seeds = rows(k), np.zeros(k, np.uint64)
@@ -46,7 +46,7 @@ def ours(kind: str, size: int) -> Works:
     session = simulator._session()
     from OpenGL import GL
 
-    from adapters._pyrender_renderer import COLOUR, DEPTH, SEGMENTATION
+    from adapters.render.pyrender_renderer import COLOUR, DEPTH, SEGMENTATION
 
     what, number, dtype, channels, flag = {
         "silhouette": (GL.GL_RED, GL.GL_UNSIGNED_BYTE, np.uint8, (), SEGMENTATION),
@@ -77,9 +77,9 @@ def ours(kind: str, size: int) -> Works:
 def stock(kind: str, size: int, keep: bool) -> Works:
     import numpy as np
 
-    from adapters import _pyrender_compat as compat
-    from adapters.cameras import turntable_pose
-    from adapters.pyrender import PyrenderSimulator
+    from adapters.render import pyrender_compat as compat
+    from adapters.render.cameras import turntable_pose
+    from adapters.render.pyrender import PyrenderSimulator
 
     os.environ["PYOPENGL_PLATFORM"] = "egl"
     pyrender = compat.load("egl")

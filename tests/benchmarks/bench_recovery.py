@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import bridge
-from bridge.job import load_job
+from bridge.cli.job import load_job
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LEAST = np.array([0.3, 15.0, 15.0, 5.0])

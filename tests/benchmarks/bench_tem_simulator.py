@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adapters.tem_simulator import TEMSimulator
+from adapters.tem.simulator import TEMSimulator
 
 
 def cpu_s() -> tuple[float, float]:

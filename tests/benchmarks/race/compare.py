@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from race.profiles import OURS, Hit, Instance, area, area_difference, common, hits, median_ratio, table
 from race.run import read

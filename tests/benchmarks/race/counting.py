@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.simulator import BlockStructure, ParameterSpace, Structured
+from bridge.simulator.protocol import BlockStructure, ParameterSpace, Structured
 
 from .problem import Array, Problem
 

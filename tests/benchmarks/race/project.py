@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.simulator import BlockStructure, ParameterSpace
+from bridge.simulator.protocol import BlockStructure, ParameterSpace
 
 from .problem import Array, Problem, space_of, within
 

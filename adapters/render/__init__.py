@@ -1,0 +1,1 @@
+"""Renderers as simulators: images of meshes, cameras, and how wrong a pose is."""

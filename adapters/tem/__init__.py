@@ -1,0 +1,1 @@
+"""TEM-simulator, by the user's own binary, as a simulator."""

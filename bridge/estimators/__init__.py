@@ -1,0 +1,1 @@
+"""All that is known before a run: densities, points, scales, designs, covariates."""

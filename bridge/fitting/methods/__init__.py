@@ -1,0 +1,1 @@
+"""The methods of `bridge.fit`, one file each, and the choice between them."""

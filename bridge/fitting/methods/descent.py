@@ -1,0 +1,496 @@
+"""Descents along smoothed gradients, from one start or from several at once.
+
+The noise of a descent shrinks during the run, so that the first steps see a landscape smooth over the distance to the
+solution and the last ones the simulator itself (coarse to fine). How a step is made of what has been evaluated is a
+`Rule` (see `bridge.fitting.methods.first_order`); everything else is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bridge.errors import BridgeError, EvaluationError, NonFiniteError
+from bridge.fitting.blur import stage_of
+from bridge.fitting.misfit import LinearMap, Misfit
+from bridge.fitting.soundness import HUGE
+from bridge.fitting.uncertainty import of_descent
+from bridge.reporting.result import End, FitEnd, FitStep, Stated
+from bridge.simulator.protocol import may_be_noisy
+from bridge.smoothing.estimate import Estimate
+from bridge.smoothing.smooth import SmoothedSimulator, smooth
+
+Array = NDArray[np.float64]
+
+# What stands for a failed run until it is told apart: no simulator's output.
+FAILED = 1e300
+# The share of the steps in which the worse half of several starts is dropped again and again.
+_RACE = 0.5
+# How often in turn half of a step is taken back where fewer than that share of the runs are of use; with how few there
+# is a step all the same.
+_RETREATS, _HALF, _LEAST_LEFT = 3, 0.5, 0.1
+_NOISY_MARGIN = 1.5
+# Steps of less than this part of the errors asked for are small against them.
+SMALL_STEP = 0.25
+
+
+@final
+@dataclass(frozen=True)
+class Schedule:
+    """What changes with the step alone.
+
+    Attributes:
+        first, last: scale of the noise, natural units. steps: of the whole run.
+        stages: maps of the outputs, from coarse to fine; None in the last.
+    """
+
+    first: float
+    last: float
+    steps: int
+    stages: tuple[LinearMap | None, ...] = (None,)
+
+    def width(self, step: int) -> float:
+        """Geometric; the last fifth of the run stays at the last scale."""
+        return float(self.first * (self.last / self.first) ** min(1.0, step / max(1.0, 0.8 * (self.steps - 1))))
+
+    def decay(self, step: int) -> float:
+        """Of learning rates: a cosine from 1 to a fifth."""
+        return float(0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * step / self.steps)))
+
+    def misfit(self, misfit: Misfit, step: int) -> Misfit:
+        stage = self.stages[stage_of(len(self.stages), step, self.steps)]
+        return misfit if stage is None else replace(misfit, blur=stage)
+
+    def settled(self, step: int) -> bool:
+        return step >= 0.8 * (self.steps - 1)
+
+
+class Look(NamedTuple):
+    """One step of k starts.
+
+    loss: (k,) where they were. x: (k, d) where they go. width: scale of the noise, natural units. settled: whether
+    that and the outputs' stage are the last ones. known: of each start, natural units, where asked for: the covariance
+    (d, d), and the step (d,) to where the loss is expected to be least. at_limit: (k,) whether steps are as long as
+    they may be, where there is a limit.
+    """
+
+    loss: Array
+    x: Array
+    width: float
+    settled: bool
+    num_evaluations: int
+    num_failed: int
+    known: list[tuple[Array, Array]] | None = None
+    note: str = ""
+    at_limit: NDArray[np.bool_] | None = None
+
+
+class Rule(Protocol):
+    """What a step is made of. Its state is plain data."""
+
+    def look(self, x: Array, step: int) -> Look:
+        """Evaluates all starts x (k, d), natural units, in one dispatch, and steps. Collective."""
+
+    def keep(self, which: NDArray[np.intp]) -> None:
+        """Forgets the other starts."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def restore(self, saved: Mapping[str, Any]) -> None: ...
+
+
+@final
+class Descent:
+    """Steps by a rule from k starts; the worse half of them is dropped again and again (successive halving).
+
+    Args:
+        smoothed: gives the output and its Jacobian at the end.
+        starts: (k, d), lower, upper: (d,), natural units; natural: their size.
+        halving: whether starts are dropped: in rounds spread evenly over the first half of the steps.
+        tolerance: converged when nothing moves by more, over a tenth of the steps, once the rule has settled.
+        known_noise: whether the target's variance is known.
+        asked: (d,) standard errors that suffice, natural units; None to go on.
+        newton: how many scales a step of Gauss-Newton may be long; 0 of other steps.
+        others: smoothed simulators that the rule evaluates besides.
+
+    Reference: successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identification", AISTATS 2016.
+    """
+
+    def __init__(
+        self,
+        smoothed: SmoothedSimulator,
+        misfit: Misfit,
+        starts: Array,
+        rule: Rule,
+        *,
+        natural: Array,
+        lower: Array,
+        upper: Array,
+        schedule: Schedule,
+        halving: bool,
+        tolerance: float,
+        known_noise: bool,
+        asked: Array | None,
+        newton: float,
+        others: Sequence[SmoothedSimulator] = (),
+    ) -> None:
+        self.smoothed, self.misfit, self.starts, self.rule = smoothed, misfit, starts, rule
+        self.natural, self.lower, self.upper, self.schedule = natural, lower, upper, schedule
+        self.tolerance, self.known_noise, self.asked, self.newton = tolerance, known_noise, asked, newton
+        self._repeated = 0 if misfit.loss is not None else repeated(smoothed)
+        self.window = max(2, schedule.steps // 10)
+        rounds = int(np.ceil(np.log2(len(starts)))) if halving else 0
+        self.races = {max(0, round(_RACE * schedule.steps * (i + 1) / rounds) - 1) for i in range(rounds)}
+        self._x, self.active = starts, np.arange(len(starts))
+        self.past: list[Array] = []
+        self.dropped: list[tuple[int, Array, float, int]] = []
+        self.best, self.done, self.others = 0, "", tuple(others)
+        self.first_loss = self.last_loss = np.inf
+        # Whoever has failed runs dropped means them to be no end of the fit, wherever a step leads.
+        self.chosen = smoothed.strategy.failures != "raise"
+        self.enough = smoothed.strategy.min_ok if self.chosen else _HALF
+        self.safe, self.tolerant = starts, self.chosen
+        self.calm, self.precise, self.last_runs, self.failed, self.at_limit = 0, 0, 0, 0, False
+
+    @property
+    def x(self) -> Array:
+        """(d,) natural units: of the start whose loss was the least."""
+        return np.asarray(self._x[self.best])
+
+    @property
+    def next_runs(self) -> int:
+        """What the next step and the end may take."""
+        return 2 * self.last_runs + self._repeated + end_runs(self.smoothed, self.misfit, len(self.active))
+
+    def advance(self, step: int, num_evaluations: int) -> FitStep:
+        look, more, said = self._looked(step)
+        if look is None:
+            x = tuple((self._x[self.best] * self.natural).tolist())
+            width = self.schedule.width(step)
+            return FitStep(step, self.last_loss, width, x, num_evaluations + more, num_failed=self.failed, note=said)
+        best = int(np.argmin(look.loss))
+        before, self.last_loss = self._x[best], float(look.loss[best])
+        self.last_runs = look.num_evaluations
+        self.first_loss = min(self.first_loss, float(look.loss.min())) if step == 0 else self.first_loss
+        self.failed += look.num_failed
+        dispatcher = self.smoothed.dispatcher.thinking
+        self.past = [*self.past, self._x][-self.window :]
+        self._x = np.clip(dispatcher.broadcast(look.x), self.lower, self.upper)
+        self._judge(look, best)
+        error = None
+        if look.known is not None:
+            error = tuple((np.sqrt(np.diag(look.known[best][0])) * self.natural).tolist())
+        self.best, note = best, "; ".join(filter(None, [look.note, said]))
+        self.at_limit = look.at_limit is not None and bool(look.at_limit[best])
+        if step in self.races and len(self.active) > 1:
+            note = self._drop(look.loss, step)
+        return FitStep(
+            step,
+            float(look.loss[best]),
+            look.width,
+            tuple((before * self.natural).tolist()),
+            num_evaluations + look.num_evaluations + more,
+            standard_error=error,
+            num_failed=self.failed,
+            note=note,
+        )
+
+    def _looked(self, step: int) -> tuple[Look | None, int, str]:
+        """What the rule sees and where it goes, runs made in vain before it could, and what there is to say of that.
+
+        Outputs that are not finite, or enormous, are dropped from the first one on; where most are, or the step comes
+        to nothing, x goes half of the way back.
+        """
+        more, said, back = 0, "", 0
+        while True:
+            problem: BridgeError
+            try:
+                look = self.rule.look(self._x, step)
+                if np.isfinite(look.loss).all() and np.isfinite(look.x).all():
+                    self.safe = self.safe if self._ask_for(self.enough) else self._x
+                    return look, more, said
+                problem = EvaluationError(
+                    f"Expected a finite loss and a finite step at {(self._x * self.natural).tolist()}, got other "
+                    "numbers: outputs or their changes are too large to be squared. Start nearer, use a smaller scale, "
+                    "or fit a logarithm of the output."
+                )
+            except NonFiniteError as error:
+                problem = error
+                if self._tolerate():
+                    more, said = (
+                        more + self._rows(),
+                        "outputs that are not finite, or enormous, are dropped from here on",
+                    )
+                    continue
+            except EvaluationError as error:
+                problem = error
+                if not self.tolerant:
+                    raise
+            more += self._rows()
+            if self.past and back < _RETREATS:
+                back, said = back + 1, "most outputs are no use there: half of the step is taken back"
+                self._x = self.safe if back == _RETREATS else (self._x + self.safe) / 2
+            elif not self._ask_for(min(_LEAST_LEFT, self.enough)):
+                if not self.past:
+                    raise problem
+                self.done = "failures"
+                return None, more, "hardly an output is of any use there: the fit ends where it was before"
+
+    def _ask_for(self, share: float) -> bool:
+        """Takes no fewer than this share of the runs for enough, where outputs are dropped; whether that is news."""
+        if not self.tolerant or self.smoothed.strategy.min_ok == share:
+            return False
+        for smoothed in (self.smoothed, *self.others):
+            smoothed.strategy = replace(smoothed.strategy, min_ok=share)
+        return True
+
+    def _rows(self) -> int:
+        strategy = self.smoothed.strategy
+        return len(self._x) * strategy.num_rows * strategy.replicates
+
+    def _tolerate(self) -> bool:
+        """From here on drops outputs that are not finite; whether that is news. Runs that raise end the fit still."""
+        news = False
+        for smoothed in (self.smoothed, *self.others):
+            if smoothed.strategy.failures == "raise":
+                smoothed.strategy = replace(smoothed.strategy, failures="drop", errors_raise=True, min_ok=_HALF)
+                news = True
+        self.tolerant = self.tolerant or news
+        return news
+
+    def _judge(self, look: Look, best: int) -> None:
+        """Whether there is nothing more to do."""
+        moved = np.abs(np.array(self.past) - self._x)
+        self.calm = self.calm + 1 if look.settled else 0
+        if self.calm > self.window and float(moved.max()) < self.tolerance:
+            self.done = "converged"
+        if self.asked is None or look.known is None:
+            return
+        covariance, step = look.known[best]
+        error = np.sqrt(np.diag(covariance))
+        near = look.settled or look.width <= float(self.asked.min())
+        small = (np.abs(step) <= SMALL_STEP * self.asked).all()
+        self.precise = self.precise + 1 if near and small and (error <= self.asked).all() else 0
+        if self.precise >= 2:
+            self.done = "standard_error"
+
+    def _drop(self, loss: Array, step: int) -> str:
+        order = np.argsort(loss, kind="stable")
+        keep, out = np.sort(order[: -(-len(order) // 2)]), np.sort(order[-(-len(order) // 2) :])
+        self.dropped += [(int(self.active[i]), self._x[i], float(loss[i]), step) for i in out]
+        said = ", ".join(str(self.active[i]) for i in out)
+        self.best = int(np.flatnonzero(keep == order[0])[0])
+        self._x, self.active, self.past = self._x[keep], self.active[keep], [p[keep] for p in self.past]
+        self.safe = self.safe[keep]
+        self.rule.keep(keep)
+        return f"the starts {said} are dropped: their losses were the largest"
+
+    def finish(self, step: int) -> End:
+        """The loss, the Jacobian and the simulator's own outputs where the starts have come to. Collective.
+
+        Of the best start once more, by runs of its own: two Jacobians tell how large their noise is.
+        """
+        final = self._last_look()
+        losses = np.full(len(self._x), self.last_loss)
+        if final is not None:
+            losses = np.array([self.misfit.value(y, z) for y, z in zip(final.value, self._x, strict=True)])
+        best = int(np.argmin(losses))
+        said: list[str] = []
+        runs = self._rows() if final is None else final.num_evaluations
+        estimates, repeats = [], False
+        if self.misfit.loss is None and final is not None:
+            estimates.append(tuple(of[:, best] for of in final.of_replicates()))
+            again = self._once_more(best) if self._repeated else None
+            if again is not None:
+                repeats = True
+                runs += again.num_evaluations
+                estimates.append(again.of_replicates())
+        ends = np.vstack([self._x, self.starts[self.active[best]]])
+        shape = tuple(self.misfit.target.shape)
+        outputs, more = last_outputs(self.smoothed, ends * self.natural, step, shape)
+        noise = 0.0
+        if measures_noise(self.smoothed, self.misfit):  # once more, with other seeds
+            other, one = last_outputs(self.smoothed, ends[best, None] * self.natural, step + 1, shape)
+            noise, more = self._noise(outputs[best], other[0]), more + one
+        stated = None
+        if estimates:
+            values, jacobians = (torch.cat(of) for of in zip(*estimates, strict=True))
+            step_noise = (2.0 if repeats else 1.0) if self.newton else 0.0
+            past = np.array([p[best] for p in [*self.past, self._x]])
+            told: Stated | None = None
+            try:
+                with np.errstate(all="ignore"):
+                    told = of_descent(
+                        self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past,
+                        (outputs[best], outputs[-1]), last=self.schedule.last, longest=self.newton * self.schedule.last,
+                        start=ends[-1],
+                    )  # fmt: skip
+            except (np.linalg.LinAlgError, ArithmeticError, ValueError):
+                said.append("No standard errors: the numbers of the Jacobian at the end are too large or too small.")
+            stated = self.smoothed.dispatcher.thinking.broadcast_object(told)
+        worse = self._worse(float(losses[best]), outputs[[best, -1]], ends[[best, -1]])
+        if worse:
+            said.append(worse)
+        if self.done == "failures":
+            said.append("The fit ended early, at the last place where a fair share of the runs was of use.")
+        if self.tolerant and not self.chosen:
+            said.append(
+                f"{self.failed} runs gave NaN, infinite or enormous outputs and were dropped. If the answer is near to "
+                "them, bound the parameters to where the simulator works."
+            )
+        # What stands in the table is the loss of the simulator itself, as that of the whole fit is.
+        plain = [self.misfit.value(torch.as_tensor(y), z) for y, z in zip(outputs[:-1], self._x, strict=True)]
+        losses = np.where(np.isfinite(plain), plain, losses)
+        table = list(self.dropped)
+        table += [(int(a), x, float(v), step) for a, x, v in zip(self.active, self._x, losses, strict=True)]
+        return End(
+            *(ends[best], ends[-1], float(losses[best]), stated, outputs[best], outputs[-1]),
+            num_evaluations=runs + more,
+            num_failed=self.failed,
+            at_limit=self.at_limit,
+            warnings=tuple(said),
+            no_better=bool(worse),
+            ends=tuple(FitEnd(self.starts[i], x, loss, steps) for i, x, loss, steps in sorted(table, key=_number)),
+            noise=noise,
+        )
+
+    def _noise(self, one: NDArray[Any], other: NDArray[Any]) -> float:
+        """Variance of one run over that of the target, averaged over outputs, of two runs at the same place."""
+        apart = self.misfit.residuals_of(np.stack([one, other]))
+        squares = (apart[0] - apart[1]) ** 2
+        if self.misfit.partial:
+            squares = squares[~np.isnan(squares)]
+        return float(np.mean(squares) / 2) if squares.size and np.isfinite(squares).all() else 0.0
+
+    def _last_look(self) -> Estimate | None:
+        """The smoothed outputs where the starts have come to, or where a fair share of the runs was of use; or none."""
+        for _ in range(3):
+            try:
+                return self._final(self._x)
+            except NonFiniteError:
+                if not self._tolerate():
+                    raise
+            except EvaluationError:
+                if not self.tolerant:
+                    raise
+                if np.array_equal(self._x, self.safe):
+                    return None
+                self._x = self.safe
+        return None
+
+    def _once_more(self, best: int) -> Estimate | None:
+        try:
+            return self._final(self._x[best], replicate=1)
+        except NonFiniteError:
+            return None
+        except EvaluationError:
+            if not self.tolerant:
+                raise
+            return None
+
+    def _worse(self, loss: float, outputs: NDArray[Any], ends: Array) -> str:
+        """What to say of an end that is worse than the start, by the smoothed outputs and by the simulator's own."""
+        if not self.misfit.usable(outputs).all():
+            return ""
+        at_end, at_start = (self.misfit.value(torch.as_tensor(y), z) for y, z in zip(outputs, ends, strict=True))
+        # One run of a simulator with noise of its own is not worse for being a little worse.
+        margin = _NOISY_MARGIN if may_be_noisy(self.smoothed.simulator) else 1.0
+        if not (at_end > margin * at_start and loss > margin * self.first_loss):
+            return ""
+        return (
+            f"The fit has come to a place that is worse than the start: its loss is {at_end:.4g} there, and "
+            f"{at_start:.4g} at the start. Take more samples (num_samples=), a smaller scale, or method='kriging'."
+        )
+
+    def _final(self, x: Array, replicate: int = 0) -> Estimate:
+        theta = torch.as_tensor(x * self.natural)
+        scale = torch.as_tensor(self.schedule.last * self.natural)
+        return self.smoothed.estimate(theta, self.schedule.steps, scale=scale, replicate=replicate)
+
+    _KEPT = (
+        *("_x", "active", "past", "dropped", "best", "done", "calm", "precise", "last_runs", "failed", "at_limit"),
+        *("first_loss", "last_loss", "safe", "tolerant"),
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rule": self.rule.to_dict(), **{name: getattr(self, name) for name in self._KEPT}}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        for name in self._KEPT:
+            setattr(self, name, saved[name])
+        if self.tolerant:
+            self._tolerate()
+        self.rule.keep(self.active)
+        self.rule.restore(saved["rule"])
+
+
+def repeated(smoothed: SmoothedSimulator) -> int:
+    """Runs of the second Jacobian at the end: none where there are replicates anyway."""
+    return smoothed.strategy.num_rows if smoothed.strategy.replicates == 1 else 0
+
+
+def measures_noise(smoothed: SmoothedSimulator, misfit: Misfit) -> bool:
+    """Whether the best end is run twice: else the simulator's own noise would count as misfit."""
+    return misfit.loss is None and may_be_noisy(smoothed.simulator)
+
+
+def end_runs(smoothed: SmoothedSimulator, misfit: Misfit, starts: int) -> int:
+    """Runs of the simulator itself at the end: at the end of each start, where the best one began, and once more."""
+    return starts + 1 + measures_noise(smoothed, misfit)
+
+
+def _number(entry: tuple[int, Array, float, int]) -> int:
+    return entry[0]
+
+
+def useless_start(theta: Array, output: Array, names: Sequence[str]) -> str:
+    """What to say of a start whose output is not finite, or enormous."""
+    values = ", ".join(f"{name} = {value:.6g}" for name, value in zip(names, theta, strict=True))
+    return (
+        f"Expected finite outputs at the start ({values}), got NaN, infinite numbers or such as are larger than "
+        f"{HUGE:g}: a fit has nothing to compare with. Run the simulator there by itself, and start where it works; "
+        "where outputs only lack some numbers (NaN), pass missing='ignore'."
+    )
+
+
+def last_outputs(
+    smoothed: SmoothedSimulator, thetas: Array, step: int, shape: tuple[int, ...]
+) -> tuple[NDArray[Any], int]:
+    """(k, *shape) of the simulator itself, and how many runs that took.
+
+    NaN where a run failed, unless failures="raise": a fit that has lived with failed runs must not end by one.
+    """
+    strategy = smoothed.strategy
+    once = smooth(
+        smoothed.simulator, seed=strategy.seed, num_samples=1, points="qmc-latin", covariate="none",
+        failures="penalty", penalty=FAILED, min_ok=0.0,
+    )  # fmt: skip
+    raises = strategy.failures == "raise" or strategy.errors_raise
+    once.strategy = replace(once.strategy, errors_raise=raises, largest=strategy.largest, missing=strategy.missing)
+    once.dispatcher, once.execution, once.spent = smoothed.dispatcher, smoothed.execution, smoothed.spent
+    try:
+        outputs = plain_outputs(once, thetas, step)
+    except EvaluationError:
+        if raises:
+            raise
+        outputs = np.full((len(thetas), *shape), np.nan)
+    return outputs, len(thetas)
+
+
+def plain_outputs(plain: SmoothedSimulator, thetas: Array, step: int) -> Array:
+    """(k, *shape) outputs at (k, d) parameters, one run each, on every rank; NaN where a run failed."""
+    try:
+        value = plain.estimate(torch.as_tensor(thetas), step).value
+    except EvaluationError:
+        # Where every single run fails there is no output at all, and no shape of one.
+        if plain.strategy.failures == "raise" or plain.strategy.errors_raise or step == 0:
+            raise
+        return np.full((len(thetas), 1), np.nan)
+    outputs = value.to("cpu", torch.float64).numpy().copy()
+    outputs[outputs >= FAILED] = np.nan
+    return np.asarray(outputs)

@@ -1,0 +1,247 @@
+"""The search by a model of all runs (`kriging_search`) as a method of `bridge.fit`: it evaluates what is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge.errors import BridgeError, EvaluationError, InputError
+from bridge.fitting.methods.descent import SMALL_STEP, plain_outputs, useless_start
+from bridge.fitting.methods.kriging_search import Search
+from bridge.fitting.misfit import Misfit
+from bridge.fitting.rounding import Lattice
+from bridge.fitting.uncertainty import of_search
+from bridge.reporting.result import End, FitStep, Stated
+from bridge.simulator.protocol import may_be_noisy
+from bridge.smoothing.smooth import SmoothedSimulator
+
+Array = NDArray[np.float64]
+
+# What every rank makes of the outputs itself.
+_EVERYWHERE = ("residuals", "lattice")
+
+
+@final
+class Searching:
+    """`bridge.fitting.methods.kriging_search.Search` on a simulator.
+
+    Args:
+        plain: the simulator itself, as a smoothed one of one run a point.
+        budget: of runs, those at the end included. known_noise: whether the target's variance is known.
+        starts: (k, d) natural units, the search's own among them: all are run in the first round.
+        names: of the parameters. asked: (d,) standard errors that suffice, natural units; None to go on.
+    """
+
+    def __init__(
+        self,
+        plain: SmoothedSimulator,
+        misfit: Misfit,
+        search: Search,
+        natural: Array,
+        budget: int,
+        known_noise: bool,
+        starts: Array,
+        names: Sequence[str],
+        asked: Array | None = None,
+    ) -> None:
+        self.plain, self.misfit, self.search, self.natural = plain, misfit, search, natural
+        self.budget, self.known_noise, self.starts, self.asked = budget, known_noise, starts, asked
+        self.names, self.precise = tuple(names), 0
+        self.error: Array | None = None
+        self.lattice = Lattice()
+        self._add_starts()
+
+    @property
+    def x(self) -> Array:
+        return self.search.overall[1]
+
+    @property
+    def done(self) -> str:
+        return self.search.stopped or ("standard_error" if self.precise >= 2 else "")
+
+    @property
+    def last_runs(self) -> int:
+        """Runs that the end may take: outputs are had back from residuals where these are the outputs' own."""
+        return 1 if self.misfit.plain else 2
+
+    @property
+    def next_runs(self) -> int:
+        return 1 + self.last_runs
+
+    def advance(self, step: int, num_evaluations: int) -> FitStep:
+        search = self.search
+        search.points = search.points[: max(1, self.budget - self.last_runs - num_evaluations)]
+        points = search.points
+        outputs = plain_outputs(self.plain, points * self.natural, step)
+        shape = tuple(self.misfit.target.shape)
+        if step == 0 and outputs.shape[1:] != shape:
+            raise InputError(f"Expected a target of shape {outputs.shape[1:]}, got {shape}.")
+        failed = ~self.misfit.usable(outputs)
+        if step == 0 and failed[0] and self.plain.strategy.errors_raise:
+            raise EvaluationError(useless_start(points[0] * self.natural, outputs[0], self.names))
+        if failed.all():  # and perhaps without a shape
+            outputs = np.full((len(points), *shape), np.nan)
+        residuals = self.misfit.residuals_of(outputs)
+        self.lattice.add(outputs)
+
+        def told() -> None:
+            search.rounding = float(self.misfit.spread_of(self.lattice.deviation(shape)).sum())
+            search.told(residuals, failed)
+            self._judge()
+
+        self._think(told, lambda: search.with_rows(residuals, failed))
+        note = search.note
+        if step == 0 and search.reused:
+            note = "; ".join(filter(None, [f"begins with {search.reused} evaluations of earlier runs", note]))
+        loss, best = search.overall
+        return FitStep(
+            step,
+            loss,
+            search.scale,
+            tuple((best * self.natural).tolist()),
+            num_evaluations + len(points),
+            None if self.error is None else tuple((self.error * self.natural).tolist()),
+            num_failed=int(search.failed.sum()),
+            note=note,
+        )
+
+    def loss_of_rows(self, outputs: Array) -> Array:
+        """(n,) losses of single runs, without the prior, of outputs (n, m)."""
+        return np.array([self.misfit.cost(r) for r in self._residuals(outputs)])
+
+    def begin_with(self, parameters: Array, outputs: Array) -> None:
+        """Takes earlier runs at (n, d) parameters, with outputs (n, m), into the model. Collective."""
+        rows, residuals = parameters / self.natural, self._residuals(outputs)
+        self.lattice.add(outputs)
+
+        def begin() -> None:
+            self.search.begin_with(rows, residuals)
+            self._add_starts()
+
+        self._think(begin, lambda: residuals)
+
+    def _residuals(self, outputs: Array) -> Array:
+        return self.misfit.residuals_of(outputs.reshape(len(outputs), *self.misfit.target.shape))
+
+    def _add_starts(self) -> None:
+        """All starts into the first round."""
+        points = self.search.points
+        new = [z for z in self.starts[1:] if not (np.vstack([self.search.rows, points]) == z).all(axis=1).any()]
+        self.search.points = np.vstack([points[:1], *new, points[1:]])
+
+    def _think(self, change: Callable[[], None], residuals: Callable[[], Array]) -> None:
+        """Changes the search on one rank and hands it to the others, which know all `residuals` afterwards.
+
+        One rank thinks for all: sums of its linear algebra need not have the same last bits elsewhere.
+        """
+        dispatcher = self.plain.dispatcher.thinking
+        error, saved = None, None
+        if dispatcher.rank == 0:
+            try:
+                with np.errstate(all="ignore"):  # what overflows or is no number is looked at where it counts
+                    change()
+            except BridgeError as problem:
+                error = problem
+            saved = {name: value for name, value in self.to_dict().items() if name not in _EVERYWHERE}
+        dispatcher.agree(error)
+        saved = dispatcher.broadcast_object(saved)
+        if dispatcher.rank != 0 and saved is not None:
+            self.restore({**saved, "residuals": residuals(), "lattice": self.lattice.to_dict()})
+
+    def _judge(self) -> None:
+        """Whether the standard errors are those asked for, and what is expected of the next round small beside them."""
+        if self.asked is None or not self.search.kernel.size:
+            return
+        stated = self._stated()
+        if stated is None:
+            return
+        self.error = np.sqrt(np.diag(stated.covariance))
+        current = np.array_equal(self.search.overall[1], self.search.best)
+        small = (np.abs(self.search.step) <= SMALL_STEP * self.asked).all() and not self.search.at_edge
+        self.precise = self.precise + 1 if current and small and (self.error <= self.asked).all() else 0
+
+    def finish(self, step: int) -> End:
+        loss, best = self.search.overall
+        stated, noise = None, 0.0
+        if len(self.search.rows):
+            thinking = self.plain.dispatcher.thinking
+            told = (self._stated(), self._noise()) if thinking.rank == 0 else None
+            stated, noise = thinking.broadcast_object(told)
+        outputs, runs = self.outputs_at(np.stack([best, self.search.start]), step)
+        return End(
+            *(best, self.search.start, loss, stated, outputs[0], outputs[1]),
+            num_evaluations=runs,
+            num_failed=int(self.search.failed.sum()),
+            num_reused=self.search.reused,
+            noise=noise,
+            warnings=self._said(stated is not None),
+        )
+
+    def _noise(self) -> float:
+        """Variance of one run, over that of the target, averaged over outputs, as far as the model tells."""
+        if not may_be_noisy(self.plain.simulator):
+            return 0.0
+        try:
+            model = self.search.model(self.search.overall[1], weighted=False)
+        except (np.linalg.LinAlgError, ValueError, ArithmeticError):
+            return 0.0
+        return model.noise / self.search.residuals.shape[1]
+
+    @property
+    def ends_without_runs(self) -> bool:
+        """Whether all that `finish` needs has been run."""
+        needed = (self.search.overall[1], self.search.start)
+        return self.misfit.plain and all((self.search.rows == z).all(axis=1).any() for z in needed)
+
+    def _stated(self) -> Stated | None:
+        """None where the numerics of the model fail."""
+        try:
+            with np.errstate(all="ignore"):
+                return of_search(self.search, self.misfit, self.known_noise, self.lattice)
+        except BridgeError:
+            raise
+        except (np.linalg.LinAlgError, ValueError, ArithmeticError):
+            return None
+
+    def _said(self, has_errors: bool) -> tuple[str, ...]:
+        search, said = self.search, []
+        failed = int(search.failed.sum())
+        if failed and self.plain.strategy.errors_raise:
+            said.append(
+                f"{failed} of {len(search.rows)} runs gave NaN, infinite or enormous outputs and were taken for bad "
+                "ones. If the best run is near to them, bound the parameters to where the simulator works; where "
+                "outputs only lack some numbers (NaN), pass missing='ignore'."
+            )
+        if not search.whole:
+            said.append(
+                "The fit ended early: its model of the runs failed numerically several times in turn. The parameters "
+                "are those of the best run so far. Check the natural scales, the bounds, and outputs that are outliers."
+            )
+        if not has_errors and len(search.rows):
+            said.append("No standard errors: the model of the runs is numerically singular at the end.")
+        return tuple(said)
+
+    def outputs_at(self, points: Array, step: int) -> tuple[NDArray[Any], int]:
+        """(k, *shape) outputs at points: of rows that have been run, else of a run more; and how many of these."""
+        outputs, runs = [], 0
+        for z in points:
+            rows = np.flatnonzero((self.search.rows == z).all(axis=1))
+            if len(rows) and self.misfit.plain:
+                row = self.search.residuals[rows[0]] * self.misfit.deviation + self.misfit.target.numpy().reshape(-1)
+                outputs.append(np.where(self.search.failed[rows[0]], np.nan, row).reshape(self.misfit.target.shape))
+            else:
+                outputs.append(plain_outputs(self.plain, z[None] * self.natural, step + runs)[0])
+                runs += 1
+        return np.stack(outputs), runs
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"precise": self.precise, "error": self.error, "lattice": self.lattice.to_dict()}
+        return {**self.search.to_dict(), **own}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self.search.restore(saved)
+        self.precise, self.error = saved["precise"], saved["error"]
+        self.lattice.restore(saved["lattice"])

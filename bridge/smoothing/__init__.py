@@ -1,0 +1,1 @@
+"""From sums to tensors: simulators as PyTorch functions, their estimates, their surrogates."""

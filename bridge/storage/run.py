@@ -1,0 +1,445 @@
+"""A run on disk: what it needs to go on after any interruption, on any number of ranks, to bitwise the same end.
+
+A run directory holds `status.json` (how the run stands, for people and scripts), `checkpoint-*.npz` (the state between
+two steps: plain arrays and JSON, never a pickle) and `evaluations/` (what has been finished since, see
+    `bridge.storage.store`).
+There is no random state in it: noise is a function of (seed, step, row).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, TYPE_CHECKING, Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bridge.dispatch import Dispatcher, get_dispatcher
+from bridge.errors import BridgeError, InputError, SetupError, StoppedError, exit_code, exit_status
+from bridge.interrupts import Held
+from bridge.storage.files import write_json, write_whole
+from bridge.storage.store import Store
+
+if TYPE_CHECKING:
+    from bridge.dispatch.mpi import Intracomm
+
+_log = logging.getLogger("bridge")
+_KEEP = 2
+# Evaluations written since the last checkpoint beyond this many bytes make another one due.
+_MUCH = 256e6
+
+
+@final
+class Run:
+    """A resumable run; use it as a context, on every rank.
+
+        with bridge.Run("runs/a", settings={"seed": 0}) as run:
+            smoothed = bridge.smooth(simulator, seed=0, store=run.store)
+            theta, optimiser = ...
+            if run.state is not None:
+                theta.data.copy_(run.state["theta"])
+                optimiser.load_state_dict(run.state["optimiser"])
+            for step in range(run.step, 100):
+                ...
+                run.checkpoint(step + 1, {"theta": theta, "optimiser": optimiser.state_dict()})
+
+    Interrupted by a signal or near the end of the allocation, the block ends with `SystemExit(75)` after the state has
+    been written; killed in any other way, the run goes on from the last checkpoint, and finished evaluations are not
+    paid for again. Of a process that was killed `status.json` still says that it is running: it has `pid` and `host`
+    to look for. Started again on any number of ranks it ends with bitwise the result of an uninterrupted run.
+
+    Args:
+        directory: of this run alone.
+        settings: what the result depends on (JSON); a run is resumed under the same settings only.
+        every_s: a checkpoint is written when the last one is older [s]; 0 writes each. Also at the end, at a signal,
+            and when much has been journalled.
+        signals: names of those that ask to stop. USR1 is what batch systems can be told to send in time; TERM may
+            leave 0.2 s.
+        resume: True goes on with what is there, if anything is. False begins anew, and refuses where a run that is not
+            done would be lost, unless `overwrite`.
+        journal_above_s: evaluations that took less [s] are not journalled.
+        keep_evaluations: for other fits to use again (`bridge.fit(reuse=...)`); else those of a step are removed with
+            the checkpoint after it.
+        comm: as in `bridge.smooth`.
+
+    Attributes:
+        step: where to go on: 0, or that of the last checkpoint.
+        state: of the last checkpoint, None where there is none. Tensors are on the CPU.
+        store: the journal of evaluations, for `bridge.smooth(store=...)`.
+
+    Raises:
+        InputError: another job is running in the directory, its settings differ, or it would be overwritten.
+        SetupError: the directory cannot be made, or there is no readable checkpoint among several.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        settings: Mapping[str, Any] | None = None,
+        every_s: float = 10.0,
+        signals: Sequence[str] = ("USR1", "TERM"),
+        resume: bool = True,
+        overwrite: bool = False,
+        journal_above_s: float = 0.01,
+        keep_evaluations: bool = False,
+        comm: Intracomm | None = None,
+    ) -> None:
+        self.directory, self.every_s, self._keep = Path(directory), every_s, keep_evaluations
+        self._dispatcher = get_dispatcher(comm)
+        # Under a driver the other ranks follow its evaluations, not its checkpoints.
+        self._all = self._dispatcher.thinking
+        unknown = [name for name in signals if not hasattr(signal, f"SIG{name.removeprefix('SIG')}")]
+        if unknown:
+            raise InputError(f"Unknown signals {unknown}. Expected names such as USR1, USR2, TERM.")
+        self._signals = [signal.Signals[f"SIG{name.removeprefix('SIG')}"] for name in signals]
+        self._settings = json.loads(json.dumps(dict(settings or {}), sort_keys=True, default=str))
+        self._unfinished, self._died = False, ""
+        self._lock: IO[str] | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._written_at = time.monotonic()
+        self._longest, self._last_step_at = 0.0, time.monotonic()
+        error: Exception | None = None
+        found: tuple[int, Any] | None = None
+        if self._all.rank == 0:
+            try:
+                found = self._open(resume, overwrite)
+            except BridgeError as refused:
+                error = refused
+            except OSError as failure:
+                error = SetupError(f"Expected a directory for the run that can be written, got: {failure}.")
+        if error is not None and self._lock is not None:
+            self._lock.close()
+        self._all.agree(error)
+        found = self._all.broadcast_object(found)
+        packed = None if found is None else found[1]
+        self.step = 0 if found is None else int(found[0])
+        self.state: Any = None if packed is None else _unpacked(*packed)
+        self._snapshot: tuple[int, Any] | None = None if packed is None else (self.step, packed)
+        self._written: int | None = None if packed is None else self.step
+        self._behind = False
+        self.store = Store(self.directory / "evaluations", above_s=journal_above_s)
+        self.store.advance(self.step)
+        if self._died and self._all.rank == 0:
+            _log.warning(
+                "the last job in %s %s ended without a word: killed, or its machine failed; this one goes on from "
+                "step %d with %d evaluations finished since",
+                *(self.directory, self._died, self.step, self.store.count(self.step)),
+            )
+        if self.store.damaged and self._all.rank == 0:
+            _log.warning("%d bytes of torn records in %s are ignored", self.store.damaged, self.store.directory)
+
+    # -- beginning --------------------------------------------------------------------------------------------------
+
+    def _open(self, resume: bool, overwrite: bool) -> tuple[int, Any] | None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.directory / ".lock").open("w")
+        try:
+            # Gone with this process, however it ends.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"Expected {self.directory} for this run alone, got one that is running in it.") from error
+        except OSError as error:
+            _log.warning("no locks on the file system of %s (%s): see that no two runs use it", self.directory, error)
+        status = self.status()
+        checkpoints = sorted(self.directory.glob("checkpoint-*.npz"), reverse=True)
+        if not resume:
+            if (
+                not overwrite
+                and status.get("state") not in (None, "done")
+                and (checkpoints or any(self.directory.glob("evaluations/*")))
+            ):
+                raise InputError(
+                    f"Expected a directory without an unfinished run, got {self.directory} with one at step "
+                    f"{status.get('step')}. Resume it, or begin anew and lose it (overwrite=True)."
+                )
+            for path in checkpoints:
+                path.unlink()
+            for path in self.directory.glob("evaluations/*.journal"):
+                path.unlink()
+            return None
+        if status and status.get("settings") != self._settings:
+            then, now = status.get("settings") or {}, self._settings
+            differ = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
+            listing = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in differ)
+            raise InputError(
+                f"Expected the settings of the run in {self.directory}, got others: {listing}. Use them again, or "
+                "another directory, or begin anew and lose that run: resume=False, overwrite=True (or --fresh)."
+                f"{_hint(differ)}"
+            )
+        if status.get("state") == "running":
+            self._died = "(process {pid} on {host}, {ranks} ranks)".format_map(status)
+        for path in checkpoints:
+            try:
+                return _read(path)
+            except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                _log.warning("checkpoint %s is damaged (%s): the one before is taken", path, error)
+        if checkpoints:
+            raise SetupError(
+                f"Expected a readable checkpoint among {len(checkpoints)} in {self.directory}, got damaged ones only. "
+                "Remove them to begin anew; finished evaluations are found again."
+            )
+        return None
+
+    def __enter__(self) -> Run:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._signals:
+                self._before[number] = signal.signal(number, self._ask_to_stop)
+        Dispatcher.stopping = False
+        self._tell("running", None)
+        return self
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        Dispatcher.stopping = True
+
+    # -- going on ---------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, step: int, state: Any, at_once: bool = False) -> None:
+        """Hands over the state after `step` steps; written when that is due, or at once. Collective.
+
+        Args:
+            step: where to go on.
+            state: numbers, strings, arrays, tensors, and lists, tuples and dictionaries of them.
+
+        Raises:
+            StoppedError: on every rank, after a signal to any, or where the allocation ends before another step would:
+                let it pass to the end of the block.
+        """
+        packed = _packed(state)
+        self._snapshot, self._behind = (step, packed), True
+        with self._dispatcher.led(self.store, "advance", (step,), {}):
+            self.store.advance(step)
+        now = time.monotonic()
+        self._longest, self._last_step_at = max(self._longest, now - self._last_step_at), now
+        ends = _seconds_left()
+        flags = np.zeros(3)
+        flags[0] = Dispatcher.stopping
+        flags[1] = self._all.rank == 0 and ends is not None and ends < 1.5 * self._longest + 5.0
+        flags[2] = self._all.rank == 0 and (
+            at_once or now - self._written_at >= self.every_s or self.store.written * self._all.size > _MUCH
+        )
+        flags = self._all.scatter_add(flags)
+        if flags[2] or flags[:2].any():
+            self._write()
+        if flags[:2].any():
+            Dispatcher.stopping = False
+            why = "a signal" if flags[0] else "the end of the allocation, which leaves no time for another step"
+            raise StoppedError(f"Stopped after step {step} by {why}.")
+
+    def set_aside(self) -> None:
+        """Says that the end of the block is not that of the run, which can be resumed."""
+        self._unfinished = True
+
+    def _write(self, between_steps: bool = True) -> None:
+        """Writes the snapshot and, between steps, forgets the evaluations, which came before it. Collective."""
+        if self._snapshot is None or not self._behind:
+            return
+        step, packed = self._snapshot
+        failed = np.zeros(1)
+        if self._all.rank == 0:
+            try:
+                self._save(step, packed)
+            except OSError as error:
+                # What is on disk is whole, only older; the run itself has lost nothing.
+                failed[0] = 1
+                _log.warning("no checkpoint at step %d: %s", step, error)
+        self._written_at = time.monotonic()
+        if self._all.scatter_add(failed)[0]:
+            return
+        self._written, self._behind = step, False
+        if between_steps and not self._keep:
+            with self._dispatcher.led(self.store, "clear", (step,), {}):
+                self.store.clear(step)
+        else:
+            with self._dispatcher.led(self.store, "sync", (), {}):
+                self.store.sync()
+        self._tell("running", None)
+
+    def _save(self, step: int, packed: tuple[str, list[NDArray[Any]]]) -> None:
+        text, arrays = packed
+        tree = json.dumps({"step": step, "state": text})
+        content = {"tree": np.frombuffer(tree.encode(), dtype=np.uint8)}
+        content |= {f"array{i}": array for i, array in enumerate(arrays)}
+        digest = np.frombuffer(_digest(content), dtype=np.uint8)
+        path = self.directory / f"checkpoint-{step:09d}.npz"
+        write_whole(path, lambda p: np.savez(p, digest=digest, **content))  # type: ignore[arg-type]
+        for old in sorted(self.directory.glob("checkpoint-*.npz"))[:-_KEEP]:
+            old.unlink()
+
+    # -- ending -----------------------------------------------------------------------------------------------------
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with Held() as held:
+            self._end(kind, error)
+            if held.asked:
+                self._tell("done" if kind is None and not self._unfinished else "stopped", 130, KeyboardInterrupt())
+        if kind is not None and issubclass(kind, StoppedError):
+            if self._all.rank == 0:
+                print(f"bridge: {error} Started again, the run in {self.directory} goes on.", file=sys.stderr)
+            raise SystemExit(exit_code(StoppedError)) from error
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
+        """Writes what is to be kept, and how the run has ended."""
+        try:
+            if kind is None or issubclass(kind, StoppedError):
+                # The other ranks are here as well. What was evaluated since the last step may be asked for again.
+                self._write(between_steps=False)
+            elif self._all.rank == 0 and self._snapshot is not None and self._behind:
+                with contextlib.suppress(OSError):
+                    self._save(*self._snapshot)
+        finally:
+            for number, before in self._before.items():
+                signal.signal(number, before)
+            self._before.clear()
+        if kind is None:
+            self._tell("stopped" if self._unfinished else "done", 0)
+        elif issubclass(kind, StoppedError):
+            self._tell("stopped", 75, error)
+        elif issubclass(kind, KeyboardInterrupt):
+            self._tell("stopped", 130, error)
+        elif isinstance(error, SystemExit):
+            code = exit_status(error)
+            self._tell("failed" if code else "stopped", code, error)
+        else:
+            code = exit_code(kind) if issubclass(kind, BridgeError) else 1
+            self._tell("failed", code, error)
+        if self._lock is not None:
+            self._lock.close()
+
+    def status(self) -> dict[str, Any]:
+        """What `status.json` says; empty where there is none."""
+        try:
+            found = json.loads((self.directory / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _tell(self, state: str, code: int | None, error: BaseException | None = None) -> None:
+        if self._all.rank != 0:
+            return
+        status = {
+            "state": state,
+            "exit_code": code,
+            "step": self._written or 0,
+            "message": "" if error is None else f"{type(error).__name__}: {error}",
+            "ranks": self._dispatcher.size,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "settings": self._settings,
+        }
+        try:
+            write_json(self.directory / "status.json", status)
+        except OSError as failure:
+            _log.warning("no status.json: %s", failure)
+
+
+def correct_status(directory: Path, code: int) -> None:
+    """Makes `status.json` say how this process ends, where that is not how its run has ended."""
+    path = directory / "status.json"
+    with contextlib.suppress(OSError, ValueError):
+        status = json.loads(path.read_text(encoding="utf-8"))
+        mine = (status["pid"], status["host"]) == (os.getpid(), socket.gethostname())
+        if mine and status["state"] != "running" and status["exit_code"] != code:
+            write_json(path, {**status, "exit_code": code})
+
+
+def _hint(differ: Sequence[str]) -> str:
+    if not any(key == "identity" or key.startswith("code of") for key in differ):
+        return ""
+    return (
+        " Code counts with all that it uses, and packages with their versions: where only text was changed and results "
+        "are the same, give the function an attribute `identity`, a text, from the first run on."
+    )
+
+
+def _seconds_left() -> float | None:
+    """Until the batch system ends the job, where it says so."""
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) - time.time() if text.isdigit() else None
+
+
+# -- state as text and arrays ----------------------------------------------------------------------------------------
+
+
+def _packed(state: Any) -> tuple[str, list[NDArray[Any]]]:
+    """A state as JSON and the arrays that it refers to; copies, so that it stays what it is now."""
+    arrays: list[NDArray[Any]] = []
+
+    def pack(value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, torch.Tensor):
+            arrays.append(value.detach().to("cpu").numpy().copy())
+            return {"tensor": len(arrays) - 1}
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+            arrays.append(value.copy())
+            return {"array": len(arrays) - 1}
+        if isinstance(value, np.generic):
+            return pack(value.item())
+        if isinstance(value, list):
+            return {"list": [pack(item) for item in value]}
+        if isinstance(value, tuple):
+            return {"tuple": [pack(item) for item in value]}
+        if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
+            return {"dict": [[key, pack(item)] for key, item in value.items()]}
+        raise InputError(
+            f"Expected a state of numbers, strings, arrays, tensors, lists, tuples and dictionaries, got "
+            f"{type(value).__name__}."
+        )
+
+    return json.dumps(pack(state)), arrays
+
+
+def _unpacked(text: str, arrays: list[NDArray[Any]]) -> Any:
+    def unpack(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        ((kind, content),) = value.items()
+        if kind == "tensor":
+            return torch.as_tensor(arrays[content].copy())
+        if kind == "array":
+            return arrays[content].copy()
+        if kind == "dict":
+            return {key: unpack(item) for key, item in content}
+        items = [unpack(item) for item in content]
+        return items if kind == "list" else tuple(items)
+
+    return unpack(json.loads(text))
+
+
+def _digest(content: Mapping[str, NDArray[Any]]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(content):
+        array = content[name]
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.digest()
+
+
+def _read(path: Path) -> tuple[int, tuple[str, list[NDArray[Any]]]]:
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        content = {name: file[name] for name in file.files}
+    if content.pop("digest").tobytes() != _digest(content):
+        raise ValueError("its checksum is wrong")
+    tree = json.loads(content["tree"].tobytes().decode())
+    arrays = [content[f"array{i}"] for i in range(len(content) - 1)]
+    return int(tree["step"]), (tree["state"], arrays)

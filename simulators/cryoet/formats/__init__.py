@@ -1,0 +1,1 @@
+"""Files of cryo-EM: micrographs, stacks, structures and tables, read strictly."""

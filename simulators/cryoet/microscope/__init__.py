@@ -1,0 +1,1 @@
+"""Electrons, the lens and the detector."""

@@ -1,0 +1,1 @@
+"""What is imaged: atoms, maps and volumes, and how they deform."""

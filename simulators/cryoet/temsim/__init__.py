@@ -1,0 +1,1 @@
+"""TEM-simulator v1.3's model, without the program."""

@@ -1,0 +1,1 @@
+"""Tilt series: the images, and the files of other programs."""
