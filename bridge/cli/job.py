@@ -32,8 +32,8 @@ from bridge.checks import did_you_mean, refuse_unknown
 from bridge.dispatch import is_root
 from bridge.errors import InputError, SetupError
 from bridge.fitting.fit import FitResult, fit, fit_settings
-from bridge.reporting.live import Observer
-from bridge.reporting.page import draw_fit
+from bridge.reporting.figures import draw_fit
+from bridge.reporting.observers import Observer
 from bridge.simulator import registry
 from bridge.simulator.protocol import FileFormat, Simulator, as_simulator
 from bridge.storage.files import write_json, write_whole

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bridge.cli.job import Job
-    from bridge.reporting.live import Observer
+    from bridge.reporting.observers import Observer
 
 
 _PACKAGES = ("numpy", "scipy", "torch", "gemmi", "mrcfile", "pyrender", "trimesh", "numba", "matplotlib", "mpi4py")
@@ -191,7 +191,8 @@ def _fit(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from bridge.cli.job import load_job
-    from bridge.reporting.live import JSONLines, TensorBoard, view
+    from bridge.reporting.observers import view
+    from bridge.reporting.recorders import JSONLines, TensorBoard
     from bridge.storage.run import correct_status
 
     observers: list[Observer] = list(view("off" if options.quiet else options.progress))

@@ -33,7 +33,7 @@ from bridge.fitting.problem import FitProblem, Start, make_problem
 from bridge.fitting.reuse import Earlier, Source, described, earlier_rows, sources
 from bridge.fitting.uncertainty import without
 from bridge.interrupts import again, listening, look
-from bridge.reporting.live import Observer, Observers, make_observers
+from bridge.reporting.observers import Observer, Observers, make_observers
 from bridge.reporting.result import End, FitEnd, FitResult, FitStep
 from bridge.simulator.identity import identity_of, identity_of_function
 from bridge.simulator.protocol import ParameterSpace, Simulator, as_simulator, counts_runs, simulator_name
@@ -181,8 +181,8 @@ def fit(
             these and the next step is less than a quarter of them; descents at the last scale, or where the scale is
             smaller than these.
         on_step: called with each `FitStep`, on every rank; when resumed with the earlier ones first.
-        progress: what can be watched meanwhile, as in `bridge.reporting.live.make_observers`: "auto", "lines", "off" or
-            observers. title: for these.
+        progress: what can be watched meanwhile, as in `bridge.reporting.observers.make_observers`: "auto", "lines",
+            "off" or observers. title: for these.
         directory: where the run is kept, so that it can go on after any interruption, on any number of ranks, to
             bitwise the same result; see `bridge.Run`, also for `resume`, `overwrite` and `every_s`.
         comm, **smoothing: as in `bridge.smooth`. Kriging smooths nothing and takes those that say how runs are

@@ -1,26 +1,19 @@
-"""A fit while it runs: for people (a live view, or plain lines) and for programs (JSON lines, TensorBoard).
-
-An observer is told three things: `start`, each `step`, `end`. It looks and never steers: one that fails is dropped
-with a warning, and the fit goes on. Observers live on rank 0 alone. A resumed fit tells its history again, step by
-step from 0, so that an observer needs no memory of an earlier process.
-"""
+"""A fit as a view at the bottom of a terminal."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import math
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Protocol, TextIO, final, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TextIO, final
 
-from bridge.errors import InputError
-from bridge.reporting.recorders import JSONLines, TensorBoard
+from bridge.reporting.lines import Lines, Pace, is_terminal
+from bridge.reporting.result import FitResult, FitStep
 from bridge.reporting.text import (
     ASCII_BLOCKS,
     BLOCKS,
@@ -39,213 +32,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-    from bridge.reporting.result import FitResult, FitStep
-
-_log = logging.getLogger("bridge")
-
-__all__ = ["JSONLines", "Lines", "LiveView", "Observer", "Observers", "Pace", "TensorBoard", "make_observers", "view"]
-
-CHOICES = ("auto", "lines", "off")
 _NOTES = 3
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """Who is told of a fit.
-
-    `start` comes first; `max_steps` and `max_runs` are None where there is no such limit. `end` comes last, with None
-    where the fit ended by an exception.
-    """
-
-    def start(self, space: ParameterSpace, *, max_steps: int | None, max_runs: int | None, title: str) -> None: ...
-
-    def step(self, record: FitStep) -> None: ...
-
-    def end(self, result: FitResult | None) -> None: ...
-
-
-def make_observers(choice: str | Sequence[Observer] = "auto", *, root: bool = True) -> Observers:
-    """The observers of a fit, as one.
-
-    Args:
-        choice: "auto", a live view where stderr is a terminal, silent elsewhere; "lines", a plain line now and then
-            wherever stderr goes; "off"; or observers.
-        root: whether this is rank 0; other ranks get none. The choice is checked on all of them alike.
-
-    Raises:
-        InputError: another word, or something that is no observer.
-    """
-    if not isinstance(choice, Iterable):  # a string is
-        raise InputError(f"Expected progress: {', '.join(CHOICES)}, or a list of observers, got {choice!r}.")
-    observers = view(choice) if isinstance(choice, str) else tuple(choice)
-    for observer in observers:
-        if not isinstance(observer, Observer):
-            raise InputError(
-                f"Expected observers with start, step and end, got {type(observer).__name__}. "
-                "bridge.reporting.live has LiveView, Lines, JSONLines and TensorBoard."
-            )
-    return Observers(observers if root else ())
-
-
-def view(choice: str) -> tuple[Observer, ...]:
-    """What "auto", "lines" and "off" stand for here. Raises InputError for another word."""
-    if choice not in CHOICES:
-        raise InputError(f"Unknown progress {choice!r}. Known: {', '.join(CHOICES)}, or a list of observers.")
-    if choice == "lines":
-        return (Lines(),)
-    return (LiveView(),) if choice == "auto" and _is_terminal(sys.stderr) else ()
-
-
-@final
-class Observers:
-    """Several observers as one, kept from doing harm; use it as a context, whose end tells them that the fit is over.
-
-    What an observer raises in `start` (a file that cannot be written) is raised, as nothing has been paid for yet. One
-    that fails later is dropped with a warning.
-    """
-
-    def __init__(self, observers: Iterable[Observer] = ()) -> None:
-        self._observers = list(observers)
-        self._begun = False
-
-    def start(self, space: ParameterSpace, *, max_steps: int | None, max_runs: int | None, title: str) -> None:
-        started: list[Observer] = []
-        self._begun = True
-        try:
-            for observer in self._observers:
-                observer.start(space, max_steps=max_steps, max_runs=max_runs, title=title)
-                started.append(observer)
-        except BaseException:
-            self._observers = started
-            self.end(None)
-            raise
-
-    def step(self, record: FitStep) -> None:
-        for observer in list(self._observers):
-            try:
-                observer.step(record)
-            except Exception:
-                self._observers.remove(observer)
-                _log.warning("%s failed and is left out; the fit goes on.", type(observer).__name__, exc_info=True)
-
-    def end(self, result: FitResult | None) -> None:
-        """The second call and later ones do nothing."""
-        observers, self._observers = self._observers, []
-        for observer in observers if self._begun else ():  # they were never told of a fit
-            try:
-                observer.end(result)
-            except Exception:
-                _log.warning("%s failed at its end.", type(observer).__name__, exc_info=True)
-
-    def __enter__(self) -> Observers:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.end(None)
-
-
-@final
-class Pace:
-    """How fast a fit goes, over its last steps, and how long it may still take. Times are of one clock [s].
-
-    What comes in the first quarter of a second counts as told again by a resumed fit: it was not paid for now.
-    """
-
-    def __init__(self, now: float, max_steps: int | None, max_runs: int | None) -> None:
-        self._begin, self._max_steps, self._max_runs = now, max_steps, max_runs
-        self._window: deque[tuple[float, int, int]] = deque(maxlen=30)
-
-    def add(self, record: FitStep, now: float) -> None:
-        if now - self._begin < 0.25:
-            self._window.clear()
-        self._window.append((now, record.step + 1, record.num_evaluations))
-
-    def _since(self) -> tuple[float, int, int] | None:
-        if len(self._window) < 2 or self._window[-1][0] <= self._window[0][0]:
-            return None
-        (t0, s0, r0), (t1, s1, r1) = self._window[0], self._window[-1]
-        return t1 - t0, s1 - s0, r1 - r0
-
-    @property
-    def runs_per_s(self) -> float | None:
-        since = self._since()
-        return since[2] / since[0] if since else None
-
-    def left_s(self, now: float) -> float | None:
-        """The longest that the limits leave; the fit may converge before."""
-        since = self._since()
-        if since is None:
-            return None
-        seconds, steps, runs = since
-        last, step, num_evaluations = self._window[-1]
-        bounds = []
-        if self._max_steps is not None and steps > 0:
-            bounds.append((self._max_steps - step) * seconds / steps)
-        if self._max_runs is not None and runs > 0:
-            bounds.append((self._max_runs - num_evaluations) * seconds / runs)
-        return max(0.0, min(bounds) - (now - last)) if bounds else None
-
-
-def _is_terminal(stream: Any) -> bool:
-    try:
-        return bool(stream.isatty())
-    except (AttributeError, OSError, ValueError):  # none at all, or closed
-        return False
-
-
-# --- people ---------------------------------------------------------------------------------------------------
-
-
-@final
-class Lines:
-    """A plain line now and then, for logs: about twenty of a fit, and one after each half minute of silence.
-
-    Args:
-        file: where to; stderr of the time when the fit starts if left out.
-    """
-
-    def __init__(self, file: IO[str] | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._file, self._clock = file, clock
-
-    def start(self, space: ParameterSpace, *, max_steps: int | None, max_runs: int | None, title: str) -> None:
-        self._space, self._max_steps = space, max_steps
-        self._out = sys.stderr if self._file is None else self._file
-        self._said = self._clock()
-        self._pace = Pace(self._said, max_steps, max_runs)
-
-    def step(self, record: FitStep) -> None:
-        now = self._clock()
-        self._pace.add(record, now)
-        if record.step % max(1, (self._max_steps or 200) // 20) and now - self._said < 30 and not record.note:
-            return
-        self._said = now
-        limit = "" if self._max_steps is None else f"/{self._max_steps}"
-        parts = [f"step {record.step:4d}{limit}", f"loss {record.loss:.5g}", f"{record.num_evaluations} runs"]
-        if (rate := self._pace.runs_per_s) is not None:
-            parts[-1] += f" ({format_rate(rate)}/s)"
-        if record.num_failed:
-            parts.append(f"{record.num_failed} failed")
-        if record.num_cached:
-            parts.append(f"{record.num_cached} found in the store")
-        if record.num_surrogate:
-            parts.append(f"{record.num_surrogate} of the surrogate")
-        parts += [
-            f"{printable(p.name)} {v:.4g}"
-            for p, v in tuple(zip(self._space.parameters, record.parameters, strict=True))[:6]
-        ]
-        if self._space.dimension > 6:
-            parts.append(f"and {self._space.dimension - 6} more")
-        if record.note:
-            parts.append(printable(record.note))
-        self._print("  ".join(parts))
-
-    def end(self, result: FitResult | None) -> None:
-        if result is not None:
-            self._print(f"fit {describe_end(result.stop_reason)}: {result.num_evaluations} runs")
-
-    def _print(self, line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # whoever read it may have gone
-            print(line, file=self._out, flush=True)
 
 
 @final
@@ -266,7 +53,7 @@ class _Terminal:
             self._stream.flush()
 
     def isatty(self) -> bool:
-        return _is_terminal(self._stream)
+        return is_terminal(self._stream)
 
     def fileno(self) -> int:
         return self._stream.fileno()
@@ -312,7 +99,7 @@ class LiveView:
             # Not rich's own judgement, which FORCE_COLOR turns: a log must not be filled with cursor movements.
             console = Console(
                 file=_Terminal(stream),  # type: ignore[arg-type]  # the part of a stream that rich uses
-                force_terminal=_is_terminal(stream),
+                force_terminal=is_terminal(stream),
                 force_jupyter=False,
                 highlight=False,
             )
@@ -334,7 +121,7 @@ class LiveView:
             get_renderable=self._render,
             auto_refresh=self._per_second > 0,
             refresh_per_second=self._per_second or 1.0,
-            redirect_stdout=_is_terminal(sys.stdout),  # stdout in a file is none of the terminal's business
+            redirect_stdout=is_terminal(sys.stdout),  # stdout in a file is none of the terminal's business
             vertical_overflow="crop",
         )
         self._live.start(refresh=True)

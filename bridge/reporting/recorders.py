@@ -1,4 +1,4 @@
-"""A fit written down for programs while it runs: JSON lines, TensorBoard. Observers, see `bridge.reporting.live`."""
+"""A fit written down for programs while it runs: JSON lines, TensorBoard (`bridge.reporting.observers`)."""
 
 from __future__ import annotations
 

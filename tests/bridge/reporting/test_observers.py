@@ -21,16 +21,11 @@ from rich.console import Console
 
 import bridge
 from bridge.errors import InputError, SetupError
-from bridge.fitting.fit import FitStep
-from bridge.reporting.live import (
-    JSONLines,
-    Lines,
-    LiveView,
-    Observers,
-    Pace,
-    TensorBoard,
-    make_observers,
-)
+from bridge.reporting.lines import Lines, Pace
+from bridge.reporting.live import LiveView
+from bridge.reporting.observers import Observers, make_observers
+from bridge.reporting.recorders import JSONLines, TensorBoard
+from bridge.reporting.result import FitStep
 from bridge.reporting.text import format_duration, format_value, gauge, sparkline
 from bridge.simulator.protocol import Parameter, ParameterSpace
 
@@ -132,7 +127,7 @@ def test_nothing_is_said_where_there_is_no_terminal(monkeypatch, capfd):
 PROGRAM = """
 import sys, time
 from bridge.reporting.result import FitStep  # not bridge.fitting.fit, which takes torch along
-from bridge.reporting.live import make_observers
+from bridge.reporting.observers import make_observers
 from bridge.simulator.protocol import ParameterSpace
 with make_observers("auto") as observers:
     observers.start(ParameterSpace.unnamed(1), max_steps=10, max_runs=None, title="in a terminal")
@@ -366,7 +361,9 @@ def test_tensorboard_is_told_every_scalar_of_every_step(monkeypatch, tmp_path):
 def test_rank_0_alone_speaks(run_ranks, tmp_path):
     script = f"""
         import bridge, numpy as np
-        from bridge.reporting.live import JSONLines, Lines, make_observers
+        from bridge.reporting.lines import Lines
+        from bridge.reporting.observers import make_observers
+        from bridge.reporting.recorders import JSONLines
         from bridge.simulator.protocol import ParameterSpace
         mine = [Lines(), JSONLines({str(tmp_path / "steps.jsonl")!r})]
         with make_observers(mine, root=bridge.is_root()) as observers:

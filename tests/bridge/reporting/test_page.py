@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bridge.errors import InputError
-from bridge.fitting.fit import FitResult, FitStep
 from bridge.reporting.page import write_report
+from bridge.reporting.result import FitResult, FitStep
 from bridge.simulator.protocol import Parameter, ParameterSpace
 
 pytest.importorskip("matplotlib", reason="matplotlib is optional (extra `report`)")

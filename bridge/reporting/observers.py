@@ -1,0 +1,119 @@
+"""Who listens to a fit while it runs: for people a live view or plain lines, for programs JSON lines or TensorBoard.
+
+An observer is told three things: `start`, each `step`, `end`. It looks and never steers: one that fails is dropped
+with a warning, and the fit goes on. Observers live on rank 0 alone. A resumed fit tells its history again, step by
+step from 0, so that an observer needs no memory of an earlier process.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Protocol, final, runtime_checkable
+
+from bridge.errors import InputError
+from bridge.reporting.lines import Lines, is_terminal
+from bridge.reporting.live import LiveView
+from bridge.reporting.result import FitResult, FitStep
+from bridge.simulator.protocol import ParameterSpace
+
+_log = logging.getLogger("bridge")
+
+CHOICES = ("auto", "lines", "off")
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Who is told of a fit.
+
+    `start` comes first; `max_steps` and `max_runs` are None where there is no such limit. `end` comes last, with None
+    where the fit ended by an exception.
+    """
+
+    def start(self, space: ParameterSpace, *, max_steps: int | None, max_runs: int | None, title: str) -> None: ...
+
+    def step(self, record: FitStep) -> None: ...
+
+    def end(self, result: FitResult | None) -> None: ...
+
+
+def make_observers(choice: str | Sequence[Observer] = "auto", *, root: bool = True) -> Observers:
+    """The observers of a fit, as one.
+
+    Args:
+        choice: "auto", a live view where stderr is a terminal, silent elsewhere; "lines", a plain line now and then
+            wherever stderr goes; "off"; or observers.
+        root: whether this is rank 0; other ranks get none. The choice is checked on all of them alike.
+
+    Raises:
+        InputError: another word, or something that is no observer.
+    """
+    if not isinstance(choice, Iterable):  # a string is
+        raise InputError(f"Expected progress: {', '.join(CHOICES)}, or a list of observers, got {choice!r}.")
+    observers = view(choice) if isinstance(choice, str) else tuple(choice)
+    for observer in observers:
+        if not isinstance(observer, Observer):
+            raise InputError(
+                f"Expected observers with start, step and end, got {type(observer).__name__}. "
+                "bridge.reporting has live.LiveView, lines.Lines, recorders.JSONLines and recorders.TensorBoard."
+            )
+    return Observers(observers if root else ())
+
+
+def view(choice: str) -> tuple[Observer, ...]:
+    """What "auto", "lines" and "off" stand for here. Raises InputError for another word."""
+    if choice not in CHOICES:
+        raise InputError(f"Unknown progress {choice!r}. Known: {', '.join(CHOICES)}, or a list of observers.")
+    if choice == "lines":
+        return (Lines(),)
+    return (LiveView(),) if choice == "auto" and is_terminal(sys.stderr) else ()
+
+
+@final
+class Observers:
+    """Several observers as one, kept from doing harm; use it as a context, whose end tells them that the fit is over.
+
+    What an observer raises in `start` (a file that cannot be written) is raised, as nothing has been paid for yet. One
+    that fails later is dropped with a warning.
+    """
+
+    def __init__(self, observers: Iterable[Observer] = ()) -> None:
+        self._observers = list(observers)
+        self._begun = False
+
+    def start(self, space: ParameterSpace, *, max_steps: int | None, max_runs: int | None, title: str) -> None:
+        started: list[Observer] = []
+        self._begun = True
+        try:
+            for observer in self._observers:
+                observer.start(space, max_steps=max_steps, max_runs=max_runs, title=title)
+                started.append(observer)
+        except BaseException:
+            self._observers = started
+            self.end(None)
+            raise
+
+    def step(self, record: FitStep) -> None:
+        for observer in list(self._observers):
+            try:
+                observer.step(record)
+            except Exception:
+                self._observers.remove(observer)
+                _log.warning("%s failed and is left out; the fit goes on.", type(observer).__name__, exc_info=True)
+
+    def end(self, result: FitResult | None) -> None:
+        """The second call and later ones do nothing."""
+        observers, self._observers = self._observers, []
+        for observer in observers if self._begun else ():  # they were never told of a fit
+            try:
+                observer.end(result)
+            except Exception:
+                _log.warning("%s failed at its end.", type(observer).__name__, exc_info=True)
+
+    def __enter__(self) -> Observers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.end(None)
