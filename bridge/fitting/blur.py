@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from bridge.fitting.misfit import LinearMap, checked_linear
+from bridge.fitting.target import LinearMap, checked_linear
 
 Array = NDArray[np.float64]
 

@@ -28,9 +28,11 @@ from bridge.fitting.identifiability import doubts
 from bridge.fitting.methods.auto import DESIGN, Chosen, MethodName, MethodSettings, Way, choose, make_method
 from bridge.fitting.methods.kriging import Searching
 from bridge.fitting.methods.kriging_search import MOST_ROWS
-from bridge.fitting.misfit import LinearMap, Loss, PriorOf
+from bridge.fitting.misfit import Loss
+from bridge.fitting.prior import PriorOf
 from bridge.fitting.problem import FitProblem, Start, make_problem
 from bridge.fitting.reuse import Earlier, Source, described, earlier_rows, sources
+from bridge.fitting.target import LinearMap
 from bridge.fitting.uncertainty import without
 from bridge.interrupts import again, listening, look
 from bridge.reporting.observers import Observer, Observers, make_observers

@@ -28,9 +28,9 @@ from bridge.fitting.methods.kriging import Searching
 from bridge.fitting.methods.kriging_search import Search
 from bridge.fitting.methods.natural import LossAndSquare, Natural
 from bridge.fitting.methods.trust_region import QuadraticSearch, TrustRegion
-from bridge.fitting.misfit import LinearMap
 from bridge.fitting.problem import FitProblem
 from bridge.fitting.soundness import HUGE
+from bridge.fitting.target import LinearMap
 from bridge.reporting.result import End, FitStep
 from bridge.simulator.protocol import Simulator, Structured, as_simulator
 from bridge.smoothing.smooth import SmoothedSimulator, smooth

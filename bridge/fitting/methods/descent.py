@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from bridge.errors import BridgeError, EvaluationError, NonFiniteError
 from bridge.fitting.blur import stage_of
-from bridge.fitting.misfit import LinearMap, Misfit
+from bridge.fitting.misfit import Misfit
 from bridge.fitting.soundness import HUGE
+from bridge.fitting.target import LinearMap
 from bridge.fitting.uncertainty import of_descent
 from bridge.reporting.result import End, FitEnd, FitStep, Stated
 from bridge.simulator.protocol import may_be_noisy

@@ -7,7 +7,8 @@ import torch
 import bridge
 from bridge.fitting.methods.descent import Schedule
 from bridge.fitting.methods.first_order import Seen
-from bridge.fitting.misfit import Misfit, Prior
+from bridge.fitting.misfit import Misfit
+from bridge.fitting.prior import Prior
 from tests.lab.fits import START, TRUTH, decay, killed_and_resumed, named
 
 A = np.random.default_rng(4).normal(size=(30, 3)) * [3.0, 1.0, 0.3]
