@@ -29,11 +29,11 @@ from bridge.fitting.methods.auto import DESIGN, Chosen, MethodName, MethodSettin
 from bridge.fitting.methods.kriging import Searching
 from bridge.fitting.methods.kriging_search import MOST_ROWS
 from bridge.fitting.misfit import Loss
+from bridge.fitting.normal import without
 from bridge.fitting.prior import PriorOf
 from bridge.fitting.problem import FitProblem, Start, make_problem
 from bridge.fitting.reuse import Earlier, Source, described, earlier_rows, sources
 from bridge.fitting.target import LinearMap
-from bridge.fitting.uncertainty import without
 from bridge.interrupts import again, listening, look
 from bridge.reporting.observers import Observer, Observers, make_observers
 from bridge.reporting.result import End, FitEnd, FitResult, FitStep

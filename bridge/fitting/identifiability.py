@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.reporting.result import Stated
+from bridge.fitting.uncertainty import Stated
 from bridge.simulator.protocol import ParameterSpace
 
 Array = NDArray[np.float64]
@@ -37,7 +37,7 @@ def doubts(
         return ()
     natural = space.natural_scale
     covariance = stated.covariance * np.outer(natural, natural)
-    said, error = list(stated.notes), np.sqrt(np.diag(covariance))
+    said, error = [note.text for note in stated.notes], np.sqrt(np.diag(covariance))
     advice = "Fix it (fixed=), give it a prior, or add data that depend on it."
     unclear = stated.unclear if stated.unclear.size else np.zeros(len(error), dtype=bool)
     open_ = np.isinf(error)

@@ -13,10 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from bridge.checks import is_whole
 from bridge.errors import InputError
 from bridge.fitting.misfit import Loss, Misfit
+from bridge.fitting.normal import in_units, lifted
 from bridge.fitting.prior import PriorOf, make_prior, marginal_deviations
 from bridge.fitting.robust import make_robust
 from bridge.fitting.target import Cholesky, LinearMap, checked_noise, checked_target
-from bridge.fitting.uncertainty import in_units, lifted
 from bridge.reporting.result import End, FitEnd, FitStep
 from bridge.simulator.protocol import Parameter, ParameterSpace, Simulator, as_simulator
 from bridge.simulator.reduced import ReducedSimulator, reduced

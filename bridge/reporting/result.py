@@ -61,33 +61,6 @@ class FitEnd:
 
 
 @dataclass(frozen=True)
-class Stated:
-    """Errors in natural units, and what is to be said of them.
-
-    Attributes:
-        covariance: (d, d), NaN where no error is stated. dof: of Student's t of intervals, infinite where V is known.
-        unclear: (d,) of which parameters the variance is a lower bound. notes: why none is stated, or what it rests on.
-        sensitivity: (d,) root of the squared change of all outputs over a natural unit, in whitened residuals, and
-            `hidden`, (d,) how large it is by noise alone.
-        target_norm: root of the sum of squares of the target about its mean.
-        least: (d,) of unclear parameters, the error or less.
-        run_noise: root of the sum of the outputs' variances by the noise of one run.
-        open_direction: (d,) in which outputs change the least, natural units.
-    """
-
-    covariance: Array
-    dof: float = np.inf
-    unclear: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    notes: tuple[str, ...] = ()
-    sensitivity: Array = field(default_factory=lambda: np.zeros(0))
-    hidden: Array = field(default_factory=lambda: np.zeros(0))
-    target_norm: float = np.nan
-    least: Array = field(default_factory=lambda: np.zeros(0))
-    run_noise: float = 0.0
-    open_direction: Array = field(default_factory=lambda: np.zeros(0))
-
-
-@dataclass(frozen=True)
 class End:
     """What a method says at its end, of the free parameters in natural units.
 
@@ -104,7 +77,7 @@ class End:
     x: Array
     start: Array
     loss: float
-    stated: Stated | None
+    stated: Any
     output: NDArray[Any]
     start_output: NDArray[Any]
     num_evaluations: int
@@ -139,9 +112,9 @@ class FitResult:
         wall_s: duration [s].
         covariance: (d, d) of the recovered values, (J^T V^-1 J + P)^-1, V the variance of the target: the one given,
             or else the mean squared residual; P the precision of the prior. With a robust loss the sandwich of
-            `bridge.fitting.uncertainty.of_robust`.
+            `bridge.fitting.normal.of_robust`.
             Of descents J^T V^-1 J without what the noise of the estimated J adds to it, as far as two Jacobians tell,
-            and with what that noise adds to the errors of Gauss-Newton's steps (`bridge.fitting.uncertainty.Normal`).
+            and with what that noise adds to the errors of Gauss-Newton's steps (`bridge.fitting.normal.Normal`).
             In V is also what the simulator's own noise leaves in the estimate, and 1/12 of the square of the step of
             outputs that have one. Residuals too large for the variance scale it. NaN where no error is stated, and
             for a parameter at its bound; `warnings` says why.

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from bridge.errors import BridgeError, EvaluationError, NonFiniteError
 from bridge.fitting.blur import stage_of
+from bridge.fitting.methods.descent_errors import of_descent
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.soundness import HUGE
 from bridge.fitting.target import LinearMap
-from bridge.fitting.uncertainty import of_descent
-from bridge.reporting.result import End, FitEnd, FitStep, Stated
+from bridge.fitting.uncertainty import Stated
+from bridge.reporting.result import End, FitEnd, FitStep
 from bridge.simulator.protocol import may_be_noisy
 from bridge.smoothing.estimate import Estimate
 from bridge.smoothing.smooth import SmoothedSimulator, smooth

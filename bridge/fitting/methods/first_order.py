@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from bridge.errors import InputError
 from bridge.fitting.methods.descent import Look, Schedule
+from bridge.fitting.methods.descent_errors import of_descent
 from bridge.fitting.misfit import Misfit
-from bridge.fitting.uncertainty import of_descent
 from bridge.smoothing.estimate import Estimate
 from bridge.smoothing.smooth import SmoothedSimulator
 

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.fitting.methods.descent import SMALL_STEP, plain_outputs, useless_start
+from bridge.fitting.methods.kriging_errors import of_search
 from bridge.fitting.methods.kriging_search import Search
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.rounding import Lattice
-from bridge.fitting.uncertainty import of_search
-from bridge.reporting.result import End, FitStep, Stated
+from bridge.fitting.uncertainty import Stated
+from bridge.reporting.result import End, FitStep
 from bridge.simulator.protocol import may_be_noisy
 from bridge.smoothing.smooth import SmoothedSimulator
 

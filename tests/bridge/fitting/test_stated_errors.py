@@ -8,8 +8,9 @@ import pytest
 from scipy.special import ndtr, ndtri, stdtrit
 
 import bridge
+from bridge.fitting.normal import normal_of
 from bridge.fitting.rounding import Lattice
-from bridge.fitting.uncertainty import Evidence, normal_of
+from bridge.fitting.uncertainty import Evidence
 from tests.lab.fits import circuit
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -39,7 +40,7 @@ def least_squares(noise, known, count=300):
         reach = ndtri(0.975) if np.isinf(stated.dof) else stdtrit(stated.dof, 0.975)
         total += d
         inside += list((np.abs(away) < reach * error)[np.isfinite(error)])
-        said += stated.notes
+        said += [note.text for note in stated.notes]
         assert np.isfinite(error).all() or stated.notes
     return np.mean(inside), len(inside) / total, said
 
@@ -134,7 +135,7 @@ def test_a_misfit_scales_the_errors():
     assert of_one.notes == ()
     np.testing.assert_allclose(of_one.covariance, np.linalg.inv(J.T @ J))
     np.testing.assert_allclose(of_many.covariance, 16 * np.linalg.inv(J.T @ J), rtol=0.01)
-    assert "4 times as large" in of_many.notes[0]
+    assert "4 times as large" in of_many.notes[0].text
 
 
 def descents(lag, wander, slope_noise, count=400):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import bridge
-from bridge.fitting.uncertainty import normal_of
+from bridge.fitting.normal import normal_of
 
 M, D, TAU = 60, 3, 0.5
 RNG = np.random.default_rng(6)
@@ -47,16 +47,16 @@ def test_the_matrix_that_is_told_is_the_closed_form_of_a_diagonal_one():
     normal = normal_of([J + noise, J - noise])
     np.testing.assert_allclose(np.diag(normal.unbiased), [16, 8, -21])
     one = normal_of([J])
-    np.testing.assert_allclose(one.told(), J.T @ J)
-    told = np.diag(normal.told())
+    np.testing.assert_allclose(one.information(), J.T @ J)
+    told = np.diag(normal.information())
     # No pair of columns is alike: the outputs' noise counts as independent, as far as three columns tell.
     assert normal.independent == pytest.approx((1 + 0.25) / 0.25)
     # Of the last nothing is left: in its place stands the deviation, that of all noise.
     np.testing.assert_allclose(told, [16, 8, 4 * 2 / np.sqrt(5)], rtol=1e-9)
     beta = 2 / 8
-    assert np.diag(normal.told(2.0))[:2] == pytest.approx([16, 8 * (1 + 2 * beta) / (1 + 3 * beta)])
+    assert np.diag(normal.information(2.0))[:2] == pytest.approx([16, 8 * (1 + 2 * beta) / (1 + 3 * beta)])
     with_idle = [np.hstack([x, np.zeros((40, 1))]) for x in (J + noise, J - noise)]
-    np.testing.assert_allclose(normal_of(with_idle).told()[3], 0)
+    np.testing.assert_allclose(normal_of(with_idle).information()[3], 0)
 
 
 def noisy_linear(signal, noise):

@@ -14,10 +14,10 @@ from bridge.fitting.blur import make_blur, make_stages, stage_of
 from bridge.fitting.methods.first_order import TorchMover, make_optimiser
 from bridge.fitting.methods.natural import LossAndSquare, natural_step
 from bridge.fitting.misfit import Misfit
+from bridge.fitting.normal import leverages, of_robust
 from bridge.fitting.prior import Prior
 from bridge.fitting.robust import Robust, make_robust
 from bridge.fitting.target import checked_noise
-from bridge.fitting.uncertainty import leverages, of_robust
 from tests.lab.fits import START, TRUTH, decay, killed_and_resumed, named
 
 RNG = np.random.default_rng(4)

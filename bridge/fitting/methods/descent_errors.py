@@ -1,0 +1,199 @@
+"""Errors that are stated where a descent has ended, from independent estimates of its Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import chdtri
+
+from bridge.fitting.misfit import Misfit
+from bridge.fitting.normal import Normal, finite_inverse, leverages, normal_of, without
+from bridge.fitting.residuals import is_exact, output_sizes, target_spread
+from bridge.fitting.rounding import Lattice
+from bridge.fitting.uncertainty import Evidence, Note, NoteKind, Stated
+
+Array = NDArray[np.float64]
+
+# Noise of the smoothed output beside the target's, from which on the end of a first-order descent tells no error.
+_TOO_NOISY = 2.0
+# Chance with which the target's noise is less than what is taken for it there, where residuals alone tell it.
+_OWN = 0.025
+# Least eigenvalue of a normal matrix with a diagonal of 1, below which first-order descents hardly move along it.
+_VALLEY = 1e-2
+# Steps of the outputs over the last scale, below which slopes are those of a staircase.
+_COARSE = 0.7
+# Different changes of outputs between two runs, to tell a step by.
+_ENOUGH_APART = 5
+# Of a variance that two numbers tell: the largest of many is seldom as far above the median.
+_OF_ONE = 0.1
+_NOISE = (
+    "No standard error is stated: the smoothed output is noisier than the target, and where a descent ends in such "
+    "noise says little of the minimum. Take more samples (num_samples=), method='gauss-newton' or 'kriging'."
+)
+
+
+def of_descent(
+    misfit: Misfit,
+    values: torch.Tensor,
+    jacobians: torch.Tensor,
+    z: Array,
+    natural: Array,
+    known: bool,
+    step_noise: float = 0.0,
+    past: Array | None = None,
+    outputs: Sequence[NDArray[np.float64]] = (),
+    last: float = 0.0,
+    longest: float = np.inf,
+    start: Array | None = None,
+) -> Stated:
+    """Errors at z, in natural units.
+
+    Args:
+        values, jacobians: independent estimates (R, *shape) and (R, *shape, d). With R = 1 nothing is known of noise.
+        natural: (d,). known: whether the target's variance is; else the mean squared residual takes its place.
+        step_noise: see `Normal.information`; 0 but for Gauss-Newton. past: (n, d), where other descents have been last.
+        outputs: of the simulator itself, at z and elsewhere. last: scale of the noise. longest: that a step may be.
+        start: (d,) of this descent.
+    """
+    residuals = np.stack([misfit.residual(v).numpy() for v in values])
+    there = ~np.isnan(residuals).any(axis=0)  # outputs may lack numbers
+    residuals = residuals[:, there]
+    r, R = residuals.mean(axis=0), len(values)
+    normal = normal_of([misfit.jacobian(J, natural).numpy()[there] for J in jacobians])
+    jitter = float(((residuals - r) ** 2).mean()) / (R - 1) if R > 1 else 0.0
+    information = normal.information(step_noise)
+    prior = misfit.prior
+    slope = normal.mean.T @ r if misfit.robust is None else normal.mean.T @ (misfit.robust.weight(r) * r)
+    metric = information + prior.information
+    step = -finite_inverse(metric) @ (slope + prior(z)[1])
+    first = np.inf
+    if len(outputs) > 1 and np.isfinite(outputs[1]).all():
+        first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
+    exact = is_exact(r, first)
+    stairs = _staircase([y for y in outputs if np.isfinite(y).all()], exact, misfit, normal, there, last)
+    bias = None
+    if len(outputs) and np.isfinite(outputs[0]).all():
+        bias = r - misfit.residual(torch.as_tensor(outputs[0])).numpy()[there]
+    noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(metric))).max(initial=0.0)
+    cut = cut_short(noise / longest) if noise > 0 else 1.0
+    newton = bool(step_noise) or past is None
+    wander = np.atleast_2d(np.cov(past.T)) if past is not None and not newton and len(past) > 1 else None
+    along = normal.mean.T @ (residuals - r).T
+    within = float(((finite_inverse(normal.naive) @ along) * along).sum()) / max(R - 1, 1) / R
+    evidence = Evidence(
+        normal,
+        information,
+        r,
+        tuple(misfit.target.shape),
+        left=step_noise * jitter * cut,
+        seen=jitter,
+        rounding=stairs.rounding,
+        floor=stairs.floor,
+        step=step if past is not None else None,
+        jitter=jitter * (1 + step_noise),
+        wander=wander,
+        bias=bias,
+        within=3 * (1 + step_noise) * within,
+        first=first,
+        spread=target_spread(misfit),
+        output=output_sizes(misfit, r, there),
+        own=_OF_ONE * ((residuals - r) ** 2).mean(axis=0) / max(R - 1, 1),
+        newton=newton,
+        fresh=True,
+    )
+    stated = evidence.stated(prior.information, known, misfit.robust)
+    if not newton and start is not None:
+        stated = _where_it_began(stated, metric, z - start)
+    # Or the least it may be: else those fits would state errors whose residuals happen to be large, and too large ones.
+    own = 1.0 if known else max(float(r @ r) / chdtri(len(r), _OWN) - jitter, 0.0)
+    why = stairs.why() or (_NOISE if not newton and jitter > _TOO_NOISY * own and not exact else "")
+    if not why:
+        return stated
+    return replace(stated, covariance=np.full_like(information, np.nan), notes=(Note(NoteKind.NONE, why),))
+
+
+class _Staircase(NamedTuple):
+    """What outputs that are multiples of a step do to residuals and slopes.
+
+    size: of the step, 0 where there is none. rounding, floor: as `Evidence` has them.
+    climbed: steps over the last scale, infinite where there are none.
+    """
+
+    size: float = 0.0
+    rounding: Array | float = 0.0
+    floor: Array | float = 0.0
+    climbed: float = np.inf
+
+    def why(self) -> str:
+        """Why no error is stated, where slopes are those of the staircase."""
+        if not self.climbed < _COARSE:
+            return ""
+        return (
+            f"No standard error is stated: outputs are multiples of {self.size:.3g}, and over the last scale those "
+            f"that tell parameters change by {self.climbed:.2g} of such steps only. Give a larger last scale (scale=), "
+            "or take method='kriging'."
+        )
+
+
+def _staircase(
+    outputs: Sequence[Array], exact: bool, misfit: Misfit, normal: Normal, there: NDArray[np.bool_], last: float
+) -> _Staircase:
+    """The step of outputs of the simulator itself, and what it does at the last scale of the noise."""
+    size = _step_of(outputs, exact)
+    if not size:
+        return _Staircase()
+    rounding = misfit.spread_of(np.full(misfit.target.shape, size / np.sqrt(12)))[there]
+    off = (misfit.target.numpy() - outputs[0]) / size
+    floor = rounding * float((np.abs(off - np.round(off)) < 1e-3).all())
+    # Noise averages steps: their first harmonic is left by exp(-2 pi^2 (change / step)^2).
+    change = (normal.mean**2).sum(axis=1) * last**2 / np.maximum(12 * rounding, 1e-300)
+    m, d = normal.mean.shape
+    h = leverages(normal.mean, np.ones(m), np.zeros((d, d)))
+    climbed = float(np.sqrt(change) @ h / max(float(h.sum()), 1e-300))
+    return _Staircase(size, rounding * np.exp(-4 * np.pi**2 * change), floor, climbed)
+
+
+def _where_it_began(stated: Stated, metric: Array, moved: Array) -> Stated:
+    """Without errors along a valley that a first-order descent has not moved along: where it began, it ends."""
+    size = np.sqrt(np.maximum(np.diag(metric), 1e-300))
+    values, vectors = np.linalg.eigh(metric / np.outer(size, size))
+    u, covariance = vectors[:, 0], stated.covariance * np.outer(size, size)
+    along = float(u @ covariance @ u)
+    if not (values[0] < _VALLEY and (u @ (size * moved)) ** 2 < along < np.inf):
+        return stated
+    part = (covariance @ u) ** 2 / along > 0.5 * np.diag(covariance)
+    note = (
+        "No standard error is stated along the valley in which the minimum lies: a first-order descent hardly moves "
+        "along it, and ends there where it began. Take method='gauss-newton' or 'kriging'."
+    )
+    return replace(
+        stated, covariance=without(stated.covariance, part), notes=(*stated.notes, Note(NoteKind.NONE, note))
+    )
+
+
+def _step_of(outputs: Sequence[NDArray[np.float64]], exact: bool) -> float:
+    """Of which two runs' differences are multiples, or the first one's numbers themselves; 0 where there is none.
+
+    Two runs of a few outputs may be whole numbers apart by chance, such as at a round start. So may the numbers of an
+    exact target at a round truth.
+    """
+    between = [outputs[0] - outputs[1]] if len(outputs) > 1 else []
+    for numbers in between if exact else [*between, *outputs[:1]]:
+        lattice, apart = Lattice(), np.unique(np.abs(numbers))
+        lattice.add(np.append(0.0, apart)[:, None])
+        if (size := float(lattice.steps[0])) and len(apart) > _ENOUGH_APART:
+            return size
+    return 0.0
+
+
+def cut_short(noise: float) -> float:
+    """Variance that x -> x + clip(n - x, -1, 1) comes to, over that of the noise n, of this standard deviation.
+
+    It is 1 for little noise and 0.63 / noise for much; between them this is some tenth too large at most.
+    """
+    return float((1 + (1.5 * noise) ** 3) ** (-1 / 3))
