@@ -25,9 +25,11 @@ from bridge.checks import as_whole, can_be_called_with, is_number, refuse_unknow
 from bridge.errors import BridgeError, InputError
 from bridge.fitting.goodness import Goodness, goodness_of, unexplained
 from bridge.fitting.identifiability import doubts
-from bridge.fitting.methods.auto import DESIGN, Chosen, MethodName, MethodSettings, Way, choose, make_method
+from bridge.fitting.methods.auto import Chosen, MethodName, MethodSettings, Way, choose, make_method
+from bridge.fitting.methods.base import MethodResult
 from bridge.fitting.methods.kriging import Searching
 from bridge.fitting.methods.kriging_search import MOST_ROWS
+from bridge.fitting.methods.plain_runs import DESIGN
 from bridge.fitting.misfit import Loss
 from bridge.fitting.normal import without
 from bridge.fitting.prior import PriorOf
@@ -36,7 +38,7 @@ from bridge.fitting.reuse import Earlier, Source, described, earlier_rows, sourc
 from bridge.fitting.target import LinearMap
 from bridge.interrupts import again, listening, look
 from bridge.reporting.observers import Observer, Observers, make_observers
-from bridge.reporting.result import End, FitEnd, FitResult, FitStep
+from bridge.reporting.result import FitEnd, FitResult, FitStep
 from bridge.simulator.identity import identity_of, identity_of_function
 from bridge.simulator.protocol import ParameterSpace, Simulator, as_simulator, counts_runs, simulator_name
 from bridge.smoothing.smooth import smooth
@@ -275,7 +277,7 @@ def fit(
             observers.step(record)
             if on_step is not None:
                 on_step(record)
-        end: End | None = None
+        end: MethodResult | None = None
         try:
             if run is not None and run.state is not None and "result" in run.state:
                 result = _result_from(run.state["result"], problem.space, history)
@@ -349,7 +351,7 @@ def fit(
             num_failed=end.num_failed,
             method=method_,
             method_reason=reason,
-            ends=problem.ends(end) if len(problem.starts) > 1 else (),
+            ends=_ends(problem, end) if len(problem.starts) > 1 else (),
             interval_dof=np.inf if stated is None else stated.dof,
             chi_square=good.chi_square,
             dof=good.dof,
@@ -363,7 +365,7 @@ def fit(
     return result
 
 
-def _goodness(problem: FitProblem, end: End) -> tuple[Goodness, tuple[str, ...]]:
+def _goodness(problem: FitProblem, end: MethodResult) -> tuple[Goodness, tuple[str, ...]]:
     """How well the target is explained at the end, and what to say of it."""
     misfit = problem.misfit
     # A loss of one's own, of noisy runs, is what the method makes of many; of a run that failed nothing else is known.
@@ -376,7 +378,7 @@ def _goodness(problem: FitProblem, end: End) -> tuple[Goodness, tuple[str, ...]]
     return good, unexplained(good, end.output - target, end.start_output - target)
 
 
-def _cut_short(way: Way, problem: FitProblem, history: Sequence[FitStep]) -> End:
+def _cut_short(way: Way, problem: FitProblem, history: Sequence[FitStep]) -> MethodResult:
     """The end of a fit that was interrupted: what is known, without another run.
 
     The parameters are those of the least loss that was seen: of where the last step led none is known.
@@ -388,7 +390,12 @@ def _cut_short(way: Way, problem: FitProblem, history: Sequence[FitStep]) -> End
         at = [problem.space.index(name) for name in problem.free.names]
         x, loss = np.array(best.parameters)[at] / problem.natural, best.loss
     failed = history[-1].num_failed if history else 0
-    return End(x, problem.free_starts[0], loss, None, unknown, unknown, num_evaluations=0, num_failed=failed)
+    return MethodResult(x, problem.free_starts[0], loss, None, unknown, unknown, num_evaluations=0, num_failed=failed)
+
+
+def _ends(problem: FitProblem, end: MethodResult) -> tuple[FitEnd, ...]:
+    """Where all starts have come to, of all parameters in their units."""
+    return tuple(FitEnd(problem.whole(e.start), problem.whole(e.parameters), e.loss, e.steps) for e in end.ends)
 
 
 def _deviations(covariance: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
@@ -443,7 +450,7 @@ def _check_kinds(target: Any, start: Any, variance: Any, fixed: Any, tied: Any, 
         raise InputError(f"Expected on_step as a function of a FitStep, got {on_step!r}.")
 
 
-def _unfinished(end: End, stop_reason: str) -> tuple[str, ...]:
+def _unfinished(end: MethodResult, stop_reason: str) -> tuple[str, ...]:
     if not end.at_limit or stop_reason not in ("max_steps", "max_runs"):
         return ()
     return (

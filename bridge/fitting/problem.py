@@ -17,7 +17,7 @@ from bridge.fitting.normal import in_units, lifted
 from bridge.fitting.prior import PriorOf, make_prior, marginal_deviations
 from bridge.fitting.robust import make_robust
 from bridge.fitting.target import Cholesky, LinearMap, checked_noise, checked_target
-from bridge.reporting.result import End, FitEnd, FitStep
+from bridge.reporting.result import FitStep
 from bridge.simulator.protocol import Parameter, ParameterSpace, Simulator, as_simulator
 from bridge.simulator.reduced import ReducedSimulator, reduced
 
@@ -104,9 +104,6 @@ class FitProblem:
         if error is not None:
             error = tuple(np.sqrt(np.diag(lifted(np.diag(np.square(error)), sim.lift))).tolist())
         return replace(step, parameters=whole, standard_error=error)
-
-    def ends(self, end: End) -> tuple[FitEnd, ...]:
-        return tuple(FitEnd(self.whole(e.start), self.whole(e.parameters), e.loss, e.steps) for e in end.ends)
 
 
 def make_problem(

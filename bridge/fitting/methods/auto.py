@@ -13,25 +13,21 @@ from numpy.typing import NDArray
 from bridge.checks import did_you_mean, is_number, is_whole
 from bridge.errors import InputError
 from bridge.fitting.blur import make_stages
-from bridge.fitting.methods.descent import FAILED, Descent, Schedule, end_runs, repeated
-from bridge.fitting.methods.first_order import (
-    LONGEST,
-    Adam,
-    FirstOrder,
-    GaussNewton,
-    Seen,
-    TorchMover,
-    describe,
-    make_optimiser,
-)
+from bridge.fitting.methods.base import MethodResult
+from bridge.fitting.methods.descent import Descent, end_runs, repeated
+from bridge.fitting.methods.first_order import Adam, FirstOrder, TorchMover, describe, make_optimiser
+from bridge.fitting.methods.gauss_newton import LONGEST, GaussNewton
 from bridge.fitting.methods.kriging import Searching
 from bridge.fitting.methods.kriging_search import Search
 from bridge.fitting.methods.natural import LossAndSquare, Natural
-from bridge.fitting.methods.trust_region import QuadraticSearch, TrustRegion
+from bridge.fitting.methods.plain_runs import plain_simulator
+from bridge.fitting.methods.quadratic_search import QuadraticSearch
+from bridge.fitting.methods.steps import Schedule, Seen
+from bridge.fitting.methods.trust_region import TrustRegion
 from bridge.fitting.problem import FitProblem
 from bridge.fitting.soundness import HUGE
 from bridge.fitting.target import LinearMap
-from bridge.reporting.result import End, FitStep
+from bridge.reporting.result import FitStep
 from bridge.simulator.protocol import Simulator, Structured, as_simulator
 from bridge.smoothing.smooth import SmoothedSimulator, smooth
 
@@ -45,7 +41,6 @@ _MOST_OF_QUADRATIC = 100
 _RUNS_A_PARAMETER, _RUNS_OF_QUADRATIC = 60, 100
 # More parameters than this, and the full L of a natural gradient has more numbers than there are runs to learn from.
 _MOST_OF_FULL = 20
-DESIGN = ("distribution", "points", "antithetic", "covariate", "replicates", "forward", "surrogate")
 _STEPS = {"gauss-newton": 24, "adam": 150, "torch": 150, "natural": 150}
 _RATES = {"adam": 0.25, "torch": 0.25, "natural": 1.0}
 
@@ -68,7 +63,7 @@ class Way(Protocol):
     def advance(self, step: int, num_evaluations: int) -> FitStep:
         """One step: evaluates, moves x. Collective."""
 
-    def finish(self, step: int) -> End:
+    def finish(self, step: int) -> MethodResult:
         """Collective."""
 
     def to_dict(self) -> dict[str, Any]: ...
@@ -176,7 +171,7 @@ def make_method(
 def _kriging(
     problem: FitProblem, s: MethodSettings, seed: int | None, comm: Any, smoothing: Mapping[str, Any]
 ) -> Chosen:
-    plain = _plain(problem.simulator, seed, comm, smoothing, s.method)
+    plain = plain_simulator(problem.simulator, seed, comm, smoothing, s.method)
     d, starts, misfit = problem.free.dimension, problem.free_starts, problem.misfit
     budget, batch = s.max_runs or _RUNS_A_PARAMETER * (d + 1), max(6, d // 2 + 1)
     search = Search(
@@ -211,7 +206,7 @@ def _kriging(
 def _trust_region(
     problem: FitProblem, s: MethodSettings, seed: int | None, comm: Any, smoothing: Mapping[str, Any]
 ) -> Chosen:
-    plain = _plain(problem.simulator, seed, comm, smoothing, s.method)
+    plain = plain_simulator(problem.simulator, seed, comm, smoothing, s.method)
     d, starts = problem.free.dimension, problem.free_starts
     budget = s.max_runs or _RUNS_OF_QUADRATIC * (d + 1)
     search = QuadraticSearch(
@@ -350,17 +345,3 @@ def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any])
             )
         if smoothing.get("forward", "smoothed") != "smoothed":
             raise InputError("Expected forward='smoothed' with method='natural', which needs the spread of the losses.")
-
-
-def _plain(sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, Any], method: str) -> SmoothedSimulator:
-    """The simulator itself through the dispatch of a smoothed one: the one midpoint of a Latin set has eps = 0."""
-    if given := sorted(set(smoothing) & set(DESIGN)):
-        raise InputError(f"Expected none of {given} with method={method!r}, which smooths nothing. Leave them out.")
-    carried = {"simulator_seeds": "independent", **smoothing}
-    raises = carried.get("failures", "raise") == "raise"
-    if raises or carried.get("failures") == "drop":
-        carried.update(failures="penalty", penalty=FAILED, min_ok=0.0)
-    plain = smooth(sim, seed=seed, num_samples=1, points="qmc-latin", covariate="none", comm=comm, **carried)
-    # A run that raises ends the fit, unless it is told otherwise; one of NaN or enormous numbers is a bad one.
-    plain.strategy = replace(plain.strategy, errors_raise=raises, largest=HUGE)
-    return plain

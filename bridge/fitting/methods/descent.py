@@ -2,108 +2,39 @@
 
 The noise of a descent shrinks during the run, so that the first steps see a landscape smooth over the distance to the
 solution and the last ones the simulator itself (coarse to fine). How a step is made of what has been evaluated is a
-`Rule` (see `bridge.fitting.methods.first_order`); everything else is here.
+`Rule` (see `bridge.fitting.methods.steps`); everything else is here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, final
+from dataclasses import replace
+from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from bridge.errors import BridgeError, EvaluationError, NonFiniteError
-from bridge.fitting.blur import stage_of
+from bridge.fitting.methods.base import SMALL_STEP, MethodResult
 from bridge.fitting.methods.descent_errors import of_descent
+from bridge.fitting.methods.plain_runs import last_outputs
+from bridge.fitting.methods.steps import Look, Rule, Schedule
 from bridge.fitting.misfit import Misfit
-from bridge.fitting.soundness import HUGE
-from bridge.fitting.target import LinearMap
 from bridge.fitting.uncertainty import Stated
-from bridge.reporting.result import End, FitEnd, FitStep
+from bridge.reporting.result import FitEnd, FitStep
 from bridge.simulator.protocol import may_be_noisy
 from bridge.smoothing.estimate import Estimate
-from bridge.smoothing.smooth import SmoothedSimulator, smooth
+from bridge.smoothing.smooth import SmoothedSimulator
 
 Array = NDArray[np.float64]
 
-# What stands for a failed run until it is told apart: no simulator's output.
-FAILED = 1e300
 # The share of the steps in which the worse half of several starts is dropped again and again.
 _RACE = 0.5
 # How often in turn half of a step is taken back where fewer than that share of the runs are of use; with how few there
 # is a step all the same.
 _RETREATS, _HALF, _LEAST_LEFT = 3, 0.5, 0.1
 _NOISY_MARGIN = 1.5
-# Steps of less than this part of the errors asked for are small against them.
-SMALL_STEP = 0.25
-
-
-@final
-@dataclass(frozen=True)
-class Schedule:
-    """What changes with the step alone.
-
-    Attributes:
-        first, last: scale of the noise, natural units. steps: of the whole run.
-        stages: maps of the outputs, from coarse to fine; None in the last.
-    """
-
-    first: float
-    last: float
-    steps: int
-    stages: tuple[LinearMap | None, ...] = (None,)
-
-    def width(self, step: int) -> float:
-        """Geometric; the last fifth of the run stays at the last scale."""
-        return float(self.first * (self.last / self.first) ** min(1.0, step / max(1.0, 0.8 * (self.steps - 1))))
-
-    def decay(self, step: int) -> float:
-        """Of learning rates: a cosine from 1 to a fifth."""
-        return float(0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * step / self.steps)))
-
-    def misfit(self, misfit: Misfit, step: int) -> Misfit:
-        stage = self.stages[stage_of(len(self.stages), step, self.steps)]
-        return misfit if stage is None else replace(misfit, blur=stage)
-
-    def settled(self, step: int) -> bool:
-        return step >= 0.8 * (self.steps - 1)
-
-
-class Look(NamedTuple):
-    """One step of k starts.
-
-    loss: (k,) where they were. x: (k, d) where they go. width: scale of the noise, natural units. settled: whether
-    that and the outputs' stage are the last ones. known: of each start, natural units, where asked for: the covariance
-    (d, d), and the step (d,) to where the loss is expected to be least. at_limit: (k,) whether steps are as long as
-    they may be, where there is a limit.
-    """
-
-    loss: Array
-    x: Array
-    width: float
-    settled: bool
-    num_evaluations: int
-    num_failed: int
-    known: list[tuple[Array, Array]] | None = None
-    note: str = ""
-    at_limit: NDArray[np.bool_] | None = None
-
-
-class Rule(Protocol):
-    """What a step is made of. Its state is plain data."""
-
-    def look(self, x: Array, step: int) -> Look:
-        """Evaluates all starts x (k, d), natural units, in one dispatch, and steps. Collective."""
-
-    def keep(self, which: NDArray[np.intp]) -> None:
-        """Forgets the other starts."""
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-    def restore(self, saved: Mapping[str, Any]) -> None: ...
 
 
 @final
@@ -292,7 +223,7 @@ class Descent:
         self.rule.keep(keep)
         return f"the starts {said} are dropped: their losses were the largest"
 
-    def finish(self, step: int) -> End:
+    def finish(self, step: int) -> MethodResult:
         """The loss, the Jacobian and the simulator's own outputs where the starts have come to. Collective.
 
         Of the best start once more, by runs of its own: two Jacobians tell how large their noise is.
@@ -350,7 +281,7 @@ class Descent:
         losses = np.where(np.isfinite(plain), plain, losses)
         table = list(self.dropped)
         table += [(int(a), x, float(v), step) for a, x, v in zip(self.active, self._x, losses, strict=True)]
-        return End(
+        return MethodResult(
             *(ends[best], ends[-1], float(losses[best]), stated, outputs[best], outputs[-1]),
             num_evaluations=runs + more,
             num_failed=self.failed,
@@ -448,51 +379,3 @@ def end_runs(smoothed: SmoothedSimulator, misfit: Misfit, starts: int) -> int:
 
 def _number(entry: tuple[int, Array, float, int]) -> int:
     return entry[0]
-
-
-def useless_start(theta: Array, output: Array, names: Sequence[str]) -> str:
-    """What to say of a start whose output is not finite, or enormous."""
-    values = ", ".join(f"{name} = {value:.6g}" for name, value in zip(names, theta, strict=True))
-    return (
-        f"Expected finite outputs at the start ({values}), got NaN, infinite numbers or such as are larger than "
-        f"{HUGE:g}: a fit has nothing to compare with. Run the simulator there by itself, and start where it works; "
-        "where outputs only lack some numbers (NaN), pass missing='ignore'."
-    )
-
-
-def last_outputs(
-    smoothed: SmoothedSimulator, thetas: Array, step: int, shape: tuple[int, ...]
-) -> tuple[NDArray[Any], int]:
-    """(k, *shape) of the simulator itself, and how many runs that took.
-
-    NaN where a run failed, unless failures="raise": a fit that has lived with failed runs must not end by one.
-    """
-    strategy = smoothed.strategy
-    once = smooth(
-        smoothed.simulator, seed=strategy.seed, num_samples=1, points="qmc-latin", covariate="none",
-        failures="penalty", penalty=FAILED, min_ok=0.0,
-    )  # fmt: skip
-    raises = strategy.failures == "raise" or strategy.errors_raise
-    once.strategy = replace(once.strategy, errors_raise=raises, largest=strategy.largest, missing=strategy.missing)
-    once.dispatcher, once.execution, once.spent = smoothed.dispatcher, smoothed.execution, smoothed.spent
-    try:
-        outputs = plain_outputs(once, thetas, step)
-    except EvaluationError:
-        if raises:
-            raise
-        outputs = np.full((len(thetas), *shape), np.nan)
-    return outputs, len(thetas)
-
-
-def plain_outputs(plain: SmoothedSimulator, thetas: Array, step: int) -> Array:
-    """(k, *shape) outputs at (k, d) parameters, one run each, on every rank; NaN where a run failed."""
-    try:
-        value = plain.estimate(torch.as_tensor(thetas), step).value
-    except EvaluationError:
-        # Where every single run fails there is no output at all, and no shape of one.
-        if plain.strategy.failures == "raise" or plain.strategy.errors_raise or step == 0:
-            raise
-        return np.full((len(thetas), 1), np.nan)
-    outputs = value.to("cpu", torch.float64).numpy().copy()
-    outputs[outputs >= FAILED] = np.nan
-    return np.asarray(outputs)

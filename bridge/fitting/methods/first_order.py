@@ -1,9 +1,8 @@
-"""How a descent steps: along smoothed gradients by Adam or any `torch.optim` optimiser, or by Gauss-Newton."""
+"""First-order descents: along smoothed gradients, by Adam or by any optimiser of `torch.optim`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -11,20 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from bridge.fitting.methods.descent import Look, Schedule
-from bridge.fitting.methods.descent_errors import of_descent
-from bridge.fitting.misfit import Misfit
-from bridge.smoothing.estimate import Estimate
-from bridge.smoothing.smooth import SmoothedSimulator
+from bridge.fitting.methods.steps import Look, Seen
 
 Array = NDArray[np.float64]
 MakeOptimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
-
-# Scales that a step of Gauss-Newton may be long; from which part of that on it is at its limit.
-LONGEST, _AT_LIMIT = 2.0, 0.95
-_BISECTIONS = 12
-# A step of less than so many scales makes the next scale so many steps, and no less than so small a part.
-_SHORT, _WIDE, _NARROWING = 0.5, 2.0, 4.0
 
 
 class Mover(Protocol):
@@ -36,76 +25,6 @@ class Mover(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
     def restore(self, saved: Mapping[str, Any]) -> None: ...
-
-
-@final
-@dataclass(frozen=True)
-class Seen:
-    """What all rules along the smoothed output have in common.
-
-    Attributes:
-        natural: (d,) size of a natural unit.
-        known_noise: whether the target's variance is known; None where no standard errors are asked for.
-    """
-
-    smoothed: SmoothedSimulator
-    misfit: Misfit
-    natural: Array
-    schedule: Schedule
-    known_noise: bool | None = None
-
-    def estimate(self, x: Array, step: int, widths: Array | None = None) -> tuple[float, Misfit, Estimate]:
-        """The width of this step, its misfit, and the smoothed output of all starts x (k, d). Collective.
-
-        widths: (k,), in place of the schedule's for all.
-        """
-        width, theta = self.schedule.width(step), torch.as_tensor(x * self.natural)
-        if widths is None:
-            estimate = self.smoothed.estimate(theta, step, scale=torch.as_tensor(width * self.natural))
-        else:
-            estimate = self.smoothed.estimate(theta, step, scales=torch.as_tensor(widths[:, None] * self.natural))
-        return width, self.schedule.misfit(self.misfit, step), estimate
-
-    def step(self, misfit: Misfit, J: torch.Tensor, y: torch.Tensor, z: Array, longest: float = np.inf) -> Array:
-        """The Gauss-Newton step, (J^T W J + P + damping)^-1 times the gradient, downwards.
-
-        Where it is longer than `longest` in a coordinate, that of Levenberg: with the least multiple of the identity
-        (of natural units) more that makes it short enough.
-        """
-        with np.errstate(all="ignore"):
-            H, g = misfit.normal(misfit.jacobian(J, self.natural), misfit.residual(y), z)
-        if not (np.isfinite(H).all() and np.isfinite(g).all()):
-            return np.full(len(g), np.nan)
-        damped = H + 1e-3 * np.diag(np.diag(H)) + 1e-12 * max(float(np.trace(H)), 1e-300) * np.eye(len(g))
-        try:
-            step = -np.linalg.solve(damped, g)
-        except np.linalg.LinAlgError:  # numbers too small to be squared
-            step = np.zeros(len(g))
-        if np.abs(step).max() <= longest:
-            return np.asarray(step)
-        values, vectors = np.linalg.eigh(damped)
-        along = vectors.T @ g
-
-        def shortened(damping: float) -> Array:
-            return np.asarray(-vectors @ (along / (np.maximum(values, 0) + damping)))
-
-        low = high = 1e-3 * max(float(values.mean()), 1e-300)
-        while np.abs(shortened(high)).max() > longest:
-            low, high = high, 4 * high
-        for _ in range(_BISECTIONS):
-            middle = float(np.sqrt(low * high))
-            low, high = (low, middle) if np.abs(shortened(middle)).max() <= longest else (middle, high)
-        return shortened(high)
-
-    def known(self, x: Array, estimate: Estimate) -> list[tuple[Array, Array]] | None:
-        if self.known_noise is None:
-            return None
-        told = []
-        values, jacobians = estimate.of_replicates()
-        for i, (z, y) in enumerate(zip(x, estimate.value, strict=True)):
-            stated = of_descent(self.misfit, values[:, i], jacobians[:, i], z, self.natural, self.known_noise)
-            told.append((stated.covariance, self.step(self.misfit, jacobians[:, i].mean(dim=0), y, z)))
-        return told
 
 
 @final
@@ -134,54 +53,6 @@ class FirstOrder:
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         self.mover.restore(saved)
-
-
-@final
-class GaussNewton:
-    """Steps of (J^T W J + P + damping)^-1 times the gradient, no longer than two scales in any coordinate.
-
-    W are the weights of a robust loss, P the precision of the prior (see `Misfit.normal`). Each start has a scale of
-    its own: the schedule's, or less where steps have become short against it, for then nothing as far away as that
-    matters any more. From coarse to fine on the outputs it is the schedule's.
-    """
-
-    def __init__(self, seen: Seen, starts: int) -> None:
-        self.seen, schedule = seen, seen.schedule
-        self.adapts = schedule.last < schedule.first and len(schedule.stages) == 1
-        self.widths = np.full(starts, schedule.first)
-
-    def look(self, x: Array, step: int) -> Look:
-        seen, schedule = self.seen, self.seen.schedule
-        widths = np.minimum(self.widths, schedule.width(step)) if self.adapts else None
-        scheduled, misfit, estimate = seen.estimate(x, step, widths)
-        used = np.full(len(x), scheduled) if widths is None else widths
-        losses, steps = [], []
-        for z, y, J, width in zip(x, estimate.value, estimate.jacobian(), used, strict=True):
-            losses.append(misfit.value(y, z))
-            steps.append(seen.step(misfit, J, y, z, LONGEST * float(width)))
-        lengths = np.abs(np.stack(steps)).max(axis=1)
-        settled = schedule.settled(step)
-        if self.adapts:
-            settled = bool((used <= schedule.last).all())
-            narrow = np.maximum(np.minimum(used, _WIDE * lengths), used / _NARROWING)
-            narrow = np.where(lengths < _SHORT * used, np.maximum(narrow, schedule.last), used)
-            # What is evaluated next depends on it, to the last bit.
-            self.widths = seen.smoothed.dispatcher.thinking.broadcast(narrow)
-        losses_, counts = np.array(losses), (estimate.num_evaluations, estimate.num_failed)
-        return Look(
-            *(losses_, x + np.stack(steps), float(used[int(np.argmin(losses_))]), settled, *counts),
-            known=seen.known(x, estimate),
-            at_limit=lengths > _AT_LIMIT * LONGEST * used,
-        )
-
-    def keep(self, which: NDArray[np.intp]) -> None:
-        self.widths = self.widths[which]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"widths": self.widths}
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        self.widths = saved["widths"]
 
 
 @final

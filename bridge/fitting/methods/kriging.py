@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.errors import BridgeError, EvaluationError, InputError
-from bridge.fitting.methods.descent import SMALL_STEP, plain_outputs, useless_start
+from bridge.fitting.methods.base import SMALL_STEP, MethodResult
 from bridge.fitting.methods.kriging_errors import of_search
 from bridge.fitting.methods.kriging_search import Search
+from bridge.fitting.methods.plain_runs import plain_outputs, useless_start
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.rounding import Lattice
 from bridge.fitting.uncertainty import Stated
-from bridge.reporting.result import End, FitStep
+from bridge.reporting.result import FitStep
 from bridge.simulator.protocol import may_be_noisy
 from bridge.smoothing.smooth import SmoothedSimulator
 
@@ -164,7 +165,7 @@ class Searching:
         small = (np.abs(self.search.step) <= SMALL_STEP * self.asked).all() and not self.search.at_edge
         self.precise = self.precise + 1 if current and small and (self.error <= self.asked).all() else 0
 
-    def finish(self, step: int) -> End:
+    def finish(self, step: int) -> MethodResult:
         loss, best = self.search.overall
         stated, noise = None, 0.0
         if len(self.search.rows):
@@ -172,7 +173,7 @@ class Searching:
             told = (self._stated(), self._noise()) if thinking.rank == 0 else None
             stated, noise = thinking.broadcast_object(told)
         outputs, runs = self.outputs_at(np.stack([best, self.search.start]), step)
-        return End(
+        return MethodResult(
             *(best, self.search.start, loss, stated, outputs[0], outputs[1]),
             num_evaluations=runs,
             num_failed=int(self.search.failed.sum()),

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from bridge.fitting.methods.descent import Look, Schedule
+from bridge.fitting.methods.steps import Look, Schedule
 from bridge.fitting.misfit import Misfit
 from bridge.simulator.protocol import Parallel, ParameterSpace, Simulator, computes_row_by_row, simulator_name
 from bridge.smoothing.smooth import SmoothedSimulator, floating_rows

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 import bridge
-from bridge.fitting.methods.descent import Schedule
-from bridge.fitting.methods.first_order import Seen
+from bridge.fitting.methods.steps import Schedule, Seen
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.prior import Prior
 from tests.lab.fits import START, TRUTH, decay, killed_and_resumed, named

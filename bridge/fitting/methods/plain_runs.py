@@ -1,0 +1,87 @@
+"""Runs of the simulator itself, without noise of ours: through the dispatch of a smoothed one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bridge.errors import EvaluationError, InputError
+from bridge.fitting.soundness import HUGE
+from bridge.simulator.protocol import Simulator
+from bridge.smoothing.smooth import SmoothedSimulator, smooth
+
+Array = NDArray[np.float64]
+
+# What stands for a failed run until it is told apart: no simulator's output.
+FAILED = 1e300
+# Settings that only smoothing has a use for.
+DESIGN = ("distribution", "points", "antithetic", "covariate", "replicates", "forward", "surrogate")
+
+
+def plain_simulator(
+    sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, Any], method: str
+) -> SmoothedSimulator:
+    """The simulator itself through the dispatch of a smoothed one: the one midpoint of a Latin set has eps = 0."""
+    if given := sorted(set(smoothing) & set(DESIGN)):
+        raise InputError(f"Expected none of {given} with method={method!r}, which smooths nothing. Leave them out.")
+    carried = {"simulator_seeds": "independent", **smoothing}
+    raises = carried.get("failures", "raise") == "raise"
+    if raises or carried.get("failures") == "drop":
+        carried.update(failures="penalty", penalty=FAILED, min_ok=0.0)
+    plain = smooth(sim, seed=seed, num_samples=1, points="qmc-latin", covariate="none", comm=comm, **carried)
+    # A run that raises ends the fit, unless it is told otherwise; one of NaN or enormous numbers is a bad one.
+    plain.strategy = replace(plain.strategy, errors_raise=raises, largest=HUGE)
+    return plain
+
+
+def last_outputs(
+    smoothed: SmoothedSimulator, thetas: Array, step: int, shape: tuple[int, ...]
+) -> tuple[NDArray[Any], int]:
+    """(k, *shape) of the simulator itself, and how many runs that took.
+
+    NaN where a run failed, unless failures="raise": a fit that has lived with failed runs must not end by one.
+    """
+    strategy = smoothed.strategy
+    once = smooth(
+        smoothed.simulator, seed=strategy.seed, num_samples=1, points="qmc-latin", covariate="none",
+        failures="penalty", penalty=FAILED, min_ok=0.0,
+    )  # fmt: skip
+    raises = strategy.failures == "raise" or strategy.errors_raise
+    once.strategy = replace(once.strategy, errors_raise=raises, largest=strategy.largest, missing=strategy.missing)
+    once.dispatcher, once.execution, once.spent = smoothed.dispatcher, smoothed.execution, smoothed.spent
+    try:
+        outputs = plain_outputs(once, thetas, step)
+    except EvaluationError:
+        if raises:
+            raise
+        outputs = np.full((len(thetas), *shape), np.nan)
+    return outputs, len(thetas)
+
+
+def plain_outputs(plain: SmoothedSimulator, thetas: Array, step: int) -> Array:
+    """(k, *shape) outputs at (k, d) parameters, one run each, on every rank; NaN where a run failed."""
+    try:
+        value = plain.estimate(torch.as_tensor(thetas), step).value
+    except EvaluationError:
+        # Where every single run fails there is no output at all, and no shape of one.
+        if plain.strategy.failures == "raise" or plain.strategy.errors_raise or step == 0:
+            raise
+        return np.full((len(thetas), 1), np.nan)
+    outputs = value.to("cpu", torch.float64).numpy().copy()
+    outputs[outputs >= FAILED] = np.nan
+    return np.asarray(outputs)
+
+
+def useless_start(theta: Array, output: Array, names: Sequence[str]) -> str:
+    """What to say of a start whose output is not finite, or enormous."""
+    values = ", ".join(f"{name} = {value:.6g}" for name, value in zip(names, theta, strict=True))
+    return (
+        f"Expected finite outputs at the start ({values}), got NaN, infinite numbers or such as are larger than "
+        f"{HUGE:g}: a fit has nothing to compare with. Run the simulator there by itself, and start where it works; "
+        "where outputs only lack some numbers (NaN), pass missing='ignore'."
+    )
