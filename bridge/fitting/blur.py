@@ -47,7 +47,7 @@ def make_blur(width: float, shape: tuple[int, ...], keeps: str) -> Blur:
     return Blur(tuple(matrices))
 
 
-def make_stages(
+def make_blur_schedule(
     coarse: Sequence[float | LinearMap] | None, shape: tuple[int, ...], keeps: str
 ) -> tuple[LinearMap | None, ...]:
     """The map of each stage, and none in the last.
@@ -77,6 +77,6 @@ def make_stages(
     return tuple(stages) if stages and stages[-1] is None else (*stages, None)
 
 
-def stage_of(stages: int, step: int, steps: int) -> int:
+def stage_at(stages: int, step: int, steps: int) -> int:
     """Which stage a step is in: equal shares of the first four fifths of the steps, then the last one."""
     return min(stages - 1, int(stages * step / max(1.0, 0.8 * (steps - 1))))

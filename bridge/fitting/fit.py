@@ -24,7 +24,7 @@ from bridge.arrays import real_array
 from bridge.checks import as_whole, can_be_called_with, is_number, refuse_unknown
 from bridge.errors import BridgeError, InputError
 from bridge.fitting.goodness import Goodness, goodness_of, unexplained
-from bridge.fitting.identifiability import doubts
+from bridge.fitting.identifiability import identifiability_warnings
 from bridge.fitting.methods.auto import Chosen, MethodName, MethodSettings, Way, choose, make_method
 from bridge.fitting.methods.base import MethodResult
 from bridge.fitting.methods.kriging import Searching
@@ -343,7 +343,9 @@ def fit(
                 *end.warnings,
                 *_unfinished(end, stop_reason),
                 *misses,
-                *doubts(stated, problem.free, end.x * problem.natural, at_bound, method_ == "kriging"),
+                *identifiability_warnings(
+                    stated, problem.free, end.x * problem.natural, at_bound, method_ == "kriging"
+                ),
             ),
             num_reused=end.num_reused,
             num_cached=found + cost.cached,

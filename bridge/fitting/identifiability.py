@@ -26,7 +26,7 @@ _SMALL, _LARGE = 1e3, 1e-4
 _APART = 1e5
 
 
-def doubts(
+def identifiability_warnings(
     stated: Stated | None, space: ParameterSpace, theta: Array, at_bound: NDArray[np.bool_], kriging: bool = False
 ) -> tuple[str, ...]:
     """What the target does not determine, and what to do about it.

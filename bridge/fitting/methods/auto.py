@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 from bridge.checks import did_you_mean, is_number, is_whole
 from bridge.errors import InputError
-from bridge.fitting.blur import make_stages
+from bridge.fitting.blur import make_blur_schedule
 from bridge.fitting.methods.base import MethodResult
 from bridge.fitting.methods.descent import Descent, end_runs, repeated
 from bridge.fitting.methods.first_order import Adam, FirstOrder, TorchMover, describe, make_optimiser
 from bridge.fitting.methods.gauss_newton import LONGEST, GaussNewton
 from bridge.fitting.methods.kriging import Searching
-from bridge.fitting.methods.kriging_search import Search
+from bridge.fitting.methods.kriging_search import KrigingSearch
 from bridge.fitting.methods.natural import LossAndSquare, Natural
 from bridge.fitting.methods.plain_runs import plain_simulator
 from bridge.fitting.methods.quadratic_search import QuadraticSearch
-from bridge.fitting.methods.steps import Schedule, Seen
+from bridge.fitting.methods.steps import Schedule, SmoothedProblem
 from bridge.fitting.methods.trust_region import TrustRegion
 from bridge.fitting.problem import FitProblem
 from bridge.fitting.soundness import HUGE
@@ -174,7 +174,7 @@ def _kriging(
     plain = plain_simulator(problem.simulator, seed, comm, smoothing, s.method)
     d, starts, misfit = problem.free.dimension, problem.free_starts, problem.misfit
     budget, batch = s.max_runs or _RUNS_A_PARAMETER * (d + 1), max(6, d // 2 + 1)
-    search = Search(
+    search = KrigingSearch(
         *(starts[0], problem.lower, problem.upper),
         spread=s.widths()[0],
         seed=int(seed or 0),
@@ -198,7 +198,7 @@ def _kriging(
         problem.known_noise,
         starts,
         problem.free.names,
-        _asked(problem, s),
+        error_targets(problem, s),
     )
     return Chosen(way, [plain], s.steps, budget, {"scale": list(s.widths())})
 
@@ -238,20 +238,20 @@ def _descent(
         )
     compared = misfit.target if misfit.whiten is None else misfit.whiten(misfit.target)
     keeps = "noise" if misfit.loss is None else "mean"
-    schedule = Schedule(first, last, steps, make_stages(s.coarse, tuple(compared.shape), keeps))
-    asked = _asked(problem, s)
-    known = None if asked is None else problem.known_noise
+    schedule = Schedule(first, last, steps, make_blur_schedule(s.coarse, tuple(compared.shape), keeps))
+    targets = error_targets(problem, s)
+    known = None if targets is None else problem.known_noise
     rate = _RATES.get(s.method, 0.0) if s.learning_rate is None else s.learning_rate
     described: dict[str, Any] = {"scale": [first, last], "learning_rate": rate}
-    seen, used = Seen(smoothed, misfit, natural, schedule, known), [smoothed]
+    smoothed_problem, used = SmoothedProblem(smoothed, misfit, natural, schedule, known), [smoothed]
     if s.method == "gauss-newton":
-        rule: Any = GaussNewton(seen, len(starts))
+        rule: Any = GaussNewton(smoothed_problem, len(starts))
     elif s.method == "adam":
-        rule = FirstOrder(seen, Adam(starts.shape, rate))
+        rule = FirstOrder(smoothed_problem, Adam(starts.shape, rate))
     elif s.method == "torch":
         assert s.optimiser is not None
         make = make_optimiser(s.optimiser, rate * first, starts.shape[1])
-        rule = FirstOrder(seen, TorchMover(make, starts.shape, first))
+        rule = FirstOrder(smoothed_problem, TorchMover(make, starts.shape, first))
         described["optimiser"] = describe(make)
     else:
         full = starts.shape[1] <= _MOST_OF_FULL if s.full_scale is None else s.full_scale
@@ -267,7 +267,7 @@ def _descent(
     way = Descent(
         *(smoothed, misfit, starts, rule),
         natural=natural, lower=problem.lower, upper=problem.upper, schedule=schedule, halving=s.halving,
-        tolerance=0.01 if s.tolerance is None else s.tolerance, known_noise=problem.known_noise, asked=asked,
+        tolerance=0.01 if s.tolerance is None else s.tolerance, known_noise=problem.known_noise, error_targets=targets,
         newton=LONGEST if s.method == "gauss-newton" else 0.0, others=used[1:],
     )  # fmt: skip
     return Chosen(way, used, steps, budget, described)
@@ -279,21 +279,21 @@ def _loss_of(surrogate: Any, problem: FitProblem) -> LossAndSquare | None:
     return LossAndSquare(as_simulator(surrogate), problem.misfit, problem.natural)
 
 
-def _asked(problem: FitProblem, s: MethodSettings) -> Array | None:
+def error_targets(problem: FitProblem, s: MethodSettings) -> Array | None:
     """(d,) standard errors that suffice, natural units."""
     given, free = s.stop_at_error, problem.free
     if given is None:
         return None
     if isinstance(given, Mapping):
-        asked = np.full(free.dimension, np.inf)
+        targets = np.full(free.dimension, np.inf)
         for name, error in given.items():
-            asked[free.index(name)] = error / problem.natural[free.index(name)]
+            targets[free.index(name)] = error / problem.natural[free.index(name)]
     else:
         # In the natural scales that were said: none that are guessed are known to who asks.
-        asked = float(given) * problem.said / problem.natural
-    if not (asked > 0).all() or not np.isfinite(asked).any():
+        targets = float(given) * problem.said / problem.natural
+    if not (targets > 0).all() or not np.isfinite(targets).any():
         raise InputError(f"Expected positive standard errors in stop_at_error, got {given!r}.")
-    return asked
+    return targets
 
 
 def _check(problem: FitProblem, s: MethodSettings, smoothing: Mapping[str, Any]) -> None:

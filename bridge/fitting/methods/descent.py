@@ -2,7 +2,7 @@
 
 The noise of a descent shrinks during the run, so that the first steps see a landscape smooth over the distance to the
 solution and the last ones the simulator itself (coarse to fine). How a step is made of what has been evaluated is a
-`Rule` (see `bridge.fitting.methods.steps`); everything else is here.
+`StepRule` (see `bridge.fitting.methods.steps`); everything else is here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bridge.errors import BridgeError, EvaluationError, NonFiniteError
 from bridge.fitting.methods.base import SMALL_STEP, MethodResult
 from bridge.fitting.methods.descent_errors import of_descent
 from bridge.fitting.methods.plain_runs import last_outputs
-from bridge.fitting.methods.steps import Look, Rule, Schedule
+from bridge.fitting.methods.steps import Schedule, StepOutcome, StepRule
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.uncertainty import Stated
 from bridge.reporting.result import FitEnd, FitStep
@@ -47,7 +47,7 @@ class Descent:
         halving: whether starts are dropped: in rounds spread evenly over the first half of the steps.
         tolerance: converged when nothing moves by more, over a tenth of the steps, once the rule has settled.
         known_noise: whether the target's variance is known.
-        asked: (d,) standard errors that suffice, natural units; None to go on.
+        error_targets: (d,) standard errors that suffice, natural units; None to go on.
         newton: how many scales a step of Gauss-Newton may be long; 0 of other steps.
         others: smoothed simulators that the rule evaluates besides.
 
@@ -59,7 +59,7 @@ class Descent:
         smoothed: SmoothedSimulator,
         misfit: Misfit,
         starts: Array,
-        rule: Rule,
+        rule: StepRule,
         *,
         natural: Array,
         lower: Array,
@@ -68,13 +68,18 @@ class Descent:
         halving: bool,
         tolerance: float,
         known_noise: bool,
-        asked: Array | None,
+        error_targets: Array | None,
         newton: float,
         others: Sequence[SmoothedSimulator] = (),
     ) -> None:
         self.smoothed, self.misfit, self.starts, self.rule = smoothed, misfit, starts, rule
         self.natural, self.lower, self.upper, self.schedule = natural, lower, upper, schedule
-        self.tolerance, self.known_noise, self.asked, self.newton = tolerance, known_noise, asked, newton
+        self.tolerance, self.known_noise, self.error_targets, self.newton = (
+            tolerance,
+            known_noise,
+            error_targets,
+            newton,
+        )
         self._repeated = 0 if misfit.loss is not None else repeated(smoothed)
         self.window = max(2, schedule.steps // 10)
         rounds = int(np.ceil(np.log2(len(starts)))) if halving else 0
@@ -101,39 +106,39 @@ class Descent:
         return 2 * self.last_runs + self._repeated + end_runs(self.smoothed, self.misfit, len(self.active))
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
-        look, more, said = self._looked(step)
-        if look is None:
+        outcome, more, said = self._taken(step)
+        if outcome is None:
             x = tuple((self._x[self.best] * self.natural).tolist())
             width = self.schedule.width(step)
             return FitStep(step, self.last_loss, width, x, num_evaluations + more, num_failed=self.failed, note=said)
-        best = int(np.argmin(look.loss))
-        before, self.last_loss = self._x[best], float(look.loss[best])
-        self.last_runs = look.num_evaluations
-        self.first_loss = min(self.first_loss, float(look.loss.min())) if step == 0 else self.first_loss
-        self.failed += look.num_failed
+        best = int(np.argmin(outcome.loss))
+        before, self.last_loss = self._x[best], float(outcome.loss[best])
+        self.last_runs = outcome.num_evaluations
+        self.first_loss = min(self.first_loss, float(outcome.loss.min())) if step == 0 else self.first_loss
+        self.failed += outcome.num_failed
         dispatcher = self.smoothed.dispatcher.thinking
         self.past = [*self.past, self._x][-self.window :]
-        self._x = np.clip(dispatcher.broadcast(look.x), self.lower, self.upper)
-        self._judge(look, best)
+        self._x = np.clip(dispatcher.broadcast(outcome.x), self.lower, self.upper)
+        self._judge(outcome, best)
         error = None
-        if look.known is not None:
-            error = tuple((np.sqrt(np.diag(look.known[best][0])) * self.natural).tolist())
-        self.best, note = best, "; ".join(filter(None, [look.note, said]))
-        self.at_limit = look.at_limit is not None and bool(look.at_limit[best])
+        if outcome.known is not None:
+            error = tuple((np.sqrt(np.diag(outcome.known[best][0])) * self.natural).tolist())
+        self.best, note = best, "; ".join(filter(None, [outcome.note, said]))
+        self.at_limit = outcome.at_limit is not None and bool(outcome.at_limit[best])
         if step in self.races and len(self.active) > 1:
-            note = self._drop(look.loss, step)
+            note = self._drop(outcome.loss, step)
         return FitStep(
             step,
-            float(look.loss[best]),
-            look.width,
+            float(outcome.loss[best]),
+            outcome.width,
             tuple((before * self.natural).tolist()),
-            num_evaluations + look.num_evaluations + more,
+            num_evaluations + outcome.num_evaluations + more,
             standard_error=error,
             num_failed=self.failed,
             note=note,
         )
 
-    def _looked(self, step: int) -> tuple[Look | None, int, str]:
+    def _taken(self, step: int) -> tuple[StepOutcome | None, int, str]:
         """What the rule sees and where it goes, runs made in vain before it could, and what there is to say of that.
 
         Outputs that are not finite, or enormous, are dropped from the first one on; where most are, or the step comes
@@ -143,10 +148,10 @@ class Descent:
         while True:
             problem: BridgeError
             try:
-                look = self.rule.look(self._x, step)
-                if np.isfinite(look.loss).all() and np.isfinite(look.x).all():
+                outcome = self.rule.take(self._x, step)
+                if np.isfinite(outcome.loss).all() and np.isfinite(outcome.x).all():
                     self.safe = self.safe if self._ask_for(self.enough) else self._x
-                    return look, more, said
+                    return outcome, more, said
                 problem = EvaluationError(
                     f"Expected a finite loss and a finite step at {(self._x * self.natural).tolist()}, got other "
                     "numbers: outputs or their changes are too large to be squared. Start nearer, use a smaller scale, "
@@ -196,19 +201,19 @@ class Descent:
         self.tolerant = self.tolerant or news
         return news
 
-    def _judge(self, look: Look, best: int) -> None:
+    def _judge(self, outcome: StepOutcome, best: int) -> None:
         """Whether there is nothing more to do."""
         moved = np.abs(np.array(self.past) - self._x)
-        self.calm = self.calm + 1 if look.settled else 0
+        self.calm = self.calm + 1 if outcome.settled else 0
         if self.calm > self.window and float(moved.max()) < self.tolerance:
             self.done = "converged"
-        if self.asked is None or look.known is None:
+        if self.error_targets is None or outcome.known is None:
             return
-        covariance, step = look.known[best]
+        covariance, step = outcome.known[best]
         error = np.sqrt(np.diag(covariance))
-        near = look.settled or look.width <= float(self.asked.min())
-        small = (np.abs(step) <= SMALL_STEP * self.asked).all()
-        self.precise = self.precise + 1 if near and small and (error <= self.asked).all() else 0
+        near = outcome.settled or outcome.width <= float(self.error_targets.min())
+        small = (np.abs(step) <= SMALL_STEP * self.error_targets).all()
+        self.precise = self.precise + 1 if near and small and (error <= self.error_targets).all() else 0
         if self.precise >= 2:
             self.done = "standard_error"
 
@@ -255,17 +260,17 @@ class Descent:
             values, jacobians = (torch.cat(of) for of in zip(*estimates, strict=True))
             step_noise = (2.0 if repeats else 1.0) if self.newton else 0.0
             past = np.array([p[best] for p in [*self.past, self._x]])
-            told: Stated | None = None
+            found: Stated | None = None
             try:
                 with np.errstate(all="ignore"):
-                    told = of_descent(
+                    found = of_descent(
                         self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past,
                         (outputs[best], outputs[-1]), last=self.schedule.last, longest=self.newton * self.schedule.last,
                         start=ends[-1],
                     )  # fmt: skip
             except (np.linalg.LinAlgError, ArithmeticError, ValueError):
                 said.append("No standard errors: the numbers of the Jacobian at the end are too large or too small.")
-            stated = self.smoothed.dispatcher.thinking.broadcast_object(told)
+            stated = self.smoothed.dispatcher.thinking.broadcast_object(found)
         worse = self._worse(float(losses[best]), outputs[[best, -1]], ends[[best, -1]])
         if worse:
             said.append(worse)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from bridge.fitting.methods.steps import Look, Seen
+from bridge.fitting.methods.steps import SmoothedProblem, StepOutcome
 
 Array = NDArray[np.float64]
 MakeOptimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -31,19 +31,19 @@ class Mover(Protocol):
 class FirstOrder:
     """Steps along the gradient of the loss of the smoothed output."""
 
-    def __init__(self, seen: Seen, mover: Mover) -> None:
-        self.seen, self.mover = seen, mover
+    def __init__(self, problem: SmoothedProblem, mover: Mover) -> None:
+        self.problem, self.mover = problem, mover
 
-    def look(self, x: Array, step: int) -> Look:
-        seen, schedule = self.seen, self.seen.schedule
-        width, misfit, estimate = seen.estimate(x, step)
-        told = [misfit.value_and_gradient(y, z) for y, z in zip(estimate.value, x, strict=True)]
-        g = estimate.vjp(torch.stack([v for _, v, _ in told])).numpy() * seen.natural
-        g = g + np.stack([slope for _, _, slope in told])
+    def take(self, x: Array, step: int) -> StepOutcome:
+        problem, schedule = self.problem, self.problem.schedule
+        width, misfit, estimate = problem.estimate(x, step)
+        values = [misfit.value_and_gradient(y, z) for y, z in zip(estimate.value, x, strict=True)]
+        g = estimate.vjp(torch.stack([v for _, v, _ in values])).numpy() * problem.natural
+        g = g + np.stack([slope for _, _, slope in values])
         moved = self.mover.move(x, g, width, schedule.decay(step))
-        known = seen.known(x, estimate)
+        known = problem.known(x, estimate)
         counts = estimate.num_evaluations, estimate.num_failed
-        return Look(np.array([v for v, _, _ in told]), moved, width, schedule.settled(step), *counts, known)
+        return StepOutcome(np.array([v for v, _, _ in values]), moved, width, schedule.settled(step), *counts, known)
 
     def keep(self, which: NDArray[np.intp]) -> None:
         self.mover.keep(which)

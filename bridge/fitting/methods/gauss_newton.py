@@ -8,7 +8,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.fitting.methods.steps import Look, Seen
+from bridge.fitting.methods.steps import SmoothedProblem, StepOutcome
 
 Array = NDArray[np.float64]
 
@@ -27,20 +27,20 @@ class GaussNewton:
     matters any more. From coarse to fine on the outputs it is the schedule's.
     """
 
-    def __init__(self, seen: Seen, starts: int) -> None:
-        self.seen, schedule = seen, seen.schedule
-        self.adapts = schedule.last < schedule.first and len(schedule.stages) == 1
+    def __init__(self, problem: SmoothedProblem, starts: int) -> None:
+        self.problem, schedule = problem, problem.schedule
+        self.adapts = schedule.last < schedule.first and len(schedule.blurs) == 1
         self.widths = np.full(starts, schedule.first)
 
-    def look(self, x: Array, step: int) -> Look:
-        seen, schedule = self.seen, self.seen.schedule
+    def take(self, x: Array, step: int) -> StepOutcome:
+        problem, schedule = self.problem, self.problem.schedule
         widths = np.minimum(self.widths, schedule.width(step)) if self.adapts else None
-        scheduled, misfit, estimate = seen.estimate(x, step, widths)
+        scheduled, misfit, estimate = problem.estimate(x, step, widths)
         used = np.full(len(x), scheduled) if widths is None else widths
         losses, steps = [], []
         for z, y, J, width in zip(x, estimate.value, estimate.jacobian(), used, strict=True):
             losses.append(misfit.value(y, z))
-            steps.append(seen.step(misfit, J, y, z, LONGEST * float(width)))
+            steps.append(problem.step(misfit, J, y, z, LONGEST * float(width)))
         lengths = np.abs(np.stack(steps)).max(axis=1)
         settled = schedule.settled(step)
         if self.adapts:
@@ -48,11 +48,11 @@ class GaussNewton:
             narrow = np.maximum(np.minimum(used, _WIDE * lengths), used / _NARROWING)
             narrow = np.where(lengths < _SHORT * used, np.maximum(narrow, schedule.last), used)
             # What is evaluated next depends on it, to the last bit.
-            self.widths = seen.smoothed.dispatcher.thinking.broadcast(narrow)
+            self.widths = problem.smoothed.dispatcher.thinking.broadcast(narrow)
         losses_, counts = np.array(losses), (estimate.num_evaluations, estimate.num_failed)
-        return Look(
+        return StepOutcome(
             *(losses_, x + np.stack(steps), float(used[int(np.argmin(losses_))]), settled, *counts),
-            known=seen.known(x, estimate),
+            known=problem.known(x, estimate),
             at_limit=lengths > _AT_LIMIT * LONGEST * used,
         )
 

@@ -50,7 +50,7 @@ _FEATURES = 128  # of the smooth part of a draw, and of its rough part
 
 @final
 @dataclass(frozen=True)
-class Kriging:
+class GaussianProcess:
     """The posterior at given numbers of the kernel.
 
     Attributes:
@@ -193,7 +193,7 @@ class Draw:
         frequencies: Omega, (k, d). phases: phi, (k,). waves: W, (k, r). slopes: S, (d, r).
     """
 
-    model: Kriging
+    model: GaussianProcess
     differences: Array
     frequencies: Array
     phases: Array
@@ -221,14 +221,14 @@ def default_kernel(unit: Array) -> Array:
     return np.append(np.log(1.5 * np.sqrt(len(unit)) * unit), (roughness, nugget))
 
 
-def fit_kriging(
+def fit_gaussian_process(
     rows: Array,
     gram: Array,
     before: Array | None = None,
     thorough: bool = True,
     unit: Array | None = None,
     rough: bool = True,
-) -> Kriging:
+) -> GaussianProcess:
     """The kernel of largest marginal likelihood times prior.
 
     All outputs together: -p/2 ((n - 1) log q + log|K| + log 1^T K^-1 1), q = tr(P G), with P the inverse of K on
@@ -242,7 +242,7 @@ def fit_kriging(
     """
     if unit is not None and (unit != 1).any():
         own = np.append(np.log(unit), (0.0, 0.0))
-        found = fit_kriging(rows / unit, gram, None if before is None else before - own, thorough, rough=rough)
+        found = fit_gaussian_process(rows / unit, gram, None if before is None else before - own, thorough, rough=rough)
         return replace(found, rows=rows, kernel=found.kernel + own)
     n, d = rows.shape
     centring = np.eye(n) - 1 / n
@@ -306,7 +306,7 @@ def fit_kriging(
     kernel = np.asarray(best.x)
     if best.fun >= _NO_KERNEL:  # of none is there a likelihood: smooth enough to go on with
         kernel = np.clip(np.concatenate([np.full(d, base + 1.5), [-9.0, -3.0]]), lower, upper)
-    model = Kriging(rows, gram, kernel, 1.0)
+    model = GaussianProcess(rows, gram, kernel, 1.0)
     inverse, ones, total = model._solved
     trace = float(((inverse - np.outer(ones, ones) / total) * gram).sum())
     return replace(model, amplitude=max(trace / (n - 1), 1e-300) if np.isfinite(trace) else 1e-300)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.fitting.methods.base import SMALL_STEP, MethodResult
 from bridge.fitting.methods.kriging_errors import of_search
-from bridge.fitting.methods.kriging_search import Search
+from bridge.fitting.methods.kriging_search import KrigingSearch
 from bridge.fitting.methods.plain_runs import plain_outputs, useless_start
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.rounding import Lattice
@@ -28,29 +28,29 @@ _EVERYWHERE = ("residuals", "lattice")
 
 @final
 class Searching:
-    """`bridge.fitting.methods.kriging_search.Search` on a simulator.
+    """`bridge.fitting.methods.kriging_search.KrigingSearch` on a simulator.
 
     Args:
         plain: the simulator itself, as a smoothed one of one run a point.
         budget: of runs, those at the end included. known_noise: whether the target's variance is known.
         starts: (k, d) natural units, the search's own among them: all are run in the first round.
-        names: of the parameters. asked: (d,) standard errors that suffice, natural units; None to go on.
+        names: of the parameters. error_targets: (d,) standard errors that suffice, natural units; None to go on.
     """
 
     def __init__(
         self,
         plain: SmoothedSimulator,
         misfit: Misfit,
-        search: Search,
+        search: KrigingSearch,
         natural: Array,
         budget: int,
         known_noise: bool,
         starts: Array,
         names: Sequence[str],
-        asked: Array | None = None,
+        error_targets: Array | None = None,
     ) -> None:
         self.plain, self.misfit, self.search, self.natural = plain, misfit, search, natural
-        self.budget, self.known_noise, self.starts, self.asked = budget, known_noise, starts, asked
+        self.budget, self.known_noise, self.starts, self.error_targets = budget, known_noise, starts, error_targets
         self.names, self.precise = tuple(names), 0
         self.error: Array | None = None
         self.lattice = Lattice()
@@ -89,12 +89,12 @@ class Searching:
         residuals = self.misfit.residuals_of(outputs)
         self.lattice.add(outputs)
 
-        def told() -> None:
+        def tell() -> None:
             search.rounding = float(self.misfit.spread_of(self.lattice.deviation(shape)).sum())
-            search.told(residuals, failed)
+            search.tell(residuals, failed)
             self._judge()
 
-        self._think(told, lambda: search.with_rows(residuals, failed))
+        self._on_leader(tell, lambda: search.with_rows(residuals, failed))
         note = search.note
         if step == 0 and search.reused:
             note = "; ".join(filter(None, [f"begins with {search.reused} evaluations of earlier runs", note]))
@@ -123,7 +123,7 @@ class Searching:
             self.search.begin_with(rows, residuals)
             self._add_starts()
 
-        self._think(begin, lambda: residuals)
+        self._on_leader(begin, lambda: residuals)
 
     def _residuals(self, outputs: Array) -> Array:
         return self.misfit.residuals_of(outputs.reshape(len(outputs), *self.misfit.target.shape))
@@ -134,7 +134,7 @@ class Searching:
         new = [z for z in self.starts[1:] if not (np.vstack([self.search.rows, points]) == z).all(axis=1).any()]
         self.search.points = np.vstack([points[:1], *new, points[1:]])
 
-    def _think(self, change: Callable[[], None], residuals: Callable[[], Array]) -> None:
+    def _on_leader(self, change: Callable[[], None], residuals: Callable[[], Array]) -> None:
         """Changes the search on one rank and hands it to the others, which know all `residuals` afterwards.
 
         One rank thinks for all: sums of its linear algebra need not have the same last bits elsewhere.
@@ -155,23 +155,23 @@ class Searching:
 
     def _judge(self) -> None:
         """Whether the standard errors are those asked for, and what is expected of the next round small beside them."""
-        if self.asked is None or not self.search.kernel.size:
+        if self.error_targets is None or not self.search.kernel.size:
             return
         stated = self._stated()
         if stated is None:
             return
         self.error = np.sqrt(np.diag(stated.covariance))
         current = np.array_equal(self.search.overall[1], self.search.best)
-        small = (np.abs(self.search.step) <= SMALL_STEP * self.asked).all() and not self.search.at_edge
-        self.precise = self.precise + 1 if current and small and (self.error <= self.asked).all() else 0
+        small = (np.abs(self.search.step) <= SMALL_STEP * self.error_targets).all() and not self.search.at_edge
+        self.precise = self.precise + 1 if current and small and (self.error <= self.error_targets).all() else 0
 
     def finish(self, step: int) -> MethodResult:
         loss, best = self.search.overall
         stated, noise = None, 0.0
         if len(self.search.rows):
             thinking = self.plain.dispatcher.thinking
-            told = (self._stated(), self._noise()) if thinking.rank == 0 else None
-            stated, noise = thinking.broadcast_object(told)
+            found = (self._stated(), self._noise()) if thinking.rank == 0 else None
+            stated, noise = thinking.broadcast_object(found)
         outputs, runs = self.outputs_at(np.stack([best, self.search.start]), step)
         return MethodResult(
             *(best, self.search.start, loss, stated, outputs[0], outputs[1]),

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.fitting.methods.gaussian_process import Kriging, fit_kriging
-from bridge.fitting.methods.kriging_search import Search
+from bridge.fitting.methods.gaussian_process import GaussianProcess, fit_gaussian_process
+from bridge.fitting.methods.kriging_search import KrigingSearch
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.normal import Normal, finite_inverse, least_share, of_least_squares
 from bridge.fitting.residuals import output_sizes, target_spread
@@ -27,7 +27,7 @@ _BENT = 0.25
 _DIRECTIONS, _NODES = 64, 32
 
 
-def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | None = None) -> Stated:
+def of_search(search: KrigingSearch, misfit: Misfit, known: bool, lattice: Lattice | None = None) -> Stated:
     """Errors in natural units, where a search is now.
 
     The model's prediction is w^T F, so that noise of the runs is left in it with w^T w of its variance, and dw^T dw of
@@ -43,7 +43,7 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     rounding, floor = _rounding(lattice, misfit, there)
     # Of outputs that have steps the smooth part, for which rounding is noise.
     if rounding.any():
-        model = fit_kriging(model.rows, F @ F.T, unit=search.unit, rough=False)
+        model = fit_gaussian_process(model.rows, F @ F.T, unit=search.unit, rough=False)
     w = model.at(z)[0]
     r = F.T @ w if robust is None else at_z
     noise = np.maximum(model.residual_noise(F), rounding)
@@ -84,7 +84,7 @@ def of_search(search: Search, misfit: Misfit, known: bool, lattice: Lattice | No
     return stated
 
 
-def _too_few(search: Search, z: Array) -> str:
+def _too_few(search: KrigingSearch, z: Array) -> str:
     """Why no error is stated, where the runs do not span all directions."""
     rows, d = search.rows[~search.failed], len(z)
     if np.linalg.matrix_rank((rows - z) / search.unit, tol=1e-9) >= d:
@@ -104,7 +104,7 @@ def _rounding(lattice: Lattice | None, misfit: Misfit, there: NDArray[np.bool_])
     return rounding, rounding * (on.all() if on.shape != there.shape else on[there])
 
 
-def _first_residual(search: Search) -> float:
+def _first_residual(search: KrigingSearch) -> float:
     """Root of the mean squared residual of the first runs, infinite if unknown."""
     good = search.residuals[~search.failed]
     if not len(good):
@@ -120,7 +120,7 @@ class _Slopes(NamedTuple):
     information: Array
 
 
-def _slopes(model: Kriging, z: Array, width: Array, noise: float, independent: float) -> _Slopes:
+def _slopes(model: GaussianProcess, z: Array, width: Array, noise: float, independent: float) -> _Slopes:
     """Of differences over some width (d,)."""
     dw = model.differences(z, width)
     gram = dw.T @ model.gram @ dw
@@ -132,7 +132,7 @@ def _slopes(model: Kriging, z: Array, width: Array, noise: float, independent: f
 
 
 def _slopes_over_errors(
-    model: Kriging,
+    model: GaussianProcess,
     unit: Array,
     z: Array,
     variance: float,

@@ -26,7 +26,12 @@ from numpy.linalg import LinAlgError
 from numpy.typing import NDArray
 
 from bridge.errors import BridgeError, EvaluationError, InputError
-from bridge.fitting.methods.gaussian_process import Kriging, default_kernel, fit_kriging, levenberg_marquardt
+from bridge.fitting.methods.gaussian_process import (
+    GaussianProcess,
+    default_kernel,
+    fit_gaussian_process,
+    levenberg_marquardt,
+)
 from bridge.fitting.methods.missing import completed
 from bridge.fitting.robust import Robust
 from bridge.fitting.soundness import corrected_units, looks_like_noise, sensitivities, tamed
@@ -71,7 +76,7 @@ _FOR_SLOPES, _FARTHEST = 0.5, 1.0
 
 
 @final
-class Search:
+class KrigingSearch:
     """The state between two rounds.
 
     Args:
@@ -138,7 +143,7 @@ class Search:
         self.rounding = 0.0  # variance of one run, summed over outputs, that steps of the outputs make
         self.step = np.full(d, np.inf)  # to where the least loss is expected
         self.ends: list[tuple[float, Array]] = []
-        self.way: list[tuple[int, float]] = []  # runs and the least loss after each round since the last restart
+        self.path: list[tuple[int, float]] = []  # runs and the least loss after each round since the last restart
         self.best, self.best_loss, self.scale = start, np.inf, spread
         self.note, self.stopped = "", ""
         self.points = self._first(start)
@@ -190,7 +195,7 @@ class Search:
         elif not known and len(self.points) > 1:
             self.points[-1] = self.start
 
-    def told(self, residuals: Array, failed: NDArray[np.bool_]) -> None:
+    def tell(self, residuals: Array, failed: NDArray[np.bool_]) -> None:
         """Takes the whitened residuals (k, m) of `points`, and finds the next `points`.
 
         Raises:
@@ -235,7 +240,7 @@ class Search:
         self.best, self.best_loss = self.rows[best], float(losses[best]) + self.offset
         self.radius, self.promise, self.at_edge, self.kernel = 0.25 * self.radius, None, False, np.zeros(0)
         self.step = np.full(len(self.start), np.inf)
-        self.way.append((len(self.rows), self.best_loss))
+        self.path.append((len(self.rows), self.best_loss))
         self.note = f"the model of all runs has failed ({problem}): points at random, nearer to the best run"
         if self.mishaps >= _MOST_MISHAPS:
             self.stopped, self.whole = "numerics", False
@@ -288,7 +293,7 @@ class Search:
     def _nearest(self, z: Array) -> int:
         return int(np.argmin(((self.rows - z) ** 2).sum(axis=1) + 1e300 * self.failed))
 
-    def model_there(self, z: Array) -> tuple[Kriging, Array, Array, NDArray[np.bool_]]:
+    def model_there(self, z: Array) -> tuple[GaussianProcess, Array, Array, NDArray[np.bool_]]:
         """The model of those outputs that the run at z has, without weights; residuals of its rows (n, m), and of z;
         and which outputs these are.
 
@@ -300,7 +305,7 @@ class Search:
         whole = ~np.isnan(self.residuals[stand_in][:, there]).any(axis=1)
         if not whole.all() and whole.sum() > 3 * (len(z) + 1):
             R = self.residuals[stand_in[whole]][:, there]
-            return fit_kriging(model.rows[whole], R @ R.T, unit=self.unit), R, self.residuals[at][there], there
+            return fit_gaussian_process(model.rows[whole], R @ R.T, unit=self.unit), R, self.residuals[at][there], there
         residuals = self._completed()[0]
         if not there.all():
             R = residuals[stand_in][:, there]
@@ -381,7 +386,7 @@ class Search:
         worst = near[int(np.argmax(np.where(np.isfinite(losses), losses, -np.inf)))]
         return near, np.where(self.failed[near], worst, near)
 
-    def model(self, centre: Array | None = None, weighted: bool = True) -> Kriging:
+    def model(self, centre: Array | None = None, weighted: bool = True) -> GaussianProcess:
         """Of the rows about the best one, or about a centre. A failed run counts as the worst of the others.
 
         weighted: by the weights of a robust loss.
@@ -393,9 +398,11 @@ class Search:
             gram = residuals @ residuals.T + np.diag(more)
         return self._fitted(near, gram)
 
-    def _fitted(self, near: NDArray[np.intp], gram: Array) -> Kriging:
+    def _fitted(self, near: NDArray[np.intp], gram: Array) -> GaussianProcess:
         thorough = len(self.rows) < 40 or self.round % 4 == 0
-        return fit_kriging(self.rows[near], gram, self.kernel if self.kernel.size else None, thorough, self.unit)
+        return fit_gaussian_process(
+            self.rows[near], gram, self.kernel if self.kernel.size else None, thorough, self.unit
+        )
 
     def _least(
         self, of: Callable[[Array], tuple[float, Array, Array]], begin: Array, lower: Array, upper: Array
@@ -455,7 +462,7 @@ class Search:
         self.points = np.array(points)
         self._maybe_stop(step, gain, max(hope, gain), noisy)
 
-    def _round(self, model: Kriging, base: Array, loss: float, noisy: bool) -> tuple[list[Array], float, float]:
+    def _round(self, model: GaussianProcess, base: Array, loss: float, noisy: bool) -> tuple[list[Array], float, float]:
         """Points of a round, the gain that is expected of the first, and the most that a draw promises."""
         box = self._box(base, self.radius)
 
@@ -489,7 +496,7 @@ class Search:
         return points, gain, hope
 
     def _for_slopes(
-        self, rng: np.random.Generator, model: Kriging, base: Array, loss: float, count: int
+        self, rng: np.random.Generator, model: GaussianProcess, base: Array, loss: float, count: int
     ) -> list[Array]:
         """Points a standard error of the fit away, where the slopes of noisy outputs can be told."""
         if count == 0:
@@ -511,7 +518,12 @@ class Search:
         return self.batch if self.round < _SMALL_ROUNDS else self.later
 
     def _drawn(
-        self, rng: np.random.Generator, model: Kriging, base: Array, others: list[Array], box: tuple[Array, Array]
+        self,
+        rng: np.random.Generator,
+        model: GaussianProcess,
+        base: Array,
+        others: list[Array],
+        box: tuple[Array, Array],
     ) -> tuple[Array, float]:
         """A point where a draw is least, apart from the others, and how much less than at the base it promises."""
         target, step = others[0], others[0] - base
@@ -545,7 +557,7 @@ class Search:
             # The step in standard errors: sqrt(2 gain) is its length in the metric of the normal matrix.
             still |= gain < 0.5 * self.tolerance**2 and hope < 0.5 and not self.at_edge
         self.still = self.still + 1 if still else 0
-        self.way.append((len(self.rows), self.best_loss))
+        self.path.append((len(self.rows), self.best_loss))
         explained = self._explained()
         if explained or self.restarts_left == 0:
             # Runs that average noise gain no loss, but precision.
@@ -569,8 +581,8 @@ class Search:
         A region that shrinks, since what the model expects does not come true, is given the time to.
         """
         enough = len(self.rows) - 3 * patience * (len(self.start) + 1)
-        past = [loss for rows, loss in self.way[: -patience * _STUCK_ROUNDS] if rows <= enough]
-        least = min(loss for _, loss in self.way)
+        past = [loss for rows, loss in self.path[: -patience * _STUCK_ROUNDS] if rows <= enough]
+        least = min(loss for _, loss in self.path)
         little = _STUCK_GAIN * least
         if past and min(past) - least < little and (gain < little or self.radius < _STUCK_NEAR):
             return True
@@ -591,7 +603,7 @@ class Search:
         far = _SCATTER * self.spread * 2.0 ** ((self.restarts - self.restarts_left) // 2)
         self.restarts_left -= 1
         away = far * self.unit * self._rng().normal(size=len(self.start))
-        self.first_row, self.radius, self.promise, self.still, self.way = len(self.rows), _FIRST_RADIUS, None, 0, []
+        self.first_row, self.radius, self.promise, self.still, self.path = len(self.rows), _FIRST_RADIUS, None, 0, []
         self.points = self._first(np.clip(self.start + away, self.lower, self.upper))
         self.note = f"restart {self.restarts - self.restarts_left}: {why}"
 
@@ -650,7 +662,7 @@ class Search:
             "still",
         ),
         *("ends", "best", "best_loss", "scale", "note", "stopped", "points", "spread", "restarts_left"),
-        *("offset", "step", "way", "unit", "mishaps", "whole", "completed_by", "noisy", "rounding"),
+        *("offset", "step", "path", "unit", "mishaps", "whole", "completed_by", "noisy", "rounding"),
     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -661,10 +673,10 @@ class Search:
             setattr(self, name, saved[name])
         self.promise = None if saved["promise"] is None else (saved["promise"][0], saved["promise"][1])
         self.ends = [(float(loss), np.asarray(z)) for loss, z in saved["ends"]]
-        self.way = [(int(rows), float(loss)) for rows, loss in saved["way"]]
+        self.path = [(int(rows), float(loss)) for rows, loss in saved["path"]]
 
 
-def _of_loss(model: Kriging, unit: Array) -> Kriging:
+def _of_loss(model: GaussianProcess, unit: Array) -> GaussianProcess:
     """A model of the same rows as if there were one output, the root of twice the loss without its prior."""
     root = np.sqrt(np.diag(model.gram))
-    return fit_kriging(model.rows, np.outer(root, root), unit=unit)
+    return fit_gaussian_process(model.rows, np.outer(root, root), unit=unit)

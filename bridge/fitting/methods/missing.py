@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.fitting.methods.gaussian_process import Kriging
+from bridge.fitting.methods.gaussian_process import GaussianProcess
 
 Array = NDArray[np.float64]
 
@@ -39,7 +39,7 @@ def completed(rows: Array, residuals: Array, failed: NDArray[np.bool_], kernel: 
         if not lacks.any() or not have.any():  # what no run has counts in none
             continue
         columns = np.flatnonzero(of_output.reshape(-1) == g)
-        model = Kriging(rows[have], np.zeros((int(have.sum()),) * 2), kernel, 1.0)
+        model = GaussianProcess(rows[have], np.zeros((int(have.sum()),) * 2), kernel, 1.0)
         predicted = model.weights(rows[lacks]) @ residuals[np.ix_(have, columns)]
         whole[np.ix_(np.flatnonzero(lacks), columns)] = predicted
     known = lacking & (~lacking & ~failed[:, None]).any(axis=0)  # of outputs that some run has

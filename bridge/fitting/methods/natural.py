@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from bridge.fitting.methods.steps import Look, Schedule
+from bridge.fitting.methods.steps import Schedule, StepOutcome
 from bridge.fitting.misfit import Misfit
 from bridge.simulator.protocol import Parallel, ParameterSpace, Simulator, computes_row_by_row, simulator_name
 from bridge.smoothing.smooth import SmoothedSimulator, floating_rows
@@ -121,7 +121,7 @@ class Natural:
         # A full L is learned faster, since one that cannot turn along a valley only shrinks before its end.
         self.rates = (rate, rate * (_FULL_RATE if full else _DIAGONAL_RATE) * min(1.0, rows / (2 * d)))
 
-    def look(self, x: Array, step: int) -> Look:
+    def take(self, x: Array, step: int) -> StepOutcome:
         unit = self.natural if self.scales.ndim == 2 else self.natural[:, None]
         estimate = self.smoothed.estimate(
             torch.as_tensor(x * self.natural), step, scales=torch.as_tensor(self.scales * unit), scale_gradient=True
@@ -142,7 +142,7 @@ class Natural:
         self.scales = self.smoothed.dispatcher.thinking.broadcast(np.stack(scales))
         settled = bool((np.array([_width(L) for L in self.scales]) <= 1.01 * self.schedule.last).all())
         counts = estimate.num_evaluations, estimate.num_failed
-        return Look(value[:, 0], np.stack(moved), float(widths[best]), settled, *counts)
+        return StepOutcome(value[:, 0], np.stack(moved), float(widths[best]), settled, *counts)
 
     def _kept_wide(self, L: Array) -> Array:
         """No direction narrower than the last scale."""

@@ -95,7 +95,7 @@ class QuadraticSearch:
         outside = (points < self.lower) | (points > self.upper)
         return np.clip(np.vstack([self.start, np.where(outside, self.start - away, points)]), self.lower, self.upper)
 
-    def told(self, losses: Array) -> None:
+    def tell(self, losses: Array) -> None:
         """Takes the losses (k,) of `points`, infinite where a run failed, and finds the next `points`.
 
         Raises:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bridge.fitting.blur import stage_of
+from bridge.fitting.blur import stage_at
 from bridge.fitting.methods.descent_errors import of_descent
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.target import LinearMap
@@ -29,13 +29,13 @@ class Schedule:
 
     Attributes:
         first, last: scale of the noise, natural units. steps: of the whole run.
-        stages: maps of the outputs, from coarse to fine; None in the last.
+        blurs: maps of the outputs, from coarse to fine; None in the last.
     """
 
     first: float
     last: float
     steps: int
-    stages: tuple[LinearMap | None, ...] = (None,)
+    blurs: tuple[LinearMap | None, ...] = (None,)
 
     def width(self, step: int) -> float:
         """Geometric; the last fifth of the run stays at the last scale."""
@@ -46,14 +46,14 @@ class Schedule:
         return float(0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * step / self.steps)))
 
     def misfit(self, misfit: Misfit, step: int) -> Misfit:
-        stage = self.stages[stage_of(len(self.stages), step, self.steps)]
-        return misfit if stage is None else replace(misfit, blur=stage)
+        blur = self.blurs[stage_at(len(self.blurs), step, self.steps)]
+        return misfit if blur is None else replace(misfit, blur=blur)
 
     def settled(self, step: int) -> bool:
         return step >= 0.8 * (self.steps - 1)
 
 
-class Look(NamedTuple):
+class StepOutcome(NamedTuple):
     """One step of k starts.
 
     loss: (k,) where they were. x: (k, d) where they go. width: scale of the noise, natural units. settled: whether
@@ -73,10 +73,10 @@ class Look(NamedTuple):
     at_limit: NDArray[np.bool_] | None = None
 
 
-class Rule(Protocol):
+class StepRule(Protocol):
     """What a step is made of. Its state is plain data."""
 
-    def look(self, x: Array, step: int) -> Look:
+    def take(self, x: Array, step: int) -> StepOutcome:
         """Evaluates all starts x (k, d), natural units, in one dispatch, and steps. Collective."""
 
     def keep(self, which: NDArray[np.intp]) -> None:
@@ -89,8 +89,8 @@ class Rule(Protocol):
 
 @final
 @dataclass(frozen=True)
-class Seen:
-    """What all rules along the smoothed output have in common.
+class SmoothedProblem:
+    """What all step rules along the smoothed output have in common.
 
     Attributes:
         natural: (d,) size of a natural unit.
@@ -149,9 +149,9 @@ class Seen:
     def known(self, x: Array, estimate: Estimate) -> list[tuple[Array, Array]] | None:
         if self.known_noise is None:
             return None
-        told = []
+        found = []
         values, jacobians = estimate.of_replicates()
         for i, (z, y) in enumerate(zip(x, estimate.value, strict=True)):
             stated = of_descent(self.misfit, values[:, i], jacobians[:, i], z, self.natural, self.known_noise)
-            told.append((stated.covariance, self.step(self.misfit, jacobians[:, i].mean(dim=0), y, z)))
-        return told
+            found.append((stated.covariance, self.step(self.misfit, jacobians[:, i].mean(dim=0), y, z)))
+        return found

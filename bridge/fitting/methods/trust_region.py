@@ -75,7 +75,7 @@ class TrustRegion:
             if not np.isfinite(losses[0]) and self.plain.strategy.errors_raise:
                 raise EvaluationError(useless_start(points[0] * self.natural, outputs[0], self.names))
             self.start_output = outputs[0]
-        self._think(losses)
+        self._on_leader(losses)
         best = int(np.argmin(losses))
         if np.isfinite(losses[best]) and losses[best] < self.least:
             self.least, self.output = float(losses[best]), outputs[best]
@@ -94,7 +94,7 @@ class TrustRegion:
             value = self.misfit.value(torch.as_tensor(output), z)
         return value if abs(value) < HUGE else np.inf
 
-    def _think(self, losses: Array) -> None:
+    def _on_leader(self, losses: Array) -> None:
         """One rank thinks for all: sums of its linear algebra need not have the same last bits elsewhere."""
         thinking = self.plain.dispatcher.thinking
         losses = thinking.broadcast(losses)
@@ -102,7 +102,7 @@ class TrustRegion:
         if thinking.rank == 0:
             try:
                 with np.errstate(all="ignore"):
-                    self.search.told(losses)
+                    self.search.tell(losses)
             except BridgeError as problem:
                 error = problem
             saved = self.search.to_dict()

@@ -288,7 +288,7 @@ def test_ctrl_c_does_not_wait_for_other_processes(tmp_path, run_alone, settings,
 THINKING = (
     LAB
     + """
-from bridge.fitting.methods.kriging_search import Search
+from bridge.fitting.methods.kriging_search import KrigingSearch
 told = Search.told
 
 def interrupted(self, *arguments):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import bridge
-from bridge.fitting.methods.steps import Schedule, Seen
+from bridge.fitting.methods.steps import Schedule, SmoothedProblem
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.prior import Prior
 from tests.lab.fits import START, TRUTH, decay, killed_and_resumed, named
@@ -23,7 +23,7 @@ def jennrich_sampson(x):
 def test_a_step_that_is_too_long_is_that_of_levenberg(longest):
     target = torch.as_tensor(A @ TRUTH)
     misfit = Misfit(target, torch.ones(()), None, Prior(np.zeros((3, 3)), np.zeros(3)))
-    seen = Seen(None, misfit, np.ones(3), Schedule(1.0, 0.1, 10))
+    seen = SmoothedProblem(None, misfit, np.ones(3), Schedule(1.0, 0.1, 10))
     step = seen.step(misfit, torch.as_tensor(A), torch.zeros(30, dtype=torch.float64), np.zeros(3), longest)
     H, g = A.T @ A, -A.T @ A @ TRUTH
     damped = H + 1e-3 * np.diag(np.diag(H))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import check_grad
 
-from bridge.fitting.methods.gaussian_process import Kriging, fit_kriging
+from bridge.fitting.methods.gaussian_process import GaussianProcess, fit_gaussian_process
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def data():
 
 
 def of_numbers(rows, outputs, kernel):
-    return Kriging(rows, outputs @ outputs.T, np.array(kernel), 2.0)
+    return GaussianProcess(rows, outputs @ outputs.T, np.array(kernel), 2.0)
 
 
 KERNEL = [0.5, 0.8, 0.2, -2.0, -4.0]
@@ -107,7 +107,7 @@ def test_draws_have_the_posteriors_mean_and_variance(data, rough):
     # The amplitude that belongs to these outputs, as a fit has it.
     P = np.linalg.inv(model._covariance(rows)[0] + model.nugget * np.eye(9))
     P -= np.outer(P.sum(axis=0), P.sum(axis=0)) / P.sum()
-    model = Kriging(rows, model.gram, np.array(kernel), float(np.trace(P @ model.gram)) / 8)
+    model = GaussianProcess(rows, model.gram, np.array(kernel), float(np.trace(P @ model.gram)) / 8)
     rng = np.random.default_rng(6)
     draws = [model.draw(rng) for _ in range(1500)]
     wide = [model.draw(rng, 2.0) for _ in range(1500)]
@@ -123,7 +123,7 @@ def test_a_linear_simulator_gives_its_normal_matrix():
     rng = np.random.default_rng(1)
     rows, J = rng.normal(size=(12, 3)), rng.normal(size=(50, 3))
     outputs = rows @ J.T + 1
-    model = fit_kriging(rows, outputs @ outputs.T)
+    model = fit_gaussian_process(rows, outputs @ outputs.T)
     dw = model.differences(np.zeros(3), np.full(3, 0.1))
     np.testing.assert_allclose(dw.T @ model.gram @ dw, J.T @ J, rtol=2e-3, atol=0.1)
 
@@ -133,13 +133,13 @@ def test_the_nugget_finds_the_simulators_noise():
     rows, J = rng.normal(size=(40, 2)), rng.normal(size=(60, 2))
     for sigma in (0.3, 1.0):
         outputs = rows @ J.T + sigma * rng.normal(size=(40, 60))
-        model = fit_kriging(rows, outputs @ outputs.T)
+        model = fit_gaussian_process(rows, outputs @ outputs.T)
         assert model.noise / 60 == pytest.approx(sigma**2, rel=0.15)
         each = model.residual_noise(outputs)
         assert each.sum() == pytest.approx(model.noise)
         # One output far noisier than the others is found to be.
         outputs[:, 7] += 20 * sigma * rng.normal(size=40)
-        each = fit_kriging(rows, outputs @ outputs.T).residual_noise(outputs)
+        each = fit_gaussian_process(rows, outputs @ outputs.T).residual_noise(outputs)
         assert each.argmax() == 7
         assert each[7] > 50 * np.median(each)
 
@@ -147,5 +147,5 @@ def test_the_nugget_finds_the_simulators_noise():
 def test_lengths_tell_which_parameter_matters():
     rows = np.random.default_rng(4).uniform(-1, 1, size=(30, 2))
     outputs = np.sin(3 * rows[:, :1] + np.arange(10)) + 1e-3 * rows[:, 1:]
-    model = fit_kriging(rows, outputs @ outputs.T)
+    model = fit_gaussian_process(rows, outputs @ outputs.T)
     assert model.kernel[1] > model.kernel[0] + 1

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import bridge
-from bridge.fitting.methods.kriging_search import Search
+from bridge.fitting.methods.kriging_search import KrigingSearch
 from bridge.simulator.identity import identity_of
 
 PAID = Path(os.environ["PAID"])

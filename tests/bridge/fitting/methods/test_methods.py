@@ -10,7 +10,7 @@ from scipy import integrate, stats
 
 import bridge
 from bridge.errors import InputError
-from bridge.fitting.blur import make_blur, make_stages, stage_of
+from bridge.fitting.blur import make_blur, make_blur_schedule, stage_at
 from bridge.fitting.methods.first_order import TorchMover, make_optimiser
 from bridge.fitting.methods.natural import LossAndSquare, natural_step
 from bridge.fitting.misfit import Misfit
@@ -401,11 +401,11 @@ def test_a_blur_keeps_what_it_says():
 
 
 def test_stages_end_with_none_and_share_four_fifths_of_the_steps():
-    stages = make_stages([4.0, lambda x: x[::2]], (8,), "noise")
+    stages = make_blur_schedule([4.0, lambda x: x[::2]], (8,), "noise")
     assert len(stages) == 3
     assert stages[-1] is None
-    assert len(make_stages([4.0, 0], (8,), "noise")) == 2
-    assert [stage_of(3, step, 21) for step in (0, 5, 6, 10, 11, 20)] == [0, 0, 1, 1, 2, 2]
+    assert len(make_blur_schedule([4.0, 0], (8,), "noise")) == 2
+    assert [stage_at(3, step, 21) for step in (0, 5, 6, 10, 11, 20)] == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("method", ["gauss-newton", "adam"])
