@@ -289,7 +289,7 @@ THINKING = (
     LAB
     + """
 from bridge.fitting.methods.kriging_search import KrigingSearch
-told = Search.told
+told = KrigingSearch.tell
 
 def interrupted(self, *arguments):
     for _ in range(int(os.environ["TIMES"])):
@@ -298,7 +298,7 @@ def interrupted(self, *arguments):
     print("thought to the end")
     return result
 
-Search.told = interrupted
+KrigingSearch.tell = interrupted
 try:
     result = bridge.fit(rows, 2.0 * np.exp(-1.2 * X) + 0.5, [1.6, 0.9, 0.7], seed=0, directory="run")
     print(result.stop_reason, len(result.history), np.isfinite(result.parameters).all())

@@ -41,7 +41,7 @@ def f(x):
 
 f.identity = "f"  # whenever it is to die
 
-write, replace, savez, told = os.write, os.replace, np.savez, Search.told
+write, replace, savez, told = os.write, os.replace, np.savez, KrigingSearch.tell
 
 def half_written(descriptor, data):
     event(lambda: write(descriptor, data[: len(data) // 2]))
@@ -64,7 +64,7 @@ def thought(self, *arguments):
 def arm(at):
     global count, due
     count, due = 0, at
-    os.write, os.replace, np.savez, Search.told = half_written, moved, half_saved, thought
+    os.write, os.replace, np.savez, KrigingSearch.tell = half_written, moved, half_saved, thought
 
 def fit(directory, **settings):
     # No parameters explain this target: a minimum is found, and left for another place, three times.
