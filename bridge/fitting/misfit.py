@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bridge.arrays import one_number
 from bridge.errors import InputError
 from bridge.fitting.prior import Prior
-from bridge.fitting.robust import Robust
+from bridge.fitting.robust import RobustLoss
 from bridge.fitting.soundness import unusable
 from bridge.fitting.target import Cholesky, LinearMap, touched
 
@@ -44,7 +44,7 @@ class Misfit:
     loss: Loss | None
     prior: Prior
     whiten: LinearMap | None = None
-    robust: Robust | None = None
+    robust: RobustLoss | None = None
     blur: LinearMap | None = None
     masked: torch.Tensor | None = None
     counts: torch.Tensor | None = None

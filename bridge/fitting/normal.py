@@ -10,7 +10,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.fitting.robust import Robust
+from bridge.fitting.robust import RobustLoss
 
 Array = NDArray[np.float64]
 
@@ -104,11 +104,11 @@ def of_least_squares(normal: Array, variance: float, precision: Array) -> Array:
     return inverse(normal / variance + precision)
 
 
-def of_robust(normal: Array, J: Array, residual: Array, robust: Robust, precision: Array) -> Array:
+def of_robust(normal: Array, J: Array, residual: Array, robust: RobustLoss, precision: Array) -> Array:
     """The sandwich A^-1 M A^-1, A = b J^T J + P, M = a J^T J + P, with a and b from the residuals themselves.
 
     So it holds for residuals that are not Gaussian: outliers cost accuracy, in place of lending it (see
-    `Robust.spread`).
+    `RobustLoss.spread`).
 
     Args:
         normal: J^T J, without weights. J: (m, d), for the leverages alone. residual: (m,) in standard deviations.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -9,55 +10,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
+from bridge.fitting.registry import Registry
 
 Array = NDArray[np.float64]
 
-# Widths at which the estimate of a mean keeps 95 % of its efficiency under Gaussian noise.
-_WIDTHS = {"huber": 1.345, "cauchy": 2.3849, "soft-l1": 1.2871}
 # Of a residual, that the fit leaves.
 _LEAST_LEFT = 0.05
 
 
-@final
 @dataclass(frozen=True)
-class Robust:
-    """rho(r) of a residual r in standard deviations, r^2 / 2 for small ones; c the width, u = (r / c)^2.
+class RobustLoss(ABC):
+    """A loss rho(r) of a residual r in standard deviations: r^2 / 2 for small ones, less for large ones.
 
-    | name | rho | weight psi / r |
-    | --- | --- | --- |
-    | huber | r^2 / 2, beyond c: c abs(r) - c^2 / 2 | min(1, c / abs(r)) |
-    | soft-l1 | c^2 (sqrt(1 + u) - 1) | (1 + u)^(-1/2) |
-    | cauchy | c^2 / 2 log(1 + u) | 1 / (1 + u) |
+    A subclass is a frozen dataclass with a default of `width`, registered by a name (`register`). It gives rho, its
+    weight and its curvature, all three of arrays, element by element.
 
-    Of these only cauchy lets go of an outlier altogether; the others are convex.
+    Attributes:
+        width: c, from which on a residual counts for less, in standard deviations of the target's noise.
 
     Reference: Huber and Ronchetti, *Robust Statistics* (2009), sections 4.5 and 7.6.
     """
 
-    name: str
     width: float
 
-    def rho(self, r: Array) -> Array:
-        u = (r / self.width) ** 2
-        if self.name == "huber":
-            return np.asarray(np.where(u <= 1, 0.5 * r * r, self.width * np.abs(r) - 0.5 * self.width**2))
-        if self.name == "soft-l1":
-            return np.asarray(self.width**2 * (np.sqrt(1 + u) - 1))
-        return np.asarray(0.5 * self.width**2 * np.log1p(u))
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.width) and self.width > 0):
+            raise InputError(
+                f"Expected a positive width of the robust loss, in standard deviations, got {self.width!r}."
+            )
 
+    @abstractmethod
+    def rho(self, r: Array) -> Array:
+        """The loss of each residual."""
+
+    @abstractmethod
     def weight(self, r: Array) -> Array:
         """w = psi / r, psi the derivative of rho: of the least squares that touch the loss at r from above."""
-        u = (r / self.width) ** 2
-        if self.name == "huber":
-            return np.asarray(1 / np.sqrt(np.maximum(u, 1.0)))
-        return np.asarray((1 + u) ** -0.5 if self.name == "soft-l1" else 1 / (1 + u))
 
+    @abstractmethod
     def curvature(self, r: Array) -> Array:
         """The second derivative of rho."""
-        u = (r / self.width) ** 2
-        if self.name == "huber":
-            return np.asarray((u <= 1).astype(np.float64))
-        return np.asarray((1 + u) ** -1.5 if self.name == "soft-l1" else (1 - u) / (1 + u) ** 2)
 
     def spread(self, r: Array, leverage: Array) -> tuple[float, float]:
         """(a, b): the covariance of parameters fitted to residuals r (m,) is a / b^2 (J^T J)^-1, whatever their law.
@@ -79,18 +71,80 @@ class Robust:
         return k**2 * float(((self.weight(r) * r / left) ** 2).mean()), b
 
 
-def make_robust(given: Any) -> Robust | None:
-    """From a name, or (name, width in standard deviations).
+ROBUST_LOSSES: Registry[RobustLoss] = Registry("robust loss", "bridge.robust_losses", or_else=", or (name, width)")
+register = ROBUST_LOSSES.register
+
+# Default widths are those at which the estimate of a mean keeps 95 % of its efficiency under Gaussian noise.
+
+
+@register("huber")
+@final
+@dataclass(frozen=True)
+class Huber(RobustLoss):
+    """rho = r^2 / 2, beyond c: c abs(r) - c^2 / 2. Convex."""
+
+    width: float = 1.345
+
+    def rho(self, r: Array) -> Array:
+        u = (r / self.width) ** 2
+        return np.asarray(np.where(u <= 1, 0.5 * r * r, self.width * np.abs(r) - 0.5 * self.width**2))
+
+    def weight(self, r: Array) -> Array:
+        """min(1, c / abs(r))."""
+        return np.asarray(1 / np.sqrt(np.maximum((r / self.width) ** 2, 1.0)))
+
+    def curvature(self, r: Array) -> Array:
+        return np.asarray(((r / self.width) ** 2 <= 1).astype(np.float64))
+
+
+@register("cauchy")
+@final
+@dataclass(frozen=True)
+class Cauchy(RobustLoss):
+    """rho = c^2 / 2 log(1 + u), u = (r / c)^2. Lets go of an outlier altogether, and is not convex."""
+
+    width: float = 2.3849
+
+    def rho(self, r: Array) -> Array:
+        return np.asarray(0.5 * self.width**2 * np.log1p((r / self.width) ** 2))
+
+    def weight(self, r: Array) -> Array:
+        """1 / (1 + u)."""
+        return np.asarray(1 / (1 + (r / self.width) ** 2))
+
+    def curvature(self, r: Array) -> Array:
+        u = (r / self.width) ** 2
+        return np.asarray((1 - u) / (1 + u) ** 2)
+
+
+@register("soft-l1")
+@final
+@dataclass(frozen=True)
+class SoftL1(RobustLoss):
+    """rho = c^2 (sqrt(1 + u) - 1), u = (r / c)^2. Convex."""
+
+    width: float = 1.2871
+
+    def rho(self, r: Array) -> Array:
+        return np.asarray(self.width**2 * (np.sqrt(1 + (r / self.width) ** 2) - 1))
+
+    def weight(self, r: Array) -> Array:
+        """(1 + u)^(-1/2)."""
+        return np.asarray((1 + (r / self.width) ** 2) ** -0.5)
+
+    def curvature(self, r: Array) -> Array:
+        return np.asarray((1 + (r / self.width) ** 2) ** -1.5)
+
+
+def make_robust(given: Any) -> RobustLoss | None:
+    """A robust loss from itself, its name, or (name, width in standard deviations); None from None.
 
     Raises:
         InputError: an unknown name, or a width that is not positive.
     """
-    if given is None or isinstance(given, Robust):
+    if given is None or isinstance(given, RobustLoss):
         return given
-    name, width = (given, None) if isinstance(given, str) else tuple(given)
-    if name not in _WIDTHS:
-        raise InputError(f"Unknown robust loss {name!r}. Known: {', '.join(_WIDTHS)}, or (name, width).")
-    width = _WIDTHS[name] if width is None else float(width)
-    if not (np.isfinite(width) and width > 0):
-        raise InputError(f"Expected a positive width of the robust loss, in standard deviations, got {width!r}.")
-    return Robust(name, width)
+    name, *width = (given,) if isinstance(given, str) else tuple(given)
+    kind: Any = ROBUST_LOSSES.find(name)
+    made: RobustLoss = kind(*(float(w) for w in width if w is not None))
+    return made

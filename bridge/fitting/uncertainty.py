@@ -28,7 +28,7 @@ from bridge.fitting.normal import (
     unclear_of,
 )
 from bridge.fitting.residuals import alike_neighbours, are_data, correlated, growing_variance, is_exact, with_outliers
-from bridge.fitting.robust import Robust
+from bridge.fitting.robust import RobustLoss
 
 Array = NDArray[np.float64]
 
@@ -131,7 +131,7 @@ class Evidence:
     newton: bool = True
     fresh: bool = False
 
-    def stated(self, precision: Array, known: bool, robust: Robust | None) -> Stated:
+    def stated(self, precision: Array, known: bool, robust: RobustLoss | None) -> Stated:
         """Errors, or none and why. known: whether the target's variance is, 1 in these units.
 
         Parameters that have next to no part in a direction that is not determined have errors all the same: those
@@ -175,7 +175,7 @@ class Evidence:
             wander=None if self.wander is None else self.wander[both],
         )
 
-    def _stated(self, precision: Array, known: bool, robust: Robust | None) -> Stated:
+    def _stated(self, precision: Array, known: bool, robust: RobustLoss | None) -> Stated:
         J, r, d = self.normal.mean, self.r, len(self.information)
         step = np.zeros(d) if self.step is None or not np.isfinite(self.step).all() else self.step
         notes: list[Note] = []

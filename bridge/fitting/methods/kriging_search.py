@@ -33,7 +33,7 @@ from bridge.fitting.methods.gaussian_process import (
     levenberg_marquardt,
 )
 from bridge.fitting.methods.missing import completed
-from bridge.fitting.robust import Robust
+from bridge.fitting.robust import RobustLoss
 from bridge.fitting.soundness import corrected_units, looks_like_noise, sensitivities, tamed
 
 Array = NDArray[np.float64]
@@ -114,7 +114,7 @@ class KrigingSearch:
         known_noise: bool,
         tolerance: float,
         restarts: int,
-        robust: Robust | None = None,
+        robust: RobustLoss | None = None,
         ordinary: float = 0.0,
         guessed: NDArray[np.bool_] | None = None,
         unknown: NDArray[np.bool_] | None = None,

@@ -16,7 +16,7 @@ from bridge.fitting.methods.natural import LossAndSquare, natural_step
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.normal import leverages, of_robust
 from bridge.fitting.prior import Prior
-from bridge.fitting.robust import Robust, make_robust
+from bridge.fitting.robust import Huber, make_robust
 from bridge.fitting.target import checked_noise
 from tests.lab.fits import START, TRUTH, decay, killed_and_resumed, named
 
@@ -71,10 +71,10 @@ def test_the_sandwich_of_squares_is_that_of_their_jackknife():
     normal = A.T @ A
     hat = np.diag(A @ np.linalg.inv(normal) @ A.T)
     expected = ((r / (1 - hat)) ** 2).mean()
-    covariance = of_robust(normal, A, r, Robust("huber", 100.0), np.zeros(3))
+    covariance = of_robust(normal, A, r, Huber(100.0), np.zeros(3))
     np.testing.assert_allclose(covariance, np.linalg.inv(normal) * expected, rtol=1e-10)
     one = np.stack([np.ones(30), np.zeros(30)], axis=1)
-    idle = of_robust(one.T @ one, one, r, Robust("huber", 100.0), np.zeros(2))
+    idle = of_robust(one.T @ one, one, r, Huber(100.0), np.zeros(2))
     assert idle[0, 0] == pytest.approx((r @ r) / 30 / (29 / 30) ** 2 / 30)
     assert np.isinf(idle[1, 1])
 
