@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from bridge.arrays import floating, one_number, real_array
+from bridge.arrays import Array, floating, one_number, real_array
 from bridge.errors import InputError
 from bridge.fitting.robust import Robust
 from bridge.fitting.soundness import unusable
 from bridge.simulator.protocol import ParameterSpace, Simulator, simulator_name
 
-Array = NDArray[np.float64]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LinearMap = Callable[[torch.Tensor], torch.Tensor]
 

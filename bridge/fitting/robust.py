@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
-
-Array = NDArray[np.float64]
 
 # Widths at which the estimate of a mean keeps 95 % of its efficiency under Gaussian noise.
 _WIDTHS = {"huber": 1.345, "cauchy": 2.3849, "soft-l1": 1.2871}

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from scipy.signal import lfilter
 from scipy.special import chdtrc, chdtri, fdtrc, stdtr
 
+from bridge.arrays import Array
 from bridge.fitting.methods.gaussian_process import fit_kriging
 from bridge.fitting.methods.kriging_search import Search
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.robust import Robust
 from bridge.fitting.rounding import Lattice
 from bridge.reporting.result import Stated
-
-Array = NDArray[np.float64]
 
 # Standard deviations by which the information on a parameter is to exceed nothing: its error is then good to a sixth.
 _CLEAR, _LOST = 3.0, 1.0

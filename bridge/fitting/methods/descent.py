@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import BridgeError, EvaluationError, NonFiniteError
 from bridge.fitting.blur import stage_of
 from bridge.fitting.misfit import LinearMap, Misfit
@@ -24,8 +25,6 @@ from bridge.reporting.result import End, FitEnd, FitStep, Stated
 from bridge.simulator.protocol import may_be_noisy
 from bridge.smoothing.estimate import Estimate
 from bridge.smoothing.smooth import SmoothedSimulator, smooth
-
-Array = NDArray[np.float64]
 
 # What stands for a failed run until it is told apart: no simulator's output.
 FAILED = 1e300

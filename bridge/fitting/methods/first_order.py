@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.fitting.methods.descent import Look, Schedule
 from bridge.fitting.misfit import Misfit
@@ -17,7 +18,6 @@ from bridge.fitting.uncertainty import of_descent
 from bridge.smoothing.estimate import Estimate
 from bridge.smoothing.smooth import SmoothedSimulator
 
-Array = NDArray[np.float64]
 MakeOptimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 # Scales that a step of Gauss-Newton may be long; from which part of that on it is at its limit.

@@ -8,6 +8,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.fitting.methods.descent import SMALL_STEP, plain_outputs, useless_start
 from bridge.fitting.methods.kriging_search import Search
@@ -17,8 +18,6 @@ from bridge.fitting.uncertainty import of_search
 from bridge.reporting.result import End, FitStep, Stated
 from bridge.simulator.protocol import may_be_noisy
 from bridge.smoothing.smooth import SmoothedSimulator
-
-Array = NDArray[np.float64]
 
 # What every rank makes of the outputs itself.
 _EVERYWHERE = ("residuals", "lattice")
