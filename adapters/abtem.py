@@ -19,10 +19,9 @@ from typing import Any, ClassVar, Literal, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError, SetupError
 from bridge.simulator.protocol import Parameter, ParameterSpace
-
-Array = NDArray[np.float64]
 
 
 def _p(name: str, unit: str, lower: float, upper: float, scale: float, value: float, text: str) -> tuple[Any, float]:

@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 
 from bridge.errors import BridgeError, InputError, OutputError
 
+# What the mathematics is written in. (Not in a file called types.py: run by its path, `bridge/__main__.py` would find
+# it in place of the standard library's.)
+Array = NDArray[np.float64]
+
 # All of their values are float32 values; those of any other type are made float64.
 _NARROW = frozenset(map(np.dtype, (np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.float16, np.float32)))
 _SHOWN = 60

@@ -13,15 +13,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from bridge.arrays import real_array
+from bridge.arrays import Array, real_array
 from bridge.errors import BridgeError, InputError
 from bridge.estimators.distributions import Cauchy, Distribution, Gaussian, Gumbel, Triangular
 from bridge.estimators.points import Nodes, PointSet
 from bridge.evaluation.workers import IsolatedSimulator
 from bridge.simulator.protocol import Simulator, simulator_name, unwatched
 from bridge.simulator.repeatability import generators, same
-
-Array = NDArray[np.float64]
 
 
 @final

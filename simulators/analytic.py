@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.simulator.protocol import ParameterSpace
-
-Array = NDArray[np.float64]
 
 DENSITIES: dict[str, Any] = {
     "gaussian": stats.norm(),

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.simulator.protocol import Parameter, ParameterSpace
-
-Array = NDArray[np.float64]
 
 # Between these, a cost always stands out of the rounding of a path's sum; heavy-tailed noise is clipped to them.
 LOG_COST_RANGE = (-12.0, 12.0)

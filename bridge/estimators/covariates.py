@@ -38,13 +38,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import EvaluationError
 from bridge.estimators.design import Strategy
 from bridge.estimators.distributions import Distribution, Gaussian
 from bridge.estimators.points import Nodes
 from bridge.estimators.scale import Form
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

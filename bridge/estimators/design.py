@@ -18,7 +18,6 @@ from bridge.errors import InputError
 from bridge.estimators.distributions import Distribution, fisher_information, get_distribution
 from bridge.estimators.points import Nodes, PointSet, get_points
 
-Array = NDArray[np.float64]
 Covariate = Literal["auto", "none", "f(x)", "loo", "mean", "block", "regression", "bq"]
 Failures = Literal["raise", "drop", "penalty"]
 Forward = Literal["smoothed", "unsmoothed"]

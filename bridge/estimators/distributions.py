@@ -13,12 +13,10 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, final
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 
+from bridge.arrays import Array
 from bridge.errors import InputError
-
-Array = NDArray[np.float64]
 
 
 class Distribution(ABC):

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 from scipy.stats import qmc
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.estimators.distributions import Distribution, Gaussian, fisher_information
-
-Array = NDArray[np.float64]
 
 # What "auto" takes on itself, about a second: floating-point operations of orthogonal directions, and the dimensions
 # whose scrambles Sobol' points need.

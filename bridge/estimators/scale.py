@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.estimators.distributions import Distribution
 
-Array = NDArray[np.float64]
 Form = Literal["diagonal", "matrix"]
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.dispatch import ONCE, Dispatcher, TreeSum, describe_lost, owner_map
 from bridge.errors import BridgeError, EvaluationError, InputError, OutputError, SetupError, StoppedError
 from bridge.estimators.covariates import Weights, enough, in_pairs, make_weights, second_weights, survivors
@@ -43,7 +44,6 @@ from bridge.simulator.protocol import (
     simulator_name,
 )
 
-Array = NDArray[np.float64]
 # A unit's outputs as they came: (rows, outputs), None for a chunk of which every row failed.
 Chunks = list[tuple[int, torch.Tensor | None]]
 # Rows whose bits a float64 holds exactly.

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.dispatch import Dispatcher
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError, NonFiniteError
 from bridge.estimators.design import Design, Strategy
@@ -34,7 +35,6 @@ from bridge.simulator.identity import Filing, innermost
 from bridge.simulator.protocol import ParameterSpace, Simulator, computes_row_by_row, simulator_name
 from bridge.storage.store import Store
 
-Array = NDArray[np.float64]
 Schedule = Literal["auto", "static", "dynamic"]
 
 _log = logging.getLogger("bridge")

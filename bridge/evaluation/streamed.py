@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from bridge.arrays import floating, real_array
+from bridge.arrays import Array, floating, real_array
 from bridge.dispatch import TreeSum
 from bridge.errors import EvaluationError, OutputError
 
 if TYPE_CHECKING:
     from bridge.evaluation.evaluation import Evaluation
 
-Array = NDArray[np.float64]
 
 # Rows handed to the simulator, and to the kernel, at once: more would cost memory and gain no speed.
 CHUNK = 8

@@ -8,12 +8,9 @@ from typing import final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bridge.errors import InputError
 from bridge.fitting.target import LinearMap, checked_linear
-
-Array = NDArray[np.float64]
 
 
 @final

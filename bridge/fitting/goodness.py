@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import chi2
 
+from bridge.arrays import Array
 from bridge.fitting.misfit import Misfit
-
-Array = NDArray[np.float64]
 
 # A target of a known variance counts as unexplained where chance gives as large a chi-square less often than this, and
 # where it is more than so many degrees of freedom: the variance itself is hardly ever known better.

@@ -9,10 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.fitting.uncertainty import Stated
 from bridge.simulator.protocol import ParameterSpace
-
-Array = NDArray[np.float64]
 
 # Changes of the outputs over a natural scale, beside those by noise alone: more than this is told apart from them.
 _TOLD = 2.0

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bridge.arrays import one_number
+from bridge.arrays import Array, one_number
 from bridge.errors import InputError
 from bridge.fitting.prior import Prior
 from bridge.fitting.robust import RobustLoss
 from bridge.fitting.soundness import unusable
 from bridge.fitting.target import Cholesky, LinearMap, touched
 
-Array = NDArray[np.float64]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 

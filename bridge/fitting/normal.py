@@ -10,9 +10,8 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.fitting.robust import RobustLoss
-
-Array = NDArray[np.float64]
 
 # Standard deviations by which the information on a parameter is to exceed nothing: its error is then good to a sixth.
 _CLEAR, _LOST = 3.0, 1.0

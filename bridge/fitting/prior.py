@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.simulator.protocol import ParameterSpace
 
-Array = NDArray[np.float64]
 PriorOf = Mapping[Any, tuple[Any, Any]] | tuple[Any, Any]
 
 

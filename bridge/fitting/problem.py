@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from bridge.arrays import Array
 from bridge.checks import is_whole
 from bridge.errors import InputError
 from bridge.fitting.misfit import Loss, Misfit
@@ -21,7 +22,6 @@ from bridge.reporting.result import FitStep
 from bridge.simulator.protocol import Parameter, ParameterSpace, Simulator, as_simulator
 from bridge.simulator.reduced import ReducedSimulator, reduced
 
-Array = NDArray[np.float64]
 # Bounds of one sign with a ratio of at least this are taken for a logarithmic range.
 _DECADES = 100.0
 _NO_SOURCE = "the first runs alone, since the start is 0"

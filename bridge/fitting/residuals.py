@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from scipy.signal import lfilter
 from scipy.special import fdtrc, stdtr
 
+from bridge.arrays import Array
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.normal import finite_inverse
-
-Array = NDArray[np.float64]
 
 # Chance of an outlier; how far a parameter may go without an output that is one, of its standard error; how many.
 _OUTLIER, _INFLUENCE, _MOST_OUTLIERS = 1e-3, 1.0, 0.1

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.simulator.protocol import ParameterSpace, Simulator, simulator_name
 from bridge.simulator.reduced import ReducedSimulator
 from bridge.storage.store import Key, Store
 
-Array = NDArray[np.float64]
 Source = str | os.PathLike[str] | Store
 
 _log = logging.getLogger("bridge")

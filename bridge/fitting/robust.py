@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.fitting.registry import Registry
-
-Array = NDArray[np.float64]
 
 # Of a residual, that the fit leaves.
 _LEAST_LEFT = 0.05

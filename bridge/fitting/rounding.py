@@ -12,7 +12,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from bridge.arrays import Array
 
 # Of an output's range: what is left of two numbers that have no common step, in double precision; and the least step
 # that is told apart from that, which is so many times as much.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from bridge.arrays import Array
 
 # Numbers larger than this count as failed: what is made of their squares would overflow.
 HUGE = 1e100

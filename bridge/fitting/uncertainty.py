@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import chdtrc, chdtri, fdtrc
 
+from bridge.arrays import Array
 from bridge.fitting.normal import (
     Normal,
     finite_inverse,
@@ -29,8 +30,6 @@ from bridge.fitting.normal import (
 )
 from bridge.fitting.residuals import alike_neighbours, are_data, correlated, growing_variance, is_exact, with_outliers
 from bridge.fitting.robust import RobustLoss
-
-Array = NDArray[np.float64]
 
 # Chance of a chi-square as large as that from which on it scales errors, and from which on that is said; and of a step
 # that is no noise.

@@ -30,12 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import integrate, special
 
+from bridge.arrays import Array
 from bridge.dispatch.tree import run_of, transfers
 from bridge.errors import InputError
 from bridge.estimators.design import default_leaf_size
 from bridge.evaluation.streamed import CHUNK, units_of_leaf
-
-Array = NDArray[np.float64]
 
 # Runs shorter than this are not moved to other ranks: as in `bridge.evaluation.runner`.
 _WORTH_MOVING_S = 0.002

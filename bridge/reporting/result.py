@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
+from bridge.arrays import Array
 from bridge.checks import is_number
 from bridge.errors import InputError
 from bridge.reporting.text import describe_end, format_duration, format_value, printable
 from bridge.simulator.protocol import ParameterSpace
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol, final, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.simulator.digest import UnseenError, digest_of, given_identity
 from bridge.simulator.protocol import FunctionSimulator, Simulator, simulator_name
-
-Array = NDArray[np.float64]
 
 _DIGITS = 16
 # Identities that calls have changed, by which they have become: a simulator that counts stays the one it was.

@@ -9,6 +9,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.simulator.protocol import (
     BlockStructure,
@@ -18,8 +19,6 @@ from bridge.simulator.protocol import (
     computes_row_by_row,
     simulator_name,
 )
-
-Array = NDArray[np.float64]
 
 
 @final

@@ -12,15 +12,13 @@ import torch
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from bridge.arrays import real_array
+from bridge.arrays import Array, real_array
 from bridge.errors import InputError
 from bridge.estimators.covariates import resolve_covariate
 from bridge.estimators.points import Auto
 from bridge.estimators.scale import as_tensor, pull_back_scale, pull_back_theta
 from bridge.evaluation.evaluation import Evaluation
 from bridge.smoothing.surrogate import Corrected
-
-Array = NDArray[np.float64]
 
 
 class SquaredError(NamedTuple):

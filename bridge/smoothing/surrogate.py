@@ -28,15 +28,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError, OutputError
 from bridge.estimators.design import Strategy, default_leaf_size
 from bridge.evaluation.evaluation import Evaluation
 from bridge.evaluation.runner import Execution
 from bridge.simulator.protocol import ParameterSpace, Simulator, simulator_name
 
-Array = NDArray[np.float64]
 # (simulator, strategy, execution) -> its evaluation at the parameters at hand.
 Evaluate = Callable[[Simulator, Strategy, Execution], Evaluation]
 

@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol, final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.checks import did_you_mean, is_number, is_whole
 from bridge.errors import InputError
 from bridge.fitting.blur import make_blur_schedule
@@ -31,7 +31,6 @@ from bridge.reporting.result import FitStep
 from bridge.simulator.protocol import Simulator, Structured, as_simulator
 from bridge.smoothing.smooth import SmoothedSimulator, smooth
 
-Array = NDArray[np.float64]
 MethodName = Literal["auto", "kriging", "trust-region", "gauss-newton", "adam", "torch", "natural"]
 METHODS = ("auto", "kriging", "trust-region", "gauss-newton", "adam", "torch", "natural")
 # More parameters than this, or a block structure, and a model of all runs takes too long to think.

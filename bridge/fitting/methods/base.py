@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.fitting.uncertainty import Stated
 from bridge.reporting.result import FitEnd
-
-Array = NDArray[np.float64]
 
 # Steps of less than this part of the errors asked for are small against them.
 SMALL_STEP = 0.25

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import BridgeError, EvaluationError, NonFiniteError
 from bridge.fitting.methods.base import SMALL_STEP, MethodResult
 from bridge.fitting.methods.descent_errors import of_descent
@@ -26,8 +27,6 @@ from bridge.reporting.result import FitEnd, FitStep
 from bridge.simulator.protocol import may_be_noisy
 from bridge.smoothing.estimate import Estimate
 from bridge.smoothing.smooth import SmoothedSimulator
-
-Array = NDArray[np.float64]
 
 # The share of the steps in which the worse half of several starts is dropped again and again.
 _RACE = 0.5

@@ -11,13 +11,12 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import chdtri
 
+from bridge.arrays import Array
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.normal import Normal, finite_inverse, leverages, normal_of, without
 from bridge.fitting.residuals import is_exact, output_sizes, target_spread
 from bridge.fitting.rounding import Lattice
 from bridge.fitting.uncertainty import Evidence, Note, NoteKind, Stated
-
-Array = NDArray[np.float64]
 
 # Noise of the smoothed output beside the target's, from which on the end of a first-order descent tells no error.
 _TOO_NOISY = 2.0

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.fitting.methods.steps import SmoothedProblem, StepOutcome
 
-Array = NDArray[np.float64]
 MakeOptimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 

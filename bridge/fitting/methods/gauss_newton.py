@@ -8,9 +8,8 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.fitting.methods.steps import SmoothedProblem, StepOutcome
-
-Array = NDArray[np.float64]
 
 # Scales that a step of Gauss-Newton may be long; from which part of that on it is at its limit.
 LONGEST, _AT_LIMIT = 2.0, 0.95

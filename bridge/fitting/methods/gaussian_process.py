@@ -24,11 +24,10 @@ from functools import cached_property
 from typing import final
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.optimize import minimize
 
-Array = NDArray[np.float64]
+from bridge.arrays import Array
 
 # In units of the lengths: long enough that the rough part is a variogram linear in the distance.
 _ROUGH_LENGTH = 3.0

@@ -8,6 +8,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.fitting.methods.base import SMALL_STEP, MethodResult
 from bridge.fitting.methods.kriging_errors import of_search
@@ -19,8 +20,6 @@ from bridge.fitting.uncertainty import Stated
 from bridge.reporting.result import FitStep
 from bridge.simulator.protocol import may_be_noisy
 from bridge.smoothing.smooth import SmoothedSimulator
-
-Array = NDArray[np.float64]
 
 # What every rank makes of the outputs itself.
 _EVERYWHERE = ("residuals", "lattice")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.fitting.methods.gaussian_process import GaussianProcess, fit_gaussian_process
 from bridge.fitting.methods.kriging_search import KrigingSearch
 from bridge.fitting.misfit import Misfit
@@ -15,8 +16,6 @@ from bridge.fitting.normal import Normal, finite_inverse, least_share, of_least_
 from bridge.fitting.residuals import output_sizes, target_spread
 from bridge.fitting.rounding import Lattice
 from bridge.fitting.uncertainty import Evidence, Note, NoteKind, Stated
-
-Array = NDArray[np.float64]
 
 # Of outputs beside their changes in a model, squared: what the least nugget makes of them.
 _LEAST_WIDTH = 1e-2

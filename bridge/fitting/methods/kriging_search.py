@@ -25,6 +25,7 @@ import numpy as np
 from numpy.linalg import LinAlgError
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.fitting.methods.gaussian_process import (
     GaussianProcess,
@@ -35,8 +36,6 @@ from bridge.fitting.methods.gaussian_process import (
 from bridge.fitting.methods.missing import completed
 from bridge.fitting.robust import RobustLoss
 from bridge.fitting.soundness import corrected_units, looks_like_noise, sensitivities, tamed
-
-Array = NDArray[np.float64]
 
 # Rows that the model is made of: those nearest to the best, at least 2 (d + 1), but for those of a loss so many times
 # that of the best 2 (d + 1).

@@ -16,9 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.fitting.methods.gaussian_process import GaussianProcess
-
-Array = NDArray[np.float64]
 
 
 def completed(rows: Array, residuals: Array, failed: NDArray[np.bool_], kernel: Array) -> tuple[Array, Array]:

@@ -23,13 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.fitting.methods.steps import Schedule, StepOutcome
 from bridge.fitting.misfit import Misfit
 from bridge.simulator.protocol import Parallel, ParameterSpace, Simulator, computes_row_by_row, simulator_name
 from bridge.smoothing.smooth import SmoothedSimulator, floating_rows
-
-Array = NDArray[np.float64]
 
 # A scale is changed by no more than this factor's logarithm in one step.
 _MOST = 0.5

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import EvaluationError, InputError
 from bridge.fitting.soundness import HUGE
 from bridge.simulator.protocol import Simulator
 from bridge.smoothing.smooth import SmoothedSimulator, smooth
-
-Array = NDArray[np.float64]
 
 # What stands for a failed run until it is told apart: no simulator's output.
 FAILED = 1e300

@@ -31,9 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
+from bridge.arrays import Array
 from bridge.errors import BridgeError, EvaluationError, InputError
-
-Array = NDArray[np.float64]
 
 # Radii, natural units: the first, how far it may grow; the point beyond an edge is in a region so many times as large.
 _FIRST_RADIUS, _LARGEST, _FAR = 1.0, 1e6, 4.0

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.fitting.blur import stage_at
 from bridge.fitting.methods.descent_errors import of_descent
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.target import LinearMap
 from bridge.smoothing.estimate import Estimate
 from bridge.smoothing.smooth import SmoothedSimulator
-
-Array = NDArray[np.float64]
 
 _BISECTIONS = 12
 

@@ -7,8 +7,8 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.fitting.methods.base import MethodResult
 from bridge.fitting.methods.plain_runs import plain_outputs, useless_start
@@ -17,8 +17,6 @@ from bridge.fitting.misfit import Misfit
 from bridge.fitting.soundness import HUGE
 from bridge.reporting.result import FitStep
 from bridge.smoothing.smooth import SmoothedSimulator
-
-Array = NDArray[np.float64]
 
 
 @final

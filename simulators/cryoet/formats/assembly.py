@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
-
-Array = NDArray[np.float64]
 
 # Of the products of a matrix' columns: files have as few as three digits.
 _ROTATION = 0.01

@@ -18,11 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
-
-Array = NDArray[np.float64]
 
 _NUMBERS = (
     "PixelSpacing", "TiltAngle", "RotationAngle", "ExposureDose", "PriorRecordDose", "Defocus", "TargetDefocus",

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from simulators.cryoet.formats.structure import import_gemmi
-
-Array = NDArray[np.float64]
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # Nothing in these tables is larger, whatever its unit; what is computed of such numbers is finite.

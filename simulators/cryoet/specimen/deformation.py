@@ -20,13 +20,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.simulator.protocol import Parameter
 from simulators.cryoet.device import CPU
 from simulators.cryoet.microscope.optics import check_range
 from simulators.cryoet.specimen.specimen import Residues, Specimen
-
-Array = NDArray[np.float64]
 
 # Below this many coordinates all eigenvectors are computed at once.
 _DENSE_BELOW = 100

@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bridge.arrays import is_number
+from bridge.arrays import Array, is_number
 from bridge.errors import InputError
 from simulators.cryoet.formats.mrc import read_mrc
-
-Array = NDArray[np.float64]
 
 _CENTRES = ("box", "mass")
 _KEYS = ("map", "volts_per_unit", "voxel_size_angstrom", "level", "centre", "origin")

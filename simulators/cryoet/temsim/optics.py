@@ -18,6 +18,7 @@ import scipy.special
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from simulators.cryoet.device import CPU
 from simulators.cryoet.microscope.optics import check_range
 from simulators.cryoet.microscope.physics import REST_ENERGY_EV
@@ -28,8 +29,6 @@ from simulators.cryoet.temsim.potential import (
     water_cross_section,
     wave_number,
 )
-
-Array = NDArray[np.float64]
 
 CARBON_PER_NM3 = 100.0
 """Atoms of the carbon film [1/nm^3]."""

@@ -21,13 +21,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from simulators.cryoet.formats.structure import read_structure_file
 from simulators.cryoet.microscope.physics import POTENTIAL_CONSTANT, REST_ENERGY_EV, wavelength_angstrom
 from simulators.cryoet.specimen.potential import peng_coefficients
 from simulators.cryoet.specimen.specimen import Specimen
-
-Array = NDArray[np.float64]
 
 BOHR_RADIUS_NM = 0.0529177
 ICE_PER_NM3 = 33.5

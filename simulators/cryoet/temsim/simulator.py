@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.simulator.protocol import Parameter, ParameterSpace
 from simulators.cryoet.device import CPU, checked_device
@@ -30,8 +31,6 @@ from simulators.cryoet.simulator import checked_shape, made
 from simulators.cryoet.specimen.specimen import Specimen
 from simulators.cryoet.temsim.optics import Grid, Optics, Sample, Scattering, Thickness, lens, slice_of
 from simulators.cryoet.temsim.potential import Maps, Projected, on_pixels, read_structure, rotation
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.arrays import is_number
+from bridge.arrays import Array, is_number
 from bridge.errors import InputError
 from simulators.cryoet.formats.micrographs import YAxis, read_oriented
 from simulators.cryoet.formats.star import LARGEST, NUMBER, Table, is_file, listed, read_star
 from simulators.cryoet.tilt.files import RecordedSeries
 from simulators.cryoet.tilt.scheme import TiltScheme
 
-Array = NDArray[np.float64]
 Centre = Literal["rounded", "exact"]
 _OTHER_HAND = "The hand is -1, and that of TiltSeries 1: take turned_over() of the series and of the particles."
 

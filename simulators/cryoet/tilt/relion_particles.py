@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.arrays import Array
 from bridge.errors import InputError
 from simulators.cryoet.formats.star import Table, listed, read_star
 from simulators.cryoet.specimen.specimen import Specimen
 from simulators.cryoet.tilt.parameters import Particle
 from simulators.cryoet.tilt.relion import Centre, middle, table_of_series
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
