@@ -36,10 +36,7 @@ import torch
 from numpy.typing import NDArray
 
 import bridge
-from bridge.simulator.protocol import Simulator
-from simulators.cryoet import Detector, Microscope, Particle, Specimen, TiltScheme, TiltSeries, projected_potential
-from simulators.cryoet.microscope.physics import focal_spread_angstrom, interaction_constant, wavelength_angstrom
-from simulators.cryoet.specimen.potential import add_linear, displaced_voxels, ice_potential
+from bridge import Detector, Microscope, Particle, Simulator, Specimen, TiltScheme, TiltSeries, cryoet
 
 Array = NDArray[np.float64]
 
@@ -203,24 +200,24 @@ def exit_wave(layout: Layout, image: int, copy: int) -> NDArray[np.complex64]:
     exposure = DOSE * (len(layout.scheme.earlier(image)) + 0.5)
     with np.errstate(divide="ignore"):
         damage = np.exp(-0.5 * exposure / (0.245 * q2 ** (-0.5 * 1.665) + 2.81))
-    sigma, wavelength = (float(f(OPTICS.voltage_kv)) for f in (interaction_constant, wavelength_angstrom))
+    sigma, wavelength = (float(f(OPTICS.voltage_kv)) for f in (cryoet.interaction_constant, cryoet.wavelength_angstrom))
     loss = OPTICS.amplitude_contrast / math.sqrt(1 - OPTICS.amplitude_contrast**2)
     wave, height = np.ones((box, box), dtype=np.complex128), 0.0
     number = np.floor(atoms.positions[:, 2] / SLICE).astype(int)
     if layout.thresholded:
-        dry = np.concatenate([VOXEL * (np.argwhere(full) + low) for full, low in displaced_voxels(atoms, VOXEL)])
+        dry = np.concatenate([VOXEL * (np.argwhere(full) + low) for full, low in cryoet.displaced_voxels(atoms, VOXEL)])
     for k in sorted(set(number.tolist()), reverse=True):  # the electrons come from above
         mine, middle = number == k, (k + 0.5) * SLICE
         part = Specimen.from_atoms(
             atoms.positions[mine], atoms.atomic_numbers[mine], weights=atoms.weights[mine],
             b_factors=atoms.b_factors[mine], hydrogens=atoms.hydrogens[mine],
         )  # fmt: skip
-        potential = projected_potential(part, (box, box), step, solvent=not layout.thresholded)
+        potential = cryoet.projected_potential(part, (box, box), step, solvent=not layout.thresholded)
         if layout.thresholded:
             within = dry[np.floor(dry[:, 2] / SLICE) == k, 1::-1] / step + box // 2
             thickness = np.zeros((box, box))
-            add_linear(thickness, within, np.full(len(within), VOXEL**3 / step**2))
-            potential -= ice_potential() * thickness
+            cryoet.add_linear(thickness, within, np.full(len(within), VOXEL**3 / step**2))
+            potential -= cryoet.ice_potential() * thickness
         phase = sigma * scipy.fft.ifft2(scipy.fft.fft2(potential) * damage).real
         wave = _travelled(wave, (height - middle) * wavelength, q2) * np.exp((1j - loss) * phase)
         height = middle
@@ -244,8 +241,8 @@ def expected(layout: Layout, true: Array) -> Array:
     size = 2 * scipy.fft.next_fast_len(layout.size + 80)
     fx, fy = frequencies(size, step)
     q2 = fx * fx + fy * fy
-    wavelength = float(wavelength_angstrom(OPTICS.voltage_kv))
-    spread = float(focal_spread_angstrom(OPTICS.voltage_kv, OPTICS.energy_spread_ev, OPTICS.cc_mm))
+    wavelength = float(cryoet.wavelength_angstrom(OPTICS.voltage_kv))
+    spread = float(cryoet.focal_spread_angstrom(OPTICS.voltage_kv, OPTICS.energy_spread_ev, OPTICS.cc_mm))
     cs, b, convergence = 1e7 * OPTICS.cs_mm, OPTICS.b_factor_angstrom2, 1e-3 * OPTICS.convergence_mrad
     cutoff = 0.5e-3 * OPTICS.aperture_um / OPTICS.focal_length_mm / wavelength
     envelope = np.exp(-0.25 * b * q2 - 0.5 * (math.pi * wavelength * spread * q2) ** 2) * (q2 < cutoff**2)

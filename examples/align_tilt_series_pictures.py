@@ -10,7 +10,7 @@ import numpy as np
 import scipy.ndimage
 from numpy.typing import NDArray
 
-from simulators.cryoet import Microscope, contrast_transfer
+from bridge import Microscope, cryoet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,7 +134,7 @@ def _thon(
     top = axis.get_ylim()[1]
     for name, style, label in (("first", ":", "before"), ("columns", "-", "after")):
         own = replace(optics, defocus_um=float(arrays[name][2 * n + t]))
-        ctf = radial(contrast_transfer(own, image.shape, pixel).numpy() ** 2, q, edges)  # type: ignore[arg-type]
+        ctf = radial(cryoet.contrast_transfer(own, image.shape, pixel).numpy() ** 2, q, edges)  # type: ignore[arg-type]
         axis.plot(middle, 0.25 * top * ctf, style, color="0.6", label=f"CTF^2 {label}, scaled")
     axis.set_xlabel("spatial frequency [1/angstrom]")
 

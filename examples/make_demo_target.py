@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge.cli.job import load_simulator
+from bridge import load_simulator
 
 HERE = Path(__file__).parent
 TRUTH = {"defocus_um": 1.6, "x_angstrom": 8.0, "y_angstrom": -12.0, "rotation_deg": 3.5}

@@ -37,9 +37,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import bridge
-from adapters.render.pose_metrics import rotation_angle_deg, translation_error
-from adapters.render.pyrender import PyrenderSimulator, teapot
-from adapters.render.raster import RasterSimulator
+from bridge import PyrenderSimulator, RasterSimulator, pose_metrics, teapot
 
 Array = NDArray[np.float64]
 
@@ -254,7 +252,7 @@ def train(method: str, camera: Camera, seed: int, budget: int) -> Training:
 
     def look(renders: int) -> Look:
         true, found = (camera.simulator.object_to_camera(rows)[:, 0] for rows in (truth, read()))
-        angles, distances = rotation_angle_deg(true, found), translation_error(true, found)
+        angles, distances = pose_metrics.rotation_angle_deg(true, found), pose_metrics.translation_error(true, found)
         return Look(renders, float(np.median(angles)), float(angles.mean()), float(np.median(distances)))
 
     before, looks, done = read(), [look(0)], 0

@@ -36,10 +36,7 @@ import torch
 from numpy.typing import NDArray
 
 import bridge
-from adapters.render.cameras import turntable_pose
-from adapters.render.pose_metrics import direction_angle_deg, mask_iou
-from adapters.render.pyrender import teapot
-from adapters.render.raster import RasterSimulator
+from bridge import RasterSimulator, cameras, pose_metrics, teapot
 
 Array = NDArray[np.float64]
 
@@ -77,7 +74,7 @@ class Task:
         mesh = teapot(6)
         mesh.vertices -= mesh.bounds.mean(axis=0)
         mesh.vertices /= np.linalg.norm(mesh.vertices, axis=1).max()
-        mesh.apply_transform(np.linalg.inv(turntable_pose(azimuth, elevation, 0.0)))
+        mesh.apply_transform(np.linalg.inv(cameras.turntable_pose(azimuth, elevation, 0.0)))
         self.simulator = RasterSimulator(mesh, outputs=output, camera="turntable-log", normalise=False)
         self.space, self.comm = self.simulator.space, comm
         self.bin = seed % len(BINS)
@@ -316,8 +313,8 @@ def outcome(task: Task, pose: Array, method: str, seed: int, budget: int, starte
     silhouette, target = task.render(np.array([pose, task.truth])) > 0
     loss = float(np.mean(silhouette != target))
     error = float(np.hypot(pose[1], pose[2]))
-    geodesic = float(direction_angle_deg(pose[2], pose[1], 0, 0))
-    iou = float(mask_iou(silhouette, target))
+    geodesic = float(pose_metrics.direction_angle_deg(pose[2], pose[1], 0, 0))
+    iou = float(pose_metrics.mask_iou(silhouette, target))
     return Outcome(method, budget, seed, task.bin, renders, error, geodesic, loss, iou, round(cpu, 4), pose.tolist())
 
 

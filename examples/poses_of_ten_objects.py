@@ -38,11 +38,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 import bridge
-from adapters.render.cameras import rotation_from_vector
-from adapters.render.pose_metrics import Symmetry, diameter
-from adapters.render.pyrender import PyrenderSimulator, teapot
-from adapters.render.raster import RasterSimulator
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge import Parameter, ParameterSpace, PyrenderSimulator, RasterSimulator, cameras, pose_metrics, teapot
 
 Array = NDArray[np.float64]
 Poses = tuple[Array, Array]  # rotations (10, 3, 3) and positions (10, 3)
@@ -74,22 +70,22 @@ def _bar(*boxes: tuple[tuple[float, ...], tuple[float, ...]]) -> Any:
     return trimesh.util.concatenate([trimesh.creation.box(e).apply_translation(c) for e, c in boxes])
 
 
-def objects() -> list[tuple[str, Any, Symmetry]]:
+def objects() -> list[tuple[str, Any, pose_metrics.Symmetry]]:
     """Name, mesh (centred, of radius `RADIUS`, coloured) and symmetry of the ten."""
     z, x = (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)
-    round_, both_ways = Symmetry.revolution(z), Symmetry.revolution(z, flip=True)
-    boxlike = Symmetry.dihedral(2, z, x)
+    round_, both_ways = pose_metrics.Symmetry.revolution(z), pose_metrics.Symmetry.revolution(z, flip=True)
+    boxlike = pose_metrics.Symmetry.dihedral(2, z, x)
     found = [
-        ("teapot", teapot(3), Symmetry()),
+        ("teapot", teapot(3), pose_metrics.Symmetry()),
         ("brick", trimesh.creation.box((2.0, 1.4, 0.8)), boxlike),
         ("cylinder", trimesh.creation.cylinder(radius=0.5, height=1.6, sections=24), both_ways),
         ("cone", trimesh.creation.cone(radius=0.7, height=1.6, sections=24), round_),
         ("torus", trimesh.creation.torus(1.0, 0.35, major_sections=24, minor_sections=12), both_ways),
-        ("hook", _bar(((0.5, 2, 0.5), (0, 0, 0)), ((0.9, 0.5, 0.5), (0.7, -0.75, 0))), Symmetry()),
-        ("stairs", _bar(*(((0.6, 0.6 * n, 1.0), (0.6 * n, 0.3 * n, 0)) for n in (1, 2, 3))), Symmetry()),
+        ("hook", _bar(((0.5, 2, 0.5), (0, 0, 0)), ((0.9, 0.5, 0.5), (0.7, -0.75, 0))), pose_metrics.Symmetry()),
+        ("stairs", _bar(*(((0.6, 0.6 * n, 1.0), (0.6 * n, 0.3 * n, 0)) for n in (1, 2, 3))), pose_metrics.Symmetry()),
         ("egg", trimesh.creation.icosphere(2).apply_scale([1.0, 0.65, 0.45]), boxlike),
         ("pill", trimesh.creation.capsule(height=1.4, radius=0.5, count=[16, 12]), both_ways),
-        ("flag", _bar(((0.3, 2.4, 0.3), (0, 0, 0)), ((1.0, 0.7, 0.2), (0.6, 0.8, 0))), Symmetry()),
+        ("flag", _bar(((0.3, 2.4, 0.3), (0, 0, 0)), ((1.0, 0.7, 0.2), (0.6, 0.8, 0))), pose_metrics.Symmetry()),
     ]
     palette = [
         [0.9, 0.9, 0.9], [0.9, 0.2, 0.2], [0.2, 0.8, 0.2], [0.3, 0.4, 1.0], [0.9, 0.8, 0.1],
@@ -117,7 +113,7 @@ class Heap:
     def __init__(self, seed: int, backend: str = "raster") -> None:
         self.names, meshes, self.symmetries = map(list, zip(*objects(), strict=True))
         self.count = len(meshes)
-        self.diameters = np.array([diameter(m.vertices) for m in meshes])
+        self.diameters = np.array([pose_metrics.diameter(m.vertices) for m in meshes])
         options: dict[str, Any] = {
             "size": (SIZE, SIZE), "lens": HALF_ANGLE_DEG, "fixed": {"distance": DISTANCE}, "normalise": False,
             "background_depth": DISTANCE + 1,
@@ -184,7 +180,7 @@ def parameters(turns: Array, positions: Array) -> Array:
 
 def moved(poses: Poses, moves: Array) -> Poses:
     """Poses after moves (..., 10, 6)."""
-    return rotation_from_vector(np.deg2rad(moves[..., :3])) @ poses[0], poses[1] + moves[..., 3:]
+    return cameras.rotation_from_vector(np.deg2rad(moves[..., :3])) @ poses[0], poses[1] + moves[..., 3:]
 
 
 def rows_of(poses: Poses, moves: Array) -> Array:

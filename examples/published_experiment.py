@@ -41,10 +41,7 @@ from numpy.typing import NDArray
 from scipy.stats import qmc
 
 import bridge
-from bridge.estimators.distributions import Distribution
-from bridge.estimators.points import Nodes
-from simulators.cryoet import Specimen, TEMSim
-from simulators.cryoet.temsim.simulator import Camera
+from bridge import Distribution, Nodes, Specimen, TEMSim, cryoet
 
 Array = NDArray[np.float64]
 
@@ -141,7 +138,7 @@ class Problem:
 
     simulator: Logarithmic
     target: torch.Tensor
-    camera: Camera
+    camera: cryoet.Camera
     loss: str = "whitened"
 
     @property
@@ -331,7 +328,7 @@ def make_temsim(arguments: argparse.Namespace, **changes: Any) -> TEMSim:
 
 def make_program(arguments: argparse.Namespace, noise: str = "none") -> Any:
     """The program itself, by its adapter; a deck with the same settings."""
-    from adapters.tem.simulator import TEMSimulator
+    from bridge import TEMSimulator
 
     place = Path(arguments.out or ".") / "coordinates.txt"
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +368,7 @@ def make_problem(arguments: argparse.Namespace, target: str, simulator: Any = No
         source = simulator if target == "clean" else simulator.replace(noise="full")
     seed = np.array([0 if target == "clean" else int(target)], dtype=np.uint64)
     image = source(simulator.reference[None], seed)[0].astype(np.float64)
-    return Problem(Logarithmic(simulator), torch.as_tensor(image), Camera(), arguments.loss)
+    return Problem(Logarithmic(simulator), torch.as_tensor(image), cryoet.Camera(), arguments.loss)
 
 
 def parser() -> argparse.ArgumentParser:

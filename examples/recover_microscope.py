@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import bridge
-from simulators.cryoet import CryoET, Detector, Microscope, Specimen, read_micrograph
+from bridge import CryoET, Detector, Microscope, Specimen, read_micrograph
 
 HERE = Path(__file__).parent
 

@@ -39,11 +39,18 @@ import torch
 from numpy.typing import NDArray
 
 import bridge
-from bridge.simulator.protocol import BlockStructure, Parameter, ParameterSpace
-from simulators.cryoet import CryoET, Deformation, Detector, Microscope, Specimen, cramer_rao
-from simulators.cryoet.microscope.optics import frequencies, transfer_function
-from simulators.cryoet.microscope.physics import interaction_constant, wavelength_angstrom
-from simulators.cryoet.specimen.potential import add_linear, displaced_voxels, ice_potential, projected_potential
+from bridge import (
+    BlockStructure,
+    CryoET,
+    Deformation,
+    Detector,
+    Microscope,
+    Parameter,
+    ParameterSpace,
+    Specimen,
+    cramer_rao,
+    cryoet,
+)
 
 Array = NDArray[np.float64]
 
@@ -172,12 +179,12 @@ def expected_counts(specimen: Specimen, pose: Array, finer: int = 3, slabs: int 
         kept = {name: getattr(specimen, name)[which] for name in ("weights", "b_factors", "hydrogens")}
         return Specimen.from_atoms(xyz[which], specimen.atomic_numbers[which], **kept)
 
-    voxels = displaced_voxels(part(np.ones(len(xyz), dtype=np.bool_)), VOXEL)
+    voxels = cryoet.displaced_voxels(part(np.ones(len(xyz), dtype=np.bool_)), VOXEL)
     solvent = np.concatenate([(np.argwhere(full) + low) * VOXEL for full, low in voxels]).astype(np.float64)
     edges = np.linspace(solvent[:, 2].min() - 1e-6, solvent[:, 2].max() + 1e-6, slabs + 1)
-    grid = frequencies((size, size), step, torch.float64)
+    grid = cryoet.frequencies((size, size), step, torch.float64)
     q2 = grid.q2.numpy()
-    drift = math.pi * wavelength_angstrom(LENS.voltage_kv) * q2
+    drift = math.pi * cryoet.wavelength_angstrom(LENS.voltage_kv) * q2
     loss = LENS.amplitude_contrast / math.sqrt(1 - LENS.amplitude_contrast**2)
     spectrum = np.fft.fft2(np.ones((size, size), dtype=complex))
     height = edges[-1]
@@ -189,13 +196,15 @@ def expected_counts(specimen: Specimen, pose: Array, finer: int = 3, slabs: int 
         height = middle
         potential = np.zeros((size, size))
         if here.any():
-            potential += projected_potential(part(here), (size, size), step)
+            potential += cryoet.projected_potential(part(here), (size, size), step)
         inside = (solvent[:, 2] >= low) & (solvent[:, 2] < high)
         thickness = np.zeros((size, size))
-        add_linear(thickness, solvent[inside, 1::-1] / step + size // 2, np.full(int(inside.sum()), VOXEL**3 / step**2))
-        phase = interaction_constant(LENS.voltage_kv) * (potential - ice_potential() * thickness)
+        cryoet.add_linear(
+            thickness, solvent[inside, 1::-1] / step + size // 2, np.full(int(inside.sum()), VOXEL**3 / step**2)
+        )
+        phase = cryoet.interaction_constant(LENS.voltage_kv) * (potential - cryoet.ice_potential() * thickness)
         spectrum = np.fft.fft2(np.fft.ifft2(spectrum) * np.exp((1j - loss) * phase))
-    lens = transfer_function(LENS.values(), grid, smooth=False).numpy()
+    lens = cryoet.transfer_function(LENS.values(), grid, smooth=False).numpy()
     wave = np.fft.ifft2(spectrum * np.exp(1j * drift * height) * lens)
     intensity = scipy.fft.fft2(np.abs(wave) ** 2)
     keep = size // finer

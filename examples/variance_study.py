@@ -30,9 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 import bridge
-from bridge.errors import InputError
-from simulators.analytic import HardSort
-from simulators.paths import ShortestPath, terrain
+from bridge import HardSort, InputError, ShortestPath, terrain
 
 Array = NDArray[np.float64]
 OUT = Path(__file__).resolve().parents[1] / "docs" / "variance_study"

@@ -9,8 +9,7 @@ also works under MPI, in a pool, and in `bridge.fit`.
 import numpy as np
 
 import bridge
-from adapters.external import ExternalSimulator, Profile, TextTemplate
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge import ExternalSimulator, Parameter, ParameterSpace, Profile, TextTemplate
 
 # A damped oscillation that is recorded as integers: there is no derivative to be had from inside.
 PROGRAM = 'BEGIN { while ((getline < "in.txt") > 0) v[$1] = $3; for (t = 0; t < 4; t += 0.1)' + (

@@ -7,15 +7,9 @@ places), 75 stopped by a signal, Ctrl-C or the end of the allocation (the same c
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import platform
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import bridge
@@ -25,13 +19,8 @@ from bridge.interrupts import Held
 from bridge.simulator import registry
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from bridge.cli.job import Job
     from bridge.reporting.observers import Observer
-
-
-_PACKAGES = ("numpy", "scipy", "torch", "gemmi", "mrcfile", "pyrender", "trimesh", "numba", "matplotlib", "mpi4py")
 
 
 _EPILOG = """\
@@ -51,22 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown command {words[0]!r}.{_meant(words[0], known)} Known: {', '.join(known)}.")
     options = parser.parse_args(words)
     try:
-        if options.command == "list":
-            print("\n".join(registry.list_simulators()))
-            return 0
-        if options.command == "info":
-            return _info(options.name)
-        if options.command == "doctor":
-            return _doctor()
-        if options.command == "check":
-            return _check(options)
-        if options.command == "study":
-            return _study(options)
-        if options.command == "plan":
-            return _plan(options)
-        if options.command == "run":
-            return _run(options.script, options.arguments, options.driver)
-        return _fit(options)
+        return _COMMANDS[options.command].run(options)
     except BridgeError as error:
         print(f"bridge: {error}", file=sys.stderr)
         return exit_code(type(error))
@@ -93,88 +67,34 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     parser.add_argument("--version", action="version", version=f"bridge {bridge.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, what: str, more: str = "") -> argparse.ArgumentParser:
-        said = f"{what[0].upper()}{what[1:]}. {more}".strip()
-        return commands.add_parser(name, help=what, description=said)
-
-    command("list", "the simulators that are known by name")
-    info = command("info", "what a simulator is, and its arguments")
-    info.add_argument("name", help="one of `bridge list`, or of your own: mysim.py:function")
-    check = command(
-        "check",
-        "whether a simulator gives the same numbers again: on a second call, in another order, in another process",
-    )
-    check.add_argument("name", help="one of `bridge list`, of your own (mysim.py:function), or a job file (TOML)")
-    check.add_argument(
-        "--at", metavar="VALUES", help="where: 1.5,0.2 or a=1.5,b=0.2 (default: a job's start, else the middle)"
-    )
-    check.add_argument("--seed", type=int, default=0)
-    fit = command(
-        "fit",
-        "recover parameters from a target, as a job file says",
-        "Stopped or killed, it goes on at the same command. A finished fit is shown again, not run again.",
-    )
-    fit.add_argument("file", help="job file (TOML); examples/demo.toml is one")
-    fit.add_argument("-o", "--output", help="directory for the results, in place of the file's")
-    fit.add_argument(
-        "--progress",
-        default="auto",
-        choices=("auto", "lines", "off"),
-        help="a live view on a terminal (auto, the default); lines for logs; off",
-    )
-    fit.add_argument("--method", help="in place of the file's: auto, kriging, gauss-newton, adam, ...")
-    fit.add_argument("--max-runs", type=int, metavar="N", help="simulator runs to spend, in place of the file's")
-    fit.add_argument("-q", "--quiet", action="store_true", help="no progress: --progress off")
-    fit.add_argument("--jsonl", metavar="FILE", help="one JSON object a step, while it runs")
-    fit.add_argument("--tensorboard", metavar="DIRECTORY", help="scalars for TensorBoard, while it runs")
-    fit.add_argument(
-        "--reuse",
-        metavar="DIRECTORY",
-        action="append",
-        default=[],
-        help="begin with the evaluations of an earlier fit of the same simulator (may be repeated)",
-    )
-    again = fit.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with the run in the directory: the default")
-    again.add_argument("--fresh", action="store_true", help="begin anew, and lose the run in the directory")
-    run = command("run", "run a Python script, so that a failure on one rank ends the job on all")
-    run.add_argument("--driver", action="store_true", help="rank 0 runs the script, a serial one; the others help it")
-    run.add_argument("script", help="a Python script")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the script")
-    study = command("study", "which estimator suits the simulator of a job file")
-    study.add_argument("file", help="job file (TOML): its simulator and start")
-    study.add_argument("--budget", type=int, default=4096, help="simulator runs to spend (default: 4096)")
-    study.add_argument("--scale", type=float, default=1.0, help="of the noise, in natural units (default: 1)")
-    study.add_argument("--seed", type=int, default=0, help="of all noise (default: 0)")
-    study.add_argument("-o", "--output", default="study", help="directory for study.md, study.csv and study.png")
-    plan = command("plan", "how many ranks suit a simulator: step time and efficiency, predicted")
-    plan.add_argument("--cost", required=True, help="of one evaluation, with its unit: 50ms, 2s, 3min, 1h")
-    plan.add_argument("--samples", type=int, default=64, help="N, evaluations of a step (default: 64)")
-    plan.add_argument("--outputs", type=int, default=1, help="m, numbers of an output (default: 1)")
-    plan.add_argument("--parameters", type=int, default=8, help="d (default: 8)")
-    plan.add_argument("--ranks", default="1,2,4,...,4096", help="which (default: 1,2,4,...,4096)")
-    plan.add_argument("--cv", type=float, default=0.0, help="standard deviation / mean of the cost (default: 0)")
-    plan.add_argument("--batch", type=int, default=1, help="parameter vectors of one call (default: 1)")
-    plan.add_argument("--leaf-size", type=int, help="as in bridge.smooth")
-    plan.add_argument(
-        "--schedule", default="auto", choices=("auto", "static", "dynamic"), help="as in bridge.smooth (default: auto)"
-    )
-    plan.add_argument("--float64", action="store_true", help="outputs of 8 bytes a number, not 4")
-    plan.add_argument("--failing", type=float, default=0.0, help="probability that an evaluation fails (default: 0)")
-    plan.add_argument("--mtbf", help="mean time between failures of a node: 5y (default: none)")
-    plan.add_argument("--latency", default="10us", help="of a message (default: 10us)")
-    plan.add_argument("--bandwidth", type=float, default=10.0, help="between two ranks, GB/s (default: 10)")
-    plan.add_argument("--ranks-per-node", type=int, default=64, help="of the cluster (default: 64)")
-    command("doctor", "what this machine has: versions, MPI, threads")
-    return parser, list(commands.choices)
+    for name, command in _COMMANDS.items():
+        said = f"{command.what[0].upper()}{command.what[1:]}. {command.more}".strip()
+        command.options(commands.add_parser(name, help=command.what, description=said))
+    return parser, list(_COMMANDS)
 
 
-def _info(name: str) -> int:
+# --- the commands: what each takes, and what it does ---------------------------------------------------------------
+
+
+def _no_options(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _list(options: argparse.Namespace) -> int:
+    print("\n".join(registry.list_simulators()))
+    return 0
+
+
+def _info_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="one of `bridge list`, or of your own: mysim.py:function")
+
+
+def _info(options: argparse.Namespace) -> int:
     import inspect
 
     from bridge.simulator.protocol import Simulator
 
+    name = options.name
     found = registry.find(name)
     if isinstance(found, Simulator) and not inspect.isclass(found):
         print(f"{name}: {found!r}")
@@ -185,6 +105,32 @@ def _info(name: str) -> int:
     print(f"{name}: {found.__module__}.{found.__qualname__}{inspect.signature(found)}\n")
     print(inspect.getdoc(found) or "It has no docstring.")
     return 0
+
+
+def _fit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="job file (TOML); examples/demo.toml is one")
+    parser.add_argument("-o", "--output", help="directory for the results, in place of the file's")
+    parser.add_argument(
+        "--progress",
+        default="auto",
+        choices=("auto", "lines", "off"),
+        help="a live view on a terminal (auto, the default); lines for logs; off",
+    )
+    parser.add_argument("--method", help="in place of the file's: auto, kriging, gauss-newton, adam, ...")
+    parser.add_argument("--max-runs", type=int, metavar="N", help="simulator runs to spend, in place of the file's")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress: --progress off")
+    parser.add_argument("--jsonl", metavar="FILE", help="one JSON object a step, while it runs")
+    parser.add_argument("--tensorboard", metavar="DIRECTORY", help="scalars for TensorBoard, while it runs")
+    parser.add_argument(
+        "--reuse",
+        metavar="DIRECTORY",
+        action="append",
+        default=[],
+        help="begin with the evaluations of an earlier fit of the same simulator (may be repeated)",
+    )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with the run in the directory: the default")
+    again.add_argument("--fresh", action="store_true", help="begin anew, and lose the run in the directory")
 
 
 def _fit(options: argparse.Namespace) -> int:
@@ -261,53 +207,12 @@ def _fitted(job: Job, options: argparse.Namespace, observers: Sequence[Observer]
     return 0
 
 
-def _run(script: str, arguments: Sequence[str], drive: bool) -> int:
-    """The script as `__main__`, under the rules that a job of several ranks needs from its first line on.
-
-    An exception ends all ranks, with the traceback, also before the script has called bridge; so does `sys.exit` of one
-    rank alone. A rank that is at its end while others still make collective calls raises a `CollectiveError` on all.
-    """
-    from pathlib import Path
-
-    from bridge.dispatch import get_dispatcher
-    from bridge.dispatch.driver import driver
-
-    path = Path(script)
-    if not path.is_file():
-        raise InputError(f"Expected a Python script, got {script!r}, which is no file.")
-    dispatcher = get_dispatcher()
-    sys.argv = [script, *arguments]
-    sys.path[0] = str(path.resolve().parent)
-    if drive:
-        with driver() as main:
-            return _as_main(path) if main else 0
-    status = _as_main(path)
-    if dispatcher.size > 1:
-        try:
-            dispatcher.begin("end of the script", f"exit status {status}")
-        except BridgeError as error:
-            sys.excepthook(type(error), error, error.__traceback__)
-    return status
-
-
-def _as_main(path: Path) -> int:
-    """Runs a script; its exit status."""
-    import runpy
-
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as error:
-        if error.code is not None and not isinstance(error.code, int):
-            print(error.code, file=sys.stderr)
-        return exit_status(error)
-    except BaseException as error:
-        # A `BridgeError` too is shown with its traceback, as under plain Python; under MPI this ends all ranks.
-        with contextlib.suppress(SystemExit):
-            sys.excepthook(type(error), error, error.__traceback__)
-        if isinstance(error, KeyboardInterrupt):
-            return 130
-        return exit_code(type(error)) if isinstance(error, BridgeError) else 1
-    return 0
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="one of `bridge list`, of your own (mysim.py:function), or a job file (TOML)")
+    parser.add_argument(
+        "--at", metavar="VALUES", help="where: 1.5,0.2 or a=1.5,b=0.2 (default: a job's start, else the middle)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -358,6 +263,14 @@ def _place(simulator: Any, start: Mapping[str, float] | None, at: str | None) ->
     return middle
 
 
+def _study_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="job file (TOML): its simulator and start")
+    parser.add_argument("--budget", type=int, default=4096, help="simulator runs to spend (default: 4096)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the noise, in natural units (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of all noise (default: 0)")
+    parser.add_argument("-o", "--output", default="study", help="directory for study.md, study.csv and study.png")
+
+
 def _study(options: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -376,6 +289,26 @@ def _study(options: argparse.Namespace) -> int:
         print(result.table())
         print(f"{result.num_evaluations} simulations; written: {folder}/study.md, study.csv, study.png")
     return 0
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cost", required=True, help="of one evaluation, with its unit: 50ms, 2s, 3min, 1h")
+    parser.add_argument("--samples", type=int, default=64, help="N, evaluations of a step (default: 64)")
+    parser.add_argument("--outputs", type=int, default=1, help="m, numbers of an output (default: 1)")
+    parser.add_argument("--parameters", type=int, default=8, help="d (default: 8)")
+    parser.add_argument("--ranks", default="1,2,4,...,4096", help="which (default: 1,2,4,...,4096)")
+    parser.add_argument("--cv", type=float, default=0.0, help="standard deviation / mean of the cost (default: 0)")
+    parser.add_argument("--batch", type=int, default=1, help="parameter vectors of one call (default: 1)")
+    parser.add_argument("--leaf-size", type=int, help="as in bridge.smooth")
+    parser.add_argument(
+        "--schedule", default="auto", choices=("auto", "static", "dynamic"), help="as in bridge.smooth (default: auto)"
+    )
+    parser.add_argument("--float64", action="store_true", help="outputs of 8 bytes a number, not 4")
+    parser.add_argument("--failing", type=float, default=0.0, help="probability that an evaluation fails (default: 0)")
+    parser.add_argument("--mtbf", help="mean time between failures of a node: 5y (default: none)")
+    parser.add_argument("--latency", default="10us", help="of a message (default: 10us)")
+    parser.add_argument("--bandwidth", type=float, default=10.0, help="between two ranks, GB/s (default: 10)")
+    parser.add_argument("--ranks-per-node", type=int, default=64, help="of the cluster (default: 64)")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -407,75 +340,55 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor() -> int:
-    """Collective under MPI: what each rank has; rank 0 prints."""
-    from importlib import metadata
-
-    import torch
-
-    from bridge.dispatch import get_dispatcher
-    from bridge.dispatch.base import launched_size, local_device
-
-    dispatcher = get_dispatcher()
-    threads, scratch = torch.get_num_threads(), tempfile.gettempdir()
-    lines = dispatcher.each(
-        f"{socket.gethostname()}, cores {_ranges(sorted(os.sched_getaffinity(0)))}, {threads} thread(s), device "
-        f"{local_device()}, scratch {scratch} ({shutil.disk_usage(scratch).free / 1e9:.1f} GB free)"
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--driver", action="store_true", help="rank 0 runs the script, a serial one; the others help it"
     )
-    if dispatcher.rank != 0:
-        return 0
-    print(f"python     {platform.python_version()} on {platform.platform()}")
-    for package in _PACKAGES:
-        try:
-            print(f"{package:<11}{metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            print(f"{package:<11}not installed")
-    print(f"cuda       {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
-    print(f"OpenGL     {_opengl()}")
-    print(f"MPI        {dispatcher.library}")
-    print(f"launcher   {launched_size()} rank(s), as many as are seen: it belongs to that MPI")
-    print(f"simulators {', '.join(registry.list_simulators())}")
-    external = os.environ.get("TEM_SIMULATOR") or shutil.which("TEM-simulator")
-    print(f"programs   TEM-simulator: {external or 'not found (TEM_SIMULATOR names it)'}")
-    for rank, line in enumerate(lines):
-        print(f"rank {rank:<6}{line}")
-    if threads * dispatcher.local_size > (os.cpu_count() or 1):
-        print(
-            f"           {dispatcher.local_size} ranks of {threads} thread(s) on {os.cpu_count()} cores are too many: "
-            "start fewer, or set BRIDGE_THREADS."
-        )
-    return 0
+    parser.add_argument("script", help="a Python script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the script")
 
 
-def _opengl() -> str:
-    """What OpenGL there is, tried in a process of its own: a broken driver may take it along."""
-    from bridge.environment import child_environment
+def _run(options: argparse.Namespace) -> int:
+    from bridge.cli.script import run_script
 
-    program = (
-        "import os; os.environ.setdefault('PYOPENGL_PLATFORM', 'egl'); "
-        "from adapters.render.pyrender import PyrenderSimulator; import pyrender; "
-        "from OpenGL.GL import glGetString, GL_RENDERER; r = pyrender.OffscreenRenderer(8, 8); "
-        "r._platform.make_current(); print(glGetString(GL_RENDERER).decode())"
-    )
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=child_environment(1)
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"none ({type(error).__name__})"
-    said = (done.stdout.strip() or done.stderr.strip() or "?").splitlines()[-1]
-    return said if done.returncode == 0 else f"none ({said})"
+    return run_script(options.script, options.arguments, options.driver)
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 as 0-2,5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
+def _doctor(options: argparse.Namespace) -> int:
+    from bridge.cli.doctor import doctor
+
+    return doctor()
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word of the command line: what it does in a sentence, what it takes, what it does, what more help says."""
+
+    what: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    more: str = ""
+
+
+_COMMANDS = {
+    "list": Command("the simulators that are known by name", _no_options, _list),
+    "info": Command("what a simulator is, and its arguments", _info_options, _info),
+    "check": Command(
+        "whether a simulator gives the same numbers again: on a second call, in another order, in another process",
+        _check_options,
+        _check,
+    ),
+    "fit": Command(
+        "recover parameters from a target, as a job file says",
+        _fit_options,
+        _fit,
+        "Stopped or killed, it goes on at the same command. A finished fit is shown again, not run again.",
+    ),
+    "run": Command("run a Python script, so that a failure on one rank ends the job on all", _run_options, _run),
+    "study": Command("which estimator suits the simulator of a job file", _study_options, _study),
+    "plan": Command("how many ranks suit a simulator: step time and efficiency, predicted", _plan_options, _plan),
+    "doctor": Command("what this machine has: versions, MPI, threads", _no_options, _doctor),
+}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from bridge.checks import did_you_mean
 from bridge.errors import InputError, SetupError
+from bridge.own_packages import DISTRIBUTION, check_not_hidden
 
 GROUP = "bridge.simulators"
 
@@ -73,10 +74,12 @@ def find(name: str) -> Callable[..., Any]:
             f"Unknown simulator {name!r}. Known simulators: {known}.{meant} One of your own is named by its file: "
             "mysim.py:function."
         )
+    package = point.module.partition(".")[0]
+    if point.dist is not None and point.dist.name == DISTRIBUTION:
+        check_not_hidden(package)
     try:
         factory: Callable[..., Any] = point.load()
     except (ImportError, AttributeError) as error:
-        package = point.value.partition(":")[0].partition(".")[0]
         ours = point.dist.name if point.dist is not None else "its distribution"
         owners = sorted({owner for owner in metadata.packages_distributions().get(package, []) if owner != ours})
         clash = f" The import name {package!r} is also installed by {', '.join(owners)}." if owners else ""

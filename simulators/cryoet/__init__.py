@@ -10,12 +10,13 @@ from simulators.cryoet.formats.micrographs import (
 )
 from simulators.cryoet.information import CramerRao, cramer_rao
 from simulators.cryoet.microscope.detector import Detector
-from simulators.cryoet.microscope.optics import Microscope, contrast_transfer
+from simulators.cryoet.microscope.optics import Microscope, contrast_transfer, frequencies, transfer_function
+from simulators.cryoet.microscope.physics import focal_spread_angstrom, interaction_constant, wavelength_angstrom
 from simulators.cryoet.parameters import PARAMETER_NAMES, Pose
 from simulators.cryoet.simulator import CryoET
 from simulators.cryoet.specimen.deformation import Deformation, Domain, elastic_modes
 from simulators.cryoet.specimen.maps import DensityMap
-from simulators.cryoet.specimen.potential import projected_potential
+from simulators.cryoet.specimen.potential import add_linear, displaced_voxels, ice_potential, projected_potential
 from simulators.cryoet.specimen.specimen import Residues, Specimen
 from simulators.cryoet.specimen.volume import Volume
 from simulators.cryoet.temsim.optics import Optics, Sample
@@ -56,10 +57,16 @@ __all__ = [
     "TiltScheme",
     "TiltSeries",
     "Volume",
+    "add_linear",
     "contrast_transfer",
     "counted",
     "cramer_rao",
+    "displaced_voxels",
     "elastic_modes",
+    "focal_spread_angstrom",
+    "frequencies",
+    "ice_potential",
+    "interaction_constant",
     "projected_potential",
     "read_micrograph",
     "read_relion_particles",
@@ -67,6 +74,8 @@ __all__ = [
     "read_stack",
     "read_structure",
     "read_tilt_series",
+    "transfer_function",
+    "wavelength_angstrom",
     "write_micrograph",
     "write_stack",
     "write_tilt_series",
