@@ -55,8 +55,8 @@ from bridge.estimators.scale import LogScale as LogScale
 from bridge.estimators.scale import LowerTriangular as LowerTriangular
 from bridge.fitting.fit import fit as fit
 from bridge.reporting.live import LiveView as LiveView
-from bridge.reporting.live import Observer as Observer
-from bridge.reporting.live import make_observers as make_observers
+from bridge.reporting.observers import Observer as Observer
+from bridge.reporting.observers import make_observers as make_observers
 from bridge.reporting.page import write_report as write_report
 from bridge.reporting.recorders import JSONLines as JSONLines
 from bridge.reporting.recorders import TensorBoard as TensorBoard
