@@ -33,7 +33,7 @@ from adapters.process import Outcome, run_process
 from bridge.arrays import real_array
 from bridge.environment import child_environment, keep_directory, marked, own_directory
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 
 STDOUT, STDERR = "stdout.txt", "stderr.txt"
 _TAIL_LINES = 20

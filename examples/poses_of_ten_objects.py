@@ -42,7 +42,7 @@ from adapters.render.cameras import rotation_from_vector
 from adapters.render.pose_metrics import Symmetry, diameter
 from adapters.render.pyrender import PyrenderSimulator, teapot
 from adapters.render.raster import RasterSimulator
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 
 Array = NDArray[np.float64]
 Poses = tuple[Array, Array]  # rotations (10, 3, 3) and positions (10, 3)

@@ -39,7 +39,8 @@ import torch
 from numpy.typing import NDArray
 
 import bridge
-from bridge.simulator.protocol import BlockStructure, Parameter, ParameterSpace
+from bridge.simulator.protocol import BlockStructure
+from bridge.simulator.space import Parameter, ParameterSpace
 from simulators.cryoet import CryoET, Deformation, Detector, Microscope, Specimen, cramer_rao
 from simulators.cryoet.microscope.optics import frequencies, transfer_function
 from simulators.cryoet.microscope.physics import interaction_constant, wavelength_angstrom

@@ -10,7 +10,7 @@ import numpy as np
 
 import bridge
 from adapters.external import ExternalSimulator, Profile, TextTemplate
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 
 # A damped oscillation that is recorded as integers: there is no derivative to be had from inside.
 PROGRAM = 'BEGIN { while ((getline < "in.txt") > 0) v[$1] = $3; for (t = 0; t < 4; t += 0.1)' + (

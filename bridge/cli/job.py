@@ -35,7 +35,8 @@ from bridge.fitting.fit import FitResult, fit, fit_settings
 from bridge.reporting.live import Observer
 from bridge.reporting.page import draw_fit
 from bridge.simulator import registry
-from bridge.simulator.protocol import FileFormat, Simulator, as_simulator
+from bridge.simulator.function import as_simulator
+from bridge.simulator.protocol import FileFormat, Simulator
 from bridge.storage.files import write_json, write_whole
 
 _log = logging.getLogger("bridge")

@@ -269,7 +269,7 @@ def _run(script: str, arguments: Sequence[str], drive: bool) -> int:
     from pathlib import Path
 
     from bridge.dispatch import get_dispatcher
-    from bridge.dispatch.driver import driver
+    from bridge.dispatch.world import driver
 
     path = Path(script)
     if not path.is_file():
@@ -413,7 +413,7 @@ def _doctor() -> int:
     import torch
 
     from bridge.dispatch import get_dispatcher
-    from bridge.dispatch.base import launched_size, local_device
+    from bridge.dispatch.world import launched_size, local_device
 
     dispatcher = get_dispatcher()
     threads, scratch = torch.get_num_threads(), tempfile.gettempdir()

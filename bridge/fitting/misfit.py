@@ -14,7 +14,8 @@ from bridge.arrays import Array, floating, one_number, real_array
 from bridge.errors import InputError
 from bridge.fitting.robust import Robust
 from bridge.fitting.soundness import unusable
-from bridge.simulator.protocol import ParameterSpace, Simulator, simulator_name
+from bridge.simulator.protocol import Simulator, simulator_name
+from bridge.simulator.space import ParameterSpace
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LinearMap = Callable[[torch.Tensor], torch.Tensor]

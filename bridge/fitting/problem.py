@@ -27,8 +27,10 @@ from bridge.fitting.misfit import (
 from bridge.fitting.robust import make_robust
 from bridge.fitting.uncertainty import in_units, lifted
 from bridge.reporting.result import End, FitEnd, FitStep
-from bridge.simulator.protocol import Parameter, ParameterSpace, Simulator, as_simulator
+from bridge.simulator.function import as_simulator
+from bridge.simulator.protocol import Simulator
 from bridge.simulator.reduced import ReducedSimulator, reduced
+from bridge.simulator.space import Parameter, ParameterSpace
 
 # Bounds of one sign with a ratio of at least this are taken for a logarithmic range.
 _DECADES = 100.0

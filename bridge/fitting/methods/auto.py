@@ -32,8 +32,10 @@ from bridge.fitting.misfit import LinearMap
 from bridge.fitting.problem import FitProblem
 from bridge.fitting.soundness import HUGE
 from bridge.reporting.result import End, FitStep
-from bridge.simulator.protocol import Simulator, Structured, as_simulator
-from bridge.smoothing.smooth import SmoothedSimulator, smooth
+from bridge.simulator.function import as_simulator
+from bridge.simulator.protocol import Simulator, Structured
+from bridge.smoothing.smooth import smooth
+from bridge.smoothing.smoothed import SmoothedSimulator
 
 MethodName = Literal["auto", "kriging", "trust-region", "gauss-newton", "adam", "torch", "natural"]
 METHODS = ("auto", "kriging", "trust-region", "gauss-newton", "adam", "torch", "natural")

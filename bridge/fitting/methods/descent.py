@@ -22,9 +22,10 @@ from bridge.fitting.misfit import LinearMap, Misfit
 from bridge.fitting.soundness import HUGE
 from bridge.fitting.uncertainty import of_descent
 from bridge.reporting.result import End, FitEnd, FitStep, Stated
-from bridge.simulator.protocol import may_be_noisy
+from bridge.simulator.function import may_be_noisy
 from bridge.smoothing.estimate import Estimate
-from bridge.smoothing.smooth import SmoothedSimulator, smooth
+from bridge.smoothing.smooth import smooth
+from bridge.smoothing.smoothed import SmoothedSimulator
 
 # What stands for a failed run until it is told apart: no simulator's output.
 FAILED = 1e300

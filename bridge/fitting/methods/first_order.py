@@ -16,7 +16,7 @@ from bridge.fitting.methods.descent import Look, Schedule
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.uncertainty import of_descent
 from bridge.smoothing.estimate import Estimate
-from bridge.smoothing.smooth import SmoothedSimulator
+from bridge.smoothing.smoothed import SmoothedSimulator
 
 MakeOptimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 

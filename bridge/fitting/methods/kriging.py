@@ -16,8 +16,8 @@ from bridge.fitting.misfit import Misfit
 from bridge.fitting.rounding import Lattice
 from bridge.fitting.uncertainty import of_search
 from bridge.reporting.result import End, FitStep, Stated
-from bridge.simulator.protocol import may_be_noisy
-from bridge.smoothing.smooth import SmoothedSimulator
+from bridge.simulator.function import may_be_noisy
+from bridge.smoothing.smoothed import SmoothedSimulator
 
 # What every rank makes of the outputs itself.
 _EVERYWHERE = ("residuals", "lattice")

@@ -38,7 +38,7 @@ from bridge.fitting.methods.descent import plain_outputs, useless_start
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.soundness import HUGE
 from bridge.reporting.result import End, FitStep
-from bridge.smoothing.smooth import SmoothedSimulator
+from bridge.smoothing.smoothed import SmoothedSimulator
 
 # Radii, natural units: the first, how far it may grow; the point beyond an edge is in a region so many times as large.
 _FIRST_RADIUS, _LARGEST, _FAR = 1.0, 1e6, 4.0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bridge.errors import InputError
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 from simulators.cryoet.microscope.optics import check_range
 from simulators.cryoet.parameters import check_names, line
 from simulators.cryoet.simulator import KNOWN, Pose

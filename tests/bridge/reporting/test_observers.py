@@ -32,7 +32,7 @@ from bridge.reporting.live import (
     make_observers,
 )
 from bridge.reporting.text import format_duration, format_value, gauge, sparkline
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 
 SPACE = ParameterSpace((Parameter("defocus_um", "um", 0.5, 4.0), Parameter("[red]\x1b[2Jx", "angstrom")))
 STEP = FitStep(0, 0.5, 1.0, (1.7, 3.0), 64)
@@ -133,7 +133,7 @@ PROGRAM = """
 import sys, time
 from bridge.reporting.result import FitStep  # not bridge.fitting.fit, which takes torch along
 from bridge.reporting.live import make_observers
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 with make_observers("auto") as observers:
     observers.start(ParameterSpace.unnamed(1), max_steps=10, max_runs=None, title="in a terminal")
     for i in range(5):
@@ -367,7 +367,7 @@ def test_rank_0_alone_speaks(run_ranks, tmp_path):
     script = f"""
         import bridge, numpy as np
         from bridge.reporting.live import JSONLines, Lines, make_observers
-        from bridge.simulator.protocol import ParameterSpace
+        from bridge.simulator.space import ParameterSpace
         mine = [Lines(), JSONLines({str(tmp_path / "steps.jsonl")!r})]
         with make_observers(mine, root=bridge.is_root()) as observers:
             observers.start(ParameterSpace.unnamed(2), max_steps=3, max_runs=None, title="")
