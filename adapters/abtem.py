@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bridge.arrays import Array
 from bridge.errors import InputError, SetupError
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 
 
 def _p(name: str, unit: str, lower: float, upper: float, scale: float, value: float, text: str) -> tuple[Any, float]:

@@ -31,9 +31,10 @@ from numpy.typing import ArrayLike, NDArray
 from adapters.paths import is_of_system, with_files
 from adapters.process import Outcome, run_process
 from bridge.arrays import real_array
-from bridge.environment import child_environment, keep_directory, marked, own_directory
+from bridge.children import keep_directory, marked, own_directory
+from bridge.environment import child_environment
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 
 STDOUT, STDERR = "stdout.txt", "stderr.txt"
 _TAIL_LINES = 20

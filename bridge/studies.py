@@ -20,7 +20,9 @@ from numpy.typing import ArrayLike
 
 from bridge.checks import is_whole, known_keywords
 from bridge.errors import InputError, SetupError
-from bridge.simulator.protocol import ParameterSpace, Simulator, as_simulator, counts_runs, simulator_name
+from bridge.simulator.function import as_simulator, counts_runs
+from bridge.simulator.protocol import Simulator, simulator_name
+from bridge.simulator.space import ParameterSpace
 from bridge.smoothing.smooth import smooth
 from bridge.storage.files import write_whole
 

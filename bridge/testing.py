@@ -18,7 +18,8 @@ from bridge.errors import BridgeError, InputError
 from bridge.estimators.distributions import Cauchy, Distribution, Gaussian, Gumbel, Triangular
 from bridge.estimators.points import Nodes, PointSet
 from bridge.evaluation.workers import IsolatedSimulator
-from bridge.simulator.protocol import Simulator, simulator_name, unwatched
+from bridge.simulator.function import unwatched
+from bridge.simulator.protocol import Simulator, simulator_name
 from bridge.simulator.repeatability import generators, same
 
 

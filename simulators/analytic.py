@@ -15,7 +15,7 @@ from scipy import special, stats
 
 from bridge.arrays import Array
 from bridge.errors import InputError
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 
 DENSITIES: dict[str, Any] = {
     "gaussian": stats.norm(),

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from bridge.arrays import Array
 from bridge.errors import InputError
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 
 # Between these, a cost always stands out of the rounding of a path's sum; heavy-tailed noise is clipped to them.
 LOG_COST_RANGE = (-12.0, 12.0)

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from adapters.render.scene import LARGEST_COORDINATE, Scene, among
 from bridge.arrays import is_number
 from bridge.errors import InputError
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 
 CAMERAS = ("turntable", "turntable-log", "se3")
 GROUPS = ("camera", "objects", "light", "colours")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 from bridge.errors import InputError
-from bridge.simulator.protocol import Kind
+from bridge.simulator.space import Kind
 
 Dialect = Literal["v1.3", "phase-plate"]
 DIALECTS: tuple[Dialect, ...] = ("v1.3", "phase-plate")

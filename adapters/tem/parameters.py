@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from adapters.tem.deck import Component, Deck, read_table
 from adapters.tem.keys import KEYS, Dialect, Key, Value, check_value
 from bridge.errors import InputError
-from bridge.simulator.protocol import Kind, Outside, Parameter, ParameterSpace
+from bridge.simulator.space import Kind, Outside, Parameter, ParameterSpace
 
 Angles = Literal["zxz", "zyz"]
 

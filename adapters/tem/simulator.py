@@ -27,7 +27,8 @@ from adapters.tem.maps import IMAGINARY, REAL, Maps, absorption, cache_key, cach
 from adapters.tem.parameters import PARAMETER_NAMES, Angles, Plan, make_plan
 from bridge.arrays import unmasked_array
 from bridge.errors import EvaluationError, InputError
-from bridge.simulator.protocol import BlockStructure, Outside, Parameter, ParameterSpace
+from bridge.simulator.protocol import BlockStructure
+from bridge.simulator.space import Outside, Parameter, ParameterSpace
 
 __all__ = ["PARAMETER_NAMES", "Deck", "TEMSimulator"]
 
@@ -199,7 +200,7 @@ class TEMSimulator:
         build_timeout_s: limit of building the maps of one particle [s].
         scratch: where runs have their directories, see `adapters.external.Profile`.
         keep: whose run directories stay: of "failed" runs, "all" or "none".
-        outside: what becomes of a query out of bounds, see `bridge.simulator.protocol.ParameterSpace`.
+        outside: what becomes of a query out of bounds, see `bridge.simulator.space.ParameterSpace`.
         identity: a text under which evaluations are filed, see `adapters.external.ExternalSimulator`.
 
     Raises:

@@ -15,7 +15,7 @@ from importlib import metadata
 import torch
 
 from bridge.dispatch import get_dispatcher
-from bridge.dispatch.base import launched_size, local_device
+from bridge.dispatch.world import launched_size, local_device
 from bridge.environment import child_environment
 from bridge.simulator import registry
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bridge.dispatch import get_dispatcher
-from bridge.dispatch.driver import driver
+from bridge.dispatch.world import driver
 from bridge.errors import BridgeError, InputError, exit_code, exit_status
 
 

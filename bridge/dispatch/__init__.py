@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bridge.dispatch.base import Dispatcher, get_dispatcher, is_root
+from bridge.dispatch.base import Dispatcher
 from bridge.dispatch.serial import SerialDispatcher
 from bridge.dispatch.soundness import describe_lost
 from bridge.dispatch.tree import ONCE, Node, TreeSum, owner_map, transfers
+from bridge.dispatch.world import get_dispatcher, is_root
 
 __all__ = [
     "ONCE",

@@ -1,4 +1,4 @@
-"""What every dispatcher can do, and the choice between them."""
+"""What every dispatcher can do."""
 
 from __future__ import annotations
 
@@ -11,26 +11,37 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-import threadpoolctl
 import torch
 from numpy.typing import NDArray
 
 from bridge.dispatch.tree import TreeSum, run_of
-from bridge.environment import device_index, thread_count
-from bridge.errors import BridgeError, InputError, exit_code
-
-if TYPE_CHECKING:
-    from bridge.dispatch.driver import Driver
-    from bridge.dispatch.mpi import Intracomm
 
 T = TypeVar("T")
 
 # Between the stacks of a rank and its end: time for the other ranks to show theirs.
 _LAST_WORDS_S = 3.0
+
+
+class Leader(ABC):
+    """Makes objects on all ranks, and repeats the calls of their collective methods there, see `bridge.driver`."""
+
+    @property
+    @abstractmethod
+    def alone(self) -> Dispatcher:
+        """For what the leading rank makes of results by itself."""
+
+    @abstractmethod
+    def make(
+        self, kind: Callable[..., T], arguments: Sequence[Any], settings: dict[str, Any], once: Sequence[Any]
+    ) -> T:
+        """`kind(*arguments, **settings)`, on every rank."""
+
+    @abstractmethod
+    def led(self, target: Any, name: str, arguments: Sequence[Any], settings: Any) -> AbstractContextManager[None]:
+        """The context of a call that the others make as well."""
 
 
 class Dispatcher(ABC):
@@ -61,16 +72,14 @@ class Dispatcher(ABC):
         """The communicator of the ranks that evaluate one row together; None where each evaluates its own."""
         return None
 
-    driver: Driver | None = None
+    driver: Leader | None = None
     """On rank 0 of a job in which the others only follow, see `bridge.driver`."""
 
     @property
     def thinking(self) -> Dispatcher:
         """Whose ranks run the program itself: under a driver the others follow its evaluations, not what it makes of
         them."""
-        from bridge.dispatch.serial import SerialDispatcher
-
-        return self if self.driver is None else SerialDispatcher()
+        return self if self.driver is None else self.driver.alone
 
     @property
     def local_rank(self) -> int:
@@ -219,89 +228,3 @@ class Dispatcher(ABC):
     @abstractmethod
     def scatter_add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Fills in numbers of which each rank has its own and zeros elsewhere; exact, being sums with zeros."""
-
-
-_LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
-
-
-def launched_size() -> int:
-    """How many ranks the launcher says it has started; 1 without a launcher."""
-    sizes = [int(os.environ[v]) for v in _LAUNCHER_SIZES if os.environ.get(v, "").isdigit()]
-    return max(sizes, default=1)
-
-
-def limit_threads() -> None:
-    """Sets torch's and BLAS's threads to BRIDGE_THREADS (default 1), alike with and without a launcher.
-
-    Ranks then do not oversubscribe a node, and the user's own loss has the same last bits under `python` (where torch
-    would take every core) and under `mpirun` (where it takes one).
-    """
-    threads = thread_count()
-    torch.set_num_threads(threads)
-    threadpoolctl.threadpool_limits(threads)
-
-
-_worlds: dict[int, Dispatcher] = {}
-
-
-def get_dispatcher(comm: Intracomm | None = None, ranks_per_evaluation: int = 1) -> Dispatcher:
-    """The dispatcher of a communicator; without one, MPI if a launcher has started us, else one process.
-
-    Args:
-        ranks_per_evaluation: how many ranks evaluate one row together.
-
-    Raises:
-        SetupError: launched as several ranks, but MPI cannot be loaded or sees only one.
-        InputError: the number of ranks is no multiple of `ranks_per_evaluation`.
-    """
-    if not _worlds:
-        limit_threads()
-    led = any(world.driver is not None for world in _worlds.values())
-    if led and (comm is not None or ranks_per_evaluation > 1):
-        raise InputError("Expected neither comm nor ranks_per_evaluation where one rank drives the others.")
-    if comm is not None:
-        from bridge.dispatch.mpi import MPIDispatcher
-
-        return MPIDispatcher(comm, ranks_per_evaluation)
-    if ranks_per_evaluation not in _worlds:
-        if launched_size() > 1:
-            from bridge.dispatch.mpi import world
-
-            _worlds[ranks_per_evaluation] = world(launched_size(), ranks_per_evaluation)
-        elif ranks_per_evaluation == 1:
-            from bridge.dispatch.serial import SerialDispatcher
-
-            _worlds[1] = SerialDispatcher()
-            _exit_by_code()
-        else:
-            raise InputError(
-                f"Expected several ranks for ranks_per_evaluation={ranks_per_evaluation}, got one process. Start the "
-                f"script as `mpirun -n {ranks_per_evaluation} python script.py`, or with a multiple of that."
-            )
-    return _worlds[ranks_per_evaluation]
-
-
-def _exit_by_code() -> None:
-    """An uncaught error of ours ends the process with its exit code, as it does under `bridge run` and on ranks."""
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-        before(kind, value, trace)
-        if issubclass(kind, BridgeError):
-            raise SystemExit(exit_code(kind))
-
-    sys.excepthook = hook
-
-
-def is_root() -> bool:
-    """True on rank 0, and without MPI: the rank that prints and writes files."""
-    return get_dispatcher().rank == 0
-
-
-def local_device() -> torch.device:
-    """The device of this rank: one GPU for each rank of a host, in turn, or the CPU where there is none.
-
-    A launcher that shows each rank one GPU only is respected: that one is then number 0.
-    """
-    index = device_index(get_dispatcher().local_rank, torch.cuda.device_count())
-    return torch.device("cpu") if index is None else torch.device("cuda", index)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import cloudpickle
 
-from bridge.dispatch.base import get_dispatcher
+from bridge.dispatch.base import Dispatcher, Leader
+from bridge.dispatch.serial import SerialDispatcher
 from bridge.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class _Unpickler(pickle.Unpickler):
         return self._known[number]
 
 
-class Driver:
+class Driver(Leader):
     """Rank 0's side."""
 
     def __init__(self, dispatcher: MPIDispatcher) -> None:
@@ -55,6 +56,10 @@ class Driver:
         self._made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._gone: list[int] = []
         self._inside = False
+
+    @property
+    def alone(self) -> Dispatcher:
+        return SerialDispatcher()
 
     def _tell(self, *message: Any) -> None:
         file = io.BytesIO()
@@ -121,31 +126,3 @@ def follow(dispatcher: MPIDispatcher) -> None:
                 name, arguments, settings = rest
                 getattr(known[number], name)(*arguments, **settings)
         del rest
-
-
-@contextlib.contextmanager
-def driver() -> Iterator[bool]:
-    """Lets rank 0 run a serial program, and the other ranks help it: `with bridge.driver() as main: if main: ...`.
-
-    Yields:
-        True on rank 0, and in a single process; False on the others, after rank 0 has left the block. There is no need
-        for `bridge.is_root()` inside.
-    """
-    dispatcher = get_dispatcher()
-    if dispatcher.size == 1:
-        yield True
-        return
-    from bridge.dispatch.mpi import MPIDispatcher
-
-    assert isinstance(dispatcher, MPIDispatcher)
-    if dispatcher.rank != 0:
-        follow(dispatcher)
-        yield False
-        return
-    dispatcher.driver = Driver(dispatcher)
-    # An exception is not our affair here: uncaught, it ends the job; caught, the program goes on by itself.
-    try:
-        yield True
-    finally:
-        dispatcher.driver.dismiss()
-        dispatcher.driver = None

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge import errors
-from bridge.dispatch.base import Dispatcher, get_dispatcher
+from bridge.dispatch.base import Dispatcher
 from bridge.dispatch.neighbours import Neighbours, Process, this_process
 from bridge.dispatch.soundness import describe_unusable, find_fault, known_crash
 from bridge.dispatch.tree import TreeSum, run_of, subtrees, transfers
@@ -209,10 +209,6 @@ class MPIDispatcher(Dispatcher):
         for process, stacks in _neighbours.stacks():
             sys.stderr.write(f"bridge: {_describe(process)} is here:\n{stacks}\n")
         sys.stderr.flush()
-
-    def __reduce__(self) -> Any:
-        # Where a dispatcher travels (`bridge.driver`), what is meant is the one over there.
-        return get_dispatcher, ()
 
     def message(self, data: bytes | None) -> bytes:
         """Rank 0's bytes on every rank. Collective."""

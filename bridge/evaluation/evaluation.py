@@ -31,18 +31,16 @@ from bridge.arrays import Array
 from bridge.dispatch import ONCE, Dispatcher, TreeSum, describe_lost, owner_map
 from bridge.errors import BridgeError, EvaluationError, InputError, OutputError, SetupError, StoppedError
 from bridge.estimators.covariates import Weights, enough, in_pairs, make_weights, second_weights, survivors
-from bridge.estimators.design import Strategy, make_design
+from bridge.estimators.design import make_design
 from bridge.estimators.scale import Form, check_scale, pull_back_scale, pull_back_theta, push_scale, push_theta
-from bridge.evaluation.runner import STATUSES, Execution, Problem, Runner, ordinary_torch
-from bridge.evaluation.streamed import Outputs, Stream, Unit, accumulate, aligned, spilled, units_of_leaf
-from bridge.simulator.protocol import (
-    BlockStructure,
-    ParameterSpace,
-    Simulator,
-    Structured,
-    makes_memory,
-    simulator_name,
-)
+from bridge.estimators.strategy import Strategy
+from bridge.evaluation.execution import STATUSES, Execution, Problem, ordinary_torch
+from bridge.evaluation.rows import Outputs, Unit, aligned, spilled
+from bridge.evaluation.runner import Runner
+from bridge.evaluation.streamed import Stream, accumulate, units_of_leaf
+from bridge.simulator.function import makes_memory
+from bridge.simulator.protocol import BlockStructure, Simulator, Structured, simulator_name
+from bridge.simulator.space import ParameterSpace
 
 # A unit's outputs as they came: (rows, outputs), None for a chunk of which every row failed.
 Chunks = list[tuple[int, torch.Tensor | None]]

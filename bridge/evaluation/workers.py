@@ -34,18 +34,13 @@ from numpy.typing import NDArray
 from bridge import errors
 from bridge.arrays import real_array
 from bridge.checks import is_whole
-from bridge.environment import child_environment, describe_status, marked, own_directory, thread_count
+from bridge.children import marked, own_directory
+from bridge.environment import child_environment, describe_status, thread_count
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
-from bridge.simulator.protocol import (
-    BlockStructure,
-    ParameterSpace,
-    Simulator,
-    Structured,
-    computes_row_by_row,
-    simulator_name,
-    unwatched,
-)
+from bridge.simulator.function import unwatched
+from bridge.simulator.protocol import BlockStructure, Simulator, Structured, computes_row_by_row, simulator_name
 from bridge.simulator.repeatability import NotRepeatableWarning
+from bridge.simulator.space import ParameterSpace
 
 T = TypeVar("T")
 

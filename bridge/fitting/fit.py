@@ -39,8 +39,10 @@ from bridge.fitting.target import LinearMap
 from bridge.interrupts import again, listening, look
 from bridge.reporting.observers import Observer, Observers, make_observers
 from bridge.reporting.result import FitEnd, FitResult, FitStep
+from bridge.simulator.function import as_simulator, counts_runs
 from bridge.simulator.identity import identity_of, identity_of_function
-from bridge.simulator.protocol import ParameterSpace, Simulator, as_simulator, counts_runs, simulator_name
+from bridge.simulator.protocol import Simulator, simulator_name
+from bridge.simulator.space import ParameterSpace
 from bridge.smoothing.smooth import smooth
 from bridge.storage.run import Run
 

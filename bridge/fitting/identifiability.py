@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bridge.arrays import Array
 from bridge.fitting.uncertainty import Stated
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 
 # Changes of the outputs over a natural scale, beside those by noise alone: more than this is told apart from them.
 _TOLD = 2.0

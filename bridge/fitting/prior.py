@@ -10,7 +10,7 @@ import numpy as np
 
 from bridge.arrays import Array
 from bridge.errors import InputError
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 
 PriorOf = Mapping[Any, tuple[Any, Any]] | tuple[Any, Any]
 

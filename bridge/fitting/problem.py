@@ -19,8 +19,10 @@ from bridge.fitting.prior import PriorOf, make_prior, marginal_deviations
 from bridge.fitting.robust import make_robust
 from bridge.fitting.target import Cholesky, LinearMap, checked_noise, checked_target
 from bridge.reporting.result import FitStep
-from bridge.simulator.protocol import Parameter, ParameterSpace, Simulator, as_simulator
+from bridge.simulator.function import as_simulator
+from bridge.simulator.protocol import Simulator
 from bridge.simulator.reduced import ReducedSimulator, reduced
+from bridge.simulator.space import Parameter, ParameterSpace
 
 # Bounds of one sign with a ratio of at least this are taken for a logarithmic range.
 _DECADES = 100.0

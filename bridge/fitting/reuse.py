@@ -17,8 +17,9 @@ import numpy as np
 
 from bridge.arrays import Array
 from bridge.errors import InputError
-from bridge.simulator.protocol import ParameterSpace, Simulator, simulator_name
+from bridge.simulator.protocol import Simulator, simulator_name
 from bridge.simulator.reduced import ReducedSimulator
+from bridge.simulator.space import ParameterSpace
 from bridge.storage.store import Key, Store
 
 Source = str | os.PathLike[str] | Store

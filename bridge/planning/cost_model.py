@@ -33,8 +33,9 @@ from scipy import integrate, special
 from bridge.arrays import Array
 from bridge.dispatch.tree import run_of, transfers
 from bridge.errors import InputError
-from bridge.estimators.design import default_leaf_size
-from bridge.evaluation.streamed import CHUNK, units_of_leaf
+from bridge.estimators.strategy import default_leaf_size
+from bridge.evaluation.rows import CHUNK
+from bridge.evaluation.streamed import units_of_leaf
 
 # Runs shorter than this are not moved to other ranks: as in `bridge.evaluation.runner`.
 _WORTH_MOVING_S = 0.002

@@ -11,7 +11,7 @@ from typing import IO, Any, final
 
 from bridge.reporting.result import FitResult, FitStep
 from bridge.reporting.text import describe_end, format_rate, printable
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 
 
 @final

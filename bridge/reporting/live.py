@@ -25,7 +25,7 @@ from bridge.reporting.text import (
     printable,
     sparkline,
 )
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

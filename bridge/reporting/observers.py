@@ -17,7 +17,7 @@ from bridge.errors import InputError
 from bridge.reporting.lines import Lines, is_terminal
 from bridge.reporting.live import LiveView
 from bridge.reporting.result import FitResult, FitStep
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 
 _log = logging.getLogger("bridge")
 

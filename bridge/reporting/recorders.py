@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from bridge.errors import InputError, SetupError
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 
 if TYPE_CHECKING:
     from bridge.reporting.result import FitResult, FitStep

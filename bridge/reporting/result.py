@@ -14,7 +14,7 @@ from bridge.arrays import Array
 from bridge.checks import is_number
 from bridge.errors import InputError
 from bridge.reporting.text import describe_end, format_duration, format_value, printable
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 
 
 @dataclass(frozen=True)

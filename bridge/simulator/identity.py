@@ -12,7 +12,8 @@ from typing import Any, Protocol, final, runtime_checkable
 from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.simulator.digest import UnseenError, digest_of, given_identity
-from bridge.simulator.protocol import FunctionSimulator, Simulator, simulator_name
+from bridge.simulator.function import FunctionSimulator
+from bridge.simulator.protocol import Simulator, simulator_name
 
 _DIGITS = 16
 # Identities that calls have changed, by which they have become: a simulator that counts stays the one it was.

@@ -11,14 +11,8 @@ from numpy.typing import NDArray
 
 from bridge.arrays import Array
 from bridge.errors import InputError
-from bridge.simulator.protocol import (
-    BlockStructure,
-    ParameterSpace,
-    Simulator,
-    Structured,
-    computes_row_by_row,
-    simulator_name,
-)
+from bridge.simulator.protocol import BlockStructure, Simulator, Structured, computes_row_by_row, simulator_name
+from bridge.simulator.space import ParameterSpace
 
 
 @final

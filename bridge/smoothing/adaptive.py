@@ -7,18 +7,17 @@ the spread of the replicates is the standard error whatever the point set.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from scipy import stats
 
+from bridge.arrays import Array
 from bridge.errors import InputError
-from bridge.estimators.scale import as_tensor
-
-if TYPE_CHECKING:
-    from bridge.estimators.scale import ScaleLike
-    from bridge.smoothing.smooth import SmoothedSimulator
+from bridge.estimators.strategy import Strategy
+from bridge.smoothing.estimate import Estimate
 
 Quantity = Literal["value", "jacobian"]
 
@@ -80,20 +79,21 @@ class _Moments:
 
 
 def estimate_to(
-    smoothed: SmoothedSimulator,
+    independent: Callable[[Strategy], Callable[[int], Estimate]],
+    strategy: Strategy,
     theta: torch.Tensor,
-    step: int | torch.Tensor = 0,
+    natural: Array | None,
     *,
     relative_error: float,
     budget: int,
     of: Quantity = "jacobian",
-    scale: ScaleLike | None = None,
 ) -> AdaptiveEstimate:
     """Adds replicates until a relative error is reached or the next round would exceed the budget.
 
     Args:
-        smoothed: its num_samples / replicates is the size of a replicate; a round is its replicates, but at least 4.
-        theta, step, scale: as in `SmoothedSimulator.estimate`.
+        independent: of a strategy, the estimates at theta by their first replicate's number.
+        strategy: its num_samples is the size of a replicate; a round is its replicates, but at least 4.
+        theta: (*batch, d). natural: (d,) the parameters' natural units, 1 where None.
         relative_error: to reach, for example 0.1.
         budget: simulator runs that may be spent, over all of the batch.
         of: whose error: the value's or the Jacobian's.
@@ -109,12 +109,10 @@ def estimate_to(
         raise InputError(f"Unknown quantity of={of!r}. Known: value, jacobian.")
     if not relative_error > 0:
         raise InputError(f"Expected a positive relative error, got {relative_error!r}.")
-    strategy = smoothed.strategy
     if strategy.forward != "smoothed":
         raise InputError("Expected forward='smoothed' for an adaptive estimate, got 'unsmoothed'.")
     per_round = max(_LEAST_REPLICATES, strategy.replicates)
-    parts = smoothed.with_strategy(replace(strategy, replicates=per_round))
-    theta = as_tensor(theta)
+    estimate_from = independent(replace(strategy, replicates=per_round))
     batch = tuple(theta.shape[:-1])
     cost = per_round * strategy.num_rows * math.prod(batch)
     if budget < cost:
@@ -122,18 +120,17 @@ def estimate_to(
             f"Expected a budget of at least one round of {cost} runs ({per_round} replicates of {strategy.num_rows} "
             f"rows at {math.prod(batch)} parameter vectors), got {budget!r}."
         )
-    space = smoothed.simulator.space
     one = torch.ones((), device="cpu")
-    natural = one if space is None else torch.as_tensor(space.natural_scale, device="cpu")
+    unit = one if natural is None or of == "value" else torch.as_tensor(natural, device="cpu")
     value, jacobian = _Moments(), _Moments()
     spent = 0
     while True:
-        estimate = parts.estimate(theta.detach(), step, scale=scale, replicate=value.count)
+        estimate = estimate_from(value.count)
         spent += estimate.num_evaluations
         values, jacobians = estimate.of_replicates()
         value.add(values)
         jacobian.add(jacobians)
-        error = value.relative_error(one) if of == "value" else jacobian.relative_error(natural)
+        error = (value if of == "value" else jacobian).relative_error(unit)
         if error <= relative_error or spent + cost > budget:
             break
     tensors = (value.mean, jacobian.mean, value.standard_error, jacobian.standard_error)

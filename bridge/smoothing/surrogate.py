@@ -31,10 +31,11 @@ import torch
 
 from bridge.arrays import Array
 from bridge.errors import InputError, OutputError
-from bridge.estimators.design import Strategy, default_leaf_size
+from bridge.estimators.strategy import Strategy, default_leaf_size
 from bridge.evaluation.evaluation import Evaluation
-from bridge.evaluation.runner import Execution
-from bridge.simulator.protocol import ParameterSpace, Simulator, simulator_name
+from bridge.evaluation.execution import Execution
+from bridge.simulator.protocol import Simulator, simulator_name
+from bridge.simulator.space import ParameterSpace
 
 # (simulator, strategy, execution) -> its evaluation at the parameters at hand.
 Evaluate = Callable[[Simulator, Strategy, Execution], Evaluation]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -27,13 +26,13 @@ from types import FrameType, TracebackType
 from typing import IO, TYPE_CHECKING, Any, final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.errors import BridgeError, InputError, SetupError, StoppedError, exit_code, exit_status
 from bridge.interrupts import Held
-from bridge.storage.files import write_json, write_whole
+from bridge.storage import checkpoint
+from bridge.storage.files import write_json
 from bridge.storage.store import Store
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ class Run:
         found = self._all.broadcast_object(found)
         packed = None if found is None else found[1]
         self.step = 0 if found is None else int(found[0])
-        self.state: Any = None if packed is None else _unpacked(*packed)
+        self.state: Any = None if packed is None else checkpoint.unpacked(*packed)
         self._snapshot: tuple[int, Any] | None = None if packed is None else (self.step, packed)
         self._written: int | None = None if packed is None else self.step
         self._behind = False
@@ -187,7 +186,7 @@ class Run:
             self._died = "(process {pid} on {host}, {ranks} ranks)".format_map(status)
         for path in checkpoints:
             try:
-                return _read(path)
+                return checkpoint.read(path)
             except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 _log.warning("checkpoint %s is damaged (%s): the one before is taken", path, error)
         if checkpoints:
@@ -221,7 +220,7 @@ class Run:
             StoppedError: on every rank, after a signal to any, or where the allocation ends before another step would:
                 let it pass to the end of the block.
         """
-        packed = _packed(state)
+        packed = checkpoint.packed(state)
         self._snapshot, self._behind = (step, packed), True
         with self._dispatcher.led(self.store, "advance", (step,), {}):
             self.store.advance(step)
@@ -272,13 +271,7 @@ class Run:
         self._tell("running", None)
 
     def _save(self, step: int, packed: tuple[str, list[NDArray[Any]]]) -> None:
-        text, arrays = packed
-        tree = json.dumps({"step": step, "state": text})
-        content = {"tree": np.frombuffer(tree.encode(), dtype=np.uint8)}
-        content |= {f"array{i}": array for i, array in enumerate(arrays)}
-        digest = np.frombuffer(_digest(content), dtype=np.uint8)
-        path = self.directory / f"checkpoint-{step:09d}.npz"
-        write_whole(path, lambda p: np.savez(p, digest=digest, **content))  # type: ignore[arg-type]
+        checkpoint.write(self.directory / f"checkpoint-{step:09d}.npz", step, packed)
         for old in sorted(self.directory.glob("checkpoint-*.npz"))[:-_KEEP]:
             old.unlink()
 
@@ -375,71 +368,3 @@ def _seconds_left() -> float | None:
     """Until the batch system ends the job, where it says so."""
     text = os.environ.get("SLURM_JOB_END_TIME", "")
     return float(text) - time.time() if text.isdigit() else None
-
-
-# -- state as text and arrays ----------------------------------------------------------------------------------------
-
-
-def _packed(state: Any) -> tuple[str, list[NDArray[Any]]]:
-    """A state as JSON and the arrays that it refers to; copies, so that it stays what it is now."""
-    arrays: list[NDArray[Any]] = []
-
-    def pack(value: Any) -> Any:
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if isinstance(value, torch.Tensor):
-            arrays.append(value.detach().to("cpu").numpy().copy())
-            return {"tensor": len(arrays) - 1}
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-            arrays.append(value.copy())
-            return {"array": len(arrays) - 1}
-        if isinstance(value, np.generic):
-            return pack(value.item())
-        if isinstance(value, list):
-            return {"list": [pack(item) for item in value]}
-        if isinstance(value, tuple):
-            return {"tuple": [pack(item) for item in value]}
-        if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
-            return {"dict": [[key, pack(item)] for key, item in value.items()]}
-        raise InputError(
-            f"Expected a state of numbers, strings, arrays, tensors, lists, tuples and dictionaries, got "
-            f"{type(value).__name__}."
-        )
-
-    return json.dumps(pack(state)), arrays
-
-
-def _unpacked(text: str, arrays: list[NDArray[Any]]) -> Any:
-    def unpack(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        ((kind, content),) = value.items()
-        if kind == "tensor":
-            return torch.as_tensor(arrays[content].copy())
-        if kind == "array":
-            return arrays[content].copy()
-        if kind == "dict":
-            return {key: unpack(item) for key, item in content}
-        items = [unpack(item) for item in content]
-        return items if kind == "list" else tuple(items)
-
-    return unpack(json.loads(text))
-
-
-def _digest(content: Mapping[str, NDArray[Any]]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(content):
-        array = content[name]
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.digest()
-
-
-def _read(path: Path) -> tuple[int, tuple[str, list[NDArray[Any]]]]:
-    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        content = {name: file[name] for name in file.files}
-    if content.pop("digest").tobytes() != _digest(content):
-        raise ValueError("its checksum is wrong")
-    tree = json.loads(content["tree"].tobytes().decode())
-    arrays = [content[f"array{i}"] for i in range(len(content) - 1)]
-    return int(tree["step"]), (tree["state"], arrays)

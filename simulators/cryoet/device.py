@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from bridge.errors import InputError
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 
 CPU = torch.device("cpu")
 

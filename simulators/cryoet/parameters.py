@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from bridge.errors import InputError
-from bridge.simulator.protocol import Kind, Parameter, ParameterSpace
+from bridge.simulator.space import Kind, Parameter, ParameterSpace
 from simulators.cryoet.microscope.optics import check_range
 from simulators.cryoet.specimen.deformation import STRUCTURE
 

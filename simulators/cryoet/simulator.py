@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 from simulators.cryoet.device import CPU, checked_device, checked_theta
 from simulators.cryoet.formats.micrographs import read_micrograph, write_micrograph
 from simulators.cryoet.microscope import detector as detection

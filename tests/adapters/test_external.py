@@ -25,7 +25,8 @@ import pytest
 from adapters import process
 from adapters.external import ExternalSimulator, Profile, Row, Template, TextTemplate
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
-from bridge.simulator.protocol import Parameter, ParameterSpace, Simulator
+from bridge.simulator.protocol import Simulator
+from bridge.simulator.space import Parameter, ParameterSpace
 
 # Programs of constant outputs stand for any.
 pytestmark = pytest.mark.filterwarnings("ignore:TextTemplate has no placeholder")
@@ -573,7 +574,7 @@ def test_a_program_with_mpi_of_its_own_under_a_launcher(run_ranks: Any, tmp_path
         import numpy as np
         from mpi4py import MPI
         from adapters.external import ExternalSimulator, Profile, TextTemplate
-        from bridge.simulator.protocol import Parameter, ParameterSpace
+        from bridge.simulator.space import Parameter, ParameterSpace
 
         child = "from mpi4py import MPI; print(MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank)"
         simulator = ExternalSimulator(

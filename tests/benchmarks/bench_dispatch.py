@@ -96,9 +96,11 @@ def exact(gradients: bool, seconds: float = 1e-3, n: int = 64) -> None:
     import bridge
     from bridge.estimators.covariates import make_weights
     from bridge.estimators.design import make_design
-    from bridge.evaluation.runner import Problem, Runner
-    from bridge.evaluation.streamed import Unit, accumulate, aligned
-    from bridge.simulator.protocol import ParameterSpace
+    from bridge.evaluation.execution import Problem
+    from bridge.evaluation.rows import Unit, aligned
+    from bridge.evaluation.runner import Runner
+    from bridge.evaluation.streamed import accumulate
+    from bridge.simulator.space import ParameterSpace
 
     prepared = np.random.default_rng(0).normal(size=(4, M)).astype(np.float32)
 

@@ -18,7 +18,7 @@ import bridge
 from adapters.external import ExternalSimulator, Profile, TextTemplate
 from bridge import children
 from bridge.errors import EvaluationError
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc"),
@@ -31,7 +31,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from adapters.external import ExternalSimulator, Profile, TextTemplate
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 import bridge
 
 folder = Path(sys.argv[1])

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 import bridge
+from bridge.simulator.function import as_simulator
 from bridge.simulator.identity import identity_of
-from bridge.simulator.protocol import as_simulator
 
 # --- simulators ---------------------------------------------------------------------------------------------------
 

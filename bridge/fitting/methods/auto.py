@@ -28,8 +28,10 @@ from bridge.fitting.problem import FitProblem
 from bridge.fitting.soundness import HUGE
 from bridge.fitting.target import LinearMap
 from bridge.reporting.result import FitStep
-from bridge.simulator.protocol import Simulator, Structured, as_simulator
-from bridge.smoothing.smooth import SmoothedSimulator, smooth
+from bridge.simulator.function import as_simulator
+from bridge.simulator.protocol import Simulator, Structured
+from bridge.smoothing.smooth import smooth
+from bridge.smoothing.smoothed import SmoothedSimulator
 
 MethodName = Literal["auto", "kriging", "trust-region", "gauss-newton", "adam", "torch", "natural"]
 METHODS = ("auto", "kriging", "trust-region", "gauss-newton", "adam", "torch", "natural")

@@ -24,9 +24,9 @@ from bridge.fitting.methods.steps import Schedule, StepOutcome, StepRule
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.uncertainty import Stated
 from bridge.reporting.result import FitEnd, FitStep
-from bridge.simulator.protocol import may_be_noisy
+from bridge.simulator.function import may_be_noisy
 from bridge.smoothing.estimate import Estimate
-from bridge.smoothing.smooth import SmoothedSimulator
+from bridge.smoothing.smoothed import SmoothedSimulator
 
 # The share of the steps in which the worse half of several starts is dropped again and again.
 _RACE = 0.5

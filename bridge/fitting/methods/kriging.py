@@ -18,8 +18,8 @@ from bridge.fitting.misfit import Misfit
 from bridge.fitting.rounding import Lattice
 from bridge.fitting.uncertainty import Stated
 from bridge.reporting.result import FitStep
-from bridge.simulator.protocol import may_be_noisy
-from bridge.smoothing.smooth import SmoothedSimulator
+from bridge.simulator.function import may_be_noisy
+from bridge.smoothing.smoothed import SmoothedSimulator
 
 # What every rank makes of the outputs itself.
 _EVERYWHERE = ("residuals", "lattice")

@@ -27,8 +27,10 @@ from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.fitting.methods.steps import Schedule, StepOutcome
 from bridge.fitting.misfit import Misfit
-from bridge.simulator.protocol import Parallel, ParameterSpace, Simulator, computes_row_by_row, simulator_name
-from bridge.smoothing.smooth import SmoothedSimulator, floating_rows
+from bridge.simulator.protocol import Parallel, Simulator, computes_row_by_row, simulator_name
+from bridge.simulator.space import ParameterSpace
+from bridge.smoothing.loss import floating_rows
+from bridge.smoothing.smoothed import SmoothedSimulator
 
 # A scale is changed by no more than this factor's logarithm in one step.
 _MOST = 0.5

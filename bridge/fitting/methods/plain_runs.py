@@ -14,7 +14,8 @@ from bridge.arrays import Array
 from bridge.errors import EvaluationError, InputError
 from bridge.fitting.soundness import HUGE
 from bridge.simulator.protocol import Simulator
-from bridge.smoothing.smooth import SmoothedSimulator, smooth
+from bridge.smoothing.smooth import smooth
+from bridge.smoothing.smoothed import SmoothedSimulator
 
 # What stands for a failed run until it is told apart: no simulator's output.
 FAILED = 1e300

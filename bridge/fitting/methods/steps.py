@@ -16,7 +16,7 @@ from bridge.fitting.methods.descent_errors import of_descent
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.target import LinearMap
 from bridge.smoothing.estimate import Estimate
-from bridge.smoothing.smooth import SmoothedSimulator
+from bridge.smoothing.smoothed import SmoothedSimulator
 
 _BISECTIONS = 12
 

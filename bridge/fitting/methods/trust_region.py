@@ -16,7 +16,7 @@ from bridge.fitting.methods.quadratic_search import QuadraticSearch
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.soundness import HUGE
 from bridge.reporting.result import FitStep
-from bridge.smoothing.smooth import SmoothedSimulator
+from bridge.smoothing.smoothed import SmoothedSimulator
 
 
 @final

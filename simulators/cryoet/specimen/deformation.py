@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from bridge.arrays import Array
 from bridge.errors import InputError
-from bridge.simulator.protocol import Parameter
+from bridge.simulator.space import Parameter
 from simulators.cryoet.device import CPU
 from simulators.cryoet.microscope.optics import check_range
 from simulators.cryoet.specimen.specimen import Residues, Specimen

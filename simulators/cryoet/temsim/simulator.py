@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bridge.arrays import Array
 from bridge.errors import InputError
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 from simulators.cryoet.device import CPU, checked_device
 from simulators.cryoet.formats.micrographs import read_micrograph, write_micrograph
 from simulators.cryoet.microscope.detector import drawn, poisson_quantile

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from bridge.errors import InputError
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 from simulators.cryoet.microscope.optics import check_range
-from simulators.cryoet.parameters import check_names, line
-from simulators.cryoet.simulator import KNOWN, Pose
+from simulators.cryoet.parameters import KNOWN, Pose, check_names, line
 from simulators.cryoet.specimen.deformation import STRUCTURE
 from simulators.cryoet.specimen.specimen import Specimen
 

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
-from bridge.simulator.protocol import BlockStructure, ParameterSpace
+from bridge.simulator.protocol import BlockStructure
+from bridge.simulator.space import ParameterSpace
 from simulators.cryoet.device import checked_device, checked_theta
 from simulators.cryoet.formats.micrographs import read_stack, write_stack
 from simulators.cryoet.microscope import detector as detection

@@ -22,7 +22,8 @@ import pytest
 from numpy.typing import NDArray
 
 from adapters.render import pyrender_compat as compat
-from adapters.render.pyrender import PyrenderSimulator, teapot
+from adapters.render.pyrender import PyrenderSimulator
+from adapters.render.scene import teapot
 from adapters.render.teapot import newell_patches, teapot_mesh
 from bridge.errors import InputError, SetupError
 from bridge.simulator.protocol import Simulator

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from numpy.typing import NDArray
 
-from adapters.render.pyrender import PyrenderSimulator, teapot
+from adapters.render.pyrender import PyrenderSimulator
 from adapters.render.raster import RasterSimulator
+from adapters.render.scene import teapot
 from bridge.errors import InputError, SetupError
 from bridge.simulator.protocol import Simulator, computes_row_by_row
 from bridge.simulator.registry import make

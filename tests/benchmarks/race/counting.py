@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.simulator.protocol import BlockStructure, ParameterSpace, Structured
+from bridge.simulator.protocol import BlockStructure, Structured
+from bridge.simulator.space import ParameterSpace
 
 from .problem import Array, Problem
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from bridge.simulator.protocol import FunctionSimulator
+from bridge.simulator.function import FunctionSimulator
 
 from .more_wild import Function
 from .problem import Array, Problem, half_squares, near, rows_of, space_of, within

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from bridge.simulator.protocol import FunctionSimulator
+from bridge.simulator.function import FunctionSimulator
 
 from . import more_wild, practice
 from .problem import Array, Problem, half_squares, rows_of, space_of

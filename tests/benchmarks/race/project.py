@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.simulator.protocol import BlockStructure, ParameterSpace
+from bridge.simulator.protocol import BlockStructure
+from bridge.simulator.space import ParameterSpace
 
 from .problem import Array, Problem, space_of, within
 

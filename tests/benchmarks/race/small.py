@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.simulator.protocol import FunctionSimulator
+from bridge.simulator.function import FunctionSimulator
 
 from .problem import Array, Problem, half_squares, near, rows_of, space_of, within
 

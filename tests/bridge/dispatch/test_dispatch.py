@@ -13,7 +13,7 @@ import torch
 import bridge
 from bridge.environment import device_index
 from bridge.errors import InputError
-from bridge.evaluation.streamed import spilled
+from bridge.evaluation.rows import spilled
 
 ENTRY = Path(__file__).resolve().parents[3] / "bridge" / "__main__.py"
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 import bridge
 from bridge.dispatch import TreeSum, transfers
 from bridge.estimators.covariates import make_weights
-from bridge.estimators.design import default_leaf_size, make_design, make_strategy
+from bridge.estimators.design import make_design
 from bridge.estimators.distributions import get_distribution
 from bridge.estimators.points import get_points
+from bridge.estimators.strategy import default_leaf_size, make_strategy
 from bridge.testing import Quadrature, assert_mean, mean_differs
 
 A = np.array([[0.9, -0.4], [0.3, 0.8]])
@@ -255,7 +256,7 @@ def test_a_value_has_the_same_bits_whatever_derivatives_are_added_up_beside_it(s
 
 
 def test_the_memory_of_outputs_is_used_again_once_they_are_added_up(monkeypatch):
-    from bridge.simulator import protocol as module
+    from bridge.simulator import function as module
 
     places, empty = [], module._Memory.empty
 

@@ -19,7 +19,7 @@ import torch
 import bridge
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
 from bridge.evaluation.workers import IsolatedSimulator
-from bridge.simulator.protocol import as_simulator
+from bridge.simulator.function import as_simulator
 from tests.lab.failing import crash, fail, hang, leave, smooth_one
 
 THETA = torch.tensor([0.3, -0.2], dtype=torch.float64)
@@ -144,7 +144,7 @@ def test_the_child_ends_when_the_parent_is_killed(tmp_path):
         import os, sys, time
         import numpy as np
         from bridge.evaluation.workers import IsolatedSimulator
-        from bridge.simulator.protocol import as_simulator
+        from bridge.simulator.function import as_simulator
         def f(x):
             if x[0] > 0:
                 print(os.getpid(), flush=True)

@@ -238,7 +238,7 @@ def test_no_restart_where_residuals_look_like_noise():
 
 def test_natural_scales_that_nobody_has_said():
     from bridge.fitting.problem import with_scales
-    from bridge.simulator.protocol import Parameter, ParameterSpace
+    from bridge.simulator.space import Parameter, ParameterSpace
 
     space = ParameterSpace(
         (

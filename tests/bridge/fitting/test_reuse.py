@@ -17,8 +17,8 @@ import torch
 
 import bridge
 from bridge.errors import InputError
+from bridge.simulator.function import as_simulator
 from bridge.simulator.identity import identity_of
-from bridge.simulator.protocol import as_simulator
 from bridge.storage.store import Store
 from tests.lab.fits import Killed
 

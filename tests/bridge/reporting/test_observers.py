@@ -27,7 +27,7 @@ from bridge.reporting.observers import Observers, make_observers
 from bridge.reporting.recorders import JSONLines, TensorBoard
 from bridge.reporting.result import FitStep
 from bridge.reporting.text import format_duration, format_value, gauge, sparkline
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 
 SPACE = ParameterSpace((Parameter("defocus_um", "um", 0.5, 4.0), Parameter("[red]\x1b[2Jx", "angstrom")))
 STEP = FitStep(0, 0.5, 1.0, (1.7, 3.0), 64)

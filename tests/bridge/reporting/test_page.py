@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bridge.errors import InputError
 from bridge.reporting.page import write_report
 from bridge.reporting.result import FitResult, FitStep
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 
 pytest.importorskip("matplotlib", reason="matplotlib is optional (extra `report`)")
 EVIL = "<script>alert('$1')</script> & \"$\\frac\" 名 \x1b[2J"

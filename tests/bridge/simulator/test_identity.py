@@ -31,9 +31,10 @@ from hypothesis import strategies as st
 import bridge
 from adapters.external import ExternalSimulator, Profile, TextTemplate
 from bridge.errors import InputError
+from bridge.simulator.function import as_simulator
 from bridge.simulator.identity import identity_of
-from bridge.simulator.protocol import Parameter, ParameterSpace, as_simulator
 from bridge.simulator.registry import find
+from bridge.simulator.space import Parameter, ParameterSpace
 from bridge.storage.store import Store
 from tests.lab import identities as lab
 from tests.lab.fits import Killed
@@ -690,7 +691,7 @@ def test_functions_that_have_travelled_by_value_are_the_same() -> None:
         sent = cloudpickle.dumps(function)
         assert identity(cloudpickle.loads(sent)) == identity(function)
         program = "import pickle, sys; from bridge.simulator.identity import *; "
-        program += "from bridge.simulator.protocol import as_simulator; "
+        program += "from bridge.simulator.function import as_simulator; "
         program += "print(identity_of(as_simulator(pickle.load(sys.stdin.buffer))))"
         if function is names["g"]:
             done = subprocess.run([sys.executable, "-c", program], input=sent, capture_output=True, check=False)

@@ -10,10 +10,10 @@ import torch
 
 import bridge
 from bridge.errors import EvaluationError, InputError
-from bridge.estimators.design import make_strategy
 from bridge.estimators.distributions import get_distribution
+from bridge.estimators.strategy import make_strategy
 from bridge.simulator.protocol import BlockStructure
-from bridge.smoothing.estimate import median_statistic
+from bridge.smoothing.median import median_statistic
 from bridge.testing import Quadrature, assert_mean
 
 NAMES = ["gaussian", "logistic", "gumbel", "cauchy", "laplace", "triangular"]
