@@ -31,8 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 from adapters.paths import is_of_system, with_files
 from adapters.process import Outcome, run_process
 from bridge.arrays import real_array
-from bridge.children import keep_directory, marked, own_directory
-from bridge.environment import child_environment
+from bridge.environment import child_environment, keep_directory, marked, own_directory
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
 from bridge.simulator.space import ParameterSpace
 
