@@ -16,7 +16,7 @@ _PUBLIC = {
     "BlockStructure": "bridge.simulator.protocol",
     "Distribution": "bridge.estimators.distributions",
     "Estimate": "bridge.smoothing.estimate",
-    "FitResult": "bridge.fitting.fit",
+    "FitResult": "bridge.reporting.result",
     "LogScale": "bridge.estimators.scale",
     "LowerTriangular": "bridge.estimators.scale",
     "PointSet": "bridge.estimators.points",

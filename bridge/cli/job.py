@@ -31,9 +31,10 @@ from bridge.arrays import real_array
 from bridge.checks import did_you_mean, refuse_unknown
 from bridge.dispatch import is_root
 from bridge.errors import InputError, SetupError
-from bridge.fitting.fit import FitResult, fit, fit_settings
+from bridge.fitting.fit import fit, fit_settings
 from bridge.reporting.figures import draw_fit
 from bridge.reporting.observers import Observer
+from bridge.reporting.result import FitResult
 from bridge.simulator import registry
 from bridge.simulator.protocol import FileFormat, Simulator, as_simulator
 from bridge.storage.files import write_json, write_whole

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.checks import is_whole
 from bridge.errors import BridgeError, EvaluationError, InputError
-from bridge.fitting.methods.base import SMALL_STEP, MethodResult
+from bridge.fitting.methods.base import (
+    SMALL_STEP,
+    FitTask,
+    Method,
+    MethodResult,
+    ModelRun,
+    as_widths,
+    error_targets,
+    register,
+    require,
+    require_counts,
+)
 from bridge.fitting.methods.kriging_errors import of_search
-from bridge.fitting.methods.kriging_search import KrigingSearch
-from bridge.fitting.methods.plain_runs import plain_outputs, useless_start
+from bridge.fitting.methods.kriging_search import MOST_ROWS, KrigingSearch
+from bridge.fitting.methods.plain_runs import plain_outputs, plain_simulator, useless_start
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.rounding import Lattice
 from bridge.fitting.uncertainty import Stated
@@ -26,8 +39,80 @@ Array = NDArray[np.float64]
 _EVERYWHERE = ("residuals", "lattice")
 
 
+# Runs of a whole fit, for each parameter and one more.
+_RUNS_A_PARAMETER = 60
+
+
+@register("kriging")
 @final
-class Searching:
+@dataclass(frozen=True)
+class Kriging(Method):
+    """Least squares by one Gaussian process through every run so far, in rounds of a few runs.
+
+    Attributes:
+        steps: rounds at most, None for no limit.
+        num_samples: runs a round; by default max(6, d / 2 + 1), in the first round at least d + 1, from the fifth on
+            half as many more.
+        scale: how far from the start the first round looks, natural units, by default 1.
+        restarts: at most so many.
+        tolerance: ends when two rounds in turn promise less than this many standard errors.
+        stop_at_error: standard errors that suffice, natural units, or name -> in its unit.
+    """
+
+    steps: int | None = None
+    num_samples: int | None = None
+    scale: float | tuple[float, float] | None = None
+    restarts: int = 10
+    tolerance: float = 0.1
+    stop_at_error: float | Mapping[str, float] | None = None
+
+    needs_least_squares: ClassVar[bool] = True
+    takes_earlier_runs: ClassVar[bool] = True
+    keeps_runs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_counts(self.steps, self.num_samples, self.tolerance)
+        require("restarts of 0 or more", is_whole(self.restarts, 0), self.restarts)
+
+    def start(self, task: FitTask) -> KrigingRun:
+        problem = task.problem
+        plain = plain_simulator(problem.simulator, task.seed, task.comm, task.smoothing, self.name)
+        d, starts, misfit = problem.free.dimension, problem.free_starts, problem.misfit
+        batch, widths = max(6, d // 2 + 1), as_widths(self.scale, (1.0, 1.0))
+        search = KrigingSearch(
+            starts[0],
+            problem.lower,
+            problem.upper,
+            spread=widths[0],
+            seed=int(task.seed or 0),
+            batch=self.num_samples or batch,
+            later=self.num_samples or 3 * batch // 2,
+            prior=misfit.prior,
+            known_noise=problem.known_noise,
+            tolerance=self.tolerance,
+            restarts=self.restarts,
+            robust=misfit.robust,
+            ordinary=misfit.ordinary_cost(),
+            guessed=problem.guessed,
+            unknown=problem.unknown,
+        )
+        return KrigingRun(
+            plain,
+            misfit,
+            search,
+            problem.natural,
+            task.max_runs or _RUNS_A_PARAMETER * (d + 1),
+            problem.known_noise,
+            starts,
+            problem.free.names,
+            error_targets(problem, self.stop_at_error),
+            limit=self.steps,
+            described={"scale": list(widths)},
+        )
+
+
+@final
+class KrigingRun(ModelRun):
     """`bridge.fitting.methods.kriging_search.KrigingSearch` on a simulator.
 
     Args:
@@ -47,8 +132,12 @@ class Searching:
         known_noise: bool,
         starts: Array,
         names: Sequence[str],
-        error_targets: Array | None = None,
+        error_targets: Array | None,
+        *,
+        limit: int | None,
+        described: dict[str, Any],
     ) -> None:
+        self.smoothed, self.limit, self.described, self.most_rows = [plain], limit, described, MOST_ROWS
         self.plain, self.misfit, self.search, self.natural = plain, misfit, search, natural
         self.budget, self.known_noise, self.starts, self.error_targets = budget, known_noise, starts, error_targets
         self.names, self.precise = tuple(names), 0
@@ -111,11 +200,9 @@ class Searching:
         )
 
     def loss_of_rows(self, outputs: Array) -> Array:
-        """(n,) losses of single runs, without the prior, of outputs (n, m)."""
         return np.array([self.misfit.cost(r) for r in self._residuals(outputs)])
 
     def begin_with(self, parameters: Array, outputs: Array) -> None:
-        """Takes earlier runs at (n, d) parameters, with outputs (n, m), into the model. Collective."""
         rows, residuals = parameters / self.natural, self._residuals(outputs)
         self.lattice.add(outputs)
 
@@ -194,7 +281,6 @@ class Searching:
 
     @property
     def ends_without_runs(self) -> bool:
-        """Whether all that `finish` needs has been run."""
         needed = (self.search.overall[1], self.search.start)
         return self.misfit.plain and all((self.search.rows == z).all(axis=1).any() for z in needed)
 

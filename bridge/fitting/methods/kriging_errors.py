@@ -37,7 +37,9 @@ def of_search(search: KrigingSearch, misfit: Misfit, known: bool, lattice: Latti
     robust, prior = misfit.robust, misfit.prior
     if why := _too_few(search, z):
         d = len(z)
-        return Stated(np.full((d, d), np.nan), np.nan, np.zeros(d, dtype=bool), (Note(NoteKind.NONE, why),))
+        return Stated(
+            np.full((d, d), np.nan), np.nan, np.zeros(d, dtype=bool), (Note(NoteKind.NONE, why),), by_model=True
+        )
     model, F, at_z, there = search.model_there(z)
     m = F.shape[1]
     rounding, floor = _rounding(lattice, misfit, there)
@@ -74,7 +76,7 @@ def of_search(search: KrigingSearch, misfit: Misfit, known: bool, lattice: Latti
         spread=target_spread(misfit),
         output=output_sizes(misfit, r, there),
     )
-    stated = evidence.stated(prior.information, known, robust)
+    stated = replace(evidence.stated(prior.information, known, robust), by_model=True)
     exact = bool(stepped.any()) and bool((np.abs(at_z) < 1e-3 * np.sqrt(12 * rounding))[stepped].all())
     exact = exact and robust is None and bool((at_z[~stepped] == 0).all())
     if exact:
