@@ -24,7 +24,8 @@ from bridge.fitting.methods.base import (
     require_counts,
 )
 from bridge.fitting.methods.kriging_errors import of_search
-from bridge.fitting.methods.kriging_search import MOST_ROWS, KrigingSearch
+from bridge.fitting.methods.kriging_runs import MOST_ROWS
+from bridge.fitting.methods.kriging_search import KrigingSearch
 from bridge.fitting.methods.plain_runs import plain_outputs, plain_simulator, useless_start
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.rounding import Lattice
@@ -164,8 +165,7 @@ class KrigingRun(ModelRun):
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
         search = self.search
-        search.points = search.points[: max(1, self.budget - self.last_runs - num_evaluations)]
-        points = search.points
+        points = search.ask(self.budget - self.last_runs - num_evaluations)
         outputs = plain_outputs(self.plain, points * self.natural, step)
         shape = tuple(self.misfit.target.shape)
         if step == 0 and outputs.shape[1:] != shape:
@@ -183,10 +183,10 @@ class KrigingRun(ModelRun):
             search.tell(residuals, failed)
             self._judge()
 
-        self._on_leader(tell, lambda: search.with_rows(residuals, failed))
+        self._on_leader(tell, lambda: search.runs.with_rows(residuals, failed))
         note = search.note
-        if step == 0 and search.reused:
-            note = "; ".join(filter(None, [f"begins with {search.reused} evaluations of earlier runs", note]))
+        if step == 0 and search.runs.reused:
+            note = "; ".join(filter(None, [f"begins with {search.runs.reused} evaluations of earlier runs", note]))
         loss, best = search.overall
         return FitStep(
             step,
@@ -195,7 +195,7 @@ class KrigingRun(ModelRun):
             tuple((best * self.natural).tolist()),
             num_evaluations + len(points),
             None if self.error is None else tuple((self.error * self.natural).tolist()),
-            num_failed=int(search.failed.sum()),
+            num_failed=int(search.runs.failed.sum()),
             note=note,
         )
 
@@ -218,7 +218,7 @@ class KrigingRun(ModelRun):
     def _add_starts(self) -> None:
         """All starts into the first round."""
         points = self.search.points
-        new = [z for z in self.starts[1:] if not (np.vstack([self.search.rows, points]) == z).all(axis=1).any()]
+        new = [z for z in self.starts[1:] if not (np.vstack([self.search.runs.rows, points]) == z).all(axis=1).any()]
         self.search.points = np.vstack([points[:1], *new, points[1:]])
 
     def _on_leader(self, change: Callable[[], None], residuals: Callable[[], Array]) -> None:
@@ -242,7 +242,7 @@ class KrigingRun(ModelRun):
 
     def _judge(self) -> None:
         """Whether the standard errors are those asked for, and what is expected of the next round small beside them."""
-        if self.error_targets is None or not self.search.kernel.size:
+        if self.error_targets is None or not self.search.runs.kernel.size:
             return
         stated = self._stated()
         if stated is None:
@@ -255,7 +255,7 @@ class KrigingRun(ModelRun):
     def finish(self, step: int) -> MethodResult:
         loss, best = self.search.overall
         stated, noise = None, 0.0
-        if len(self.search.rows):
+        if len(self.search.runs.rows):
             thinking = self.plain.dispatcher.thinking
             found = (self._stated(), self._noise()) if thinking.rank == 0 else None
             stated, noise = thinking.broadcast_object(found)
@@ -263,8 +263,8 @@ class KrigingRun(ModelRun):
         return MethodResult(
             *(best, self.search.start, loss, stated, outputs[0], outputs[1]),
             num_evaluations=runs,
-            num_failed=int(self.search.failed.sum()),
-            num_reused=self.search.reused,
+            num_failed=int(self.search.runs.failed.sum()),
+            num_reused=self.search.runs.reused,
             noise=noise,
             warnings=self._said(stated is not None),
         )
@@ -274,15 +274,15 @@ class KrigingRun(ModelRun):
         if not may_be_noisy(self.plain.simulator):
             return 0.0
         try:
-            model = self.search.model(self.search.overall[1], weighted=False)
+            model = self.search.runs.model(self.search.overall[1], weighted=False)
         except (np.linalg.LinAlgError, ValueError, ArithmeticError):
             return 0.0
-        return model.noise / self.search.residuals.shape[1]
+        return model.noise / self.search.runs.residuals.shape[1]
 
     @property
     def ends_without_runs(self) -> bool:
         needed = (self.search.overall[1], self.search.start)
-        return self.misfit.plain and all((self.search.rows == z).all(axis=1).any() for z in needed)
+        return self.misfit.plain and all((self.search.runs.rows == z).all(axis=1).any() for z in needed)
 
     def _stated(self) -> Stated | None:
         """None where the numerics of the model fail."""
@@ -296,11 +296,11 @@ class KrigingRun(ModelRun):
 
     def _said(self, has_errors: bool) -> tuple[str, ...]:
         search, said = self.search, []
-        failed = int(search.failed.sum())
+        failed = int(search.runs.failed.sum())
         if failed and self.plain.strategy.errors_raise:
             said.append(
-                f"{failed} of {len(search.rows)} runs gave NaN, infinite or enormous outputs and were taken for bad "
-                "ones. If the best run is near to them, bound the parameters to where the simulator works; where "
+                f"{failed} of {len(search.runs.rows)} runs gave NaN, infinite or enormous outputs and were taken for "
+                "bad ones. If the best run is near to them, bound the parameters to where the simulator works; where "
                 "outputs only lack some numbers (NaN), pass missing='ignore'."
             )
         if not search.whole:
@@ -308,18 +308,19 @@ class KrigingRun(ModelRun):
                 "The fit ended early: its model of the runs failed numerically several times in turn. The parameters "
                 "are those of the best run so far. Check the natural scales, the bounds, and outputs that are outliers."
             )
-        if not has_errors and len(search.rows):
+        if not has_errors and len(search.runs.rows):
             said.append("No standard errors: the model of the runs is numerically singular at the end.")
         return tuple(said)
 
     def outputs_at(self, points: Array, step: int) -> tuple[NDArray[Any], int]:
         """(k, *shape) outputs at points: of rows that have been run, else of a run more; and how many of these."""
         outputs, runs = [], 0
+        known, misfit = self.search.runs, self.misfit
         for z in points:
-            rows = np.flatnonzero((self.search.rows == z).all(axis=1))
-            if len(rows) and self.misfit.plain:
-                row = self.search.residuals[rows[0]] * self.misfit.deviation + self.misfit.target.numpy().reshape(-1)
-                outputs.append(np.where(self.search.failed[rows[0]], np.nan, row).reshape(self.misfit.target.shape))
+            rows = np.flatnonzero((known.rows == z).all(axis=1))
+            if len(rows) and misfit.plain:
+                row = known.residuals[rows[0]] * misfit.deviation + misfit.target.numpy().reshape(-1)
+                outputs.append(np.where(known.failed[rows[0]], np.nan, row).reshape(misfit.target.shape))
             else:
                 outputs.append(plain_outputs(self.plain, z[None] * self.natural, step + runs)[0])
                 runs += 1

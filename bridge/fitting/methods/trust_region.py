@@ -122,8 +122,7 @@ class TrustRegionRun(MethodRun):
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
         search = self.search
-        left = self.budget - num_evaluations - 1
-        search.points = points = search.points[: max(1, left)]
+        points = search.ask(self.budget - num_evaluations - 1)
         outputs = plain_outputs(self.plain, points * self.natural, step)
         shape = tuple(self.misfit.target.shape)
         if step == 0 and outputs.shape[1:] != shape:
