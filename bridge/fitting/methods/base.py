@@ -106,8 +106,9 @@ def register(name: str) -> Any:
     """Decorator: makes a method known as `bridge.fit(..., method=name)`."""
 
     def decorate(kind: type[Method]) -> type[Method]:
+        METHODS.register(name)(kind)
         kind.name = name
-        return METHODS.register(name)(kind)
+        return kind
 
     return decorate
 
