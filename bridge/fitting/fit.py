@@ -5,60 +5,34 @@ The module is not called `fit`, because the function `bridge.fit` is: a package 
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from inspect import signature
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from bridge.arrays import real_array
 from bridge.checks import as_whole, can_be_called_with, is_number, refuse_unknown
-from bridge.errors import BridgeError, InputError
-from bridge.fitting.goodness import Goodness, goodness_of, unexplained
-from bridge.fitting.identifiability import identifiability_warnings
-from bridge.fitting.methods.auto import Chosen, MethodName, MethodSettings, Way, choose, make_method
-from bridge.fitting.methods.base import MethodResult
-from bridge.fitting.methods.kriging import Searching
-from bridge.fitting.methods.kriging_search import MOST_ROWS
-from bridge.fitting.methods.plain_runs import DESIGN
+from bridge.errors import InputError
+from bridge.fitting.methods.base import METHODS, FitTask, Method, begin
 from bridge.fitting.misfit import Loss
-from bridge.fitting.normal import without
 from bridge.fitting.prior import PriorOf
-from bridge.fitting.problem import FitProblem, Start, make_problem
-from bridge.fitting.reuse import Earlier, Source, described, earlier_rows, sources
+from bridge.fitting.problem import Start, make_problem
+from bridge.fitting.reuse import Source, sources
+from bridge.fitting.robust import RobustLoss
+from bridge.fitting.session import FitSession, earlier_runs, kept_run
 from bridge.fitting.target import LinearMap
-from bridge.interrupts import again, listening, look
-from bridge.reporting.observers import Observer, Observers, make_observers
-from bridge.reporting.result import FitEnd, FitResult, FitStep
-from bridge.simulator.function import as_simulator, counts_runs
-from bridge.simulator.identity import identity_of, identity_of_function
-from bridge.simulator.protocol import Simulator, simulator_name
-from bridge.simulator.space import ParameterSpace
+from bridge.reporting.observers import Observer, make_observers
+from bridge.reporting.result import FitResult, FitStep
+from bridge.simulator.function import counts_runs
+from bridge.simulator.protocol import Simulator
 from bridge.smoothing.smooth import smooth
-from bridge.storage.run import Run
 
 if TYPE_CHECKING:
     from bridge.dispatch.mpi import Intracomm
-
-__all__ = ["FitEnd", "FitResult", "FitStep", "fit"]
-
-_UNLIMITED = 10**15
-_INTERRUPTED = "bridge: interrupted; the fit ends with the best so far. Once more to leave at once."
-_LEFT_OUT = (
-    "The fit was interrupted: what it would run at its end, for errors and outputs, is left out, and the loss is that "
-    "of the smoothed output. With the same directory= it goes on where it was."
-)
-
-_log = logging.getLogger("bridge")
 
 
 def fit(
@@ -67,7 +41,7 @@ def fit(
     start: Start,
     *,
     seed: int | None = None,
-    method: MethodName = "auto",
+    method: str | Method = "auto",
     steps: int | None = None,
     num_samples: int | None = None,
     num_starts: int | None = None,
@@ -80,7 +54,7 @@ def fit(
     mask: ArrayLike | torch.Tensor | None = None,
     missing: str = "raise",
     whiten: LinearMap | None = None,
-    robust: str | tuple[str, float] | None = None,
+    robust: str | tuple[str, float] | RobustLoss | None = None,
     coarse: Sequence[float | LinearMap] | None = None,
     loss: Loss | None = None,
     prior: PriorOf | None = None,
@@ -206,220 +180,102 @@ def fit(
         EvaluationError: a simulation failed; with failures="drop", all did.
         SystemExit: with code 75, with a directory: stopped by a signal; start it again.
     """
-    begin = time.monotonic()
-    if isinstance(target, torch.Tensor):
-        target = target.detach().cpu().numpy() if target.is_complex() else target.detach().cpu().double().numpy()
+    begun = time.monotonic()
+    target = _as_numbers(target)
     refuse_unknown("bridge.fit", smoothing, fit_settings())
     smoothing = {**smoothing, "missing": missing} if missing != "raise" else smoothing
     _check_kinds(target, start, variance, fixed, tied, loss, on_step)
-    steps, num_samples, num_starts = as_whole(steps), as_whole(num_samples), as_whole(num_starts)
-    max_runs, restarts = as_whole(max_runs), as_whole(restarts)
-    if directory is not None and not isinstance(directory, str | os.PathLike):
-        raise InputError(f"Expected directory as a path, got {directory!r}.")
-    if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
-        raise InputError(f"Expected a positive max_seconds, got {max_seconds!r}.")
+    _check_limits(directory, max_seconds, loss, stop_at_error)
+    given = _given(
+        steps=as_whole(steps),
+        num_samples=as_whole(num_samples),
+        scale=scale,
+        halving=None if halving is True else halving,
+        full_scale=full_scale,
+        learning_rate=learning_rate,
+        optimiser=optimiser,
+        coarse=coarse,
+        stop_at_error=stop_at_error,
+        restarts=as_whole(restarts),
+        tolerance=tolerance,
+    )
+    chooses = _as_method(method, given)
     problem = make_problem(
-        *(simulator, target, start),
-        seed=seed, num_starts=num_starts, spread=_spread(scale), variance=variance, whiten=whiten, loss=loss,
-        robust=robust, prior=prior, fixed=fixed, tied=tied, guess=scale is None,
-        mask=mask, missing=missing,
-    )  # fmt: skip
+        simulator,
+        target,
+        start,
+        seed=seed,
+        num_starts=as_whole(num_starts),
+        spread=_spread(chooses.scale),
+        variance=variance,
+        whiten=whiten,
+        loss=loss,
+        robust=robust,
+        prior=prior,
+        fixed=fixed,
+        tied=tied,
+        guess=chooses.scale is None,
+        mask=mask,
+        missing=missing,
+    )
+    task = FitTask(problem, seed, as_whole(max_runs), comm, smoothing)
     if max_runs is not None or directory is not None:
         counts_runs(problem.simulator)
-    method_, reason = choose(
-        *(method, problem.simulator, problem.free.dimension),
-        loss=loss is not None, optimiser=optimiser is not None, coarse=coarse is not None,
-        smooths=_smooths(learning_rate, scale, smoothing),
-    )  # fmt: skip
-    if sources(reuse) and method_ != "kriging":
+    chosen, reason = chooses.chosen(task)
+    earlier_fits = _earlier_fits(reuse, chosen)
+    # All settings are checked here: a fit that is refused leaves nothing behind.
+    work = begin(chosen, task)
+    earlier = earlier_runs(earlier_fits, problem, work, directory, resume)
+    run = kept_run(task, chosen, work, directory, earlier_fits, every_s, resume, overwrite)
+    session = FitSession(
+        problem,
+        chosen,
+        reason,
+        work,
+        begin=begun,
+        run=run,
+        observers=make_observers(progress, root=work.smoothed[0].dispatcher.thinking.rank == 0),
+        on_step=on_step,
+        announced=chosen.name != chooses.name,
+        max_seconds=max_seconds,
+    )
+    return session.carried_out(title, earlier)
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """Those settings of a method that are given."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _as_method(method: str | Method, given: Mapping[str, Any]) -> Method:
+    """The method of a name with its settings, or the one that is given."""
+    if not isinstance(method, Method):
+        return METHODS.find(method).with_settings(given)
+    if given:
         raise InputError(
-            f"Expected method='kriging' with reuse, got {method_!r}, for which earlier runs count for next to nothing: "
-            "it goes by those about where it is. To find the very same runs again, pass store=."
+            f"Expected the settings of the method on it, got {', '.join(f'{name}=' for name in given)} beside "
+            f"{method!r}. Give them to {type(method).__name__}(...)."
         )
-    settings = MethodSettings(
-        method_, steps, num_samples, scale, learning_rate, optimiser, full_scale, coarse, halving, stop_at_error,
-        restarts, tolerance, max_runs,
-    )  # fmt: skip
-    # It checks its settings: a fit that is refused leaves nothing behind.
-    chosen = make_method(problem, settings, seed, comm, smoothing)
-    # Before there is a run: one that is refused leaves nothing behind.
-    if directory is not None or sources(reuse):
-        for smoothed in chosen.smoothed:
-            smoothed.execution.filing(smoothed.simulator)
-            if smoothed.surrogate is not None:
-                smoothed.execution.filing(smoothed.surrogate.simulator)
-    described_ = {} if directory is None else _described(problem, settings, chosen, seed, smoothing)
-    begun = directory is not None and resume and any(Path(directory).glob("checkpoint-*.npz"))
-    earlier = _earlier(sources(reuse), problem, chosen, directory, begun)
-    run: Run | None = None
-    if directory is not None:
-        described_["reuse"] = list(map(described, sources(reuse)))
-        # Few runs, each of use to other fits: not to be thrown away.
-        keep = method_ in ("kriging", "trust-region")
-        run = Run(
-            directory, settings=described_, every_s=every_s, resume=resume, overwrite=overwrite, comm=comm,
-            keep_evaluations=keep, journal_above_s=0.0 if keep else 0.01,
-        )  # fmt: skip
-        for smoothed in chosen.smoothed:
-            if smoothed.execution.store is None:
-                smoothed.execution = replace(smoothed.execution, store=run.store)
-    way, dispatcher = chosen.way, chosen.smoothed[0].dispatcher.thinking
-    observers = make_observers(progress, root=dispatcher.rank == 0)
-    alone = chosen.smoothed[0].dispatcher.size == 1
-    with nullcontext() if run is None else run, observers, listening(_INTERRUPTED) if alone else nullcontext():
-        _start(observers, problem, chosen, title)
-        history, stop_reason = _restored(run, chosen)
-        if earlier is not None and isinstance(way, Searching) and (run is None or run.state is None):
-            way.begin_with(*earlier)
-            if run is not None:  # what it begins with is its own from here on, whatever becomes of those directories
-                run.checkpoint(0, _state(history, stop_reason, way), at_once=True)
-        found, ran = (history[-1].num_cached, history[-1].num_surrogate) if history else (0, 0)
-        cost = chosen.smoothed[0].spent
-        for record in history:
-            observers.step(record)
-            if on_step is not None:
-                on_step(record)
-        end: MethodResult | None = None
-        try:
-            if run is not None and run.state is not None and "result" in run.state:
-                result = _result_from(run.state["result"], problem.space, history)
-                if dispatcher.rank == 0:
-                    _log.info("the fit in %s is finished: its result is returned again, nothing is run", run.directory)
-                observers.end(result)
-                return result
-            while not stop_reason and (chosen.limit is None or len(history) < chosen.limit):
-                spent = history[-1].num_evaluations if history else 0
-                record = problem.record(way.advance(len(history), spent))
-                record = replace(record, num_cached=found + cost.cached, num_surrogate=ran + cost.surrogate)
-                if not history:
-                    chosen_so = f"{method_}: {reason}" if method == "auto" else ""
-                    notes = filter(None, [record.note, chosen_so, problem.scales_in_words])
-                    record = replace(record, note="; ".join(notes))
-                history.append(record)
-                observers.step(record)
-                if on_step is not None:
-                    on_step(record)
-                if way.done:
-                    stop_reason = way.done
-                elif record.num_evaluations + way.next_runs > chosen.budget:
-                    stop_reason = "max_runs"
-                elif max_seconds is not None and dispatcher.first(time.monotonic() - begin > max_seconds):
-                    stop_reason = "max_time"
-                if run is not None:
-                    run.checkpoint(len(history), _state(history, stop_reason, way))
-                if not stop_reason:
-                    look()
-            stop_reason = stop_reason or "max_steps"
-            end = way.finish(len(history))
-        except KeyboardInterrupt:
-            if dispatcher.size > 1 or again():
-                raise  # ranks are told at different places: this ends them all
-            stop_reason = "interrupted"
-            if run is not None:
-                run.set_aside()
-            if isinstance(way, Searching) and way.ends_without_runs:
-                end = way.finish(len(history))
-        left_out = end is None
-        end = _cut_short(way, problem, history) if end is None else end
-        if end.no_better and stop_reason in ("converged", "standard_error"):
-            stop_reason = "no_better"
-        good, misses = _goodness(problem, end)
-        stated = end.stated
-        at_bound = (end.x <= problem.lower) | (end.x >= problem.upper)
-        covariance = None if stated is None else problem.covariance(without(stated.covariance, at_bound))
-        result = FitResult(
-            space=problem.space,
-            parameters=problem.whole(end.x),
-            start=problem.whole(end.start),
-            standard_error=_last_errors(history) if left_out else _deviations(covariance),
-            loss=good.loss,
-            stop_reason=stop_reason,
-            history=tuple(history),
-            num_evaluations=(history[-1].num_evaluations if history else 0) + end.num_evaluations,
-            wall_s=time.monotonic() - begin,
-            output=end.output,
-            start_output=end.start_output,
-            covariance=covariance,
-            warnings=(
-                *((_LEFT_OUT,) * left_out),
-                *end.warnings,
-                *_unfinished(end, stop_reason),
-                *misses,
-                *identifiability_warnings(
-                    stated, problem.free, end.x * problem.natural, at_bound, method_ == "kriging"
-                ),
-            ),
-            num_reused=end.num_reused,
-            num_cached=found + cost.cached,
-            num_surrogate=ran + cost.surrogate,
-            num_failed=end.num_failed,
-            method=method_,
-            method_reason=reason,
-            ends=_ends(problem, end) if len(problem.starts) > 1 else (),
-            interval_dof=np.inf if stated is None else stated.dof,
-            chi_square=good.chi_square,
-            dof=good.dof,
-            p_value=good.p_value,
-            loss_share=good.share,
+    return method
+
+
+def _earlier_fits(reuse: Source | Sequence[Source], method: Method) -> list[Source]:
+    """What `reuse=` names; refused where the method has no use for it."""
+    earlier_fits = sources(reuse)
+    if earlier_fits and not method.takes_earlier_runs:
+        those = " or ".join(repr(name) for name, kind in METHODS.all().items() if kind.takes_earlier_runs)
+        raise InputError(
+            f"Expected method={those} with reuse, got {method.name!r}, for which earlier runs count for next to "
+            "nothing: it goes by those about where it is. To find the very same runs again, pass store=."
         )
-        if run is not None and stop_reason != "interrupted":
-            # Started again, it has nothing to do: not even the runs of its end.
-            run.checkpoint(len(history), {**_state(history, stop_reason, way), "result": _plain(result)}, at_once=True)
-        observers.end(result)
-    return result
+    return earlier_fits
 
 
-def _goodness(problem: FitProblem, end: MethodResult) -> tuple[Goodness, tuple[str, ...]]:
-    """How well the target is explained at the end, and what to say of it."""
-    misfit = problem.misfit
-    # A loss of one's own, of noisy runs, is what the method makes of many; of a run that failed nothing else is known.
-    if misfit.loss is not None or not misfit.usable(end.output[None]).all():
-        return Goodness(end.loss), ()
-    good = goodness_of(problem.misfit, end.output, end.x, problem.known_noise, end.noise)
-    target = misfit.target.numpy()
-    if misfit.masked is not None:
-        target = np.where(misfit.masked.numpy(), np.nan, target)
-    return good, unexplained(good, end.output - target, end.start_output - target)
-
-
-def _cut_short(way: Way, problem: FitProblem, history: Sequence[FitStep]) -> MethodResult:
-    """The end of a fit that was interrupted: what is known, without another run.
-
-    The parameters are those of the least loss that was seen: of where the last step led none is known.
-    """
-    unknown = np.full(tuple(problem.misfit.target.shape), np.nan)
-    x, loss = way.x, np.nan
-    if seen := [record for record in history if np.isfinite(record.loss)]:
-        best = min(seen, key=lambda record: record.loss)
-        at = [problem.space.index(name) for name in problem.free.names]
-        x, loss = np.array(best.parameters)[at] / problem.natural, best.loss
-    failed = history[-1].num_failed if history else 0
-    return MethodResult(x, problem.free_starts[0], loss, None, unknown, unknown, num_evaluations=0, num_failed=failed)
-
-
-def _ends(problem: FitProblem, end: MethodResult) -> tuple[FitEnd, ...]:
-    """Where all starts have come to, of all parameters in their units."""
-    return tuple(FitEnd(problem.whole(e.start), problem.whole(e.parameters), e.loss, e.steps) for e in end.ends)
-
-
-def _deviations(covariance: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-    return None if covariance is None else np.sqrt(np.diag(covariance))
-
-
-def _last_errors(history: Sequence[FitStep]) -> NDArray[np.float64] | None:
-    known = history[-1].standard_error if history else None
-    return None if known is None else np.array(known)
-
-
-def _plain(result: FitResult) -> dict[str, Any]:
-    """What a run keeps of its result: all but what it keeps anyway."""
-    kept = {name: value for name, value in vars(result).items() if name not in ("space", "history", "ends")}
-    return {**kept, "ends": [dict(vars(end)) for end in result.ends]}
-
-
-def _result_from(kept: Mapping[str, Any], space: ParameterSpace, history: Sequence[FitStep]) -> FitResult:
-    ends = tuple(FitEnd(**end) for end in kept["ends"])
-    return FitResult(**{**kept, "ends": ends, "space": space, "history": tuple(history)})
+def _as_numbers(target: ArrayLike | torch.Tensor) -> ArrayLike:
+    """A tensor as an array, real ones in double precision; anything else as it is."""
+    if not isinstance(target, torch.Tensor):
+        return target
+    return target.detach().cpu().numpy() if target.is_complex() else target.detach().cpu().double().numpy()
 
 
 def fit_settings() -> list[str]:
@@ -454,125 +310,16 @@ def _check_kinds(target: Any, start: Any, variance: Any, fixed: Any, tied: Any, 
         raise InputError(f"Expected on_step as a function of a FitStep, got {on_step!r}.")
 
 
-def _unfinished(end: MethodResult, stop_reason: str) -> tuple[str, ...]:
-    if not end.at_limit or stop_reason not in ("max_steps", "max_runs"):
-        return ()
-    return (
-        f"The last step was still as long as it may be when {stop_reason} ended the fit, two scales: the target is "
-        "further away, or the noise of a step is as large as that. Allow more steps (steps=, max_runs=), a larger "
-        "scale, or take more samples (num_samples=).",
-    )
-
-
-def _smooths(learning_rate: float | None, scale: Any, smoothing: Mapping[str, Any]) -> bool:
-    """Whether settings are given that only smoothing has a use for."""
-    pair = scale is not None and not isinstance(scale, int | float)
-    return learning_rate is not None or pair or bool(set(smoothing) & set(DESIGN))
+def _check_limits(directory: Any, max_seconds: Any, loss: Any, stop_at_error: Any) -> None:
+    if directory is not None and not isinstance(directory, str | os.PathLike):
+        raise InputError(f"Expected directory as a path, got {directory!r}.")
+    if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
+        raise InputError(f"Expected a positive max_seconds, got {max_seconds!r}.")
+    if stop_at_error is not None and loss is not None:
+        raise InputError("Expected least squares with stop_at_error: a loss of your own has no standard errors.")
 
 
 def _spread(scale: float | tuple[float, float] | None) -> float:
     """Of starts that are drawn about a given one, natural units."""
     first: Any = scale[0] if isinstance(scale, Sequence) else scale
     return float(first) if is_number(first) else 1.0  # what is no scale is refused where the method is made
-
-
-def _start(observers: Observers, problem: FitProblem, chosen: Chosen, title: str) -> None:
-    refusal: BridgeError | None = None
-    try:
-        max_runs = chosen.budget if chosen.budget < _UNLIMITED else None
-        observers.start(problem.space, max_steps=chosen.limit, max_runs=max_runs, title=title)
-    except BridgeError as refused:  # on rank 0 alone
-        refusal = refused
-    chosen.smoothed[0].dispatcher.thinking.agree(refusal)
-
-
-def _restored(run: Run | None, chosen: Chosen) -> tuple[list[FitStep], str]:
-    """The history so far and why it has stopped, if it has; the method goes on from there."""
-    if run is None or run.state is None:
-        return [], ""
-    chosen.way.restore(run.state["method"])
-    history = [FitStep(**{**entry, "parameters": tuple(entry["parameters"])}) for entry in run.state["history"]]
-    return history, run.state["stop_reason"]
-
-
-def _state(history: Sequence[FitStep], stop_reason: str, way: Way) -> dict[str, Any]:
-    entries = [{**vars(h), "parameters": list(h.parameters)} for h in history]
-    return {"history": entries, "stop_reason": stop_reason, "method": way.to_dict()}
-
-
-def _earlier(
-    reuse: Sequence[Source],
-    problem: FitProblem,
-    chosen: Chosen,
-    directory: str | os.PathLike[str] | None,
-    begun: bool,
-) -> Earlier | None:
-    """Evaluations of earlier fits; nothing where this one has begun already. Collective."""
-    way, dispatcher = chosen.way, chosen.smoothed[0].dispatcher.thinking
-    if not reuse or not isinstance(way, Searching):
-        return None
-    if dispatcher.broadcast_object(begun):
-        return None
-    found, refused = None, None
-    if dispatcher.rank == 0:
-        try:
-            shape = tuple(problem.misfit.target.shape)
-            found = earlier_rows(
-                *(reuse, problem.simulator, problem.free, shape, way.loss_of_rows, MOST_ROWS),
-                name=chosen.smoothed[0].execution.filing(chosen.smoothed[0].simulator).name,
-                but=directory,
-            )
-        except BridgeError as problem_:
-            refused = problem_
-    dispatcher.agree(refused)
-    return dispatcher.broadcast_object(found)
-
-
-def _described(
-    problem: FitProblem, s: MethodSettings, chosen: Chosen, seed: int | None, smoothing: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What the result depends on: a run goes on under the same settings alone."""
-    misfit, prior = problem.misfit, problem.misfit.prior
-    probe = torch.linspace(-1.0, 1.0, misfit.target.numel(), dtype=torch.float64).reshape(misfit.target.shape)
-    stages: list[Any] = []
-    for given in s.coarse or ():
-        stages.append(given if isinstance(given, int | float) else _digest(given(_whitened(misfit.whiten, probe))))
-    functions: dict[str, Any] = {"loss": misfit.loss, "whiten": misfit.whiten, "optimiser": s.optimiser}
-    functions |= {f"coarse[{i}]": given for i, given in enumerate(s.coarse or ())}
-    plain = chosen.smoothed[0]
-    return {
-        "simulator": simulator_name(problem.simulator),
-        "identity": plain.execution.filing(plain.simulator).name,
-        **{f"code of {k}": identity_of_function(f, k) for k, f in functions.items() if callable(f)},
-        "seed": seed, "method": s.method, "steps": chosen.limit,
-        "num_samples": s.num_samples, "tolerance": s.tolerance, "start": problem.starts.tolist(),
-        "halving": s.halving, "target": _digest(misfit.target), "partial": misfit.partial,
-        "mask": None if misfit.masked is None else _digest(misfit.masked),
-        "max_runs": s.max_runs, "restarts": s.restarts,
-        "prior": [prior.information.tolist(), prior.mean.tolist()], "robust": repr(misfit.robust),
-        "variance": _digest(misfit.variance), "whiten": _digest(_whitened(misfit.whiten, probe)), "coarse": stages,
-        "stop_at_error": s.stop_at_error, "smoothing": _words(smoothing), "natural_scale": problem.natural.tolist(),
-        **chosen.described,
-    }  # fmt: skip
-
-
-def _words(smoothing: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as text that is the same in another process; where finished evaluations are kept is none of them."""
-    words = {}
-    for name, value in sorted(smoothing.items()):
-        if name == "surrogate" and value is not None:
-            words[name] = identity_of(as_simulator(value))
-        elif value is None or isinstance(value, bool | int | float | str):
-            words[name] = repr(value)
-        elif name != "store":
-            words[name] = identity_of_function(value, name)
-    return words
-
-
-def _whitened(whiten: LinearMap | None, x: torch.Tensor) -> torch.Tensor:
-    return x if whiten is None else whiten(x)
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    array = tensor.detach().contiguous().numpy()
-    return hashlib.blake2b(f"{array.shape}".encode() + array.tobytes(), digest_size=16).hexdigest()

@@ -26,12 +26,9 @@ _APART = 1e5
 
 
 def identifiability_warnings(
-    stated: Stated | None, space: ParameterSpace, theta: Array, at_bound: NDArray[np.bool_], kriging: bool = False
+    stated: Stated | None, space: ParameterSpace, theta: Array, at_bound: NDArray[np.bool_]
 ) -> tuple[str, ...]:
-    """What the target does not determine, and what to do about it.
-
-    kriging: whether the slopes are those of a model of all runs, else of samples about the end.
-    """
+    """What the target does not determine, and what to do about it."""
     if stated is None:
         return ()
     natural = space.natural_scale
@@ -47,9 +44,9 @@ def identifiability_warnings(
         nothing = np.isnan(e) and _nothing(stated, i)
         hidden = open_[i] or (unclear[i] and not (stated.notes and np.isnan(error).all()))
         if (nothing or hidden) and not at_bound[i] and not alone[i]:
-            said.append(_not_seen(stated, space, i, kriging, advice))
+            said.append(_not_seen(stated, space, i, advice))
         elif unclear[i] and np.isfinite(e):
-            more = "max_runs=" if kriging else "num_samples="
+            more = "max_runs=" if stated.by_model else "num_samples="
             said.append(
                 f"Noise hides so far how well {p.name} can be told apart from the others: its standard error is "
                 f"{e:.3g}{unit} or more. Make more runs ({more}), or fix some of the others (fixed=)."
@@ -89,7 +86,7 @@ def _nothing(stated: Stated, i: int) -> bool:
     return bool(stated.sensitivity[i] + _TOLD * stated.hidden[i] <= _NOTHING * float(stated.sensitivity.max()))
 
 
-def _not_seen(stated: Stated, space: ParameterSpace, i: int, kriging: bool, advice: str) -> str:
+def _not_seen(stated: Stated, space: ParameterSpace, i: int, advice: str) -> str:
     """Of a parameter with which outputs change by no more than noise: nothing there, or nothing seen so far."""
     p, natural = space.parameters[i], float(space.natural_scale[i])
     unit = f" {p.unit}" if p.unit else ""
@@ -111,7 +108,7 @@ def _not_seen(stated: Stated, space: ParameterSpace, i: int, kriging: bool, advi
         )
     error = stated.least[i] * natural if stated.least.size else np.nan
     least = f"its standard error is {error:.3g}{unit} or more" if np.isfinite(error) else "its error is not known"
-    if kriging:
+    if stated.by_model:
         variance = "" if np.isinf(stated.dof) else "give variance= if you know it, "
         return (
             f"{p.name} acts on the outputs by hardly more than noise, which hides so far how much: {least}. Make more "

@@ -153,6 +153,9 @@ def make_problem(
         raise InputError(
             "Expected variance= with robust=, whose width is in standard deviations of the target's noise."
         )
+    if loss is not None and (variance is not None or robust is not None):
+        what = "variance=" if variance is not None else "robust="
+        raise InputError(f"Expected no {what} with a loss of your own, which has no use for it. Leave it out.")
     noise, whitening, counts = checked_noise(variance, whiten, goal, masked)
     if missing == "ignore" and isinstance(whitening, Cholesky):
         raise InputError(

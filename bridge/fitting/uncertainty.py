@@ -71,6 +71,7 @@ class Stated:
         least: (d,) of unclear parameters, the error or less.
         run_noise: root of the sum of the outputs' variances by the noise of one run.
         open_direction: (d,) in which outputs change the least, natural units.
+        by_model: whether slopes are those of a model of all runs, else of samples about the end.
     """
 
     covariance: Array
@@ -83,6 +84,7 @@ class Stated:
     least: Array = field(default_factory=lambda: np.zeros(0))
     run_noise: float = 0.0
     open_direction: Array = field(default_factory=lambda: np.zeros(0))
+    by_model: bool = False
 
 
 @final

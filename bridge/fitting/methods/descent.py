@@ -7,7 +7,7 @@ solution and the last ones the simulator itself (coarse to fine). How a step is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, final
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bridge.arrays import Array
 from bridge.errors import BridgeError, EvaluationError, NonFiniteError
-from bridge.fitting.methods.base import SMALL_STEP, MethodResult
+from bridge.fitting.methods.base import SMALL_STEP, MethodResult, MethodRun
 from bridge.fitting.methods.descent_errors import of_descent
 from bridge.fitting.methods.plain_runs import last_outputs
 from bridge.fitting.methods.steps import Schedule, StepOutcome, StepRule
@@ -37,7 +37,7 @@ _NOISY_MARGIN = 1.5
 
 
 @final
-class Descent:
+class Descent(MethodRun):
     """Steps by a rule from k starts; the worse half of them is dropped again and again (successive halving).
 
     Args:
@@ -48,7 +48,7 @@ class Descent:
         known_noise: whether the target's variance is known.
         error_targets: (d,) standard errors that suffice, natural units; None to go on.
         newton: how many scales a step of Gauss-Newton may be long; 0 of other steps.
-        others: smoothed simulators that the rule evaluates besides.
+        budget: of runs.
 
     Reference: successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identification", AISTATS 2016.
     """
@@ -69,9 +69,10 @@ class Descent:
         known_noise: bool,
         error_targets: Array | None,
         newton: float,
-        others: Sequence[SmoothedSimulator] = (),
+        budget: int,
     ) -> None:
-        self.smoothed, self.misfit, self.starts, self.rule = smoothed, misfit, starts, rule
+        self.limit, self.budget, self.described = schedule.steps, budget, {"scale": [schedule.first, schedule.last]}
+        self.output, self.misfit, self.starts, self.rule = smoothed, misfit, starts, rule
         self.natural, self.lower, self.upper, self.schedule = natural, lower, upper, schedule
         self.tolerance, self.known_noise, self.error_targets, self.newton = (
             tolerance,
@@ -86,7 +87,8 @@ class Descent:
         self._x, self.active = starts, np.arange(len(starts))
         self.past: list[Array] = []
         self.dropped: list[tuple[int, Array, float, int]] = []
-        self.best, self.done, self.others = 0, "", tuple(others)
+        self.best, self.stopped = 0, ""
+        self.smoothed = [smoothed, *rule.others]
         self.first_loss = self.last_loss = np.inf
         # Whoever has failed runs dropped means them to be no end of the fit, wherever a step leads.
         self.chosen = smoothed.strategy.failures != "raise"
@@ -100,9 +102,12 @@ class Descent:
         return np.asarray(self._x[self.best])
 
     @property
+    def done(self) -> str:
+        return self.stopped
+
+    @property
     def next_runs(self) -> int:
-        """What the next step and the end may take."""
-        return 2 * self.last_runs + self._repeated + end_runs(self.smoothed, self.misfit, len(self.active))
+        return 2 * self.last_runs + self._repeated + end_runs(self.output, self.misfit, len(self.active))
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
         outcome, more, said = self._taken(step)
@@ -115,7 +120,7 @@ class Descent:
         self.last_runs = outcome.num_evaluations
         self.first_loss = min(self.first_loss, float(outcome.loss.min())) if step == 0 else self.first_loss
         self.failed += outcome.num_failed
-        dispatcher = self.smoothed.dispatcher.thinking
+        dispatcher = self.output.dispatcher.thinking
         self.past = [*self.past, self._x][-self.window :]
         self._x = np.clip(dispatcher.broadcast(outcome.x), self.lower, self.upper)
         self._judge(outcome, best)
@@ -175,25 +180,25 @@ class Descent:
             elif not self._ask_for(min(_LEAST_LEFT, self.enough)):
                 if not self.past:
                     raise problem
-                self.done = "failures"
+                self.stopped = "failures"
                 return None, more, "hardly an output is of any use there: the fit ends where it was before"
 
     def _ask_for(self, share: float) -> bool:
         """Takes no fewer than this share of the runs for enough, where outputs are dropped; whether that is news."""
-        if not self.tolerant or self.smoothed.strategy.min_ok == share:
+        if not self.tolerant or self.output.strategy.min_ok == share:
             return False
-        for smoothed in (self.smoothed, *self.others):
+        for smoothed in self.smoothed:
             smoothed.strategy = replace(smoothed.strategy, min_ok=share)
         return True
 
     def _rows(self) -> int:
-        strategy = self.smoothed.strategy
+        strategy = self.output.strategy
         return len(self._x) * strategy.num_rows * strategy.replicates
 
     def _tolerate(self) -> bool:
         """From here on drops outputs that are not finite; whether that is news. Runs that raise end the fit still."""
         news = False
-        for smoothed in (self.smoothed, *self.others):
+        for smoothed in self.smoothed:
             if smoothed.strategy.failures == "raise":
                 smoothed.strategy = replace(smoothed.strategy, failures="drop", errors_raise=True, min_ok=_HALF)
                 news = True
@@ -205,7 +210,7 @@ class Descent:
         moved = np.abs(np.array(self.past) - self._x)
         self.calm = self.calm + 1 if outcome.settled else 0
         if self.calm > self.window and float(moved.max()) < self.tolerance:
-            self.done = "converged"
+            self.stopped = "converged"
         if self.error_targets is None or outcome.known is None:
             return
         covariance, step = outcome.known[best]
@@ -214,7 +219,7 @@ class Descent:
         small = (np.abs(step) <= SMALL_STEP * self.error_targets).all()
         self.precise = self.precise + 1 if near and small and (error <= self.error_targets).all() else 0
         if self.precise >= 2:
-            self.done = "standard_error"
+            self.stopped = "standard_error"
 
     def _drop(self, loss: Array, step: int) -> str:
         order = np.argsort(loss, kind="stable")
@@ -249,10 +254,10 @@ class Descent:
                 estimates.append(again.of_replicates())
         ends = np.vstack([self._x, self.starts[self.active[best]]])
         shape = tuple(self.misfit.target.shape)
-        outputs, more = last_outputs(self.smoothed, ends * self.natural, step, shape)
+        outputs, more = last_outputs(self.output, ends * self.natural, step, shape)
         noise = 0.0
-        if measures_noise(self.smoothed, self.misfit):  # once more, with other seeds
-            other, one = last_outputs(self.smoothed, ends[best, None] * self.natural, step + 1, shape)
+        if measures_noise(self.output, self.misfit):  # once more, with other seeds
+            other, one = last_outputs(self.output, ends[best, None] * self.natural, step + 1, shape)
             noise, more = self._noise(outputs[best], other[0]), more + one
         stated = None
         if estimates:
@@ -269,11 +274,11 @@ class Descent:
                     )  # fmt: skip
             except (np.linalg.LinAlgError, ArithmeticError, ValueError):
                 said.append("No standard errors: the numbers of the Jacobian at the end are too large or too small.")
-            stated = self.smoothed.dispatcher.thinking.broadcast_object(found)
+            stated = self.output.dispatcher.thinking.broadcast_object(found)
         worse = self._worse(float(losses[best]), outputs[[best, -1]], ends[[best, -1]])
         if worse:
             said.append(worse)
-        if self.done == "failures":
+        if self.stopped == "failures":
             said.append("The fit ended early, at the last place where a fair share of the runs was of use.")
         if self.tolerant and not self.chosen:
             said.append(
@@ -336,7 +341,7 @@ class Descent:
             return ""
         at_end, at_start = (self.misfit.value(torch.as_tensor(y), z) for y, z in zip(outputs, ends, strict=True))
         # One run of a simulator with noise of its own is not worse for being a little worse.
-        margin = _NOISY_MARGIN if may_be_noisy(self.smoothed.simulator) else 1.0
+        margin = _NOISY_MARGIN if may_be_noisy(self.output.simulator) else 1.0
         if not (at_end > margin * at_start and loss > margin * self.first_loss):
             return ""
         return (
@@ -347,10 +352,10 @@ class Descent:
     def _final(self, x: Array, replicate: int = 0) -> Estimate:
         theta = torch.as_tensor(x * self.natural)
         scale = torch.as_tensor(self.schedule.last * self.natural)
-        return self.smoothed.estimate(theta, self.schedule.steps, scale=scale, replicate=replicate)
+        return self.output.estimate(theta, self.schedule.steps, scale=scale, replicate=replicate)
 
     _KEPT = (
-        *("_x", "active", "past", "dropped", "best", "done", "calm", "precise", "last_runs", "failed", "at_limit"),
+        *("_x", "active", "past", "dropped", "best", "stopped", "calm", "precise", "last_runs", "failed", "at_limit"),
         *("first_loss", "last_loss", "safe", "tolerant"),
     )
 

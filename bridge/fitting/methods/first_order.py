@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -10,8 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.arrays import Array
+from bridge.checks import is_number
 from bridge.errors import InputError
-from bridge.fitting.methods.steps import SmoothedProblem, StepOutcome
+from bridge.fitting.methods.base import FitTask, error_targets, register, require
+from bridge.fitting.methods.descent import Descent
+from bridge.fitting.methods.descent_method import DescentMethod, start_descent
+from bridge.fitting.methods.steps import SmoothedProblem, StepOutcome, StepRule
+from bridge.fitting.target import LinearMap
 
 MakeOptimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -27,8 +33,71 @@ class Mover(Protocol):
     def restore(self, saved: Mapping[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class FirstOrderMethod(DescentMethod):
+    """What the settings of all first-order descents have in common.
+
+    Attributes:
+        coarse: blurs of what is compared, from coarse to fine: widths [pixels] or linear maps.
+        stop_at_error: standard errors that suffice, natural units, or name -> in its unit.
+        learning_rate: in units of the scale.
+    """
+
+    coarse: Sequence[float | LinearMap] | None = None
+    stop_at_error: float | Mapping[str, float] | None = None
+    learning_rate: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rate = self.learning_rate
+        require("a positive learning_rate", is_number(rate) and rate > 0, rate)
+
+    def _started(self, task: FitTask, mover: Mover) -> Descent:
+        targets = error_targets(task.problem, self.stop_at_error)
+        return start_descent(task, self, lambda seen: FirstOrder(seen, mover), coarse=self.coarse, targets=targets)
+
+
+@register("adam")
 @final
-class FirstOrder:
+@dataclass(frozen=True)
+class Adam(FirstOrderMethod):
+    """The smoothed gradient, of any loss, by Adam at `learning_rate` times the current scale.
+
+    The rate decays by a cosine to a fifth.
+    """
+
+    def start(self, task: FitTask) -> Descent:
+        return self._started(task, AdamMover(task.problem.free_starts.shape, self.learning_rate))
+
+
+@register("torch")
+@final
+@dataclass(frozen=True)
+class Torch(FirstOrderMethod):
+    """The smoothed gradient, of any loss, by any optimiser of `torch.optim`, or one like them.
+
+    Attributes:
+        optimiser: a class or its name, or a function that makes an optimiser of a list of parameters.
+    """
+
+    optimiser: str | Callable[..., torch.optim.Optimizer] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimiser is None:
+            raise InputError("Expected optimiser= with method='torch', and only then, got method='torch' and None.")
+
+    def start(self, task: FitTask) -> Descent:
+        assert self.optimiser is not None
+        shape, first = task.problem.free_starts.shape, self.widths[0]
+        make = make_optimiser(self.optimiser, self.learning_rate * first, shape[1])
+        run = self._started(task, TorchMover(make, shape, first))
+        run.described["optimiser"] = describe(make)
+        return run
+
+
+@final
+class FirstOrder(StepRule):
     """Steps along the gradient of the loss of the smoothed output."""
 
     def __init__(self, problem: SmoothedProblem, mover: Mover) -> None:
@@ -56,7 +125,7 @@ class FirstOrder:
 
 
 @final
-class Adam:
+class AdamMover:
     """Adam's direction (Kingma and Ba 2015) in numpy float64, times the scale of the noise and `rate`."""
 
     def __init__(self, shape: tuple[int, int], rate: float, betas: tuple[float, float] = (0.7, 0.95)) -> None:

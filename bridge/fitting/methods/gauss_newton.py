@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bridge.arrays import Array
-from bridge.fitting.methods.steps import SmoothedProblem, StepOutcome
+from bridge.fitting.methods.base import FitTask, error_targets, register
+from bridge.fitting.methods.descent import Descent
+from bridge.fitting.methods.descent_method import DescentMethod, start_descent
+from bridge.fitting.methods.steps import SmoothedProblem, StepOutcome, StepRule
+from bridge.fitting.target import LinearMap
 
 # Scales that a step of Gauss-Newton may be long; from which part of that on it is at its limit.
 LONGEST, _AT_LIMIT = 2.0, 0.95
@@ -17,8 +22,35 @@ LONGEST, _AT_LIMIT = 2.0, 0.95
 _SHORT, _WIDE, _NARROWING = 0.5, 2.0, 4.0
 
 
+@register("gauss-newton")
 @final
-class GaussNewton:
+@dataclass(frozen=True)
+class GaussNewton(DescentMethod):
+    """Least squares by J^T V^-1 J of the smoothed Jacobian: many parameters, block structure, many runs at once.
+
+    The scale goes down sooner than the schedule's, where steps are short against it.
+
+    Attributes:
+        coarse: blurs of what is compared, from coarse to fine: widths [pixels] or linear maps.
+        stop_at_error: standard errors that suffice, natural units, or name -> in its unit.
+    """
+
+    steps: int = 24
+    coarse: Sequence[float | LinearMap] | None = None
+    stop_at_error: float | Mapping[str, float] | None = None
+
+    needs_least_squares: ClassVar[bool] = True
+
+    def start(self, task: FitTask) -> Descent:
+        count = len(task.problem.starts)
+        targets = error_targets(task.problem, self.stop_at_error)
+        return start_descent(
+            task, self, lambda seen: GaussNewtonRule(seen, count), coarse=self.coarse, targets=targets, newton=LONGEST
+        )
+
+
+@final
+class GaussNewtonRule(StepRule):
     """Steps of (J^T W J + P + damping)^-1 times the gradient, no longer than two scales in any coordinate.
 
     W are the weights of a robust loss, P the precision of the prior (see `Misfit.normal`). Each start has a scale of

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bridge.arrays import Array
+from bridge.checks import is_whole
 from bridge.errors import BridgeError, EvaluationError, InputError
-from bridge.fitting.methods.base import SMALL_STEP, MethodResult
+from bridge.fitting.methods.base import (
+    SMALL_STEP,
+    FitTask,
+    Method,
+    MethodResult,
+    ModelRun,
+    as_widths,
+    error_targets,
+    register,
+    require,
+    require_counts,
+)
 from bridge.fitting.methods.kriging_errors import of_search
+from bridge.fitting.methods.kriging_runs import MOST_ROWS
 from bridge.fitting.methods.kriging_search import KrigingSearch
-from bridge.fitting.methods.plain_runs import plain_outputs, useless_start
+from bridge.fitting.methods.plain_runs import plain_outputs, plain_simulator, useless_start
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.rounding import Lattice
 from bridge.fitting.uncertainty import Stated
@@ -25,8 +39,80 @@ from bridge.smoothing.smoothed import SmoothedSimulator
 _EVERYWHERE = ("residuals", "lattice")
 
 
+# Runs of a whole fit, for each parameter and one more.
+_RUNS_A_PARAMETER = 60
+
+
+@register("kriging")
 @final
-class Searching:
+@dataclass(frozen=True)
+class Kriging(Method):
+    """Least squares by one Gaussian process through every run so far, in rounds of a few runs.
+
+    Attributes:
+        steps: rounds at most, None for no limit.
+        num_samples: runs a round; by default max(6, d / 2 + 1), in the first round at least d + 1, from the fifth on
+            half as many more.
+        scale: how far from the start the first round looks, natural units, by default 1.
+        restarts: at most so many.
+        tolerance: ends when two rounds in turn promise less than this many standard errors.
+        stop_at_error: standard errors that suffice, natural units, or name -> in its unit.
+    """
+
+    steps: int | None = None
+    num_samples: int | None = None
+    scale: float | tuple[float, float] | None = None
+    restarts: int = 10
+    tolerance: float = 0.1
+    stop_at_error: float | Mapping[str, float] | None = None
+
+    needs_least_squares: ClassVar[bool] = True
+    takes_earlier_runs: ClassVar[bool] = True
+    keeps_runs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_counts(self.steps, self.num_samples, self.tolerance)
+        require("restarts of 0 or more", is_whole(self.restarts, 0), self.restarts)
+
+    def start(self, task: FitTask) -> KrigingRun:
+        problem = task.problem
+        plain = plain_simulator(problem.simulator, task.seed, task.comm, task.smoothing, self.name)
+        d, starts, misfit = problem.free.dimension, problem.free_starts, problem.misfit
+        batch, widths = max(6, d // 2 + 1), as_widths(self.scale, (1.0, 1.0))
+        search = KrigingSearch(
+            starts[0],
+            problem.lower,
+            problem.upper,
+            spread=widths[0],
+            seed=int(task.seed or 0),
+            batch=self.num_samples or batch,
+            later=self.num_samples or 3 * batch // 2,
+            prior=misfit.prior,
+            known_noise=problem.known_noise,
+            tolerance=self.tolerance,
+            restarts=self.restarts,
+            robust=misfit.robust,
+            ordinary=misfit.ordinary_cost(),
+            guessed=problem.guessed,
+            unknown=problem.unknown,
+        )
+        return KrigingRun(
+            plain,
+            misfit,
+            search,
+            problem.natural,
+            task.max_runs or _RUNS_A_PARAMETER * (d + 1),
+            problem.known_noise,
+            starts,
+            problem.free.names,
+            error_targets(problem, self.stop_at_error),
+            limit=self.steps,
+            described={"scale": list(widths)},
+        )
+
+
+@final
+class KrigingRun(ModelRun):
     """`bridge.fitting.methods.kriging_search.KrigingSearch` on a simulator.
 
     Args:
@@ -46,8 +132,12 @@ class Searching:
         known_noise: bool,
         starts: Array,
         names: Sequence[str],
-        error_targets: Array | None = None,
+        error_targets: Array | None,
+        *,
+        limit: int | None,
+        described: dict[str, Any],
     ) -> None:
+        self.smoothed, self.limit, self.described, self.most_rows = [plain], limit, described, MOST_ROWS
         self.plain, self.misfit, self.search, self.natural = plain, misfit, search, natural
         self.budget, self.known_noise, self.starts, self.error_targets = budget, known_noise, starts, error_targets
         self.names, self.precise = tuple(names), 0
@@ -74,8 +164,7 @@ class Searching:
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
         search = self.search
-        search.points = search.points[: max(1, self.budget - self.last_runs - num_evaluations)]
-        points = search.points
+        points = search.ask(self.budget - self.last_runs - num_evaluations)
         outputs = plain_outputs(self.plain, points * self.natural, step)
         shape = tuple(self.misfit.target.shape)
         if step == 0 and outputs.shape[1:] != shape:
@@ -93,10 +182,10 @@ class Searching:
             search.tell(residuals, failed)
             self._judge()
 
-        self._on_leader(tell, lambda: search.with_rows(residuals, failed))
+        self._on_leader(tell, lambda: search.runs.with_rows(residuals, failed))
         note = search.note
-        if step == 0 and search.reused:
-            note = "; ".join(filter(None, [f"begins with {search.reused} evaluations of earlier runs", note]))
+        if step == 0 and search.runs.reused:
+            note = "; ".join(filter(None, [f"begins with {search.runs.reused} evaluations of earlier runs", note]))
         loss, best = search.overall
         return FitStep(
             step,
@@ -105,16 +194,14 @@ class Searching:
             tuple((best * self.natural).tolist()),
             num_evaluations + len(points),
             None if self.error is None else tuple((self.error * self.natural).tolist()),
-            num_failed=int(search.failed.sum()),
+            num_failed=int(search.runs.failed.sum()),
             note=note,
         )
 
     def loss_of_rows(self, outputs: Array) -> Array:
-        """(n,) losses of single runs, without the prior, of outputs (n, m)."""
         return np.array([self.misfit.cost(r) for r in self._residuals(outputs)])
 
     def begin_with(self, parameters: Array, outputs: Array) -> None:
-        """Takes earlier runs at (n, d) parameters, with outputs (n, m), into the model. Collective."""
         rows, residuals = parameters / self.natural, self._residuals(outputs)
         self.lattice.add(outputs)
 
@@ -130,7 +217,7 @@ class Searching:
     def _add_starts(self) -> None:
         """All starts into the first round."""
         points = self.search.points
-        new = [z for z in self.starts[1:] if not (np.vstack([self.search.rows, points]) == z).all(axis=1).any()]
+        new = [z for z in self.starts[1:] if not (np.vstack([self.search.runs.rows, points]) == z).all(axis=1).any()]
         self.search.points = np.vstack([points[:1], *new, points[1:]])
 
     def _on_leader(self, change: Callable[[], None], residuals: Callable[[], Array]) -> None:
@@ -154,7 +241,7 @@ class Searching:
 
     def _judge(self) -> None:
         """Whether the standard errors are those asked for, and what is expected of the next round small beside them."""
-        if self.error_targets is None or not self.search.kernel.size:
+        if self.error_targets is None or not self.search.runs.kernel.size:
             return
         stated = self._stated()
         if stated is None:
@@ -167,7 +254,7 @@ class Searching:
     def finish(self, step: int) -> MethodResult:
         loss, best = self.search.overall
         stated, noise = None, 0.0
-        if len(self.search.rows):
+        if len(self.search.runs.rows):
             thinking = self.plain.dispatcher.thinking
             found = (self._stated(), self._noise()) if thinking.rank == 0 else None
             stated, noise = thinking.broadcast_object(found)
@@ -175,8 +262,8 @@ class Searching:
         return MethodResult(
             *(best, self.search.start, loss, stated, outputs[0], outputs[1]),
             num_evaluations=runs,
-            num_failed=int(self.search.failed.sum()),
-            num_reused=self.search.reused,
+            num_failed=int(self.search.runs.failed.sum()),
+            num_reused=self.search.runs.reused,
             noise=noise,
             warnings=self._said(stated is not None),
         )
@@ -186,16 +273,15 @@ class Searching:
         if not may_be_noisy(self.plain.simulator):
             return 0.0
         try:
-            model = self.search.model(self.search.overall[1], weighted=False)
+            model = self.search.runs.model(self.search.overall[1], weighted=False)
         except (np.linalg.LinAlgError, ValueError, ArithmeticError):
             return 0.0
-        return model.noise / self.search.residuals.shape[1]
+        return model.noise / self.search.runs.residuals.shape[1]
 
     @property
     def ends_without_runs(self) -> bool:
-        """Whether all that `finish` needs has been run."""
         needed = (self.search.overall[1], self.search.start)
-        return self.misfit.plain and all((self.search.rows == z).all(axis=1).any() for z in needed)
+        return self.misfit.plain and all((self.search.runs.rows == z).all(axis=1).any() for z in needed)
 
     def _stated(self) -> Stated | None:
         """None where the numerics of the model fail."""
@@ -209,11 +295,11 @@ class Searching:
 
     def _said(self, has_errors: bool) -> tuple[str, ...]:
         search, said = self.search, []
-        failed = int(search.failed.sum())
+        failed = int(search.runs.failed.sum())
         if failed and self.plain.strategy.errors_raise:
             said.append(
-                f"{failed} of {len(search.rows)} runs gave NaN, infinite or enormous outputs and were taken for bad "
-                "ones. If the best run is near to them, bound the parameters to where the simulator works; where "
+                f"{failed} of {len(search.runs.rows)} runs gave NaN, infinite or enormous outputs and were taken for "
+                "bad ones. If the best run is near to them, bound the parameters to where the simulator works; where "
                 "outputs only lack some numbers (NaN), pass missing='ignore'."
             )
         if not search.whole:
@@ -221,18 +307,19 @@ class Searching:
                 "The fit ended early: its model of the runs failed numerically several times in turn. The parameters "
                 "are those of the best run so far. Check the natural scales, the bounds, and outputs that are outliers."
             )
-        if not has_errors and len(search.rows):
+        if not has_errors and len(search.runs.rows):
             said.append("No standard errors: the model of the runs is numerically singular at the end.")
         return tuple(said)
 
     def outputs_at(self, points: Array, step: int) -> tuple[NDArray[Any], int]:
         """(k, *shape) outputs at points: of rows that have been run, else of a run more; and how many of these."""
         outputs, runs = [], 0
+        known, misfit = self.search.runs, self.misfit
         for z in points:
-            rows = np.flatnonzero((self.search.rows == z).all(axis=1))
-            if len(rows) and self.misfit.plain:
-                row = self.search.residuals[rows[0]] * self.misfit.deviation + self.misfit.target.numpy().reshape(-1)
-                outputs.append(np.where(self.search.failed[rows[0]], np.nan, row).reshape(self.misfit.target.shape))
+            rows = np.flatnonzero((known.rows == z).all(axis=1))
+            if len(rows) and misfit.plain:
+                row = known.residuals[rows[0]] * misfit.deviation + misfit.target.numpy().reshape(-1)
+                outputs.append(np.where(known.failed[rows[0]], np.nan, row).reshape(misfit.target.shape))
             else:
                 outputs.append(plain_outputs(self.plain, z[None] * self.natural, step + runs)[0])
                 runs += 1

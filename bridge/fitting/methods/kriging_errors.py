@@ -36,13 +36,15 @@ def of_search(search: KrigingSearch, misfit: Misfit, known: bool, lattice: Latti
     robust, prior = misfit.robust, misfit.prior
     if why := _too_few(search, z):
         d = len(z)
-        return Stated(np.full((d, d), np.nan), np.nan, np.zeros(d, dtype=bool), (Note(NoteKind.NONE, why),))
-    model, F, at_z, there = search.model_there(z)
+        return Stated(
+            np.full((d, d), np.nan), np.nan, np.zeros(d, dtype=bool), (Note(NoteKind.NONE, why),), by_model=True
+        )
+    model, F, at_z, there = search.runs.model_there(z)
     m = F.shape[1]
     rounding, floor = _rounding(lattice, misfit, there)
     # Of outputs that have steps the smooth part, for which rounding is noise.
     if rounding.any():
-        model = fit_gaussian_process(model.rows, F @ F.T, unit=search.unit, rough=False)
+        model = fit_gaussian_process(model.rows, F @ F.T, unit=search.runs.unit, rough=False)
     w = model.at(z)[0]
     r = F.T @ w if robust is None else at_z
     noise = np.maximum(model.residual_noise(F), rounding)
@@ -53,7 +55,7 @@ def of_search(search: KrigingSearch, misfit: Misfit, known: bool, lattice: Latti
     usual = float(np.mean(left + floor))
     variance = 1.0 + usual if known else max(float(r @ r) / max(m - len(z), 1), usual, 1e-300)
     slopes = _slopes_over_errors(
-        model, search.unit, z, variance, prior.information, total, independent, bool(stepped.any())
+        model, search.runs.unit, z, variance, prior.information, total, independent, bool(stepped.any())
     )
     J = F.T @ slopes.weights
     J[:, slopes.spurious] = 0
@@ -73,7 +75,7 @@ def of_search(search: KrigingSearch, misfit: Misfit, known: bool, lattice: Latti
         spread=target_spread(misfit),
         output=output_sizes(misfit, r, there),
     )
-    stated = evidence.stated(prior.information, known, robust)
+    stated = replace(evidence.stated(prior.information, known, robust), by_model=True)
     exact = bool(stepped.any()) and bool((np.abs(at_z) < 1e-3 * np.sqrt(12 * rounding))[stepped].all())
     exact = exact and robust is None and bool((at_z[~stepped] == 0).all())
     if exact:
@@ -85,8 +87,8 @@ def of_search(search: KrigingSearch, misfit: Misfit, known: bool, lattice: Latti
 
 def _too_few(search: KrigingSearch, z: Array) -> str:
     """Why no error is stated, where the runs do not span all directions."""
-    rows, d = search.rows[~search.failed], len(z)
-    if np.linalg.matrix_rank((rows - z) / search.unit, tol=1e-9) >= d:
+    rows, d = search.runs.rows[~search.runs.failed], len(z)
+    if np.linalg.matrix_rank((rows - z) / search.runs.unit, tol=1e-9) >= d:
         return ""
     runs = "1 run does" if len(rows) == 1 else f"{len(rows)} runs do"
     what = "the parameter" if d == 1 else f"{d} parameters apart"
@@ -105,7 +107,7 @@ def _rounding(lattice: Lattice | None, misfit: Misfit, there: NDArray[np.bool_])
 
 def _first_residual(search: KrigingSearch) -> float:
     """Root of the mean squared residual of the first runs, infinite if unknown."""
-    good = search.residuals[~search.failed]
+    good = search.runs.residuals[~search.runs.failed]
     if not len(good):
         return np.inf
     return float(np.sqrt(np.median(np.nanmean(good[: max(len(search.start) + 1, 6)] ** 2, axis=1))))

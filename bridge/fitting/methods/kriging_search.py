@@ -11,6 +11,8 @@ and so stay there: where outputs are rough, up to a third of a round are minima 
 
 A search that is stuck, with a loss which noise does not explain, begins again elsewhere.
 
+The file is long, since what a round chooses and whether it is the last hang on the same few numbers.
+
 Nothing here evaluates anything. Parameters are in natural units throughout. Everything is a function of the seed and of
 the outputs seen, so that a search that is restored goes on as if nothing had happened.
 """
@@ -18,7 +20,6 @@ the outputs seen, so that a search that is restored goes on as if nothing had ha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, final
 
 import numpy as np
@@ -27,21 +28,11 @@ from numpy.typing import NDArray
 
 from bridge.arrays import Array
 from bridge.errors import BridgeError, EvaluationError, InputError
-from bridge.fitting.methods.gaussian_process import (
-    GaussianProcess,
-    default_kernel,
-    fit_gaussian_process,
-    levenberg_marquardt,
-)
-from bridge.fitting.methods.missing import completed
+from bridge.fitting.methods.gaussian_process import GaussianProcess, fit_gaussian_process, levenberg_marquardt
+from bridge.fitting.methods.kriging_runs import FARTHEST, Runs
 from bridge.fitting.robust import RobustLoss
 from bridge.fitting.soundness import corrected_units, looks_like_noise, sensitivities, tamed
 
-# Rows that the model is made of: those nearest to the best, at least 2 (d + 1), but for those of a loss so many times
-# that of the best 2 (d + 1).
-MOST_ROWS, _CLIFF = 150, 30.0
-# Errors are stated from rows up to this part of the usual loss at least.
-_SLOPES = 1e-4
 # How much of the variance counts against the first point.
 _CAUTION = 0.3
 _FIRST_RADIUS, _LEAST_RADIUS, _FAR = 4.0, 0.02, 4.0
@@ -70,8 +61,8 @@ _AGREE, _AGREED = 2, 0.2
 _NOTHING, _RELATIVELY_NOTHING, _MOST_MISHAPS = 1e-20, 1e-9, 4
 _RESCALINGS = 3
 # Of the further points of a round, where runs are noisy: those at a standard error's distance, which tell the slopes.
-# The region shrinks there where noise breaks promises. No farther than this (natural units).
-_FOR_SLOPES, _FARTHEST = 0.5, 1.0
+# The region shrinks there where noise breaks promises.
+_FOR_SLOPES = 0.5
 
 
 @final
@@ -91,9 +82,7 @@ class KrigingSearch:
         guessed: (d,) of which parameters nothing was said of natural scales. unknown: nor known from start or bounds.
 
     Attributes:
-        unit: (d,) natural units that distances are measured in: 1, but for parameters whose natural scale is a guess.
-        rows: (n, d). residuals: (n, m), whitened. failed: (n,) runs without an output. reused: how many of the first
-            are of earlier fits.
+        runs: all so far.
         best: (d,) where the loss is least as far as is known. step: (d,) from there to where it is expected to be.
         note: what the last round did, in words.
         stopped: "" or why there is nothing more to do.
@@ -119,26 +108,18 @@ class KrigingSearch:
         unknown: NDArray[np.bool_] | None = None,
     ) -> None:
         self.start, self.lower, self.upper = start, lower, upper
-        self.spread, self.seed, self.batch, self.prior = spread, seed, batch, prior
-        self.later = later
-        self.known_noise, self.tolerance = known_noise, tolerance
+        self.runs = Runs(start, prior, robust, batch)
+        self.spread, self.seed, self.batch, self.later, self.prior = spread, seed, batch, later, prior
+        self.known_noise, self.tolerance, self.ordinary = known_noise, tolerance, ordinary
         self.restarts = self.restarts_left = restarts
-        self.robust, self.offset = robust, 0.0  # what the loss is above the weighted squares
-        self.ordinary = ordinary
         d = len(start)
-        self.unit = np.ones(d)
         self.guessed = np.zeros(d, dtype=bool) if guessed is None else guessed
         self.unknown = np.zeros(d, dtype=bool) if unknown is None else unknown
         self.mishaps, self.whole = 0, True  # in turn; whether all of the numerics have gone well
         self._length = np.sqrt(min(d, 4))
-        self.rows, self.residuals = np.zeros((0, d)), np.zeros((0, 0))
-        self.failed = np.zeros(0, dtype=bool)
-        self.gram, self.completed_by = np.zeros((0, 0)), np.zeros(0)  # the kernel that predicts what runs lack
-        self.round, self.first_row, self.reused = 0, 0, 0
-        self.radius, self.kernel = _FIRST_RADIUS, np.zeros(0)
+        self.radius = _FIRST_RADIUS
         self.promise: tuple[float, float] | None = None  # loss at the base, and the gain expected of the next point
         self.at_edge, self.still = False, 0
-        self.noisy = False
         self.rounding = 0.0  # variance of one run, summed over outputs, that steps of the outputs make
         self.step = np.full(d, np.inf)  # to where the least loss is expected
         self.ends: list[tuple[float, Array]] = []
@@ -147,10 +128,15 @@ class KrigingSearch:
         self.note, self.stopped = "", ""
         self.points = self._first(start)
 
+    def ask(self, most: int) -> Array:
+        """(k, d) the points of the next round, no more than so many of them, and at least one."""
+        self.points = self.points[: max(1, most)]
+        return self.points
+
     # -- rounds ----------------------------------------------------------------------------------------------------
 
     def _rng(self) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=[self.seed, self.round]))
+        return np.random.Generator(np.random.Philox(key=[self.seed, self.runs.round]))
 
     def _directions(self, rng: np.random.Generator, count: int) -> Array:
         """Unit directions, orthogonal as far as they go."""
@@ -163,7 +149,7 @@ class KrigingSearch:
         count = max(self.batch, min(d + 1, 2 * self.batch)) - 1
         rng = self._rng()
         away = self._directions(rng, count) * (self.spread * self._length * rng.choice([-1.0, 1.0], size=(count, 1)))
-        away = away * self.unit
+        away = away * self.runs.unit
         points = start + away
         # Away from a bound, not onto it: two rows at the same place tell nothing.
         outside = (points < self.lower) | (points > self.upper)
@@ -177,11 +163,9 @@ class KrigingSearch:
         """
         if len(rows) == 0:
             return
-        self.rows, self.residuals, self.reused = rows, residuals, len(rows)
-        self.failed = np.zeros(len(rows), dtype=bool)
-        self.gram = self._gram(0)
-        squared = np.diag(self.gram)
-        changes = squared[:, None] + squared[None] - 2 * self.gram > 1e-24 * max(float(squared.max()), 1e-300)
+        self.runs.begin_with(rows, residuals)
+        squared = np.diag(self.runs.gram)
+        changes = squared[:, None] + squared[None] - 2 * self.runs.gram > 1e-24 * max(float(squared.max()), 1e-300)
         if len(rows) <= len(self.start) or not changes.any():
             self.points = self.points[: max(1, len(self.points) - len(rows))]
             return
@@ -201,24 +185,20 @@ class KrigingSearch:
             EvaluationError: all runs so far have failed.
             InputError: the outputs do not change.
         """
-        before = len(self.rows)
-        self.rows = np.vstack([self.rows, self.points])
-        self.failed = np.concatenate([self.failed, failed])
-        self.residuals = self.with_rows(residuals, failed)
-        self.gram = self._gram(before)
-        self.round += 1
+        before = len(self.runs.rows)
+        self.runs.add(self.points, residuals, failed)
         self.note = ""
         if self._rescaled():
             return
-        if self.failed[self.first_row :].all():
-            if self.first_row:
+        if self.runs.failed[self.runs.first_row :].all():
+            if self.runs.first_row:
                 self._restart("nothing but failures there")
                 return
             raise EvaluationError(
-                f"Expected outputs, got none: all {len(self.rows)} runs about the start failed. "
+                f"Expected outputs, got none: all {len(self.runs.rows)} runs about the start failed. "
                 "Try the start by itself, and bounds that keep away from where the simulator fails."
             )
-        if self.round == 1:
+        if self.runs.round == 1:
             self._balance()
         self._chosen(before)
 
@@ -234,110 +214,52 @@ class KrigingSearch:
 
     def _retreat(self, problem: Exception) -> None:
         self.mishaps += 1
-        losses = self._losses()
+        losses = self.runs.losses()
         best = int(np.argmin(losses))
-        self.best, self.best_loss = self.rows[best], float(losses[best]) + self.offset
-        self.radius, self.promise, self.at_edge, self.kernel = 0.25 * self.radius, None, False, np.zeros(0)
+        self.best, self.best_loss = self.runs.rows[best], float(losses[best]) + self.runs.offset
+        self.radius, self.promise, self.at_edge, self.runs.kernel = 0.25 * self.radius, None, False, np.zeros(0)
         self.step = np.full(len(self.start), np.inf)
-        self.path.append((len(self.rows), self.best_loss))
+        self.path.append((len(self.runs.rows), self.best_loss))
         self.note = f"the model of all runs has failed ({problem}): points at random, nearer to the best run"
         if self.mishaps >= _MOST_MISHAPS:
             self.stopped, self.whole = "numerics", False
             return
-        away = self._rng().uniform(-1.0, 1.0, (self._size, len(self.start))) * self.radius * self.unit
+        away = self._rng().uniform(-1.0, 1.0, (self._size, len(self.start))) * self.radius * self.runs.unit
         self.points = np.clip(self.best + away, self.lower, self.upper)
 
     def _balance(self) -> None:
         """Corrects guessed natural scales by how much the first outputs change with each parameter."""
-        good = np.flatnonzero(~self.failed)
+        good = np.flatnonzero(~self.runs.failed)
         if not self.guessed.any() or len(good) < 2:
             return
-        gram = tamed(self.gram[np.ix_(good, good)], self._usual_loss())
-        seen = sensitivities(self.rows[good], gram)
+        gram = tamed(self.runs.gram[np.ix_(good, good)], self.runs.usual_loss())
+        seen = sensitivities(self.runs.rows[good], gram)
         if seen is not None:
             residual = float(np.sqrt(gram[0, 0]))
-            self.unit = corrected_units(seen, self.guessed, self.unknown, residual)
-
-    def _gram(self, before: int) -> Array:
-        if np.isnan(self.residuals).any():
-            self.completed_by, before = self.kernel if self.kernel.size else default_kernel(self.unit), 0
-        residuals, more = self._completed()
-        if self.robust is not None:
-            own = self.first_row + np.flatnonzero(~self.failed[self.first_row :])
-            if not len(own):
-                return residuals @ residuals.T
-            losses = [self.robust.rho(residuals[i]).sum() + self.prior(self.rows[i])[0] for i in own]
-            r = residuals[own[int(np.argmin(losses))]]
-            weight = self.robust.weight(r)
-            self.offset = float(self.robust.rho(r).sum() - 0.5 * (weight * r) @ r)
-            return np.asarray((residuals * weight) @ residuals.T + np.diag(more))
-        if self.completed_by.size:
-            return np.asarray(residuals @ residuals.T + np.diag(more))
-        new = residuals[before:] @ residuals.T
-        gram = np.zeros((len(self.rows), len(self.rows)))
-        gram[:before, :before] = self.gram
-        gram[before:], gram[:, before:] = new, new.T
-        return gram
-
-    def _completed(self) -> tuple[Array, Array]:
-        """The residuals with what stands for numbers that runs lack, and what that adds to their squares."""
-        if not self.completed_by.size:
-            return self.residuals, np.zeros(len(self.rows))
-        return completed(self.rows, self.residuals, self.failed, self.completed_by)
-
-    def residual_at(self, z: Array) -> Array:
-        """(m,) of the run at z, which has been made; what it lacks is predicted."""
-        return np.asarray(self._completed()[0][self._nearest(z)])
-
-    def _nearest(self, z: Array) -> int:
-        return int(np.argmin(((self.rows - z) ** 2).sum(axis=1) + 1e300 * self.failed))
-
-    def model_there(self, z: Array) -> tuple[GaussianProcess, Array, Array, NDArray[np.bool_]]:
-        """The model of those outputs that the run at z has, without weights; residuals of its rows (n, m), and of z;
-        and which outputs these are.
-
-        It is of the runs that have them all, where these are enough: what stands for a number is no evidence of it.
-        """
-        stand_in, model = self.rows_of_model(z)[1], self.model(z, weighted=False)
-        at = self._nearest(z)
-        there = ~np.isnan(self.residuals[at])
-        whole = ~np.isnan(self.residuals[stand_in][:, there]).any(axis=1)
-        if not whole.all() and whole.sum() > 3 * (len(z) + 1):
-            R = self.residuals[stand_in[whole]][:, there]
-            return fit_gaussian_process(model.rows[whole], R @ R.T, unit=self.unit), R, self.residuals[at][there], there
-        residuals = self._completed()[0]
-        if not there.all():
-            R = residuals[stand_in][:, there]
-            model = replace(model, gram=R @ R.T, amplitude=model.amplitude * float(there.mean()))
-        return model, residuals[stand_in][:, there], residuals[at][there], there
-
-    def with_rows(self, residuals: Array, failed: NDArray[np.bool_]) -> Array:
-        """The residuals so far and those of new rows, 0 where a run failed."""
-        new = np.where(failed[:, None], 0.0, residuals)
-        return np.vstack([self.residuals, new]) if len(self.residuals) else new
+            self.runs.unit = corrected_units(seen, self.guessed, self.unknown, residual)
 
     def _rescaled(self) -> bool:
         """Whether the first round has to be repeated with another spread, since its outputs do not change."""
-        if self.round > 1 + _RESCALINGS or self.first_row or self.kernel.size:
+        if self.runs.round > 1 + _RESCALINGS or self.runs.first_row or self.runs.kernel.size:
             return False
-        if self.reused and (self.residuals[~self.failed] != self.residuals[0]).any():
+        if self.runs.reused and (self.runs.residuals[~self.runs.failed] != self.runs.residuals[0]).any():
             return False
-        good = np.flatnonzero(~self.failed)
+        good = np.flatnonzero(~self.runs.failed)
         if len(good) < 2:
             return False
-        squared = np.diag(self.gram)[good]
+        squared = np.diag(self.runs.gram)[good]
         least = 1e-24 * max(float(squared.max()), 1e-300)
-        apart = squared[:, None] + squared[None] - 2 * self.gram[np.ix_(good, good)]
+        apart = squared[:, None] + squared[None] - 2 * self.runs.gram[np.ix_(good, good)]
         if float(np.max(apart)) <= least:
             factor, what = 10.0, "too small, or the simulator is constant there: nothing changes"
         else:
             others = good[good > 0]
-            last = others[others >= len(self.rows) - len(self.points)]
+            last = others[others >= len(self.runs.rows) - len(self.points)]
             pairs = apart[np.ix_(np.searchsorted(good, last), np.searchsorted(good, last))]
-            if len(last) < 3 or self.failed[0] or float(np.max(pairs)) > least:
+            if len(last) < 3 or self.runs.failed[0] or float(np.max(pairs)) > least:
                 return False
             factor, what = 0.25, "too large: all of its runs give the same output, the start another"
-        if self.round > _RESCALINGS:
+        if self.runs.round > _RESCALINGS:
             raise InputError(
                 f"Expected outputs that change with the parameters, got the same output from all runs, also at "
                 f"{self.spread:.3g} natural scales from the start: the scale of the first round is {what}. Check the "
@@ -347,61 +269,6 @@ class KrigingSearch:
         self.note = f"the first scale was {what}; trying {self.spread:.3g}"
         self.points = self._first(self.start)[1:]
         return True
-
-    def _near(self, centre: Array | None = None) -> NDArray[np.intp]:
-        losses, enough, stated = self._losses(), 2 * (len(self.start) + 1), centre is not None
-        if centre is None:
-            own = np.arange(self.first_row, len(self.rows))
-            centre = self.rows[own[int(np.argmin(losses[own]))]]
-        distance = (((self.rows - centre) / self.unit) ** 2).sum(axis=1)
-        if len(losses) > enough:
-            # One kernel cannot do justice to cliffs far off and to what matters here.
-            cliff = _CLIFF * np.sort(losses)[enough - 1]
-            if stated:  # of an exact target the nearest rows differ by rounding alone, and tell no slopes
-                cliff = max(cliff, _SLOPES * self._usual_loss())
-            cliffs = np.isfinite(losses) & (losses > cliff)
-            if stated:  # rows that are all at a bound say nothing of it: the next ones that are not
-                for moved in (self.rows != centre).T:
-                    if not (moved & np.isfinite(losses) & ~cliffs).any():
-                        there = np.flatnonzero(moved & cliffs)
-                        cliffs[there[np.argsort(distance[there], kind="stable")[:enough]]] = False
-            distance[cliffs] = np.inf
-        order, most = np.argsort(distance, kind="stable"), max(MOST_ROWS, enough)
-        if self.noisy and len(order) > most:  # of as many rows, those that are apart tell more
-            order = order[: max(most, int((distance <= len(self.start) * (2 * _FARTHEST) ** 2).sum()))]
-            order = order[np.unique(np.linspace(0, len(order) - 1, most).astype(int))]
-        order = order[:most]
-        return np.sort(order[np.isfinite(distance[order])])
-
-    def _losses(self) -> Array:
-        """(n,) loss of each run by itself, with the prior; infinite where it failed."""
-        losses = 0.5 * np.diag(self.gram) + np.array([self.prior(z)[0] for z in self.rows])
-        return np.asarray(np.where(self.failed, np.inf, losses))
-
-    def rows_of_model(self, centre: Array | None = None) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """The numbers of the rows that `model` is made of, and of those whose residuals it takes."""
-        near = self._near(centre)
-        losses = self._losses()[near]
-        worst = near[int(np.argmax(np.where(np.isfinite(losses), losses, -np.inf)))]
-        return near, np.where(self.failed[near], worst, near)
-
-    def model(self, centre: Array | None = None, weighted: bool = True) -> GaussianProcess:
-        """Of the rows about the best one, or about a centre. A failed run counts as the worst of the others.
-
-        weighted: by the weights of a robust loss.
-        """
-        near, stand_in = self.rows_of_model(centre)
-        gram = tamed(self.gram[np.ix_(stand_in, stand_in)], self._usual_loss())
-        if self.robust is not None and not weighted:
-            residuals, more = (of[stand_in] for of in self._completed())
-            gram = residuals @ residuals.T + np.diag(more)
-        return self._fitted(near, gram)
-
-    def _fitted(self, near: NDArray[np.intp], gram: Array) -> GaussianProcess:
-        thorough = len(self.rows) < 40 or self.round % 4 == 0
-        return fit_gaussian_process(
-            self.rows[near], gram, self.kernel if self.kernel.size else None, thorough, self.unit
-        )
 
     def _least(
         self, of: Callable[[Array], tuple[float, Array, Array]], begin: Array, lower: Array, upper: Array
@@ -416,48 +283,49 @@ class KrigingSearch:
         return levenberg_marquardt(objective, begin, lower, upper)
 
     def _box(self, base: Array, radius: float) -> tuple[Array, Array]:
-        return np.maximum(self.lower, base - radius * self.unit), np.minimum(self.upper, base + radius * self.unit)
+        reach = radius * self.runs.unit
+        return np.maximum(self.lower, base - reach), np.minimum(self.upper, base + reach)
 
     def _far(self, step: Array) -> float:
         """The largest coordinate of a step, in units."""
-        return float(np.abs(step / self.unit).max())
+        return float(np.abs(step / self.runs.unit).max())
 
     def _choose(self, before: int) -> None:
-        losses = self._losses()
-        if losses.min() <= _NOTHING * self._much(self._usual_loss()):
-            self.best, self.best_loss = self.rows[int(np.argmin(losses))], float(losses.min())
+        losses = self.runs.losses()
+        if losses.min() <= _NOTHING * self._much(self.runs.usual_loss()):
+            self.best, self.best_loss = self.runs.rows[int(np.argmin(losses))], float(losses.min())
             self.step, self.stopped = np.zeros(len(self.start)), "converged"
             return
-        near, stand_in = self.rows_of_model()
-        model = self._fitted(near, tamed(self.gram[np.ix_(stand_in, stand_in)], self._usual_loss()))
-        self.kernel = model.kernel
-        expected = np.array([model.loss(z, 1.0)[0] + self.prior(z)[0] for z in self.rows[near]])
-        expected[self.failed[near]] = np.inf
-        own = np.arange(self.first_row, len(self.rows))
+        near, stand_in = self.runs.rows_of_model()
+        model = self.runs.fitted(near, tamed(self.runs.gram[np.ix_(stand_in, stand_in)], self.runs.usual_loss()))
+        self.runs.kernel = model.kernel
+        expected = np.array([model.loss(z, 1.0)[0] + self.prior(z)[0] for z in self.runs.rows[near]])
+        expected[self.runs.failed[near]] = np.inf
+        own = np.arange(self.runs.first_row, len(self.runs.rows))
         best = own[int(np.argmin(losses[own]))]
         # Where runs are noisy the least of many is too low: what the model makes of all of them counts.
         noisy = model.noise > 0.1 * losses[best]
-        self.noisy = bool(noisy)
+        self.runs.noisy = bool(noisy)
         if noisy:
-            base, loss = self.rows[near][int(np.argmin(expected))], float(expected.min())
+            base, loss = self.runs.rows[near][int(np.argmin(expected))], float(expected.min())
         else:
-            base, loss = self.rows[best], float(losses[best])
+            base, loss = self.runs.rows[best], float(losses[best])
         if self.promise is not None:
-            was, promised = self.promise[0] - self.offset, self.promise[1]
+            was, promised = self.promise[0] - self.runs.offset, self.promise[1]
             new = near >= before
             got = float(expected[new].min(initial=np.inf)) if noisy else float(losses[before:].min())
             ratio = (was - got) / max(promised, 1e-300)
             if ratio < 0.1:
                 self.radius *= 0.5
             elif ratio > 0.5 and self.at_edge:
-                found = self.rows[before + int(np.argmin(losses[before:]))]
+                found = self.runs.rows[before + int(np.argmin(losses[before:]))]
                 self.radius = max(2.0 * self.radius, 0.0 if noisy else self._far(found - self.best))
                 self.note = "the trust region grows"
         self.radius = float(np.clip(self.radius, _LEAST_RADIUS, 1e3))
         points, gain, hope = self._round(model, base, loss, noisy or self.rounding > 0.1 * losses[best])
         step = self._far(points[0] - base)
-        self.promise, self.step = (loss + self.offset, max(gain, 1e-12 * loss)), points[0] - base
-        self.best, self.best_loss, self.scale = base, loss + self.offset, max(step, 1e-12)
+        self.promise, self.step = (loss + self.runs.offset, max(gain, 1e-12 * loss)), points[0] - base
+        self.best, self.best_loss, self.scale = base, loss + self.runs.offset, max(step, 1e-12)
         self.points = np.array(points)
         self._maybe_stop(step, gain, max(hope, gain), noisy)
 
@@ -490,7 +358,7 @@ class KrigingSearch:
             points.append(point)
             hope = max(hope, promised)
         if by_loss:
-            of_loss = _of_loss(model, self.unit)
+            of_loss = _of_loss(model, self.runs.unit)
             points += [self._drawn(rng, of_loss, base, points, box)[0] for _ in range(self._size - len(points))]
         return points, gain, hope
 
@@ -501,20 +369,20 @@ class KrigingSearch:
         if count == 0:
             return []
         d = len(base)
-        dw = model.differences(base, 0.1 * self.unit) * self.unit
+        dw = model.differences(base, 0.1 * self.runs.unit) * self.runs.unit
         noise = max(model.noise, self.rounding)
         values, axes = np.linalg.eigh(dw.T @ model.gram @ dw - noise * dw.T @ dw)
-        variance = 1.0 if self.known_noise else 2 * max(loss, 0.0) / self.residuals.shape[1]
-        sizes = np.minimum(np.sqrt(variance / np.maximum(values, 1e-300)), _FARTHEST)
+        variance = 1.0 if self.known_noise else 2 * max(loss, 0.0) / self.runs.residuals.shape[1]
+        sizes = np.minimum(np.sqrt(variance / np.maximum(values, 1e-300)), FARTHEST)
         turned = self._directions(rng, count) * (np.sqrt(d) * rng.choice([-1.0, 1.0], size=(count, 1)))
-        away = turned @ (axes * sizes).T * self.unit
+        away = turned @ (axes * sizes).T * self.runs.unit
         outside = (base + away < self.lower) | (base + away > self.upper)
         return list(np.clip(np.where(outside, base - away, base + away), self.lower, self.upper))
 
     @property
     def _size(self) -> int:
         """Of the next round."""
-        return self.batch if self.round < _SMALL_ROUNDS else self.later
+        return self.batch if self.runs.round < _SMALL_ROUNDS else self.later
 
     def _drawn(
         self,
@@ -526,14 +394,14 @@ class KrigingSearch:
     ) -> tuple[Array, float]:
         """A point where a draw is least, apart from the others, and how much less than at the base it promises."""
         target, step = others[0], others[0] - base
-        reach = max(float(np.linalg.norm(step / self.unit)), (1e-3 + 0.1 * self.radius) * self._length)
+        reach = max(float(np.linalg.norm(step / self.runs.unit)), (1e-3 + 0.1 * self.radius) * self._length)
         apart = _SAME * max(self._far(step), 1e-9)
         wide = 1.0
         for _ in range(1 + _WIDER):
             draw = model.draw(rng, wide)
             away = rng.normal(size=(_PROBES, len(base)))
             away *= (reach * np.geomspace(0.05, 8.0, _PROBES) / np.linalg.norm(away, axis=1))[:, None]
-            away *= self.unit
+            away *= self.runs.unit
             probes = np.vstack([np.clip(target + away, *box), target])
             losses = draw.losses(probes) + np.array([self.prior(z)[0] for z in probes])
             begins = {int(np.argmin(losses)), _PROBES}
@@ -548,7 +416,7 @@ class KrigingSearch:
 
     def _maybe_stop(self, step: float, gain: float, hope: float, noisy: bool) -> None:
         """Ends or restarts where neither what is expected of the next point nor what is hoped for is worth a round."""
-        much = self._much(self._usual_loss())
+        much = self._much(self.runs.usual_loss())
         nothing, little = _NOTHING * much, self.best_loss < _RELATIVELY_NOTHING * much
         still = gain < max(_STILL_GAIN * self.best_loss, nothing) and hope < max(_STILL_HOPE * self.best_loss, nothing)
         still &= step < _STILL_STEP or self.best_loss < nothing
@@ -556,7 +424,7 @@ class KrigingSearch:
             # The step in standard errors: sqrt(2 gain) is its length in the metric of the normal matrix.
             still |= gain < 0.5 * self.tolerance**2 and hope < 0.5 and not self.at_edge
         self.still = self.still + 1 if still else 0
-        self.path.append((len(self.rows), self.best_loss))
+        self.path.append((len(self.runs.rows), self.best_loss))
         explained = self._explained()
         if explained or self.restarts_left == 0:
             # Runs that average noise gain no loss, but precision.
@@ -579,7 +447,7 @@ class KrigingSearch:
 
         A region that shrinks, since what the model expects does not come true, is given the time to.
         """
-        enough = len(self.rows) - 3 * patience * (len(self.start) + 1)
+        enough = len(self.runs.rows) - 3 * patience * (len(self.start) + 1)
         past = [loss for rows, loss in self.path[: -patience * _STUCK_ROUNDS] if rows <= enough]
         least = min(loss for _, loss in self.path)
         little = _STUCK_GAIN * least
@@ -601,8 +469,9 @@ class KrigingSearch:
             return
         far = _SCATTER * self.spread * 2.0 ** ((self.restarts - self.restarts_left) // 2)
         self.restarts_left -= 1
-        away = far * self.unit * self._rng().normal(size=len(self.start))
-        self.first_row, self.radius, self.promise, self.still, self.path = len(self.rows), _FIRST_RADIUS, None, 0, []
+        away = far * self.runs.unit * self._rng().normal(size=len(self.start))
+        self.runs.first_row = len(self.runs.rows)
+        self.radius, self.promise, self.still, self.path = _FIRST_RADIUS, None, 0, []
         self.points = self._first(np.clip(self.start + away, self.lower, self.upper))
         self.note = f"restart {self.restarts - self.restarts_left}: {why}"
 
@@ -610,11 +479,11 @@ class KrigingSearch:
         """Whether the loss is that of noise: by chi-square where its size is known, else if little of the start's is
         left, or residuals look like noise."""
         if self.known_noise:
-            m = self.residuals.shape[1]
+            m = self.runs.residuals.shape[1]
             return bool(2 * self.best_loss < m + 5 * np.sqrt(2 * m))
-        if self.best_loss < _LITTLE * self._much(self._first_loss()):
+        if self.best_loss < _LITTLE * self._much(self.runs.first_loss()):
             return True
-        if self.best_loss < _LIKE_NOISE * self.ordinary and looks_like_noise(self.residual_at(self.best)):
+        if self.best_loss < _LIKE_NOISE * self.ordinary and looks_like_noise(self.runs.residual_at(self.best)):
             return True
         alike = [self.best_loss > (1 - _STUCK_GAIN) * loss for loss, z in self.ends if self._far(self.best - z) < 1]
         return self.best_loss < _AGREED * self.ordinary and len(alike) >= _AGREE and all(alike)
@@ -622,21 +491,6 @@ class KrigingSearch:
     def _much(self, usual: float) -> float:
         """A loss that counts for much: one that is usual among the first runs, or that of the target's mean."""
         return min(usual, self.ordinary) if self.ordinary > 0 else usual
-
-    def _usual_loss(self) -> float:
-        """Of the start, or half of the first runs' where that is more: one run of a huge output says nothing."""
-        losses = self._losses()
-        at_start = losses[(self.rows == self.start).all(axis=1) & ~self.failed]
-        first = float(at_start.min()) if len(at_start) else 0.0
-        return max(first, min(self._first_loss(), 1e4 * first) if first > 0 else self._first_loss())
-
-    def _first_loss(self) -> float:
-        losses = self._losses()
-        if not np.isfinite(losses).any():
-            return 0.0
-        if self.reused:  # many of them may be near to where an earlier fit has ended
-            return float(np.percentile(losses[: self.reused], 75))
-        return float(np.median(losses[np.isfinite(losses)][: self.batch]))
 
     @property
     def overall(self) -> tuple[float, Array]:
@@ -646,28 +500,15 @@ class KrigingSearch:
     # -- between two jobs --------------------------------------------------------------------------------------------
 
     _KEPT = (
-        *(
-            "rows",
-            "residuals",
-            "failed",
-            "gram",
-            "round",
-            "first_row",
-            "reused",
-            "radius",
-            "kernel",
-            "promise",
-            "at_edge",
-            "still",
-        ),
-        *("ends", "best", "best_loss", "scale", "note", "stopped", "points", "spread", "restarts_left"),
-        *("offset", "step", "path", "unit", "mishaps", "whole", "completed_by", "noisy", "rounding"),
+        *("radius", "promise", "at_edge", "still", "ends", "best", "best_loss", "scale", "note", "stopped", "points"),
+        *("spread", "restarts_left", "step", "path", "mishaps", "whole", "rounding"),
     )
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._KEPT}
+        return {**self.runs.to_dict(), **{name: getattr(self, name) for name in self._KEPT}}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
+        self.runs.restore(saved)
         for name in self._KEPT:
             setattr(self, name, saved[name])
         self.promise = None if saved["promise"] is None else (saved["promise"][0], saved["promise"][1])

@@ -24,16 +24,24 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.arrays import Array
+from bridge.checks import is_number
 from bridge.errors import InputError
-from bridge.fitting.methods.steps import Schedule, StepOutcome
+from bridge.fitting.methods.base import FitTask, register, require
+from bridge.fitting.methods.descent import Descent
+from bridge.fitting.methods.descent_method import DescentMethod, start_descent
+from bridge.fitting.methods.steps import Schedule, SmoothedProblem, StepOutcome, StepRule
 from bridge.fitting.misfit import Misfit
+from bridge.simulator.function import as_simulator
 from bridge.simulator.protocol import Parallel, Simulator, computes_row_by_row, simulator_name
 from bridge.simulator.space import ParameterSpace
 from bridge.smoothing.loss import floating_rows
+from bridge.smoothing.smooth import smooth
 from bridge.smoothing.smoothed import SmoothedSimulator
 
 # A scale is changed by no more than this factor's logarithm in one step.
 _MOST = 0.5
+# More parameters than this, and a full L has more numbers than there are runs to learn from.
+_MOST_OF_FULL = 20
 # Of L, beside 1 for x.
 _FULL_RATE, _DIAGONAL_RATE = 0.4, 0.2
 
@@ -101,8 +109,66 @@ def natural_step(
     return -rates[0] * scale @ (scale.T @ gradient) / unit, scale @ grown
 
 
+@register("natural")
 @final
-class Natural:
+@dataclass(frozen=True)
+class Natural(DescentMethod):
+    """The smoothed loss, of any kind, by natural gradients in the mean and in the scale matrix L of the noise.
+
+    An evolution strategy that learns which parameters go together.
+
+    Attributes:
+        scale: the first, and the least that is learned.
+        learning_rate: of x, and times a smaller one of L.
+        full_scale: whether L is a full matrix or diagonal; by default full up to twenty parameters.
+    """
+
+    learning_rate: float = 1.0
+    full_scale: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rate = self.learning_rate
+        require("a positive learning_rate", is_number(rate) and rate > 0, rate)
+
+    def start(self, task: FitTask) -> Descent:
+        if task.smoothing.get("distribution", "gaussian") != "gaussian":
+            raise InputError(
+                f"Expected Gaussian noise with method='natural', whose steps are natural for it, got "
+                f"{task.smoothing['distribution']!r}."
+            )
+        if task.smoothing.get("forward", "smoothed") != "smoothed":
+            raise InputError("Expected forward='smoothed' with method='natural', which needs the spread of the losses.")
+        starts = task.problem.free_starts
+        full = starts.shape[1] <= _MOST_OF_FULL if self.full_scale is None else self.full_scale
+
+        def rule(seen: SmoothedProblem) -> NaturalRule:
+            of_loss = self._smoothed_loss(task, seen)
+            return NaturalRule(of_loss, seen.natural, seen.schedule, len(starts), full, self.learning_rate)
+
+        run = start_descent(task, self, rule)
+        run.described["full_scale"] = full
+        return run
+
+    def _smoothed_loss(self, task: FitTask, seen: SmoothedProblem) -> SmoothedSimulator:
+        """The loss and its square, smoothed by the same noise and ranks as the output."""
+        problem, surrogate = task.problem, task.smoothing.get("surrogate")
+        if surrogate is not None:
+            surrogate = LossAndSquare(as_simulator(surrogate), problem.misfit, problem.natural)
+        of_loss = smooth(
+            LossAndSquare(problem.simulator, problem.misfit, problem.natural),
+            seed=task.seed,
+            num_samples=self.num_samples,
+            scale=seen.schedule.first * problem.natural,
+            comm=task.comm,
+            **{**task.smoothing, "surrogate": surrogate},
+        )
+        of_loss.dispatcher, of_loss.spent = seen.smoothed.dispatcher, seen.smoothed.spent
+        return of_loss
+
+
+@final
+class NaturalRule(StepRule):
     """Natural-gradient steps of each start's x and L.
 
     Args:
@@ -121,6 +187,10 @@ class Natural:
         rows = smoothed.strategy.num_samples * smoothed.strategy.replicates
         # A full L is learned faster, since one that cannot turn along a valley only shrinks before its end.
         self.rates = (rate, rate * (_FULL_RATE if full else _DIAGONAL_RATE) * min(1.0, rows / (2 * d)))
+
+    @property
+    def others(self) -> tuple[SmoothedSimulator, ...]:
+        return (self.smoothed,)
 
     def take(self, x: Array, step: int) -> StepOutcome:
         unit = self.natural if self.scales.ndim == 2 else self.natural[:, None]

@@ -80,6 +80,11 @@ class QuadraticSearch:
         self.note, self.stopped = "", ""
         self.points = self._first()
 
+    def ask(self, most: int) -> Array:
+        """(k, d) the points of the next round, no more than so many of them, and at least one."""
+        self.points = self.points[: max(1, most)]
+        return self.points
+
     def _rng(self) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=[self.seed, self.round]))
 

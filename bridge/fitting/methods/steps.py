@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -72,18 +73,29 @@ class StepOutcome(NamedTuple):
     at_limit: NDArray[np.bool_] | None = None
 
 
-class StepRule(Protocol):
+class StepRule(ABC):
     """What a step is made of. Its state is plain data."""
 
+    @property
+    def others(self) -> tuple[SmoothedSimulator, ...]:
+        """Smoothed simulators that it evaluates besides that of the output."""
+        return ()
+
+    @abstractmethod
     def take(self, x: Array, step: int) -> StepOutcome:
         """Evaluates all starts x (k, d), natural units, in one dispatch, and steps. Collective."""
 
+    @abstractmethod
     def keep(self, which: NDArray[np.intp]) -> None:
         """Forgets the other starts."""
 
-    def to_dict(self) -> dict[str, Any]: ...
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """The state, as plain data."""
 
-    def restore(self, saved: Mapping[str, Any]) -> None: ...
+    @abstractmethod
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Goes on from a state."""
 
 
 @final

@@ -3,25 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
 
 from bridge.arrays import Array
 from bridge.errors import BridgeError, EvaluationError, InputError
-from bridge.fitting.methods.base import MethodResult
-from bridge.fitting.methods.plain_runs import plain_outputs, useless_start
+from bridge.fitting.methods.base import FitTask, Method, MethodResult, MethodRun, as_widths, register, require_counts
+from bridge.fitting.methods.plain_runs import plain_outputs, plain_simulator, useless_start
 from bridge.fitting.methods.quadratic_search import QuadraticSearch
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.soundness import HUGE
 from bridge.reporting.result import FitStep
 from bridge.smoothing.smoothed import SmoothedSimulator
 
+# Runs of a whole fit, for each parameter and one more.
+_RUNS_A_PARAMETER = 100
+
+
+@register("trust-region")
+@final
+@dataclass(frozen=True)
+class TrustRegion(Method):
+    """A loss of any kind by a quadratic model of the runs about the best one; without standard errors.
+
+    Attributes:
+        steps: rounds at most, None for no limit.
+        num_samples: runs a round, by default a quarter of the number of parameters, at least 2.
+        scale: of the first round's points about the start, natural units, by default 1.
+        tolerance: the radius, natural units, at which it ends.
+    """
+
+    steps: int | None = None
+    num_samples: int | None = None
+    scale: float | tuple[float, float] | None = None
+    tolerance: float = 1e-6
+
+    keeps_runs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_counts(self.steps, self.num_samples, self.tolerance)
+
+    def start(self, task: FitTask) -> TrustRegionRun:
+        problem = task.problem
+        plain = plain_simulator(problem.simulator, task.seed, task.comm, task.smoothing, self.name)
+        d, starts, widths = problem.free.dimension, problem.free_starts, as_widths(self.scale, (1.0, 1.0))
+        search = QuadraticSearch(
+            starts[0],
+            problem.lower,
+            problem.upper,
+            spread=widths[0],
+            seed=int(task.seed or 0),
+            batch=self.num_samples or max(2, d // 4),
+            tolerance=self.tolerance,
+        )
+        budget = task.max_runs or _RUNS_A_PARAMETER * (d + 1)
+        return TrustRegionRun(
+            plain,
+            problem.misfit,
+            search,
+            problem.natural,
+            budget,
+            starts,
+            problem.free.names,
+            limit=self.steps,
+            described={"scale": list(widths)},
+        )
+
 
 @final
-class TrustRegion:
-    """`QuadraticSearch` as a method of `bridge.fit`.
+class TrustRegionRun(MethodRun):
+    """`QuadraticSearch` on a simulator.
 
     Args:
         plain: the simulator itself, as a smoothed one of one run a point.
@@ -38,7 +92,11 @@ class TrustRegion:
         budget: int,
         starts: Array,
         names: Sequence[str],
+        *,
+        limit: int | None,
+        described: dict[str, Any],
     ) -> None:
+        self.smoothed, self.limit, self.described = [plain], limit, described
         self.plain, self.misfit, self.search, self.natural = plain, misfit, search, natural
         self.budget, self.names = budget, tuple(names)
         self.output: Array | None = None  # of the run of least loss
@@ -61,8 +119,7 @@ class TrustRegion:
 
     def advance(self, step: int, num_evaluations: int) -> FitStep:
         search = self.search
-        left = self.budget - num_evaluations - 1
-        search.points = points = search.points[: max(1, left)]
+        points = search.ask(self.budget - num_evaluations - 1)
         outputs = plain_outputs(self.plain, points * self.natural, step)
         shape = tuple(self.misfit.target.shape)
         if step == 0 and outputs.shape[1:] != shape:

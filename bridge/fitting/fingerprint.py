@@ -1,0 +1,91 @@
+"""What a result depends on: a run goes on under the same settings alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from bridge.fitting.methods.base import FitTask, Method, MethodRun
+from bridge.fitting.misfit import Misfit
+from bridge.fitting.target import LinearMap
+from bridge.simulator.function import as_simulator
+from bridge.simulator.identity import identity_of, identity_of_function
+from bridge.simulator.protocol import simulator_name
+
+
+def fingerprint(task: FitTask, method: Method, run: MethodRun) -> dict[str, Any]:
+    """All settings of a fit, as plain data that are the same in another process."""
+    problem, misfit, prior = task.problem, task.problem.misfit, task.problem.misfit.prior
+    functions = {"loss": misfit.loss, "whiten": misfit.whiten}
+    plain = run.smoothed[0]
+    return {
+        "simulator": simulator_name(problem.simulator),
+        "identity": plain.execution.filing(plain.simulator).name,
+        **{f"code of {k}": identity_of_function(f, k) for k, f in functions.items() if callable(f)},
+        "seed": task.seed,
+        "method": method.name,
+        **_of_method(method, misfit),
+        "start": problem.starts.tolist(),
+        "target": _digest(misfit.target),
+        "partial": misfit.partial,
+        "mask": None if misfit.masked is None else _digest(misfit.masked),
+        "max_runs": task.max_runs,
+        "prior": [prior.information.tolist(), prior.mean.tolist()],
+        "robust": repr(misfit.robust),
+        "variance": _digest(misfit.variance),
+        "whiten": _digest(_whitened(misfit.whiten, _probe(misfit))),
+        "smoothing": _of_smoothing(task.smoothing),
+        "natural_scale": problem.natural.tolist(),
+        **run.described,
+    }
+
+
+def _of_method(method: Method, misfit: Misfit) -> dict[str, Any]:
+    """The settings of a method; functions among them by what they are, and maps of outputs by what they do as well."""
+    found: dict[str, Any] = {}
+    for setting in fields(method):  # type: ignore[arg-type]
+        name, value = setting.name, getattr(method, setting.name)
+        if callable(value):
+            found[f"code of {name}"] = identity_of_function(value, name)
+        elif name == "coarse":
+            found[name] = [_of_blur(given, misfit) for given in value or ()]
+            for i, given in enumerate(value or ()):
+                if callable(given):
+                    found[f"code of {name}[{i}]"] = identity_of_function(given, f"{name}[{i}]")
+        else:
+            found[name] = value
+    return found
+
+
+def _of_blur(given: float | LinearMap, misfit: Misfit) -> Any:
+    return given if isinstance(given, int | float) else _digest(given(_whitened(misfit.whiten, _probe(misfit))))
+
+
+def _of_smoothing(smoothing: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as text that is the same in another process; where finished evaluations are kept is none of them."""
+    words = {}
+    for name, value in sorted(smoothing.items()):
+        if name == "surrogate" and value is not None:
+            words[name] = identity_of(as_simulator(value))
+        elif value is None or isinstance(value, bool | int | float | str):
+            words[name] = repr(value)
+        elif name != "store":
+            words[name] = identity_of_function(value, name)
+    return words
+
+
+def _probe(misfit: Misfit) -> torch.Tensor:
+    return torch.linspace(-1.0, 1.0, misfit.target.numel(), dtype=torch.float64).reshape(misfit.target.shape)
+
+
+def _whitened(whiten: LinearMap | None, x: torch.Tensor) -> torch.Tensor:
+    return x if whiten is None else whiten(x)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    array = tensor.detach().contiguous().numpy()
+    return hashlib.blake2b(f"{array.shape}".encode() + array.tobytes(), digest_size=16).hexdigest()
