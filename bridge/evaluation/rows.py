@@ -31,7 +31,7 @@ class Unit:
     stop: int
 
 
-class Outputs(NamedTuple):
+class Rows(NamedTuple):
     """What came of rows [start, start + k) of a problem, of one unit or several: F (k, m), or None where all failed.
 
     `stolen`: the rows are from another rank's run.
@@ -43,11 +43,11 @@ class Outputs(NamedTuple):
     inputs: Array
     F: torch.Tensor | None
 
-    def part(self, start: int, stop: int) -> Outputs:
+    def part(self, start: int, stop: int) -> Rows:
         """Rows [start, stop) of these, as views."""
         rows = slice(start - self.start, stop - self.start)
         F = None if self.F is None else self.F[rows]
-        return Outputs(self.problem, self.stolen, start, self.inputs[rows], F)
+        return Rows(self.problem, self.stolen, start, self.inputs[rows], F)
 
 
 def rows_at_once(num_outputs: int) -> int:

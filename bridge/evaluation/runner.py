@@ -26,7 +26,7 @@ from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, 
 from bridge.estimators.scale import perturb
 from bridge.estimators.strategy import Strategy
 from bridge.evaluation.execution import Execution, Failure, Problem, torch_of_simulators
-from bridge.evaluation.rows import CHUNK, Outputs, Unit, as_rows, rows_at_once
+from bridge.evaluation.rows import CHUNK, Rows, Unit, as_rows, rows_at_once
 from bridge.evaluation.workers import IsolatedSimulator, SimulatorPool
 from bridge.interrupts import running
 from bridge.simulator.identity import innermost
@@ -87,7 +87,7 @@ class Runner:
         self._seconds = 0.0
         self._tolerant = strategy.failures != "raise" and not strategy.errors_raise
 
-    def run(self) -> Iterator[Outputs]:
+    def run(self) -> Iterator[Rows]:
         """Evaluates unit after unit; outputs come in the order of the claims.
 
         Raises:
@@ -101,7 +101,7 @@ class Runner:
             if self._filing is not None:
                 self._filing.after_calls()
 
-    def _run(self) -> Iterator[Outputs]:
+    def _run(self) -> Iterator[Rows]:
         done = self._in_turn() if not isinstance(self._simulator, SimulatorPool) else self._at_once(self._simulator)
         for call, F in done:
             self._rows_done, self._seconds = self._rows_done + len(call.inputs), self._seconds + call.seconds
@@ -112,7 +112,7 @@ class Runner:
             self.failures |= {first + i: failure for i, failure in call.failures.items()}
             if F is not None:
                 self.output_shape = self._shape = call.shape
-            yield Outputs(call.problem, call.stolen, call.start, call.inputs, F)
+            yield Rows(call.problem, call.stolen, call.start, call.inputs, F)
             del F  # its memory is used for the next
 
     def _in_turn(self) -> Iterator[tuple[_Call, torch.Tensor | None]]:
@@ -301,19 +301,19 @@ class Runner:
 
     # -- numbers that are none --------------------------------------------------------------------------------------
 
-    def check_finite_sum(self, total: torch.Tensor, out: Outputs) -> None:
+    def check_finite_sum(self, total: torch.Tensor, out: Rows) -> None:
         """Refuses outputs that are not finite; a weighted sum of them shows every NaN, a weight of zero included."""
         if not math.isfinite(total.sum().item()):
             self._refuse(out)
 
-    def check_finite(self, out: Outputs) -> None:
+    def check_finite(self, out: Rows) -> None:
         """Refuses outputs that are not finite, or marks their rows as failed and fills them in."""
         # One sum finds every NaN and infinity at a fraction of the cost of looking at each number.
         assert out.F is not None
         if not abs(out.F.sum().item()) < self._strategy.largest:
             self._refuse(out)
 
-    def _refuse(self, out: Outputs) -> None:
+    def _refuse(self, out: Rows) -> None:
         F = out.F
         assert F is not None
         good = F.abs() < self._strategy.largest
@@ -345,7 +345,7 @@ class Runner:
             'with the parameters, drop such rows with failures="drop".'
         )
 
-    def _name_row(self, out: Outputs, row: int) -> str:
+    def _name_row(self, out: Rows, row: int) -> str:
         return ", ".join(f"{n} = {v:.6g}" for n, v in self._space.mapping(out.inputs[row]).items())
 
     @property

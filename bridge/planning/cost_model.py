@@ -34,8 +34,8 @@ from bridge.arrays import Array
 from bridge.dispatch.tree import run_of, transfers
 from bridge.errors import InputError
 from bridge.estimators.strategy import default_leaf_size
+from bridge.evaluation.layout import units_of_leaf
 from bridge.evaluation.rows import CHUNK
-from bridge.evaluation.streamed import units_of_leaf
 
 # Runs shorter than this are not moved to other ranks: as in `bridge.evaluation.runner`.
 _WORTH_MOVING_S = 0.002
@@ -351,8 +351,8 @@ def _allreduce_time(size: float, ranks: int, machine: Machine) -> float:
 
 
 def _agreement_time(workload: Workload, ranks: int, machine: Machine) -> float:
-    """The small collectives of a step, in the order of `Evaluation`: two openings, two agreements on errors, the owners
-    of the units, the outputs' layout, the clipped rows; and, where outputs are kept, the N products <v, F_i>."""
+    """The small collectives of a step, in the order of `evaluate_problems`: two openings, two agreements on errors, the
+    owners of the units, the outputs' layout, the clipped rows; and, where outputs are kept, the N products <v, F_i>."""
     if ranks == 1:
         return 0.0
     gathers = [24.0, 24.0, _LAYOUT_BYTES]

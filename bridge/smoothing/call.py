@@ -15,8 +15,10 @@ from bridge.dispatch import Dispatcher
 from bridge.errors import InputError
 from bridge.estimators.scale import Form, pull_back_theta, push_theta
 from bridge.estimators.strategy import Strategy
-from bridge.evaluation.evaluation import Evaluation
+from bridge.evaluation.evaluation import evaluate_problems
 from bridge.evaluation.execution import Execution, ordinary_torch
+from bridge.evaluation.linear_forms import Evaluated, LinearForms
+from bridge.evaluation.request import Request
 from bridge.simulator.protocol import Simulator
 from bridge.simulator.space import ParameterSpace
 from bridge.smoothing.surrogate import Corrected, Surrogate
@@ -85,9 +87,9 @@ class Call:
     form: Form
     need_theta: bool
     need_scale: bool
-    evaluations: list[Evaluation | Corrected] = field(default_factory=list)
+    evaluations: list[LinearForms] = field(default_factory=list)
     keys: list[list[tuple[int, int]]] = field(default_factory=list)
-    atoms: dict[tuple[int, int, float], Evaluation | Corrected] = field(default_factory=dict)
+    atoms: dict[tuple[int, int, float], LinearForms] = field(default_factory=dict)
 
     def evaluate(self, theta: torch.Tensor, scale: torch.Tensor, keys: torch.Tensor) -> int:
         """Evaluates theta (*batch, d); returns the number by which the evaluation is found again.
@@ -115,41 +117,41 @@ class Call:
         keys: list[tuple[int, int]],
         atom: tuple[int, float] | None,
         weights: NDArray[np.float64] | None = None,
-    ) -> Evaluation | Corrected:
+    ) -> LinearForms:
         """Args: weights: those of the surrogate, where they are known."""
         source = self.estimator
         # The weights of a surrogate come from Jacobians, whether or not anybody asks for derivatives.
         need_theta = self.need_theta or (source.surrogate is not None and source.surrogate.weight == "auto")
 
-        def evaluate(simulator: Simulator, strategy: Strategy, execution: Execution) -> Evaluation:
-            return source.dispatcher.make(
-                Evaluation,
+        def evaluate(simulator: Simulator, strategy: Strategy, execution: Execution) -> Evaluated:
+            request = Request(
                 simulator,
                 self.space,
                 strategy,
+                execution,
                 source.dispatcher,
                 thetas,
                 scales,
                 self.form,
-                keys=keys,
+                keys,
                 first_replicate=self.replicate,
                 need_theta=need_theta and atom is None,
                 need_scale=self.need_scale and atom is None,
-                execution=execution,
                 spare=source.spare,
                 atom=atom,
-                once=(simulator, source.execution.store, source.execution, source.spare),
             )
+            once = simulator, source.execution.store, source.execution, source.spare
+            return source.dispatcher.make(evaluate_problems, request, once=once)
 
-        made: Evaluation | Corrected
+        made: LinearForms
         with source.dispatcher.watched(source.execution.step_limit_s), ordinary_torch():
             given = source.simulator, source.strategy, source.execution
             if source.surrogate is None:
                 made = evaluate(*given)
             else:
                 made = Corrected(*given, source.surrogate, evaluate, weights)
-                source.spent.surrogate += made.num_surrogate_evaluations
-        source.spent.cached += made.num_cached
+                source.spent.surrogate += made.account.num_surrogate_evaluations
+        source.spent.cached += made.account.num_cached
         return made
 
     def hvp(self, number: int, triples: list[tuple[int, torch.Tensor, NDArray[np.float64]]]) -> list[NDArray[Any]]:
@@ -199,7 +201,7 @@ class Call:
                     self.atoms[key] = self._evaluation(thetas, scales, self.keys[number], (i, place), weights)
                 yield i, mass, self.atoms[key].value(b).to("cpu", torch.float64)
 
-    def find(self, handle: torch.Tensor) -> tuple[Evaluation | Corrected, list[int]]:
+    def find(self, handle: torch.Tensor) -> tuple[LinearForms, list[int]]:
         """The evaluation and the problems behind a (*batch, 2) handle."""
         pairs = handle.detach().to("cpu", torch.int64).reshape(-1, 2)
         return self.evaluations[self.number(handle)], pairs[:, 1].tolist()

@@ -16,7 +16,9 @@ from bridge.errors import InputError
 from bridge.estimators.covariates import resolve_covariate
 from bridge.estimators.points import Auto
 from bridge.estimators.scale import as_tensor, pull_back_scale, pull_back_theta
-from bridge.evaluation.evaluation import Evaluation
+from bridge.evaluation.kept import Kept
+from bridge.evaluation.linear_forms import LinearForms
+from bridge.evaluation.streamed import Streamed
 from bridge.smoothing.median import _median_columns
 from bridge.smoothing.surrogate import Corrected
 
@@ -52,7 +54,7 @@ class Estimate:
 
     def __init__(
         self,
-        evaluation: Evaluation | Corrected,
+        evaluation: LinearForms,
         batch: tuple[int, ...],
         finish: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
@@ -61,16 +63,15 @@ class Estimate:
         # In full precision for what follows, whatever the parameters have; the caller may change his own in place.
         self._wide = torch.stack([evaluation.value(b) for b in self._all]).reshape(shape)
         self.value = finish(self._wide.clone())
-        self.num_evaluations = evaluation.num_evaluations
-        self.num_failed, self.failures = evaluation.num_failed, evaluation.failures
-        self.num_cached = evaluation.num_cached
-        self.num_surrogate_evaluations = self.num_surrogate_failed = 0
+        account = evaluation.account
+        self.num_evaluations, self.num_cached = account.num_evaluations, account.num_cached
+        self.num_failed, self.failures = account.num_failed, account.failures
+        self.num_surrogate_evaluations = account.num_surrogate_evaluations
+        self.num_surrogate_failed = account.num_surrogate_failed
         self.surrogate_weight: torch.Tensor | None = None
         if isinstance(evaluation, Corrected):
-            self.num_surrogate_evaluations = evaluation.num_surrogate_evaluations
-            self.num_surrogate_failed = evaluation.num_surrogate_failed
             self.surrogate_weight = torch.from_numpy(evaluation.weights).reshape((*batch, -1))
-        self.clipped_fraction = evaluation.clipped_fraction
+        self.clipped_fraction = account.clipped_fraction
         self.streamed = evaluation.streamed
         strategy, nodes = evaluation.strategy, evaluation.problems[0].design.nodes
         self.covariate, self.covariate_reason = resolve_covariate(strategy, nodes)
@@ -83,20 +84,23 @@ class Estimate:
     def _all(self) -> range:
         return range(self._evaluation.num_vectors)
 
-    def _rows_for(self, what: str) -> Evaluation:
+    def _rows_for(self, what: str) -> Kept:
         """The evaluation, where it has rows of its own."""
-        if isinstance(self._evaluation, Corrected):
+        evaluation = self._evaluation
+        if isinstance(evaluation, Corrected):
             raise InputError(
                 f"Expected no surrogate for {what}, got one: the estimate is then a sum of means over different rows. "
                 "Standard errors come from replicates (pass replicates=8); leave surrogate= out for the rest."
             )
-        self._evaluation.require_rows(what)
-        if self._evaluation.lacks:
+        if isinstance(evaluation, Streamed):
+            raise evaluation.needs_rows(what)
+        assert isinstance(evaluation, Kept)
+        if evaluation.lacks:
             raise InputError(
                 f"Expected outputs that lack no numbers for {what}, got some with NaN. Standard errors come from "
                 "replicates (pass replicates=8); leave the numbers out of the outputs for the rest."
             )
-        return self._evaluation
+        return evaluation
 
     # -- derivatives ------------------------------------------------------------------------------------------------
 
@@ -174,7 +178,7 @@ class Estimate:
         """Half the width of the confidence interval that belongs to a standard error of this estimate."""
         return standard_error * float(stats.t.ppf(0.5 + level / 2, self.degrees_of_freedom))
 
-    def _require_independent_rows(self) -> Evaluation:
+    def _require_independent_rows(self) -> Kept:
         what = "standard errors from single rows (replicates=4 needs none)"
         if isinstance(self._evaluation, Corrected):
             return self._rows_for(what)
@@ -197,13 +201,13 @@ class Estimate:
             values = torch.stack([evaluation.replicate_values(b) for b in self._all]).to(torch.float64)
             error = values.std(dim=1) / math.sqrt(evaluation.strategy.replicates)
             return self._finish(error.reshape(self.value.shape))
-        evaluation = self._require_independent_rows()
-        if evaluation.strategy.forward == "unsmoothed":
+        kept = self._require_independent_rows()
+        if kept.strategy.forward == "unsmoothed":
             return torch.zeros_like(self.value)
         errors = []
         for b in self._all:
-            good = evaluation.surviving(b)
-            (squares,) = evaluation.second_moments(b, [good[None].astype(float)], evaluation.value(b))
+            good = kept.surviving(b)
+            (squares,) = kept.second_moments(b, [good[None].astype(float)], kept.value(b))
             count = int(good.sum())
             errors.append((squares[0] / (count * (count - 1))).sqrt())
         return self._finish(torch.stack(errors).reshape(self.value.shape))
@@ -228,7 +232,7 @@ class Estimate:
             errors.append((variance.clamp(min=0) / (count - 1)).sqrt())
         return self._finish(self._shaped(errors))
 
-    def _centre_of_rows(self, evaluation: Evaluation, b: int) -> torch.Tensor:
+    def _centre_of_rows(self, evaluation: Kept, b: int) -> torch.Tensor:
         """What the covariate subtracts from each row: (m,)."""
         if self.covariate == "none":
             return torch.zeros_like(evaluation.value(b))
@@ -282,7 +286,7 @@ class Estimate:
     def _mean_over(self, b: int, function: Callable[[int], torch.Tensor]) -> torch.Tensor:
         return torch.stack([function(p) for p in self._evaluation.replicates(b)]).mean(dim=0)
 
-    def _require_rows_for(self, what: str) -> Evaluation:
+    def _require_rows_for(self, what: str) -> Kept:
         evaluation = self._rows_for(what)
         nodes = evaluation.problems[0].design.nodes
         if nodes.block != 1:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, final
 
 import numpy as np
 import torch
@@ -32,13 +32,13 @@ import torch
 from bridge.arrays import Array
 from bridge.errors import InputError, OutputError
 from bridge.estimators.strategy import Strategy, default_leaf_size
-from bridge.evaluation.evaluation import Evaluation
 from bridge.evaluation.execution import Execution
+from bridge.evaluation.linear_forms import Evaluated, LinearForms
 from bridge.simulator.protocol import Simulator, simulator_name
 from bridge.simulator.space import ParameterSpace
 
 # (simulator, strategy, execution) -> its evaluation at the parameters at hand.
-Evaluate = Callable[[Simulator, Strategy, Execution], Evaluation]
+Evaluate = Callable[[Simulator, Strategy, Execution], Evaluated]
 
 # Fewer replicates tell too little about how f and g go together.
 _LEAST_REPLICATES = 4
@@ -130,14 +130,15 @@ def check_shape(simulator: Simulator, fine: tuple[int, ...], surrogate: Simulato
         )
 
 
-class Corrected:
-    """T_N[f] - alpha (T_N[g] - T_M[g]): the part of `Evaluation` that is linear in the outputs.
+@final
+class Corrected(LinearForms):
+    """T_N[f] - alpha (T_N[g] - T_M[g]).
 
     Attributes:
         parts: the evaluations of f at N rows, g at the same ones, g at M others. The latter two have been multiplied
             by -alpha and alpha.
         weights: (problems,) the alpha of each replicate of each vector.
-        The others are as in `Evaluation`; failures are those of f.
+        account: failures are those of f.
     """
 
     def __init__(
@@ -173,32 +174,23 @@ class Corrected:
         self.parts = (fine, paired, others)
         # Where replicates take each other's weight, ranks agree on the first one's bits.
         self.weights = others.factors
-        self.strategy, self.problems, self.num_vectors = fine.strategy, fine.problems, fine.num_vectors
-        self.dimension, self.num_outputs, self.output_shape = fine.dimension, fine.num_outputs, fine.output_shape
-        self.streamed, self.has_scale = fine.streamed, fine.has_scale
-        self.num_evaluations, self.clipped_fraction = fine.num_evaluations, fine.clipped_fraction
-        self.num_failed, self.failures, self.num_cached = fine.num_failed, fine.failures, fine.num_cached
-        self.num_surrogate_evaluations = paired.num_evaluations + others.num_evaluations
-        self.num_surrogate_failed = paired.num_failed + others.num_failed
-
-    def replicates(self, b: int) -> range:
-        """The problems of vector b."""
-        return self.parts[0].replicates(b)
+        account = replace(
+            fine.account,
+            num_surrogate_evaluations=paired.account.num_evaluations + others.account.num_evaluations,
+            num_surrogate_failed=paired.account.num_failed + others.account.num_failed,
+        )
+        super().__init__(fine.strategy, fine.problems, fine.output_shape, account, fine.has_scale, fine.streamed)
 
     def value(self, b: int) -> torch.Tensor:
-        """(m,)."""
         return _sum([part.value(b) for part in self.parts])
 
     def replicate_values(self, b: int) -> torch.Tensor:
-        """(R, m)."""
         return _sum([part.replicate_values(b) for part in self.parts])
 
     def replicate_jacobians(self, b: int) -> list[torch.Tensor]:
-        """R tensors (m, d). Collective."""
         return [_sum(list(J)) for J in zip(*(part.replicate_jacobians(b) for part in self.parts), strict=True)]
 
     def vjp(self, pairs: Sequence[tuple[int, torch.Tensor]]) -> list[tuple[Array, Array | None]]:
-        """As `Evaluation.vjp`. Collective."""
         results = []
         for three in zip(*(part.vjp(pairs) for part in self.parts), strict=True):
             scale = [L for _, L in three if L is not None]
@@ -206,15 +198,12 @@ class Corrected:
         return results
 
     def jvp(self, triples: Sequence[tuple[int, Array, Array | None]]) -> list[torch.Tensor]:
-        """As `Evaluation.jvp`. Collective."""
         return [_sum(list(three)) for three in zip(*(part.jvp(triples) for part in self.parts), strict=True)]
 
     def hvp(self, triples: Sequence[tuple[int, torch.Tensor, Array]]) -> list[Array]:
-        """As `Evaluation.hvp`. Collective."""
         return [_add(list(three)) for three in zip(*(part.hvp(triples) for part in self.parts), strict=True)]
 
     def curvature(self, triples: Sequence[tuple[int, Array, Array]]) -> list[torch.Tensor]:
-        """As `Evaluation.curvature`. Collective."""
         return [_sum(list(three)) for three in zip(*(part.curvature(triples) for part in self.parts), strict=True)]
 
 
@@ -234,7 +223,7 @@ def _add(three: Sequence[Array]) -> Array:
     return np.asarray((f + g) + others)
 
 
-def _cross_fitted(fine: Evaluation, paired: Evaluation, b: int, ratio: float) -> Array:
+def _cross_fitted(fine: Evaluated, paired: Evaluated, b: int, ratio: float) -> Array:
     """(R,) alpha of each replicate of a vector, from the other replicates' Jacobians. Collective.
 
     alpha_-r = sum <J_f - mean, J_g - mean> / sum |J_g - mean|^2 / (1 + N/M), over the replicates but r, all outputs and

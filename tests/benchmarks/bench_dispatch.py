@@ -97,9 +97,9 @@ def exact(gradients: bool, seconds: float = 1e-3, n: int = 64) -> None:
     from bridge.estimators.covariates import make_weights
     from bridge.estimators.design import make_design
     from bridge.evaluation.execution import Problem
+    from bridge.evaluation.kernels import accumulate
     from bridge.evaluation.rows import Unit, aligned
     from bridge.evaluation.runner import Runner
-    from bridge.evaluation.streamed import accumulate
     from bridge.simulator.space import ParameterSpace
 
     prepared = np.random.default_rng(0).normal(size=(4, M)).astype(np.float32)

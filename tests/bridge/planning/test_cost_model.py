@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from scipy import optimize, special, stats
 
 import bridge
 from bridge.cli.main import main
-from bridge.evaluation.evaluation import Evaluation
+from bridge.evaluation.layout import Layout
 from bridge.planning.advice import advise, most_ranks, parse_ranks, parse_seconds, seconds, table
 from bridge.planning.cost_model import (
     Machine,
@@ -145,8 +144,7 @@ def test_units_and_leaves_are_those_of_the_code(n, leaf):
     workload = Workload(cost_s=1.0, num_samples=n, leaf_size=leaf, num_outputs=10_000_000, dimension=2)
     strategy = bridge.smooth(np.sin, seed=0, num_samples=n, leaf_size=leaf, points="mc").strategy
     assert workload.unit_rows == strategy.leaf_size
-    real = Evaluation.units_in_leaf.fget(SimpleNamespace(large=workload.streamed, strategy=strategy))
-    assert workload.units_in_leaf == real
+    assert workload.units_in_leaf == Layout(strategy, 1).units_in_leaf(workload.streamed)
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(64, 160_000, 8), (16, 100, 8), (32, 300_000, 40), (256, 50_000, 3)])
