@@ -243,13 +243,18 @@ class Evidence:
             return none, np.nan, [Note(NoteKind.NONE, few)]
         V, misfit, notes = self._given_variance(J, r, dof) if known else (self._found_variance(r, dof), False, [])
         rho: list[float] = []
+        rounded = not known and self._is_rounded(r, dof)
+        if rounded:
+            left, _, rounding, floor = self._parts()
+            V = left + rounding + floor
         # What is left of an exact target has the pattern of rounding.
-        if not self._exact and (not known or misfit):
+        certain = rounded or (known and not misfit)
+        if not (self._exact or certain):
             V, rho, dof, more = self._with_residuals(J, r, h, dof, V)
             notes += more
             if any(note.kind is NoteKind.ONE_OUTPUT for note in more):
                 return none, dof, notes
-        stated_dof = dof if not known or misfit else np.inf
+        stated_dof = np.inf if certain else dof
         uniform = float(V.mean())
         unit = 1.0 if known else max(uniform, 1e-300)
         if np.ptp(V) <= 1e-12 * uniform and not any(rho) and not self.normal.noise.any() and (unit == uniform):
@@ -294,6 +299,13 @@ class Evidence:
         left, seen, rounding, floor = self._parts()
         V = np.maximum(float((r**2).sum()) / dof - seen, 0.0) + left
         return np.asarray(np.maximum(V, rounding + floor))
+
+    def _is_rounded(self, r: Array, dof: float) -> bool:
+        """Whether the target is a run like others, whose rounding explains the residuals: it has no other noise."""
+        _, seen, rounding, floor = self._parts()
+        if not (floor > 0).all() or dof < 1:
+            return False
+        return bool(chdtrc(dof, float((r**2 / (rounding + floor + seen)).sum())) > _FINE)
 
     def _with_residuals(
         self, J: Array, r: Array, h: Array, dof: float, V: Array

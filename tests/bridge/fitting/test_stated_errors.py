@@ -181,6 +181,27 @@ def test_a_first_order_descent_states_nothing_along_a_valley_where_it_has_not_mo
     assert not any("along the valley in which" in w for w in found["gauss-newton"].warnings)
 
 
+@pytest.mark.parametrize(("noise", "least", "most"), [(0.0, 0.6, 0.8), (0.3, 0.2, 0.7), (1.0, 0.0, 0.02)])
+def test_where_rounding_explains_a_rounded_target_errors_are_those_of_rounding(noise, least, most):
+    """Half a step of either: the target is one run, the outputs are others. With noise beside it residuals tell."""
+    rng, inside, certain = np.random.default_rng(8), [], []
+    for k in range(400):
+        J = slopes(k)
+        m, d = J.shape
+        e = rng.uniform(-0.5, 0.5, m) + rng.uniform(-0.5, 0.5, m) + noise * rng.normal(size=m)
+        away = np.linalg.lstsq(J, e, rcond=None)[0]
+        evidence = Evidence(
+            normal_of([J]), J.T @ J, J @ away - e, (m,), rounding=np.full(m, 1 / 12), floor=np.full(m, 1 / 12)
+        )
+        stated = evidence.stated(np.zeros((d, d)), False, None)
+        error = np.sqrt(np.diag(stated.covariance))
+        certain.append(np.isinf(stated.dof) and np.allclose(error, np.sqrt(np.diag(np.linalg.inv(J.T @ J)) / 6)))
+        reach = ndtri(0.975) if np.isinf(stated.dof) else stdtrit(stated.dof, 0.975)
+        inside += list((np.abs(away) < reach * error)[np.isfinite(error)])
+    assert 0.92 < np.mean(inside) < 0.98
+    assert least <= np.mean(certain) <= most
+
+
 def test_steps_of_outputs_are_found():
     rng = np.random.default_rng(0)
     kinds = {
