@@ -1,7 +1,4 @@
-"""A fit: the parameters of a simulator from a target output.
-
-The module is not called `fit`, because the function `bridge.fit` is: a package attribute cannot be both.
-"""
+"""The door to fitting: it checks what is given, finds the method, and hands both to a session."""
 
 from __future__ import annotations
 
@@ -108,6 +105,8 @@ def fit(
         start: name -> value, or (d,); or several: a list of mappings, or (k, d). Descents go on from all of them side
             by side, all runs of a step in one dispatch; kriging runs all in its first round.
         seed: of all noise; required.
+        method: a name of the above, or of one that is registered (`bridge.fitting.methods.base`); or an instance with
+            its settings, `Kriging(restarts=3)`, which are then not given here.
         steps: at most so many; default 150 for descents, 24 for gauss-newton, no limit for kriging.
         num_samples: runs a step, of each start. Descents: 32. Kriging: max(6, d / 2 + 1), in the first round at
             least d + 1, from the fifth on half as many more; give what can run at the same time, and it is that in all
