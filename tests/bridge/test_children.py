@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import bridge
-from adapters.external import ExternalSimulator, Profile, TextTemplate
+from adapters.external import ExternalSimulator, Profile
+from adapters.template import TextTemplate
 from bridge import children
 from bridge.errors import EvaluationError
 from bridge.simulator.protocol import Parameter, ParameterSpace
@@ -30,7 +31,8 @@ pytestmark = [
 SCRIPT = """
 import sys
 from pathlib import Path
-from adapters.external import ExternalSimulator, Profile, TextTemplate
+from adapters.external import ExternalSimulator, Profile
+from adapters.template import TextTemplate
 from bridge.simulator.protocol import Parameter, ParameterSpace
 import bridge
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from simulators.cryoet.formats.structure import import_gemmi
+from simulators.cryoet.formats.gemmi import import_gemmi
 
 Array = NDArray[np.float64]
 
