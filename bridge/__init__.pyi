@@ -5,10 +5,6 @@
 from adapters.abtem import AbTEM as AbTEM
 from adapters.external import ExternalSimulator as ExternalSimulator
 from adapters.external import Profile as Profile
-from adapters.external import Row as Row
-from adapters.external import Template as Template
-from adapters.external import TextTemplate as TextTemplate
-from adapters.external import read_array as read_array
 from adapters.render import cameras as cameras
 from adapters.render import pose_metrics as pose_metrics
 from adapters.render.cameras import Orthographic as Orthographic
@@ -18,6 +14,10 @@ from adapters.render.pyrender import PyrenderSimulator as PyrenderSimulator
 from adapters.render.raster import RasterSimulator as RasterSimulator
 from adapters.render.scene import teapot as teapot
 from adapters.tem.simulator import TEMSimulator as TEMSimulator
+from adapters.template import Row as Row
+from adapters.template import Template as Template
+from adapters.template import TextTemplate as TextTemplate
+from adapters.template import read_array as read_array
 from bridge import errors as errors
 from bridge import testing as testing
 from bridge.cli.job import load_job as load_job

@@ -29,7 +29,7 @@ from markdown_it import MarkdownIt
 from bridge.cli.main import _parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 # (page, how its blocks are skipped): each of them with its reason in the page.
 SKIPPED = 0
 _DIRECTIVE = re.compile(r"<!--\s*docs:\s*(setup|file|run|skip)\s*(.*?)\s*-->", re.DOTALL)

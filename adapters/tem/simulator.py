@@ -19,12 +19,13 @@ from typing import Any, ClassVar, Literal, final
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.external import STDOUT, ExternalSimulator, Profile, Row, Template
+from adapters.external import ExternalSimulator, Profile
 from adapters.tem import mrc
 from adapters.tem.deck import Component, Deck, table_text
 from adapters.tem.keys import DIALECTS, KEYS, Dialect, Value
 from adapters.tem.maps import IMAGINARY, REAL, Maps, absorption, cache_key, cached, default_cache
 from adapters.tem.parameters import PARAMETER_NAMES, Angles, Plan, make_plan
+from adapters.template import STDOUT, Row, Template
 from bridge.arrays import unmasked_array
 from bridge.errors import EvaluationError, InputError
 from bridge.simulator.protocol import BlockStructure

@@ -22,12 +22,13 @@ from simulators.cryoet.specimen.volume import Volume
 from simulators.cryoet.temsim.optics import Optics, Sample
 from simulators.cryoet.temsim.potential import read_structure
 from simulators.cryoet.temsim.simulator import TEMSIM_PARAMETER_NAMES, Camera, Placement, TEMSim, counted
-from simulators.cryoet.tilt.files import RecordedSeries, read_tilt_series, write_tilt_series
 from simulators.cryoet.tilt.parameters import SERIES_PARAMETER_NAMES, Particle
+from simulators.cryoet.tilt.read import RecordedSeries, read_tilt_series
 from simulators.cryoet.tilt.relion import RelionSeries, read_relion_series
 from simulators.cryoet.tilt.relion_particles import RelionParticles, read_relion_particles
 from simulators.cryoet.tilt.scheme import TiltScheme
 from simulators.cryoet.tilt.series import TiltSeries
+from simulators.cryoet.tilt.write import write_tilt_series
 
 __all__ = [
     "PARAMETER_NAMES",

@@ -23,7 +23,8 @@ import psutil
 import pytest
 
 from adapters import process
-from adapters.external import ExternalSimulator, Profile, Row, Template, TextTemplate
+from adapters.external import ExternalSimulator, Profile
+from adapters.template import Row, Template, TextTemplate
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
 from bridge.simulator.protocol import Simulator
 from bridge.simulator.space import Parameter, ParameterSpace
@@ -573,8 +574,9 @@ def test_a_program_with_mpi_of_its_own_under_a_launcher(run_ranks: Any, tmp_path
         from pathlib import Path
         import numpy as np
         from mpi4py import MPI
-        from adapters.external import ExternalSimulator, Profile, TextTemplate
-        from bridge.simulator.space import Parameter, ParameterSpace
+        from adapters.external import ExternalSimulator, Profile
+        from adapters.template import TextTemplate
+        from bridge.simulator.protocol import Parameter, ParameterSpace
 
         child = "from mpi4py import MPI; print(MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank)"
         simulator = ExternalSimulator(

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import bridge
-from adapters.external import ExternalSimulator, Profile, TextTemplate
+from adapters.external import ExternalSimulator, Profile
+from adapters.template import TextTemplate
 from bridge import children
 from bridge.errors import EvaluationError
 from bridge.simulator.space import Parameter, ParameterSpace
@@ -30,8 +31,9 @@ pytestmark = [
 SCRIPT = """
 import sys
 from pathlib import Path
-from adapters.external import ExternalSimulator, Profile, TextTemplate
-from bridge.simulator.space import Parameter, ParameterSpace
+from adapters.external import ExternalSimulator, Profile
+from adapters.template import TextTemplate
+from bridge.simulator.protocol import Parameter, ParameterSpace
 import bridge
 
 folder = Path(sys.argv[1])

@@ -11,7 +11,7 @@ import numpy as np
 
 from bridge.arrays import Array
 from bridge.errors import InputError
-from simulators.cryoet.formats.structure import import_gemmi
+from simulators.cryoet.formats.gemmi import import_gemmi
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # Nothing in these tables is larger, whatever its unit; what is computed of such numbers is finite.

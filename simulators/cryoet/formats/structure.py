@@ -30,8 +30,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bridge.errors import InputError, SetupError
+from bridge.errors import InputError
 from simulators.cryoet.formats.assembly import assembled, assembly_names
+from simulators.cryoet.formats.gemmi import import_gemmi
 from simulators.cryoet.formats.packed import PACKED_ERRORS, opened
 
 Key = tuple[str, str, int, str]
@@ -41,17 +42,6 @@ _ROUNDING = 0.005
 _DUMMIES = ("DUM",)
 # What atoms of standard residues are made of; their names need no column to be read.
 _OF_RESIDUES = "HDCNOSP"
-
-
-def import_gemmi() -> Any:
-    """gemmi, or a `SetupError` that says how to get it."""
-    try:
-        import gemmi
-    except ImportError as error:
-        raise SetupError(
-            'Expected the package gemmi, which cannot be imported. Install it: pip install "simulation-bridge[cryoet]".'
-        ) from error
-    return gemmi
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.errors import InputError
-from simulators.cryoet.formats.structure import import_gemmi
+from simulators.cryoet.formats.gemmi import import_gemmi
 from simulators.cryoet.microscope.physics import ICE_MOLECULES_PER_ANGSTROM3, POTENTIAL_CONSTANT
 from simulators.cryoet.specimen.specimen import Specimen
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.errors import InputError
-from simulators.cryoet.formats.structure import Group, import_gemmi, read_structure_file
+from simulators.cryoet.formats.gemmi import import_gemmi
+from simulators.cryoet.formats.structure import Group, read_structure_file
 
 if TYPE_CHECKING:
     from simulators.cryoet.specimen.maps import DensityMap

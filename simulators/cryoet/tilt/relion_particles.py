@@ -26,7 +26,7 @@ from bridge.errors import InputError
 from simulators.cryoet.formats.star import Table, listed, read_star
 from simulators.cryoet.specimen.specimen import Specimen
 from simulators.cryoet.tilt.parameters import Particle
-from simulators.cryoet.tilt.relion import Centre, middle, table_of_series
+from simulators.cryoet.tilt.relion_tables import Centre, middle, table_of_series
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,12 +110,75 @@ def read_relion_particles(
             given.
     """
     path = Path(path)
+    assumed: list[str] = []
+    source = _source(path, tomograms, pixel_size_angstrom, assumed)
+    sizes = _sizes(source.names, tomograms, size_pixels)
+    about = None if sizes is None else middle(sizes, centre, f"places in {str(path)!r}")
+    places = _places(source, sizes, about, assumed)
+    angles = _angles(source.table, angles_deg)
+    origins = _origins(source.table, assumed)
+    extracted = _three(source.table, "rlnTomoSubtomogram")
+    if extracted is None:
+        places = places - origins
+    else:
+        # A_subtomogram is the transpose of what the angles give.
+        turn = _rotations(extracted)
+        places = places - np.einsum("nji,nj->ni", turn, origins)
+        angles = _euler(_rotations(angles) @ turn)
+    groups = source.groups
+    return RelionParticles(
+        source.names, places, angles, None if groups is None else groups.astype(np.int64), tuple(assumed)
+    )
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """The table of particles, and what tells the pixel that rlnCoordinateX counts in."""
+
+    table: Table
+    names: tuple[str, ...]  # of each particle's tomogram
+    groups: Array | None
+    optics: Table | None
+    tomograms: str | Path | None
+    pixel: float | None
+
+    def pixels(self) -> Array:
+        """(n,) what rlnCoordinateX counts in [angstrom]."""
+        column = "rlnTomoTiltSeriesPixelSize"
+        pixels: Array | None = None
+        if self.pixel is not None:
+            pixels = np.full(self.table.rows, float(self.pixel))
+        elif self.groups is not None and self.optics is not None and column in self.optics.columns:
+            known = (self.optics.numbers(name).tolist() for name in ("rlnOpticsGroup", column))
+            of = dict(zip(*known, strict=True))
+            pixels = np.array([of[group] for group in self.groups.tolist()])
+        elif self.tomograms is not None:
+            found = _of_tomograms(self.names, self.tomograms, (column,))
+            pixels = None if found is None else found[:, 0]
+        if pixels is None:
+            raise InputError(
+                f"Expected the column {column} for the optics groups of {str(self.table.path)!r}, found none: "
+                "rlnCoordinateX, Y and Z are in pixels of unknown size. Give pixel_size_angstrom=..., or "
+                "tomograms='tomograms.star'."
+            )
+        if not (np.isfinite(pixels).all() and (pixels > 0).all()):
+            raise InputError(
+                f"Expected {column} > 0 for {str(self.table.path)!r}, got {pixels.min():g}. Give "
+                "pixel_size_angstrom=..."
+            )
+        return pixels
+
+
+def _source(path: Path, tomograms: str | Path | None, pixel: float | None, assumed: list[str]) -> _Source:
+    """Reads the table of particles, and that of their optics groups."""
     blocks = read_star(path)
     table = blocks.get("particles") or (blocks.get("") if len(blocks) == 1 else None)
     if table is None:
         raise InputError(f"Expected the block data_particles in {str(path)!r}, got {listed(blocks)}.")
     table.check_rows()
-    assumed: list[str] = []
     namesake = "rlnTomoName" if "rlnTomoName" in table.columns else "rlnMicrographName"
     if namesake not in table.columns:
         raise InputError(f"Expected the column rlnTomoName (or rlnMicrographName) in {str(path)!r}, found neither.")
@@ -128,70 +191,70 @@ def read_relion_particles(
         optics.check_rows()
     if groups is not None:
         _check_groups(groups, optics, path)
+    return _Source(table, names, groups, optics, tomograms, pixel)
 
+
+def _places(source: _Source, sizes: Array | None, about: Array | None, assumed: list[str]) -> Array:
+    """(n, 3) from the point `about` which the specimen is turned [angstrom], origins not yet taken off."""
+    table, path = source.table, str(source.table.path)
     centred = table.together(tuple(f"rlnCenteredCoordinate{axis}Angst" for axis in "XYZ"))
     corner = table.together(tuple(f"rlnCoordinate{axis}" for axis in "XYZ"))
-    sizes = _sizes(names, tomograms, size_pixels)
-    about = None if sizes is None else middle(sizes, centre, f"places in {str(path)!r}")
     if centred is not None:
         places = centred
         if sizes is None or about is None:
             assumed.append("Tomograms have even sizes: none are known (give tomograms=... or size_pixels=...).")
         elif (away := sizes / 2 - about).any():
-            pixels = _particle_pixels(table, names, groups, optics, tomograms, pixel_size_angstrom)
-            places = centred + away * pixels[:, None]
+            places = centred + away * source.pixels()[:, None]
         if corner is not None:
             assumed.append("Places are rlnCenteredCoordinateXAngst, YAngst, ZAngst, not rlnCoordinateX, Y, Z.")
-    elif corner is not None:
-        if about is None:
-            raise InputError(
-                f"Expected rlnTomoSizeX, Y and Z: rlnCoordinateX, Y and Z in {str(path)!r} count from a corner of "
-                "the tomogram. Give tomograms='tomograms.star', or size_pixels=(x, y, z)."
-            )
-        pixels = _particle_pixels(table, names, groups, optics, tomograms, pixel_size_angstrom)
-        places = (corner - about) * pixels[:, None]
-        assumed.append("rlnCoordinateX, Y, Z count from the corner, as in RELION 5.")
-    else:
+        return places
+    if corner is None:
         raise InputError(
             f"Expected the columns rlnCenteredCoordinateXAngst, YAngst and ZAngst, or rlnCoordinateX, Y and Z, in "
-            f"{str(path)!r}, found neither: particles of single images have no place in a slab."
+            f"{path!r}, found neither: particles of single images have no place in a slab."
         )
+    if about is None:
+        raise InputError(
+            f"Expected rlnTomoSizeX, Y and Z: rlnCoordinateX, Y and Z in {path!r} count from a corner of "
+            "the tomogram. Give tomograms='tomograms.star', or size_pixels=(x, y, z)."
+        )
+    assumed.append("rlnCoordinateX, Y, Z count from the corner, as in RELION 5.")
+    return (corner - about) * source.pixels()[:, None]
 
-    def angles(stem: str) -> Array | None:
-        return table.together(tuple(f"{stem}{angle}" for angle in ("Rot", "Tilt", "Psi")))
 
-    own = angles("rlnAngle")
-    if own is None or angles_deg is not None:
-        if angles_deg is None:
+def _three(table: Table, stem: str) -> Array | None:
+    """(n, 3) rot, tilt, psi [degree]."""
+    return table.together(tuple(f"{stem}{angle}" for angle in ("Rot", "Tilt", "Psi")))
+
+
+def _angles(table: Table, given: Sequence[float] | None) -> Array:
+    """(n, 3) as given for all, else the table's [degree]."""
+    own = _three(table, "rlnAngle")
+    if given is None:
+        if own is None:
             raise InputError(
-                f"Expected the columns rlnAngleRot, rlnAngleTilt and rlnAnglePsi in {str(path)!r}, found none. Give "
-                "angles_deg=(rot, tilt, psi) for all particles."
+                f"Expected the columns rlnAngleRot, rlnAngleTilt and rlnAnglePsi in {str(table.path)!r}, found none. "
+                "Give angles_deg=(rot, tilt, psi) for all particles."
             )
-        given = np.asarray(angles_deg, dtype=float)
-        if given.shape != (3,) or not np.isfinite(given).all():
-            raise InputError(f"Expected angles_deg as three numbers, got {angles_deg!r}.")
-        own = np.tile(given, (table.rows, 1))
+        return own
+    angles = np.asarray(given, dtype=float)
+    if angles.shape != (3,) or not np.isfinite(angles).all():
+        raise InputError(f"Expected angles_deg as three numbers, got {given!r}.")
+    return np.tile(angles, (table.rows, 1))
+
+
+def _origins(table: Table, assumed: list[str]) -> Array:
+    """(n, 3) by which a particle is from where it was picked [angstrom]."""
     origins = table.together(tuple(f"rlnOrigin{axis}Angst" for axis in "XYZ"))
     if origins is None:
         if old := [c for c in ("rlnOriginX", "rlnOriginY", "rlnOriginZ") if c in table.columns]:
             raise InputError(
-                f"Expected rlnOriginXAngst, YAngst and ZAngst in {str(path)!r}, got {', '.join(old)} in pixels, of "
-                "before RELION 3.1. Multiply them by the pixel and rename them."
+                f"Expected rlnOriginXAngst, YAngst and ZAngst in {str(table.path)!r}, got {', '.join(old)} in pixels, "
+                "of before RELION 3.1. Multiply them by the pixel and rename them."
             )
         assumed.append("Origins are nought: there is no rlnOriginXAngst, YAngst, ZAngst.")
         origins = np.zeros((table.rows, 3))
-    extracted = angles("rlnTomoSubtomogram")
-    if extracted is None:
-        places = places - origins
-    else:
-        # A_subtomogram is the transpose of what the angles give.
-        turn = _rotations(extracted)
-        places = places - np.einsum("nji,nj->ni", turn, origins)
-        own = _euler(_rotations(own) @ turn)
-    return RelionParticles(names, places, own, None if groups is None else groups.astype(np.int64), tuple(assumed))
-
-
-# --- parts ---------------------------------------------------------------------------------------------------------
+    return origins
 
 
 def _check_groups(groups: Array, optics: Table | None, path: Path) -> None:
@@ -228,37 +291,6 @@ def _sizes(names: Sequence[str], tomograms: str | Path | None, given: Sequence[f
     if size.shape[-1] != 3 or size.ndim > 2 or not (np.isfinite(size).all() and (size > 0).all()):
         raise InputError(f"Expected three sizes > 0 of tomograms, got {size.tolist()[:3]}. Give size_pixels=(x, y, z).")
     return size
-
-
-def _particle_pixels(
-    table: Table,
-    names: Sequence[str],
-    groups: Array | None,
-    optics: Table | None,
-    tomograms: str | Path | None,
-    given: float | None,
-) -> Array:
-    """(n,) what rlnCoordinateX counts in [angstrom]."""
-    column = "rlnTomoTiltSeriesPixelSize"
-    pixels: Array | None = None
-    if given is not None:
-        pixels = np.full(table.rows, float(given))
-    elif groups is not None and optics is not None and column in optics.columns:
-        of = dict(zip(optics.numbers("rlnOpticsGroup").tolist(), optics.numbers(column).tolist(), strict=True))
-        pixels = np.array([of[group] for group in groups.tolist()])
-    elif tomograms is not None:
-        found = _of_tomograms(names, tomograms, (column,))
-        pixels = None if found is None else found[:, 0]
-    if pixels is None:
-        raise InputError(
-            f"Expected the column {column} for the optics groups of {str(table.path)!r}, found none: rlnCoordinateX, Y "
-            "and Z are in pixels of unknown size. Give pixel_size_angstrom=..., or tomograms='tomograms.star'."
-        )
-    if not (np.isfinite(pixels).all() and (pixels > 0).all()):
-        raise InputError(
-            f"Expected {column} > 0 for {str(table.path)!r}, got {pixels.min():g}. Give pixel_size_angstrom=..."
-        )
-    return pixels
 
 
 def _rotations(angles_deg: Array) -> Array:

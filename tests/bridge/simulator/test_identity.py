@@ -29,7 +29,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bridge
-from adapters.external import ExternalSimulator, Profile, TextTemplate
+from adapters.external import ExternalSimulator, Profile
+from adapters.template import TextTemplate
 from bridge.errors import InputError
 from bridge.simulator.function import as_simulator
 from bridge.simulator.identity import identity_of

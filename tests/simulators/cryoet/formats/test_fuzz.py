@@ -20,7 +20,7 @@ import pytest
 from bridge.errors import InputError
 from simulators.cryoet import DensityMap, Specimen, read_micrograph, read_stack
 from simulators.cryoet.temsim.potential import read_structure
-from simulators.cryoet.tilt.files import read_tilt_series
+from simulators.cryoet.tilt.read import read_tilt_series
 
 gemmi = pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 mrcfile = pytest.importorskip("mrcfile", reason="the cryo-EM simulator needs mrcfile")

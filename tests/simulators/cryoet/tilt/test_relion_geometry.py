@@ -22,7 +22,7 @@ from simulators.cryoet import (
     write_tilt_series,
 )
 from simulators.cryoet.tilt.parameters import about_x, about_y, about_z
-from simulators.cryoet.tilt.relion import Centre
+from simulators.cryoet.tilt.relion_tables import Centre
 from tests.lab.relion import BEAD, DEFOCI, IMAGES, POSES, SHIFTS, edit, series
 
 pytest.importorskip("mrcfile", reason="mrcfile is optional (extra `cryoet`)")

@@ -1,0 +1,163 @@
+"""What is long and what goes round in circles is listed here, with a reason, and the lists only shrink.
+
+A test fails where something new is over a limit, where something listed has grown, and where something listed is over
+it no longer: then its line goes. `python tools/longest.py` prints what there is.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_KERNEL = "one compiled loop over pixels: numba inlines it, and its parts share twenty arrays"
+_DOOR = "a door: each argument is checked and handed on; settings are to move to the objects that use them"
+_STEPS = "steps that are to become functions of their own"
+
+# File:function -> its lines of code, at most, and why.
+FUNCTIONS = {
+    "adapters/render/raster_kernels.py:_shade": (70, _KERNEL),
+    "bridge/estimators/design.py:make_strategy": (77, _DOOR),
+    "bridge/evaluation/evaluation.py:Evaluation.__init__": (82, "the whole line, to become visible as four"),
+    "bridge/fitting/fit.py:fit": (196, _DOOR),
+    "bridge/fitting/methods/descent.py:Descent.finish": (63, _STEPS),
+    "bridge/fitting/methods/gaussian_process.py:fit_kriging": (74, _STEPS),
+    "bridge/fitting/uncertainty.py:Evidence._least_squares": (67, _STEPS),
+    "bridge/fitting/uncertainty.py:of_descent": (73, _STEPS),
+    "bridge/fitting/uncertainty.py:of_search": (67, _STEPS),
+    "bridge/simulator/bytecode.py:_Stack.step": (63, "one case an instruction of Python's machine"),
+    "bridge/smoothing/smooth.py:smooth": (105, _DOOR),
+    "bridge/studies.py:study": (71, _DOOR),
+}
+
+_ROOMS = "several rooms in one, to be parted"
+_ONE = "one subject, read from top to bottom"
+
+# File -> its lines, at most, and why.
+FILES = {
+    "adapters/render/cameras.py": (510, _ONE),
+    "adapters/render/pyrender_compat.py": (464, "what one version of pyrender gets wrong, each with its remedy"),
+    "bridge/dispatch/mpi.py": (579, "the only file that may import mpi4py"),
+    "bridge/evaluation/evaluation.py": (947, _ROOMS),
+    "bridge/fitting/fit.py": (565, _ROOMS),
+    "bridge/fitting/methods/descent.py": (496, _ROOMS),
+    "bridge/fitting/methods/kriging_search.py": (670, _ROOMS),
+    "bridge/fitting/methods/trust_region.py": (493, _ONE),
+    "bridge/fitting/misfit.py": (514, _ROOMS),
+    "bridge/fitting/uncertainty.py": (953, _ROOMS),
+    "bridge/planning/cost_model.py": (460, _ONE),
+    "bridge/reporting/live.py": (478, _ROOMS),
+    "bridge/reporting/page.py": (465, _ROOMS),
+    "bridge/simulator/digest.py": (802, _ROOMS),
+    "bridge/simulator/protocol.py": (665, _ROOMS),
+    "bridge/smoothing/autograd.py": (565, _ROOMS),
+    "bridge/smoothing/estimate.py": (496, _ROOMS),
+    "bridge/smoothing/smooth.py": (673, _ROOMS),
+    "simulators/cryoet/formats/structure.py": (546, "PDB and mmCIF files, and all that is odd in them"),
+    "simulators/cryoet/simulator.py": (469, _ONE),
+    "simulators/cryoet/specimen/potential.py": (527, _ONE),
+    "simulators/cryoet/tilt/series.py": (512, _ONE),
+}
+
+# Door -> how many named arguments it takes, at most, and why; the limits are in tools/longest.py.
+SIGNATURES = {
+    "bridge/fitting/fit.py:fit": (37, _DOOR),
+    "bridge/smoothing/smooth.py:smooth": (31, _DOOR),
+}
+
+# Files that import each other, by imports in functions or for type checkers alone, and why.
+CIRCLES = {
+    (
+        "bridge/dispatch/base.py",
+        "bridge/dispatch/driver.py",
+        "bridge/dispatch/mpi.py",
+        "bridge/dispatch/serial.py",
+    ): "the abstract dispatcher and the choice of one are in one file",
+    (
+        "bridge/evaluation/evaluation.py",
+        "bridge/evaluation/runner.py",
+        "bridge/evaluation/streamed.py",
+    ): "an evaluation and its stream know each other's types",
+    (
+        "bridge/smoothing/adaptive.py",
+        "bridge/smoothing/autograd.py",
+        "bridge/smoothing/smooth.py",
+    ): "a smoothed simulator and its calls know each other's types",
+}
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[Any]:
+    sys.path.insert(0, str(ROOT / "tools"))
+    yield importlib.import_module("longest")
+    sys.path.remove(str(ROOT / "tools"))
+    sys.modules.pop("longest", None)
+
+
+def compare(found: Mapping[str, int], listed: Mapping[str, tuple[int, str]]) -> None:
+    new = {name: length for name, length in found.items() if name not in listed}
+    grown = {name: found[name] for name, (most, _) in listed.items() if found.get(name, 0) > most}
+    gone = sorted(set(listed) - set(found))
+    assert not new, f"Over the limit, and not listed: cut it into steps, or say why not. {new}"
+    assert not grown, f"Longer than listed: {grown}"
+    assert not gone, f"Listed, and over the limit no longer: take it off the list. {gone}"
+    assert all(reason for _, reason in listed.values())
+
+
+def test_functions_are_short(tool):
+    compare(tool.over(tool.functions(), tool.FUNCTION), FUNCTIONS)
+
+
+def test_files_are_short(tool):
+    compare(tool.over(tool.files(), tool.FILE), FILES)
+
+
+def test_signatures_are_narrow(tool):
+    assert set(tool.SIGNATURES) <= set(tool.signatures())
+    compare(tool.too_wide(), SIGNATURES)
+
+
+def test_no_files_import_each_other(tool):
+    found = set(tool.circles())
+    assert not found - set(CIRCLES), "Files that import each other: move what both need to a third."
+    assert not set(CIRCLES) - found, "Listed, and a circle no longer: take it off the list."
+    assert all(CIRCLES.values())
+
+
+def test_circles_are_found(tool):
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"a", "e"}}
+    assert tool.circles(graph) == [("a", "b", "c"), ("e",)]
+
+
+def test_imports_in_functions_and_for_type_checkers_count(tool):
+    imports = tool.imports()
+    assert "bridge/cli/job.py" in imports["bridge/cli/main.py"]  # in a function, and under TYPE_CHECKING
+    assert "adapters/render/raster_kernels.py" in imports["adapters/render/raster.py"]  # from a package
+    assert "bridge/errors.py" in imports["simulators/paths.py"]
+
+
+def test_lines_of_code_leave_out_docstrings_comments_and_empty_lines(tool, monkeypatch):
+    text = 'def f(a, *, b):\n    """Says\n    more."""\n\n    # why\n    x = """a\n    b"""\n    return x\n'
+    source = tool.Source(ROOT / "bridge" / "some.py", text, ast.parse(text))
+    monkeypatch.setattr(tool, "sources", lambda: (source,))
+    assert tool.functions() == {"bridge/some.py:f": 4}
+    assert tool.signatures() == {"bridge/some.py:f": 2}
+    assert tool.files() == {"bridge/some.py": 8}
+
+
+def test_each_room_has_its_line():
+    said = (ROOT / "bridge" / "__init__.py").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`bridge\.(\w+)`", said.split("The rooms behind them")[1]))
+    rooms = {path.parent.name for path in (ROOT / "bridge").glob("*/__init__.py")} | {"studies", "testing"}
+    assert listed == rooms
+    for package in ("bridge", "adapters", "simulators"):
+        for path in (ROOT / package).rglob("__init__.py"):
+            assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} says nothing"
