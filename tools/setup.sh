@@ -188,6 +188,7 @@ export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 pip() { "$VENV/bin/python" -m pip "$@"; }
 say "installing the project and what it needs (torch is large: this takes minutes the first time)"
 pip install --quiet --constraint constraints.txt pip setuptools  # an old pip cannot build the sources among them
+rm -rf simulation_bridge.egg-info  # left by an earlier setup, it would hide the entry points that are installed
 pip install --constraint constraints.txt --build-constraint constraints.txt \
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --editable '.[test]'
 pip check

@@ -576,7 +576,7 @@ def test_a_program_with_mpi_of_its_own_under_a_launcher(run_ranks: Any, tmp_path
         from mpi4py import MPI
         from adapters.external import ExternalSimulator, Profile
         from adapters.template import TextTemplate
-        from bridge.simulator.protocol import Parameter, ParameterSpace
+        from bridge.simulator.space import Parameter, ParameterSpace
 
         child = "from mpi4py import MPI; print(MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank)"
         simulator = ExternalSimulator(

@@ -33,7 +33,7 @@ import sys
 from pathlib import Path
 from adapters.external import ExternalSimulator, Profile
 from adapters.template import TextTemplate
-from bridge.simulator.protocol import Parameter, ParameterSpace
+from bridge.simulator.space import Parameter, ParameterSpace
 import bridge
 
 folder = Path(sys.argv[1])

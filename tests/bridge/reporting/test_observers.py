@@ -128,7 +128,7 @@ PROGRAM = """
 import sys, time
 from bridge.reporting.result import FitStep  # not bridge.fitting.fit, which takes torch along
 from bridge.reporting.observers import make_observers
-from bridge.simulator.protocol import ParameterSpace
+from bridge.simulator.space import ParameterSpace
 with make_observers("auto") as observers:
     observers.start(ParameterSpace.unnamed(1), max_steps=10, max_runs=None, title="in a terminal")
     for i in range(5):
@@ -364,7 +364,7 @@ def test_rank_0_alone_speaks(run_ranks, tmp_path):
         from bridge.reporting.lines import Lines
         from bridge.reporting.observers import make_observers
         from bridge.reporting.recorders import JSONLines
-        from bridge.simulator.protocol import ParameterSpace
+        from bridge.simulator.space import ParameterSpace
         mine = [Lines(), JSONLines({str(tmp_path / "steps.jsonl")!r})]
         with make_observers(mine, root=bridge.is_root()) as observers:
             observers.start(ParameterSpace.unnamed(2), max_steps=3, max_runs=None, title="")
