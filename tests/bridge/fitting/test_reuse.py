@@ -182,7 +182,10 @@ def two(theta):
         ({"simulator": bounded().function, "target": np.ones((5, 6))}, r"outputs of shape \(5, 6\).*got \(30,\)"),
         ({"reuse": "nowhere"}, "Expected the directory of an earlier run or of a store in reuse, got 'nowhere'"),
         ({"method": "gauss-newton"}, "Expected method='kriging' with reuse.*pass store="),
-        ({"loss": lambda y, t: ((y - t) ** 2).sum()}, "Expected method='kriging' with reuse, got 'trust-region'"),
+        (
+            {"loss": lambda y, t: ((y - t) ** 2).sum(), "variance": None},
+            "Expected method='kriging' with reuse, got 'trust-region'",
+        ),
     ],
 )
 def test_what_is_none_of_the_simulators_is_refused_and_nothing_is_left_behind(earlier, tmp_path, settings, words):
