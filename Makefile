@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 # What finds most mistakes in a minute: structure, truths in closed form, bits on ranks, a fit by each method, formats.
 CHECK ?= tests/test_structure.py tests/bridge/test_errors.py tests/bridge/test_first_mistakes.py \
-    tests/bridge/estimators tests/bridge/dispatch/test_dispatch.py tests/bridge/smoothing/test_torch.py \
+    tests/bridge/estimators/test_truth_matrix.py tests/bridge/dispatch/test_dispatch.py tests/bridge/smoothing/test_torch.py \
     tests/bridge/storage/test_store.py tests/bridge/fitting/methods/test_gaussian_process.py \
     tests/bridge/fitting/methods/test_trust_region.py tests/adapters/render/test_cameras.py \
     tests/adapters/render/test_pose_metrics.py tests/adapters/tem/test_deck.py tests/simulators/test_paths.py \
