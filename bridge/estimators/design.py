@@ -65,8 +65,7 @@ def make_design(
     """
 
     def generator(purpose: int) -> np.random.Generator:
-        key = np.random.SeedSequence(strategy.seed, spawn_key=(purpose, step, problem, replicate))
-        return np.random.Generator(np.random.Philox(key))
+        return _generator(strategy.seed, purpose, step, problem, replicate)
 
     perturbations = _OTHER_PERTURBATIONS if strategy.stream else _PERTURBATIONS
     nodes = strategy.points.nodes(strategy.distribution, strategy.num_samples, dimension, generator(perturbations))
@@ -82,3 +81,18 @@ def make_design(
     else:
         seeds = draw.integers(0, 2**63, size=strategy.num_rows, dtype=np.uint64)
     return Design(nodes, seeds)
+
+
+def single_seeds(seed: int, step: int, count: int) -> NDArray[np.uint64]:
+    """The simulator's own seeds of runs that stand by themselves: (count,).
+
+    Run b has that of a design with one row, of problem b: what a smoothing evaluates at a point, and what is run there
+    without any smoothing, are then the same run, which a store has once.
+    """
+    draws = (_generator(seed, _SIMULATOR, step, problem, 0) for problem in range(count))
+    return np.array([draw.integers(0, 2**63, dtype=np.uint64) for draw in draws], dtype=np.uint64)
+
+
+def _generator(seed: int, purpose: int, step: int, problem: int, replicate: int) -> np.random.Generator:
+    key = np.random.SeedSequence(seed, spawn_key=(purpose, step, problem, replicate))
+    return np.random.Generator(np.random.Philox(key))

@@ -13,6 +13,7 @@ import torch
 
 from bridge.arrays import Array
 from bridge.estimators.design import Design
+from bridge.estimators.strategy import Failures, Strategy
 from bridge.simulator.identity import Filing
 from bridge.simulator.protocol import Simulator
 from bridge.storage.store import Store
@@ -26,6 +27,49 @@ class Failure(NamedTuple):
 
     status: str
     why: str
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Which runs count as failed, and what becomes of them.
+
+    Attributes:
+        failures: "raise": a run that fails ends the evaluation. With the others it is data.
+        errors_raise: a run that raises ends the evaluation whatever `failures` says, which is then about numbers alone:
+            those that are not finite, or not smaller than `largest`.
+        missing: "ignore" takes single NaN for numbers that an output lacks.
+        penalty: what stands in the place of a failed output; None where nothing does.
+        min_ok: share of the runs that have to succeed.
+    """
+
+    failures: Failures = "raise"
+    errors_raise: bool = False
+    largest: float = math.inf
+    missing: Literal["raise", "ignore"] = "raise"
+    penalty: float | None = None
+    min_ok: float = 0.0
+
+    @classmethod
+    def of(cls, strategy: Strategy) -> Tolerance:
+        """That of the runs of a smoothing."""
+        return cls(
+            failures=strategy.failures,
+            errors_raise=strategy.errors_raise,
+            largest=strategy.largest,
+            missing=strategy.missing,
+            penalty=strategy.penalty,
+            min_ok=strategy.min_ok,
+        )
+
+    @property
+    def tolerates_errors(self) -> bool:
+        """Whether a run that raises is data."""
+        return self.failures != "raise" and not self.errors_raise
+
+    @property
+    def filling(self) -> float:
+        """What stands in memory in the place of a failed output: the penalty, or a zero that has no weight."""
+        return 0.0 if self.penalty is None else self.penalty
 
 
 @dataclass(frozen=True)

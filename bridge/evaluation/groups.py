@@ -19,6 +19,7 @@ from bridge.evaluation.execution import STATUSES, Failure
 from bridge.evaluation.kept_rows import KeptRows, has_rows
 from bridge.evaluation.request import Drawn
 from bridge.evaluation.rows import aligned
+from bridge.evaluation.runner import Task
 from bridge.simulator.protocol import simulator_name
 
 _log = logging.getLogger("bridge")
@@ -43,8 +44,8 @@ class Group(NamedTuple):
         return self._replace(weights=Weights(w.value * factor, w.theta * factor, scale))
 
 
-def agree_on_failures(drawn: Drawn, failures: Mapping[int, Failure]) -> tuple[NDArray[np.bool_], dict[str, int]]:
-    """Which rows of which problem count, (P, num_rows), and how many failed how. Collective.
+def agree_on_failures(task: Task, failures: Mapping[int, Failure]) -> tuple[NDArray[np.bool_], dict[str, int], str]:
+    """Which runs of which problem succeeded, (P, num_rows), how many failed how, and why one of them did. Collective.
 
     Args:
         failures: row (over all problems) -> how it failed, of this rank's rows.
@@ -52,35 +53,46 @@ def agree_on_failures(drawn: Drawn, failures: Mapping[int, Failure]) -> tuple[ND
     Raises:
         EvaluationError: too few runs have succeeded.
     """
-    strategy, dispatcher = drawn.request.strategy, drawn.request.dispatcher
-    valid = np.ones((len(drawn.problems), strategy.num_rows), dtype=bool)
-    if strategy.failures == "raise":
-        return valid, {}
-    codes = np.zeros(valid.size)
+    tolerance, dispatcher = task.tolerance, task.dispatcher
+    good = np.ones((task.layout.num_problems, task.layout.num_rows), dtype=bool)
+    if tolerance.failures == "raise":
+        return good, {}, ""
+    codes = np.zeros(good.size)
     for row, failure in failures.items():
         codes[row] = STATUSES.index(failure.status)
-    codes = dispatcher.scatter_add(codes).reshape(valid.shape)
+    codes = dispatcher.scatter_add(codes).reshape(good.shape)
     counted = dict(Counter(STATUSES[int(code)] for code in codes[codes > 0]))
     num_failed = sum(counted.values())
     if num_failed == 0:
-        return valid, counted
+        return good, counted, ""
     why = dispatcher.first(next((f.why for f in failures.values()), None))
     counts = ", ".join(f"{count} {status}" for status, count in sorted(counted.items()))
-    least = 1 - num_failed / valid.size
-    if least < strategy.min_ok:
+    least = 1 - num_failed / good.size
+    if least < tolerance.min_ok:
         raise EvaluationError(
-            f"Expected at least {strategy.min_ok:.0%} of the runs to succeed (min_ok), got {least:.0%}: "
-            f"{num_failed} of {valid.size} runs of {simulator_name(drawn.request.simulator)!r} failed ({counts}). "
+            f"Expected at least {tolerance.min_ok:.0%} of the runs to succeed (min_ok), got {least:.0%}: "
+            f"{num_failed} of {good.size} runs of {simulator_name(task.simulator)!r} failed ({counts}). "
             f"One of them: {why}"
         )
     if dispatcher.rank == 0:
         one = _one_line(str(why))
-        _log.warning("%d of %d evaluations failed: %s; one: %s", num_failed, valid.size, counts, one)
+        _log.warning("%d of %d evaluations failed: %s; one: %s", num_failed, good.size, counts, one)
+    return codes == 0, counted, str(why)
+
+
+def rows_that_count(drawn: Drawn, good: NDArray[np.bool_], why: str) -> NDArray[np.bool_]:
+    """(P, num_rows) of which rows sums are made, of the runs that succeeded.
+
+    Raises:
+        EvaluationError: too few rows of a problem are left.
+    """
+    strategy = drawn.request.strategy
     if strategy.failures == "penalty":
-        return valid, counted  # the penalty is their output
-    for p, problem in enumerate(drawn.problems):
-        valid[p] = survivors(strategy, problem.design.nodes, codes[p] == 0, str(why))
-    return valid, counted
+        return np.ones_like(good)  # the penalty is their output
+    if good.all():
+        return good
+    nodes = [problem.design.nodes for problem in drawn.problems]
+    return np.stack([survivors(strategy, n, g, why) for n, g in zip(nodes, good, strict=True)])
 
 
 def _one_line(why: str) -> str:
@@ -132,7 +144,7 @@ def _projections(rows: KeptRows, p: int) -> Array:
     """(N, 4) projections of the outputs on random signs, from which hyperparameters are fitted. Collective."""
     signs = np.random.Generator(np.random.Philox(key=rows.num_outputs)).integers(0, 2, (4, rows.num_outputs))
     vectors = [aligned(torch.as_tensor(row)) for row in 2.0 * signs - 1.0]
-    return np.stack(rows.products([(p, v) for v in vectors]), axis=1)[: rows.strategy.num_samples]
+    return np.stack(rows.products([(p, v) for v in vectors]), axis=1)[: rows.layout.num_samples]
 
 
 def group_sums(

@@ -6,7 +6,7 @@ The forward pass reduces m numbers; a VJP exchanges the N scalars <v, F_i>.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -16,18 +16,20 @@ from numpy.typing import NDArray
 from bridge.arrays import Array
 from bridge.estimators.covariates import Weights, second_weights
 from bridge.estimators.scale import pull_back_theta, push_theta
+from bridge.evaluation.execution import Failure
 from bridge.evaluation.groups import (
     Group,
     agree_on_failures,
     agree_on_groups,
     group_sums,
+    rows_that_count,
     theta_weights,
     value_weights,
 )
-from bridge.evaluation.kept_rows import Keeper, KeptRows
-from bridge.evaluation.linear_forms import Evaluated, Known, collective, mean_of
+from bridge.evaluation.kept_rows import KeptRows
+from bridge.evaluation.linear_forms import Evaluated, collective, mean_of
 from bridge.evaluation.request import Drawn
-from bridge.evaluation.runner import Runner
+from bridge.evaluation.rows import Known
 
 
 class KeptSums(NamedTuple):
@@ -43,15 +45,18 @@ class KeptSums(NamedTuple):
     failures: dict[str, int]
 
 
-def sum_kept(drawn: Drawn, known: Known, keeper: Keeper, runner: Runner) -> KeptSums:
-    """Agrees on which rows count, and adds up the values. Collective."""
-    dispatcher = drawn.request.dispatcher
-    rows = KeptRows(drawn.layout, keeper.rows(known.like, runner.filling), known.owner, known.like, dispatcher)
-    valid, failures = agree_on_failures(drawn, runner.failures)
+def sum_kept(drawn: Drawn, rows: KeptRows, failures: Mapping[int, Failure]) -> KeptSums:
+    """Agrees on which rows count, and adds up the values. Collective.
+
+    Args:
+        failures: row (over all problems) -> how it failed, of this rank's rows.
+    """
+    good, counted, why = agree_on_failures(drawn.task, failures)
+    valid = rows_that_count(drawn, good, why)
     groups = agree_on_groups(drawn, rows, valid)
     asked = [(p, value_weights) for p in range(len(drawn.problems))]
     values = [total[0] for total in group_sums(rows, groups, asked, drawn.request.spare)]
-    return KeptSums(rows, valid, groups, values, failures)
+    return KeptSums(rows, valid, groups, values, counted)
 
 
 @final

@@ -55,8 +55,7 @@ class Keeper:
 
     def rows(self, like: torch.Tensor, filling: float) -> list[list[tuple[Unit, torch.Tensor]]]:
         """The units of each problem that this rank has, with `filling` where all of a chunk failed."""
-        num_problems = len(self._layout.units) // len(self._layout.runs)
-        kept: list[list[tuple[Unit, torch.Tensor]]] = [[] for _ in range(num_problems)]
+        kept: list[list[tuple[Unit, torch.Tensor]]] = [[] for _ in range(self._layout.num_problems)]
         for unit, parts in self._chunks.items():
             filled = [like.new_full((k, like.shape[1]), filling) if F is None else F for k, F in parts]
             kept[unit.problem].append((unit, filled[0] if len(filled) == 1 else torch.cat(filled)))
@@ -81,7 +80,7 @@ class KeptRows:
         like: torch.Tensor,
         dispatcher: Dispatcher,
     ) -> None:
-        self.layout, self.strategy, self.dispatcher, self.like = layout, layout.strategy, dispatcher, like
+        self.layout, self.dispatcher, self.like = layout, dispatcher, like
         self._kept, self._owner = kept, owner
 
     @property
@@ -131,7 +130,7 @@ class KeptRows:
 
     def _exact_weight(self, w: Array) -> float | None:
         """The weight of all rows, where they are leaves and it is a power of two: w a + w b is then w (a + b)."""
-        one = self.strategy.leaf_size == 1 and len(w) == 1 and bool((w == w[0, 0]).all())
+        one = self.layout.leaf_size == 1 and len(w) == 1 and bool((w == w[0, 0]).all())
         return float(w[0, 0]) if one and math.frexp(w[0, 0])[0] == 0.5 else None
 
     def products(self, pairs: Sequence[tuple[int, torch.Tensor]], block_of: torch.Tensor | None = None) -> list[Array]:
@@ -141,13 +140,13 @@ class KeptRows:
             block_of: (m,) which block each output belongs to, in [0, blocks): (num_rows, blocks) sums of each block.
         """
         blocks = 1 if block_of is None else int(block_of.max()) + 1
-        scalars = np.zeros((len(pairs), self.strategy.num_rows, blocks))
+        scalars = np.zeros((len(pairs), self.layout.num_rows, blocks))
         asked: dict[int, list[tuple[int, torch.Tensor]]] = {}
         for q, (p, v) in enumerate(pairs):
             asked.setdefault(p, []).append((q, v))
         width = self.num_outputs
         if self.like.device.type == "cpu":
-            width = max(_PIECE // 16, _PIECE // self.strategy.leaf_size)
+            width = max(_PIECE // 16, _PIECE // self.layout.leaf_size)
         for p, mine in asked.items():
             own = [row for unit, _ in self._kept[p] for row in range(unit.start, unit.stop)]
             for piece in (slice(left, left + width) for left in range(0, self.num_outputs, width)):
@@ -177,10 +176,10 @@ class KeptRows:
 
         `function` maps (k, m) float64 to (k,) and treats each row by itself.
         """
-        scalars = np.zeros(self.strategy.num_rows)
+        scalars = np.zeros(self.layout.num_rows)
         for unit, F in self._kept[p]:
             scalars[unit.start : unit.stop] = function(F.to("cpu", torch.float64)).numpy()
-        return self.dispatcher.scatter_add(scalars)[: self.strategy.num_samples]
+        return self.dispatcher.scatter_add(scalars)[: self.layout.num_samples]
 
     def by_columns(self, p: int, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """function(F) of all perturbed rows of a problem, each rank taking a part of the outputs: (n, m) float64.
@@ -189,7 +188,7 @@ class KeptRows:
         transposed: each rank gives every other one a part of its rows, nobody holds all. Collective.
         """
         mine = sorted(
-            ((unit.start, F) for unit, F in self._kept[p] if unit.start < self.strategy.num_samples),
+            ((unit.start, F) for unit, F in self._kept[p] if unit.start < self.layout.num_samples),
             key=lambda pair: pair[0],
         )
         block = torch.cat([F for _, F in mine]) if mine else self.like
@@ -217,7 +216,7 @@ class KeptRows:
         for unit, _ in found:
             counts[unit.problem] += 1
         counts = self.dispatcher.scatter_add(counts)
-        words = -(-self.strategy.num_rows // _BITS)
+        words = -(-self.layout.num_rows // _BITS)
         lacking = [np.zeros((words, self.num_outputs) if count else (0, 0)) for count in counts]
         for unit, nan in found:
             for i, row in zip(range(unit.start, unit.stop), nan.numpy(), strict=True):

@@ -13,7 +13,6 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.estimators.strategy import Strategy
 from bridge.evaluation.rows import Rows, Unit
 
 # Rows of a streamed leaf: below, the additions of the tree cost more than those of the leaves.
@@ -22,24 +21,31 @@ STREAMED_LEAF = 32
 
 @final
 class Layout:
-    """The units of some problems of one strategy, and their leaves.
+    """The units of some problems of equally many rows, and their leaves.
+
+    Args:
+        num_samples: N, perturbed rows of a problem.
+        leaf_size: rows of a unit.
+        extra_row: whether the unperturbed row is there as well, a unit of its own.
 
     Attributes:
-        runs: (start, stop) of the rows of each unit of a problem; the unperturbed row is a unit of its own.
+        runs: (start, stop) of the rows of each unit of a problem.
         units: of all problems, one problem after another.
+        num_regular: units of a problem that have perturbed rows.
     """
 
-    def __init__(self, strategy: Strategy, num_problems: int) -> None:
-        self.strategy, n = strategy, strategy.num_samples
-        self.runs = [(start, min(start + strategy.leaf_size, n)) for start in range(0, n, strategy.leaf_size)]
+    def __init__(self, num_problems: int, num_samples: int, leaf_size: int = 1, extra_row: bool = False) -> None:
+        self.num_problems, self.num_samples, self.leaf_size = num_problems, num_samples, leaf_size
+        self.num_rows = num_samples + extra_row
+        self.runs = [(start, min(start + leaf_size, num_samples)) for start in range(0, num_samples, leaf_size)]
         self.num_regular = len(self.runs)
-        if strategy.extra_row:
-            self.runs.append((n, n + 1))
+        if extra_row:
+            self.runs.append((num_samples, num_samples + 1))
         self.units = [Unit(p, i, *run) for p in range(num_problems) for i, run in enumerate(self.runs)]
 
     def unit_of(self, row: int) -> int:
         """The unit of a problem that has a row; the unperturbed row is a unit of its own."""
-        return min(row, self.strategy.num_samples - 1) // self.strategy.leaf_size + (row == self.strategy.num_samples)
+        return min(row, self.num_samples - 1) // self.leaf_size + (row == self.num_samples)
 
     def by_unit(self, rows: Rows) -> Iterator[tuple[Unit, Rows]]:
         """Rows of one unit or several, by unit."""
@@ -52,7 +58,7 @@ class Layout:
 
     def units_in_leaf(self, large: bool) -> int:
         """Units that are added up before the tree, where outputs are as large as that they may be streamed, or not."""
-        return units_of_leaf(self.strategy.num_samples, self.strategy.leaf_size) if large else 1
+        return units_of_leaf(self.num_samples, self.leaf_size) if large else 1
 
     def leaf_of(self, index: int, units_in_leaf: int) -> int:
         """The leaf of a problem's unit; the unperturbed row is a leaf of its own. `index` may be one past the end."""

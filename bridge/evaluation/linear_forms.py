@@ -11,7 +11,6 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bridge.arrays import Array
 from bridge.errors import InputError
@@ -19,7 +18,7 @@ from bridge.estimators.scale import pull_back_scale, pull_back_theta, push_scale
 from bridge.estimators.strategy import Strategy
 from bridge.evaluation.execution import Problem, ordinary_torch
 from bridge.evaluation.request import Drawn
-from bridge.evaluation.rows import aligned
+from bridge.evaluation.rows import Known, aligned
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -129,24 +128,6 @@ class LinearForms(ABC):
         Raises:
             InputError: the rows were streamed.
         """
-
-
-@dataclass(frozen=True, eq=False)
-class Known:
-    """What all ranks know once every row has been run.
-
-    Attributes:
-        owner: (units,) the rank that has each unit.
-        like: (0, m), a tensor of this rank's dtype and device of outputs.
-        large: whether outputs are so many that leaves have several units.
-    """
-
-    owner: NDArray[np.int64]
-    output_shape: tuple[int, ...]
-    like: torch.Tensor
-    large: bool
-    clipped_fraction: float
-    num_cached: int
 
 
 def collective(method: Callable[Concatenate[E, P], T]) -> Callable[Concatenate[E, P], T]:

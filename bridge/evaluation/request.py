@@ -14,10 +14,11 @@ from bridge.dispatch import Dispatcher
 from bridge.errors import InputError
 from bridge.estimators.covariates import make_weights
 from bridge.estimators.design import make_design
-from bridge.estimators.scale import Form, check_scale
+from bridge.estimators.scale import Form, check_scale, perturb
 from bridge.estimators.strategy import Strategy
-from bridge.evaluation.execution import Execution, Problem
+from bridge.evaluation.execution import Execution, Problem, Tolerance
 from bridge.evaluation.layout import Layout
+from bridge.evaluation.runner import Task
 from bridge.simulator.protocol import BlockStructure, Simulator, Structured, simulator_name
 from bridge.simulator.space import ParameterSpace
 
@@ -83,6 +84,39 @@ class Drawn:
         """Whether any derivatives may be asked for."""
         return self.request.need_theta or self.request.need_scale
 
+    @property
+    def task(self) -> Task:
+        """The rows of all problems, to be run."""
+        request = self.request
+        return Task(
+            request.simulator,
+            request.space,
+            request.execution,
+            request.dispatcher,
+            Tolerance.of(request.strategy),
+            self.layout,
+            inputs=self.inputs,
+            seeds=lambda p: self.problems[p].design.seeds,
+        )
+
+    def inputs(self, p: int) -> Array:
+        """x + L eps of problem p, and x itself where it is one more row: (num_rows, d)."""
+        problem = self.problems[p]
+        perturbed = perturb(problem.theta, problem.scale, problem.design.nodes.eps)
+        return np.vstack([perturbed, problem.theta]) if self.request.strategy.extra_row else perturbed
+
+    def is_large_and_streams(self, num_outputs: int, itemsize: int) -> tuple[bool, bool]:
+        """Decides, once the size of an output is known: (whether leaves have several units, whether to stream).
+
+        The first must not depend on which derivatives are wanted, or the value's last bits would.
+        """
+        rows = self.layout.num_rows
+        if self.request.strategy.weights_need_outputs:
+            return False, False
+        size = len(self.problems) * rows * num_outputs * itemsize
+        large = size > self.request.execution.keep_bytes and 1 + self.dimension < rows
+        return large, not self.has_derivatives or (large and self.num_columns < rows)
+
     def weights(self, p: int) -> Array:
         """[a, W] of all rows of problem p, where they do not depend on the outputs: (num_columns, num_rows)."""
         request = self.request
@@ -126,7 +160,8 @@ def draw(request: Request) -> Drawn:
         for r in replicates
     ]
     structure = _structure(request.simulator, dimension, request.form)
-    return Drawn(request, problems, Layout(strategy, len(problems)), structure)
+    layout = Layout(len(problems), strategy.num_samples, strategy.leaf_size, strategy.extra_row)
+    return Drawn(request, problems, layout, structure)
 
 
 def _describe_keys(keys: Sequence[tuple[int, int]]) -> str:

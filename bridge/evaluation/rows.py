@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bridge.arrays import Array, floating, real_array
 from bridge.errors import EvaluationError, OutputError
@@ -48,6 +49,24 @@ class Rows(NamedTuple):
         rows = slice(start - self.start, stop - self.start)
         F = None if self.F is None else self.F[rows]
         return Rows(self.problem, self.stolen, start, self.inputs[rows], F)
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What all ranks know once every row has been run.
+
+    Attributes:
+        owner: (units,) the rank that has each unit.
+        like: (0, m), a tensor of this rank's dtype and device of outputs.
+            large: whether outputs are so many that leaves have several units.
+    """
+
+    owner: NDArray[np.int64]
+    output_shape: tuple[int, ...]
+    like: torch.Tensor
+    large: bool
+    clipped_fraction: float
+    num_cached: int
 
 
 def rows_at_once(num_outputs: int) -> int:

@@ -12,7 +12,7 @@ import math
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from bridge.arrays import Array
 from bridge.dispatch import Dispatcher
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError, NonFiniteError
-from bridge.estimators.scale import perturb
-from bridge.estimators.strategy import Strategy
-from bridge.evaluation.execution import Execution, Failure, Problem, torch_of_simulators
+from bridge.evaluation.execution import Execution, Failure, Tolerance, torch_of_simulators
+from bridge.evaluation.layout import Layout
 from bridge.evaluation.rows import CHUNK, Rows, Unit, as_rows, rows_at_once
 from bridge.evaluation.workers import IsolatedSimulator, SimulatorPool
 from bridge.interrupts import running
@@ -53,8 +52,31 @@ class _Call:
     found: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Rows to be run, whatever is made of their outputs.
+
+    Attributes:
+        inputs: of a problem's number, where its rows are run: (num_rows, d), before any clipping.
+        seeds: of a problem's number, the simulator's own: (num_rows,).
+    """
+
+    simulator: Simulator
+    space: ParameterSpace
+    execution: Execution
+    dispatcher: Dispatcher
+    tolerance: Tolerance
+    layout: Layout
+    inputs: Callable[[int], Array]
+    seeds: Callable[[int], NDArray[np.uint64]]
+
+    @property
+    def num_runs(self) -> int:
+        return self.layout.num_problems * self.layout.num_rows
+
+
 class Runner:
-    """The rows of one evaluation that fall to this rank.
+    """The rows of a task that fall to this rank.
 
     Attributes:
         own: numbers of the units that this rank has evaluated.
@@ -63,29 +85,19 @@ class Runner:
         output_shape: of one output, once one is there.
     """
 
-    def __init__(
-        self,
-        simulator: Simulator,
-        space: ParameterSpace,
-        strategy: Strategy,
-        execution: Execution,
-        dispatcher: Dispatcher,
-        problems: Sequence[Problem],
-        units: Sequence[Unit],
-    ) -> None:
-        self._simulator, self._space, self._strategy = simulator, space, strategy
-        self._execution, self._dispatcher, self._problems, self._units = execution, dispatcher, problems, units
-        self.name = simulator_name(simulator)
-        self._row_by_row = computes_row_by_row(simulator)
+    def __init__(self, task: Task) -> None:
+        self._task, self._simulator, self._space = task, task.simulator, task.space
+        self._execution, self._dispatcher, self._tolerance = task.execution, task.dispatcher, task.tolerance
+        self.name = simulator_name(task.simulator)
+        self._row_by_row = computes_row_by_row(task.simulator)
         self.own: list[int] = []
         self.failures: dict[int, Failure] = {}
         self.clipped = self.found = 0
-        self._filing = None if execution.store is None else execution.filing(simulator)
+        self._filing = None if task.execution.store is None else task.execution.filing(task.simulator)
         self.output_shape: tuple[int, ...] = ()
-        self._shape = simulator.output_shape
+        self._shape = task.simulator.output_shape
         self._rows_done = 0
         self._seconds = 0.0
-        self._tolerant = strategy.failures != "raise" and not strategy.errors_raise
 
     def run(self) -> Iterator[Rows]:
         """Evaluates unit after unit; outputs come in the order of the claims.
@@ -108,7 +120,7 @@ class Runner:
             if not self._dispatcher.leads:
                 continue
             self.found += call.found
-            first = call.problem * self._strategy.num_rows + call.start
+            first = call.problem * self._task.layout.num_rows + call.start
             self.failures |= {first + i: failure for i, failure in call.failures.items()}
             if F is not None:
                 self.output_shape = self._shape = call.shape
@@ -161,14 +173,14 @@ class Runner:
         rows: dict[int, Array] = {}
         for unit, stop, stolen in self._claimed():
             if unit.problem not in rows:
-                rows = {unit.problem: self._inputs(self._problems[unit.problem])}
+                rows = {unit.problem: self._task.inputs(unit.problem)}
             end = unit.start
             while end < stop:
                 start, end = end, min(end + self._rows_of_call(), stop)
                 inputs, changed = self._space.admit(rows[unit.problem][start:end])
                 if self._dispatcher.leads:
                     self.clipped += int(changed.sum())
-                seeds = self._problems[unit.problem].design.seeds[start:end]
+                seeds = self._task.seeds(unit.problem)[start:end]
                 yield _Call(unit.problem, stolen, start, inputs, seeds)
 
     def _claimed(self) -> Iterator[tuple[Unit, int, bool]]:
@@ -179,12 +191,12 @@ class Runner:
         end.
         """
         execution = self._execution
-        singly = self._tolerant or execution.retries > 0 or execution.store is not None
+        singly = self._tolerance.tolerates_errors or execution.retries > 0 or execution.store is not None
         gathers = self._row_by_row and execution.schedule != "dynamic" and not singly
         first: Unit | None = None
         stop = 0
-        for number, stolen in self._dispatcher.claims(len(self._units), self._steal):
-            unit = self._units[number]
+        for number, stolen in self._dispatcher.claims(len(self._task.layout.units), self._steal):
+            unit = self._task.layout.units[number]
             if self._dispatcher.leads:
                 self.own.append(number)
             if first is not None and (stolen or unit.problem != first.problem or unit.start != stop):
@@ -197,10 +209,6 @@ class Runner:
         if first is not None:
             yield first, stop, False
 
-    def _inputs(self, problem: Problem) -> Array:
-        inputs = perturb(problem.theta, problem.scale, problem.design.nodes.eps)
-        return np.vstack([inputs, problem.theta]) if self._strategy.extra_row else inputs
-
     def _rows_of_call(self) -> int:
         # What the simulator says of its outputs is the same on every rank; what has been seen is not.
         shape = self._shape if self._row_by_row else self._simulator.output_shape
@@ -212,7 +220,11 @@ class Runner:
         k = len(call.inputs)
         # To repeat a call for the sake of one row that failed may mean to wait for it again.
         isolated = isinstance(self._simulator, IsolatedSimulator | SimulatorPool)
-        singly = self._row_by_row and k > 1 and (self._execution.store is not None or (self._tolerant and isolated))
+        singly = (
+            self._row_by_row
+            and k > 1
+            and (self._execution.store is not None or (self._tolerance.tolerates_errors and isolated))
+        )
         F: torch.Tensor | None = None
         try:
             if not singly:
@@ -268,7 +280,7 @@ class Runner:
         """Whether outputs (k, m) are worth keeping: finite, but for numbers that may be lacking."""
         if bool(torch.isfinite(F).all()):
             return True
-        if self._strategy.missing == "raise":
+        if self._tolerance.missing == "raise":
             return False
         lacking = torch.isnan(F)
         return bool((lacking | torch.isfinite(F)).all()) and not bool(lacking.all(dim=1).any())
@@ -293,7 +305,7 @@ class Runner:
             if isinstance(error, InputError):
                 raise error
             if left == 0:
-                if not self._tolerant:
+                if not self._tolerance.tolerates_errors:
                     raise error
                 raise _RunFailedError(error) from error
             _log.info("simulator %r failed and is tried again: %s", self.name, error)
@@ -310,32 +322,32 @@ class Runner:
         """Refuses outputs that are not finite, or marks their rows as failed and fills them in."""
         # One sum finds every NaN and infinity at a fraction of the cost of looking at each number.
         assert out.F is not None
-        if not abs(out.F.sum().item()) < self._strategy.largest:
+        if not abs(out.F.sum().item()) < self._tolerance.largest:
             self._refuse(out)
 
     def _refuse(self, out: Rows) -> None:
         F = out.F
         assert F is not None
-        good = F.abs() < self._strategy.largest
-        if self._strategy.missing == "ignore":
+        good = F.abs() < self._tolerance.largest
+        if self._tolerance.missing == "ignore":
             lacking = torch.isnan(F)
             good = (good | lacking) & ~lacking.all(dim=1, keepdim=True)
         bad = ~good.all(dim=1)
         if not bool(bad.any()):
             return  # finite numbers whose sum overflows, or numbers that are lacking
         row = int(torch.nonzero(bad)[0])
-        if self._strategy.failures != "raise":
-            first = out.problem * self._strategy.num_rows + out.start
+        if self._tolerance.failures != "raise":
+            first = out.problem * self._task.layout.num_rows + out.start
             for i in torch.nonzero(bad).flatten().tolist():
                 why = f"{self._name_row(out, i)}: NaN or infinite"
                 nan = torch.isnan(F[i])
-                if self._strategy.missing == "raise" and bool(nan.any()) and not bool(nan.all()):
+                if self._tolerance.missing == "raise" and bool(nan.any()) and not bool(nan.all()):
                     why += " (missing='ignore' takes single NaN for numbers that an output lacks)"
                 self.failures.setdefault(first + i, Failure("non-finite", why))
             # A weight of zero does not undo a NaN.
-            F[bad] = self.filling
+            F[bad] = self._tolerance.filling
             return
-        largest = self._strategy.largest
+        largest = self._tolerance.largest
         what = "NaN or infinite" if math.isinf(largest) else f"NaN, infinite or beyond {largest:g}"
         raise NonFiniteError(
             f"Expected finite outputs from simulator {self.name!r}, got "
@@ -347,11 +359,6 @@ class Runner:
 
     def _name_row(self, out: Rows, row: int) -> str:
         return ", ".join(f"{n} = {v:.6g}" for n, v in self._space.mapping(out.inputs[row]).items())
-
-    @property
-    def filling(self) -> float:
-        """What stands in the place of a failed output: the penalty, or a zero that has no weight."""
-        return 0.0 if self._strategy.penalty is None else self._strategy.penalty
 
 
 class _RunFailedError(Exception):

@@ -17,9 +17,9 @@ from bridge.arrays import Array
 from bridge.dispatch import TreeSum
 from bridge.errors import InputError, OutputError
 from bridge.evaluation.kernels import accumulate, accumulate_differences
-from bridge.evaluation.linear_forms import Evaluated, Known
+from bridge.evaluation.linear_forms import Evaluated
 from bridge.evaluation.request import Drawn
-from bridge.evaluation.rows import CHUNK, Rows, Unit, aligned
+from bridge.evaluation.rows import CHUNK, Known, Rows, Unit, aligned
 from bridge.evaluation.runner import Runner
 from bridge.simulator.function import makes_memory
 

@@ -96,10 +96,11 @@ def exact(gradients: bool, seconds: float = 1e-3, n: int = 64) -> None:
     import bridge
     from bridge.estimators.covariates import make_weights
     from bridge.estimators.design import make_design
-    from bridge.evaluation.execution import Problem
+    from bridge.evaluation.execution import Tolerance
     from bridge.evaluation.kernels import accumulate
-    from bridge.evaluation.rows import Unit, aligned
-    from bridge.evaluation.runner import Runner
+    from bridge.evaluation.layout import Layout
+    from bridge.evaluation.rows import aligned
+    from bridge.evaluation.runner import Runner, Task
     from bridge.simulator.space import ParameterSpace
 
     prepared = np.random.default_rng(0).normal(size=(4, M)).astype(np.float32)
@@ -126,17 +127,23 @@ def exact(gradients: bool, seconds: float = 1e-3, n: int = 64) -> None:
             total += f(0.1 * row)
         return reduced(total) / n
 
-    units = [Unit(0, i, i, i + 1) for i in range(n)]
-
     def fast(step):
         dispatcher.begin("forward", f"step {step}")
         design = make_design(strategy, step, 0, 8, 0, None)
         weights = make_weights(strategy, design.nodes, None, None, None)
         columns = np.hstack([weights.value[:, None], weights.theta]) if gradients else weights.value[:, None]
         matrix = torch.as_tensor(columns.T.astype(np.float32))
-        problem = Problem(np.zeros(8), np.full(8, 0.1), design)
-        space = ParameterSpace.unnamed(8)
-        runner = Runner(smoothed.simulator, space, strategy, smoothed.execution, dispatcher, [problem], units)
+        task = Task(
+            smoothed.simulator,
+            ParameterSpace.unnamed(8),
+            smoothed.execution,
+            dispatcher,
+            Tolerance(),
+            Layout(num_problems=1, num_samples=n),
+            inputs=lambda p: 0.1 * design.nodes.eps,
+            seeds=lambda p: design.seeds,
+        )
+        runner = Runner(task)
         total = torch.zeros((len(matrix), M))
         for out in runner.run():
             accumulate(total, aligned(matrix[:, out.start : out.start + len(out.F)]), out.F, first=False)

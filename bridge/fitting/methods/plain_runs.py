@@ -1,4 +1,4 @@
-"""Runs of the simulator itself, without noise of ours: through the dispatch of a smoothed one."""
+"""Runs of the simulator itself, without noise of ours."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from bridge.arrays import Array
 from bridge.errors import EvaluationError, InputError
+from bridge.estimators.design import single_seeds
+from bridge.evaluation.evaluate import evaluate
+from bridge.evaluation.execution import Tolerance
 from bridge.fitting.soundness import HUGE
 from bridge.simulator.protocol import Simulator
 from bridge.smoothing.smooth import smooth
 from bridge.smoothing.smoothed import SmoothedSimulator
 
-# What stands for a failed run until it is told apart: no simulator's output.
-FAILED = 1e300
 # Settings that only smoothing has a use for.
 DESIGN = ("distribution", "points", "antithetic", "covariate", "replicates", "forward", "surrogate")
 
@@ -26,36 +25,33 @@ DESIGN = ("distribution", "points", "antithetic", "covariate", "replicates", "fo
 def plain_simulator(
     sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, Any], method: str
 ) -> SmoothedSimulator:
-    """The simulator itself through the dispatch of a smoothed one: the one midpoint of a Latin set has eps = 0."""
+    """The simulator itself, for `plain_outputs`: of the smoothed one that it comes in only what runs it counts.
+
+    Raises:
+        InputError: a setting that only smoothing has a use for.
+    """
     if given := sorted(set(smoothing) & set(DESIGN)):
         raise InputError(f"Expected none of {given} with method={method!r}, which smooths nothing. Leave them out.")
-    carried = {"simulator_seeds": "independent", **smoothing}
+    carried = dict(smoothing)
     raises = carried.get("failures", "raise") == "raise"
-    if raises or carried.get("failures") == "drop":
-        carried.update(failures="penalty", penalty=FAILED, min_ok=0.0)
-    plain = smooth(sim, seed=seed, num_samples=1, points="qmc-latin", covariate="none", comm=comm, **carried)
+    if raises or carried["failures"] == "drop":
+        carried.update(failures="drop", penalty=None, min_ok=0.0)
+    plain = smooth(sim, seed=seed, num_samples=1, covariate="none", comm=comm, **carried)
     # A run that raises ends the fit, unless it is told otherwise; one of NaN or enormous numbers is a bad one.
     plain.strategy = replace(plain.strategy, errors_raise=raises, largest=HUGE)
     return plain
 
 
-def last_outputs(
-    smoothed: SmoothedSimulator, thetas: Array, step: int, shape: tuple[int, ...]
-) -> tuple[NDArray[Any], int]:
+def last_outputs(smoothed: SmoothedSimulator, thetas: Array, step: int, shape: tuple[int, ...]) -> tuple[Array, int]:
     """(k, *shape) of the simulator itself, and how many runs that took.
 
     NaN where a run failed, unless failures="raise": a fit that has lived with failed runs must not end by one.
     """
     strategy = smoothed.strategy
-    once = smooth(
-        smoothed.simulator, seed=strategy.seed, num_samples=1, points="qmc-latin", covariate="none",
-        failures="penalty", penalty=FAILED, min_ok=0.0,
-    )  # fmt: skip
     raises = strategy.failures == "raise" or strategy.errors_raise
-    once.strategy = replace(once.strategy, errors_raise=raises, largest=strategy.largest, missing=strategy.missing)
-    once.dispatcher, once.execution, once.spent = smoothed.dispatcher, smoothed.execution, smoothed.spent
+    tolerance = Tolerance("drop", errors_raise=raises, largest=strategy.largest, missing=strategy.missing)
     try:
-        outputs = plain_outputs(once, thetas, step)
+        outputs = _outputs(smoothed, thetas, step, tolerance)
     except EvaluationError:
         if raises:
             raise
@@ -66,15 +62,25 @@ def last_outputs(
 def plain_outputs(plain: SmoothedSimulator, thetas: Array, step: int) -> Array:
     """(k, *shape) outputs at (k, d) parameters, one run each, on every rank; NaN where a run failed."""
     try:
-        value = plain.estimate(torch.as_tensor(thetas), step).value
+        return _outputs(plain, thetas, step, Tolerance.of(plain.strategy))
     except EvaluationError:
         # Where every single run fails there is no output at all, and no shape of one.
-        if plain.strategy.failures == "raise" or plain.strategy.errors_raise or step == 0:
+        if plain.strategy.errors_raise or step == 0:
             raise
         return np.full((len(thetas), 1), np.nan)
-    outputs = value.to("cpu", torch.float64).numpy().copy()
-    outputs[outputs >= FAILED] = np.nan
-    return np.asarray(outputs)
+
+
+def _outputs(smoothed: SmoothedSimulator, thetas: Array, step: int, tolerance: Tolerance) -> Array:
+    outputs = evaluate(
+        smoothed.simulator,
+        thetas,
+        single_seeds(smoothed.strategy.seed, step, len(thetas)),
+        execution=smoothed.execution,
+        dispatcher=smoothed.dispatcher,
+        tolerance=tolerance,
+    )
+    smoothed.spent.cached += outputs.num_cached
+    return outputs.values
 
 
 def useless_start(theta: Array, output: Array, names: Sequence[str]) -> str:

@@ -144,7 +144,7 @@ def test_units_and_leaves_are_those_of_the_code(n, leaf):
     workload = Workload(cost_s=1.0, num_samples=n, leaf_size=leaf, num_outputs=10_000_000, dimension=2)
     strategy = bridge.smooth(np.sin, seed=0, num_samples=n, leaf_size=leaf, points="mc").strategy
     assert workload.unit_rows == strategy.leaf_size
-    assert workload.units_in_leaf == Layout(strategy, 1).units_in_leaf(workload.streamed)
+    assert workload.units_in_leaf == Layout(1, n, strategy.leaf_size).units_in_leaf(workload.streamed)
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(64, 160_000, 8), (16, 100, 8), (32, 300_000, 40), (256, 50_000, 3)])
