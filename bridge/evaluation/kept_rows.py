@@ -104,8 +104,8 @@ class KeptRows:
             spare: memory for sums.
         """
         sums = [TreeSum(len(self.layout.runs), spare, weight=self._exact_weight(w)) for _, w in weights]
-        for tree, q, (p, w) in zip(sums, range(len(sums)), weights, strict=True):
-            index = None if columns is None else columns[q]
+        of_each = [None] * len(weights) if columns is None else columns
+        for tree, (p, w), index in zip(sums, weights, of_each, strict=True):
             for unit, F in self._kept[p]:
                 G = F if transform is None else transform(F)
                 G = G if index is None else G[:, index.to(G.device)]
@@ -121,10 +121,8 @@ class KeptRows:
             return [tree.result() for tree in sums]
         owners = [self.layout.leaf_owner(self._owner, p, 1) for p, _ in weights]
         like = [
-            self.like.new_empty(
-                (len(w), self.num_outputs if columns is None or c is None else len(c)), dtype=torch.float64
-            )
-            for (_, w), c in zip(weights, columns or [None] * len(weights), strict=True)
+            self.like.new_empty((len(w), self.num_outputs if index is None else len(index)), dtype=torch.float64)
+            for (_, w), index in zip(weights, of_each, strict=True)
         ]
         return self.dispatcher.finish(sums, like, owners)
 

@@ -58,7 +58,7 @@ class Known:
     Attributes:
         owner: (units,) the rank that has each unit.
         like: (0, m), a tensor of this rank's dtype and device of outputs.
-            large: whether outputs are so many that leaves have several units.
+        large: whether outputs are so many that leaves have several units.
     """
 
     owner: NDArray[np.int64]

@@ -158,10 +158,15 @@ def unclear_of(
     return np.asarray(open_ & (signal < _CLEAR * deviation)), np.asarray(open_ & (signal <= _LOST * deviation))
 
 
+def of_unit_diagonal(normal: Array) -> tuple[Array, Array]:
+    """A normal matrix with a diagonal of 1, and the roots of the diagonal that it had, (d,)."""
+    size = np.sqrt(np.maximum(np.diag(normal), 1e-300))
+    return normal / np.outer(size, size), size
+
+
 def least_share(normal: Array) -> float:
     """The least eigenvalue of a normal matrix with a diagonal of 1: how far parameters are told apart."""
-    size = np.sqrt(np.maximum(np.diag(normal), 1e-300))
-    return max(float(np.linalg.eigvalsh(normal / np.outer(size, size))[0]), 0.0)
+    return max(float(np.linalg.eigvalsh(of_unit_diagonal(normal)[0])[0]), 0.0)
 
 
 def turned(naive: Array, information: Array) -> Array:

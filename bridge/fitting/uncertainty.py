@@ -241,14 +241,9 @@ class Evidence:
                 "and the noise of the target. Give variance=, or more outputs."
             )
             return none, np.nan, [Note(NoteKind.NONE, few)]
-        V, misfit, notes = self._given_variance(J, r, dof) if known else (self._found_variance(r, dof), False, [])
+        V, certain, notes = self._given_variance(J, r, dof) if known else (*self._found_variance(r, dof), [])
         rho: list[float] = []
-        rounded = not known and self._is_rounded(r, dof)
-        if rounded:
-            left, _, rounding, floor = self._parts()
-            V = left + rounding + floor
         # What is left of an exact target has the pattern of rounding.
-        certain = rounded or (known and not misfit)
         if not (self._exact or certain):
             V, rho, dof, more = self._with_residuals(J, r, h, dof, V)
             notes += more
@@ -274,7 +269,7 @@ class Evidence:
         return left, seen, rounding, floor
 
     def _given_variance(self, J: Array, r: Array, dof: float) -> tuple[Array, bool, list[Note]]:
-        """(m,) V where the target's variance is known, 1 here; whether residuals are too large for it; and notes."""
+        """(m,) V where the target's variance is known, 1 here; whether residuals allow it; and notes."""
         left, seen, rounding, _ = self._parts()
         notes, misfit = [], False
         V = 1.0 + rounding
@@ -292,20 +287,19 @@ class Evidence:
             notes.append(Note(NoteKind.BASIS, larger))
         elif _MISFIT <= chance < _FINE and not self._exact:
             misfit = max(alike_neighbours(r, J, self.shape)[0], default=0.0) > _TOO_ALIKE / np.sqrt(dof)
-        return V + left, misfit, notes
+        return V + left, not misfit, notes
 
-    def _found_variance(self, r: Array, dof: float) -> Array:
-        """(m,) V where residuals alone tell the target's variance."""
+    def _found_variance(self, r: Array, dof: float) -> tuple[Array, bool]:
+        """(m,) V where residuals alone tell the target's variance; and whether it is certain.
+
+        It is where the target is a run like others, whose rounding explains the residuals: it has no other noise.
+        """
         left, seen, rounding, floor = self._parts()
+        by_steps = rounding + floor
+        if dof >= 1 and (floor > 0).all() and chdtrc(dof, float((r**2 / (by_steps + seen)).sum())) > _FINE:
+            return left + by_steps, True
         V = np.maximum(float((r**2).sum()) / dof - seen, 0.0) + left
-        return np.asarray(np.maximum(V, rounding + floor))
-
-    def _is_rounded(self, r: Array, dof: float) -> bool:
-        """Whether the target is a run like others, whose rounding explains the residuals: it has no other noise."""
-        _, seen, rounding, floor = self._parts()
-        if not (floor > 0).all() or dof < 1:
-            return False
-        return bool(chdtrc(dof, float((r**2 / (rounding + floor + seen)).sum())) > _FINE)
+        return np.maximum(V, by_steps), False
 
     def _with_residuals(
         self, J: Array, r: Array, h: Array, dof: float, V: Array
@@ -345,11 +339,12 @@ class Evidence:
         d = len(step)
         metric = self.information + precision
         # Gauss-Newton's steps lead to a minimum as far as noise lets them; of others that is not known.
-        beta = float(np.linalg.eigvals(finite_inverse(metric) @ self.normal.noise).real.max(initial=0.0))
-        by_slopes = 2 * beta / (1 + beta) * float(self.r @ self.r) / max(len(self.r) - d, 1) if self.fresh else 0.0
-        expected = max((self.jitter + by_slopes) * chdtri(d, _STEP), self.within) if self.newton else 0.0
-        about = np.zeros_like(covariance)
-        if not self.newton:
+        expected, about = 0.0, np.zeros_like(covariance)
+        if self.newton:
+            beta = float(np.linalg.eigvals(finite_inverse(metric) @ self.normal.noise).real.max(initial=0.0))
+            by_slopes = 2 * beta / (1 + beta) * float(self.r @ self.r) / max(len(self.r) - d, 1) if self.fresh else 0.0
+            expected = max((self.jitter + by_slopes) * chdtri(d, _STEP), self.within)
+        else:
             about = self._about_end(step, metric)
         for s, noise in ((step, expected), self._bias_step(precision)):
             length = float(s @ metric @ s)

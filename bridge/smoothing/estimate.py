@@ -19,7 +19,7 @@ from bridge.estimators.scale import as_tensor, pull_back_scale, pull_back_theta
 from bridge.evaluation.kept import Kept
 from bridge.evaluation.linear_forms import LinearForms
 from bridge.evaluation.streamed import Streamed
-from bridge.smoothing.median import _median_columns
+from bridge.smoothing.median import median_columns
 from bridge.smoothing.surrogate import Corrected
 
 
@@ -415,7 +415,7 @@ class Estimate:
         good = evaluation.surviving(p)
         problem = evaluation.problems[p]
         g = np.stack([pull_back_theta(problem.scale, s) for s in problem.design.nodes.score[good]])
-        both = evaluation.by_columns(p, partial(_median_columns, good, g, k))
+        both = evaluation.by_columns(p, partial(median_columns, good, g, k))
         return both[0], both[1:].T
 
 

@@ -13,7 +13,7 @@ from bridge.arrays import Array
 from bridge.errors import InputError
 
 
-def _median_columns(good: NDArray[np.bool_], g: Array, k: int, columns: torch.Tensor) -> torch.Tensor:
+def median_columns(good: NDArray[np.bool_], g: Array, k: int, columns: torch.Tensor) -> torch.Tensor:
     """The median and its gradient, one below the other, of some outputs (N, width): (1 + d, width)."""
     F = columns[torch.from_numpy(good)].numpy()
     value, jacobian = median_statistic(F, g, k)

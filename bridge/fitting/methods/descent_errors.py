@@ -13,7 +13,7 @@ from scipy.special import chdtri
 
 from bridge.arrays import Array
 from bridge.fitting.misfit import Misfit
-from bridge.fitting.normal import Normal, finite_inverse, leverages, normal_of, without
+from bridge.fitting.normal import Normal, finite_inverse, leverages, normal_of, of_unit_diagonal, without
 from bridge.fitting.residuals import is_exact, output_sizes, target_spread
 from bridge.fitting.rounding import Lattice
 from bridge.fitting.uncertainty import Evidence, Note, NoteKind, Stated
@@ -159,8 +159,8 @@ def _staircase(
 
 def _where_it_began(stated: Stated, metric: Array, moved: Array) -> Stated:
     """Without errors along a valley that a first-order descent has not moved along: where it began, it ends."""
-    size = np.sqrt(np.maximum(np.diag(metric), 1e-300))
-    values, vectors = np.linalg.eigh(metric / np.outer(size, size))
+    scaled, size = of_unit_diagonal(metric)
+    values, vectors = np.linalg.eigh(scaled)
     u, covariance = vectors[:, 0], stated.covariance * np.outer(size, size)
     along = float(u @ covariance @ u)
     if not (values[0] < _VALLEY and (u @ (size * moved)) ** 2 < along < np.inf):
