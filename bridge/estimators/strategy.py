@@ -10,7 +10,7 @@ import numpy as np
 from bridge.checks import is_whole
 from bridge.errors import InputError
 from bridge.estimators.distributions import Distribution, fisher_information, get_distribution
-from bridge.estimators.points import PointSet, get_points
+from bridge.estimators.points import Antithetic, PointSet, get_points
 
 Covariate = Literal["auto", "none", "f(x)", "loo", "mean", "block", "regression", "bq"]
 Failures = Literal["raise", "drop", "penalty"]
@@ -78,17 +78,15 @@ def make_strategy(
     replicates: int,
     distribution: str | Distribution,
     points: str | PointSet,
-    antithetic: bool,
     covariate: str,
-    forward: str,
     simulator_seeds: str,
-    failures: str,
+    failures: Failures,
     leaf_size: int | None,
     penalty: float | None = None,
     min_ok: float = 0.5,
-    missing: str = "raise",
+    missing: Literal["raise", "ignore"] = "raise",
 ) -> Strategy:
-    """Checks the settings of `bridge.smooth` at the door.
+    """Checks the settings of an estimator at the door; what becomes of runs that fail has been checked.
 
     Raises:
         InputError: no seed, an unknown name, or a combination that is not feasible.
@@ -101,29 +99,14 @@ def make_strategy(
         raise InputError(f"Expected at least one sample, got num_samples={num_samples!r}.")
     if covariate not in COVARIATES:
         raise InputError(f"Unknown covariate {covariate!r}. Known: {', '.join(COVARIATES)}.")
-    if forward not in ("smoothed", "unsmoothed"):
-        raise InputError(f"Unknown forward={forward!r}. Known: smoothed, unsmoothed.")
     if simulator_seeds not in ("common", "independent"):
         raise InputError(f"Unknown simulator_seeds={simulator_seeds!r}. Known: common, independent.")
-    if failures not in ("raise", "drop", "penalty"):
-        raise InputError(f"Unknown failures={failures!r}. Known: raise, drop, penalty.")
-    if (penalty is None) == (failures == "penalty") or not np.isfinite(0.0 if penalty is None else penalty):
-        raise InputError(
-            f"Expected a finite penalty with failures='penalty', and only then, got failures={failures!r} and "
-            f"penalty={penalty!r}. It stands in the place of every number of a failed output."
-        )
-    if missing not in ("raise", "ignore"):
-        raise InputError(f"Unknown missing={missing!r}. Known: raise, ignore.")
     if missing == "ignore" and covariate == "bq":
         raise InputError("Expected a covariate other than 'bq' with missing='ignore': its weights need whole outputs.")
-    if not 0 <= min_ok <= 1:
-        raise InputError(f"Expected min_ok, a share of the runs, between 0 and 1, got {min_ok!r}.")
     if not is_whole(replicates, 1) or num_samples % replicates:
         raise InputError(
             f"Expected replicates to divide num_samples={num_samples}, got {replicates!r}. Four to eight suit."
         )
-    if leaf_size is not None and not is_whole(leaf_size, 1):
-        raise InputError(f"Expected a positive integer leaf_size, got {leaf_size!r}.")
     each = int(num_samples) // int(replicates)
     if covariate == "loo" and each < 2:
         raise InputError("Expected at least two samples for covariate='loo', got 1. Use more, or 'f(x)'.")
@@ -140,17 +123,17 @@ def make_strategy(
         replicates=int(replicates),
         distribution=density,
         information=information,
-        points=get_points(points, antithetic),
+        points=get_points(points, False),
         covariate=covariate,  # type: ignore[arg-type]  # checked above
-        forward=forward,  # type: ignore[arg-type]
+        forward="smoothed",
         simulator_seeds=simulator_seeds,  # type: ignore[arg-type]
-        failures=failures,  # type: ignore[arg-type]
+        failures=failures,
         penalty=None if penalty is None else float(penalty),
         min_ok=float(min_ok),
-        missing=missing,  # type: ignore[arg-type]
+        missing=missing,
         leaf_size=min(each, int(leaf_size) if leaf_size else default_leaf_size(int(num_samples))),
     )
-    if antithetic or points in ("orthogonal", "qmc-net", "rqmc-net"):
+    if isinstance(strategy.points, Antithetic) or points in ("orthogonal", "qmc-net", "rqmc-net"):
         # Infeasible combinations are refused here, before the first simulation, not at the first step.
         strategy.points.nodes(density, strategy.num_samples, 1, np.random.default_rng(0))
     return strategy

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from bridge.arrays import Array
 from bridge.dispatch import Dispatcher
 from bridge.errors import BridgeError, EvaluationError, EvaluationTimeoutError, InputError, NonFiniteError
+from bridge.evaluation.concurrent import ConcurrentSimulator
 from bridge.evaluation.execution import Execution, Failure, Tolerance, torch_of_simulators
 from bridge.evaluation.layout import Layout
 from bridge.evaluation.rows import CHUNK, Rows, Unit, as_rows, rows_at_once
-from bridge.evaluation.workers import IsolatedSimulator, SimulatorPool
+from bridge.evaluation.workers import IsolatedSimulator
 from bridge.interrupts import running
 from bridge.simulator.identity import innermost
 from bridge.simulator.protocol import Simulator, computes_row_by_row, simulator_name
@@ -114,7 +115,9 @@ class Runner:
                 self._filing.after_calls()
 
     def _run(self) -> Iterator[Rows]:
-        done = self._in_turn() if not isinstance(self._simulator, SimulatorPool) else self._at_once(self._simulator)
+        done = (
+            self._in_turn() if not isinstance(self._simulator, ConcurrentSimulator) else self._at_once(self._simulator)
+        )
         for call, F in done:
             self._rows_done, self._seconds = self._rows_done + len(call.inputs), self._seconds + call.seconds
             if not self._dispatcher.leads:
@@ -131,7 +134,7 @@ class Runner:
         for call in self._planned():
             yield call, self._carry_out(call)
 
-    def _at_once(self, pool: SimulatorPool) -> Iterator[tuple[_Call, torch.Tensor | None]]:
+    def _at_once(self, pool: ConcurrentSimulator) -> Iterator[tuple[_Call, torch.Tensor | None]]:
         planned = self._planned()
         waiting: deque[tuple[_Call, Future[torch.Tensor | None]]] = deque()
         more = True
@@ -219,7 +222,7 @@ class Runner:
         begin = time.perf_counter()
         k = len(call.inputs)
         # To repeat a call for the sake of one row that failed may mean to wait for it again.
-        isolated = isinstance(self._simulator, IsolatedSimulator | SimulatorPool)
+        isolated = isinstance(self._simulator, IsolatedSimulator | ConcurrentSimulator)
         singly = (
             self._row_by_row
             and k > 1

@@ -37,10 +37,11 @@ from bridge.checks import is_whole
 from bridge.children import marked, own_directory
 from bridge.environment import child_environment, describe_status, thread_count
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
+from bridge.evaluation.concurrent import ConcurrentSimulator
 from bridge.simulator.function import unwatched
-from bridge.simulator.protocol import BlockStructure, Simulator, Structured, computes_row_by_row, simulator_name
+from bridge.simulator.protocol import Simulator, simulator_name
 from bridge.simulator.repeatability import NotRepeatableWarning
-from bridge.simulator.space import ParameterSpace
+from bridge.simulator.wrapper import SimulatorWrapper
 
 T = TypeVar("T")
 
@@ -52,8 +53,8 @@ _UNWATCHED = "BRIDGE_UNWATCHED"
 
 
 @final
-class IsolatedSimulator:
-    """Another simulator, run in a child process; made by `bridge.smooth(..., isolate="process")`.
+class IsolatedSimulator(SimulatorWrapper):
+    """Another simulator, run in a child process; made by `bridge.smooth(..., on="process")`.
 
     Args:
         inner: the simulator; it travels by value (cloudpickle), so functions of a script are fine.
@@ -70,7 +71,7 @@ class IsolatedSimulator:
 
         if timeout_s is not None and not timeout_s > 0:
             raise InputError(f"Expected a positive timeout_s, got {timeout_s!r}.")
-        self.inner, self.timeout_s, self.name = inner, timeout_s, simulator_name(inner)
+        self.inner, self.timeout_s = inner, timeout_s
         self._directory = directory
         try:
             self._pickled = cloudpickle.dumps(inner)
@@ -85,22 +86,6 @@ class IsolatedSimulator:
     def __reduce__(self) -> Any:
         # A copy has a child of its own, once it needs one.
         return type(self), (self.inner, self.timeout_s)
-
-    @property
-    def space(self) -> ParameterSpace | None:
-        return self.inner.space
-
-    @property
-    def output_shape(self) -> tuple[int, ...] | None:
-        return self.inner.output_shape
-
-    @property
-    def structure(self) -> BlockStructure | None:
-        return self.inner.structure if isinstance(self.inner, Structured) else None
-
-    @property
-    def row_by_row(self) -> bool:
-        return computes_row_by_row(self.inner)
 
     def forwarded(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
         return inputs
@@ -206,8 +191,8 @@ class IsolatedSimulator:
 
 
 @final
-class SimulatorPool:
-    """Several child processes that evaluate at the same time; made by `bridge.smooth(..., workers=...)`.
+class SimulatorPool(ConcurrentSimulator):
+    """Several child processes that evaluate at the same time; made by `bridge.smooth(..., on=bridge.Workers(8))`.
 
     Args:
         inner, timeout_s, directory: as in `IsolatedSimulator`.
@@ -219,7 +204,7 @@ class SimulatorPool:
     ) -> None:
         if not is_whole(workers, 1):
             raise InputError(f"Expected a positive integer of workers, got {workers!r}.")
-        self.inner, self.workers, self.name = inner, int(workers), simulator_name(inner)
+        self.inner, self.workers = inner, int(workers)
         self._children = [IsolatedSimulator(inner, timeout_s, directory) for _ in range(self.workers)]
         self._free: queue.SimpleQueue[IsolatedSimulator] = queue.SimpleQueue()
         for child in self._children:
@@ -230,25 +215,6 @@ class SimulatorPool:
 
     def __reduce__(self) -> Any:
         return type(self), (self.inner, self.workers, self._children[0].timeout_s)
-
-    @property
-    def space(self) -> ParameterSpace | None:
-        return self.inner.space
-
-    @property
-    def output_shape(self) -> tuple[int, ...] | None:
-        return self.inner.output_shape
-
-    @property
-    def structure(self) -> BlockStructure | None:
-        return self._children[0].structure
-
-    @property
-    def row_by_row(self) -> bool:
-        return computes_row_by_row(self.inner)
-
-    def forwarded(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
-        return inputs
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         """Evaluates in whichever child is free; waits for one."""
@@ -261,7 +227,6 @@ class SimulatorPool:
             self._free.put(child)
 
     def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Calls `work`, which may call this simulator, in one of as many threads as there are children."""
         self._stopped = False
         return self._threads.submit(work, *arguments)
 

@@ -15,6 +15,7 @@ from bridge.fitting.target import LinearMap
 from bridge.simulator.function import as_simulator
 from bridge.simulator.identity import identity_of, identity_of_function
 from bridge.simulator.protocol import simulator_name
+from bridge.smoothing.surrogate import Surrogate
 
 
 def fingerprint(task: FitTask, method: Method, run: MethodRun) -> dict[str, Any]:
@@ -29,16 +30,18 @@ def fingerprint(task: FitTask, method: Method, run: MethodRun) -> dict[str, Any]
         "seed": task.seed,
         "method": method.name,
         **_of_method(method, misfit),
+        "stop_at_error": task.stop.error,
         "start": problem.starts.tolist(),
         "target": _digest(misfit.target),
         "partial": misfit.partial,
         "mask": None if misfit.masked is None else _digest(misfit.masked),
-        "max_runs": task.max_runs,
+        "max_runs": task.stop.runs,
         "prior": [prior.information.tolist(), prior.mean.tolist()],
         "robust": repr(misfit.robust),
         "variance": _digest(misfit.variance),
         "whiten": _digest(_whitened(misfit.whiten, _probe(misfit))),
-        "smoothing": _of_smoothing(task.smoothing),
+        "failures": repr(task.failures),
+        "leaf_size": task.place.ranks.leaf_size,
         "natural_scale": problem.natural.tolist(),
         **run.described,
     }
@@ -49,33 +52,25 @@ def _of_method(method: Method, misfit: Misfit) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for setting in fields(method):  # type: ignore[arg-type]
         name, value = setting.name, getattr(method, setting.name)
-        if callable(value):
-            found[f"code of {name}"] = identity_of_function(value, name)
-        elif name == "coarse":
+        if name == "blur":
             found[name] = [_of_blur(given, misfit) for given in value or ()]
             for i, given in enumerate(value or ()):
                 if callable(given):
                     found[f"code of {name}[{i}]"] = identity_of_function(given, f"{name}[{i}]")
-        else:
+        elif name == "surrogate" and value is not None:
+            cheap = value if isinstance(value, Surrogate) else Surrogate(value)
+            found[name] = [identity_of(as_simulator(cheap.simulator)), cheap.samples, cheap.weight]
+        elif name == "reuse":
+            continue  # taken in once, and described by itself
+        elif value is None or isinstance(value, bool | int | float | str | tuple | list | Mapping):
             found[name] = value
+        else:
+            found[f"code of {name}"] = identity_of_function(value, name)
     return found
 
 
 def _of_blur(given: float | LinearMap, misfit: Misfit) -> Any:
     return given if isinstance(given, int | float) else _digest(given(_whitened(misfit.whiten, _probe(misfit))))
-
-
-def _of_smoothing(smoothing: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as text that is the same in another process; where finished evaluations are kept is none of them."""
-    words = {}
-    for name, value in sorted(smoothing.items()):
-        if name == "surrogate" and value is not None:
-            words[name] = identity_of(as_simulator(value))
-        elif value is None or isinstance(value, bool | int | float | str):
-            words[name] = repr(value)
-        elif name != "store":
-            words[name] = identity_of_function(value, name)
-    return words
 
 
 def _probe(misfit: Misfit) -> torch.Tensor:

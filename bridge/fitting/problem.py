@@ -13,11 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from bridge.arrays import Array
 from bridge.checks import is_whole
 from bridge.errors import InputError
-from bridge.fitting.misfit import Loss, Misfit
+from bridge.fitting.comparison import Comparison, LeastSquares
+from bridge.fitting.misfit import Misfit
 from bridge.fitting.normal import in_units, lifted
 from bridge.fitting.prior import PriorOf, make_prior, marginal_deviations
 from bridge.fitting.robust import make_robust
-from bridge.fitting.target import Cholesky, LinearMap, checked_noise, checked_target
+from bridge.fitting.target import Cholesky, checked_noise, checked_target
 from bridge.reporting.result import FitStep
 from bridge.simulator.function import as_simulator
 from bridge.simulator.protocol import Simulator
@@ -27,7 +28,27 @@ from bridge.simulator.space import Parameter, ParameterSpace
 # Bounds of one sign with a ratio of at least this are taken for a logarithmic range.
 _DECADES = 100.0
 _NO_SOURCE = "the first runs alone, since the start is 0"
-Start = Mapping[str, float] | Sequence[Mapping[str, float]] | ArrayLike
+GivenStart = Mapping[str, float] | Sequence[Mapping[str, float]] | ArrayLike
+
+
+@final
+@dataclass(frozen=True)
+class Starts:
+    """Several starts: those given, and others uniform in the bounds (about the first one where there are none).
+
+    Attributes:
+        number: of all. given: one or several: name -> value, (d,), a list of mappings, or (k, d).
+    """
+
+    number: int
+    given: GivenStart
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.number, 1):
+            raise InputError(f"Expected a positive number of starts, got {self.number!r}.")
+
+
+Start = GivenStart | Starts
 
 
 @final
@@ -112,29 +133,34 @@ def make_problem(
     simulator: Any,
     target: ArrayLike | torch.Tensor,
     start: Start,
+    comparison: Comparison,
     *,
     seed: int | None,
-    num_starts: int | None,
-    spread: float,
-    variance: float | ArrayLike | None,
-    whiten: LinearMap | None,
-    loss: Loss | None,
-    robust: Any,
-    prior: PriorOf | None,
-    fixed: Sequence[str],
-    tied: Mapping[str, str] | None,
+    spread: float = 1.0,
+    prior: PriorOf | None = None,
+    fixed: Sequence[str] = (),
+    tied: Mapping[str, str] | None = None,
     guess: bool = True,
-    mask: ArrayLike | torch.Tensor | None = None,
     missing: str = "raise",
 ) -> FitProblem:
     """Checks what is given.
 
     Args:
+        spread: of starts that are drawn about a given one, natural units.
         guess: whether natural scales that nobody has said are guessed; they are 1 else.
+        missing: "ignore" where outputs may lack numbers.
 
     Raises:
         InputError: something is unknown, of the wrong shape, or contradicts something else.
     """
+    number = start.number if isinstance(start, Starts) else None
+    if isinstance(start, Starts):
+        start = start.given
+    variance, robust, loss = None, None, None
+    if isinstance(comparison, LeastSquares):
+        variance, robust = comparison.variance, comparison.robust
+    else:
+        loss = comparison.function
     whole = as_simulator(simulator)
     starts, given = _given_starts(whole.space, start)
     space, assumed = with_scales(given, starts, marginal_deviations(prior, given), tied or {}, guess)
@@ -148,27 +174,33 @@ def make_problem(
         if np.ptp(starts[:, space.index(name)]) > 0:
             raise InputError(f"Expected one value of {name!r}, which is fixed, in all starts, got several.")
     free = sim.space if isinstance(sim, ReducedSimulator) else space
-    goal, masked = checked_target(target, mask, sim)
-    if robust is not None and loss is None and variance is None:
+    goal, masked = checked_target(target, comparison.mask, sim)
+    if robust is not None and variance is None:
         raise InputError(
             "Expected variance= with robust=, whose width is in standard deviations of the target's noise."
         )
-    if loss is not None and (variance is not None or robust is not None):
-        what = "variance=" if variance is not None else "robust="
-        raise InputError(f"Expected no {what} with a loss of your own, which has no use for it. Leave it out.")
-    noise, whitening, counts = checked_noise(variance, whiten, goal, masked)
+    noise, whitening, counts = checked_noise(variance, comparison.whiten, goal, masked)
     if missing == "ignore" and isinstance(whitening, Cholesky):
         raise InputError(
             "Expected a variance that is a number or of the target's shape with missing='ignore', got a covariance: an "
             "output that lacks numbers cannot be whitened by it. Leave the numbers out with mask=, or give variances."
         )
     misfit = Misfit(
-        goal, noise, loss, make_prior(prior, free), whitening, make_robust(robust),
-        masked=masked, counts=counts, partial=missing == "ignore",
-    )  # fmt: skip
+        target=goal,
+        variance=noise,
+        loss=loss,
+        prior=make_prior(prior, free),
+        whiten=whitening,
+        robust=make_robust(robust),
+        masked=masked,
+        counts=counts,
+        partial=missing == "ignore",
+    )
     return FitProblem(
-        *(space, sim, free),
-        starts=_more_starts(starts, num_starts, space, seed, spread),
+        space=space,
+        simulator=sim,
+        free=free,
+        starts=_more_starts(starts, number, space, seed, spread),
         misfit=misfit,
         known_noise=variance is not None,
         assumed={name: source for name, source in assumed.items() if name in free.names},
@@ -226,7 +258,7 @@ def _guessed_scale(p: Parameter, size: float, prior: float | None) -> tuple[floa
     return 1.0, _NO_SOURCE
 
 
-def _given_starts(space: ParameterSpace | None, start: Start) -> tuple[Array, ParameterSpace]:
+def _given_starts(space: ParameterSpace | None, start: GivenStart) -> tuple[Array, ParameterSpace]:
     """(k, d), and the space."""
     named = isinstance(start, Mapping)
     several = isinstance(start, Sequence) and len(start) > 0 and isinstance(start[0], Mapping)
@@ -254,7 +286,9 @@ def _more_starts(given: Array, count: int | None, space: ParameterSpace, seed: i
     if count is None:
         return given
     if not is_whole(count, len(given)):
-        raise InputError(f"Expected num_starts of at least the {len(given)} starts that are given, got {count!r}.")
+        raise InputError(
+            f"Expected a number of at least the {len(given)} starts that are given, got Starts({count!r}, ...)."
+        )
     rng = np.random.Generator(np.random.Philox(key=[int(seed or 0), 1 << 40]))
     shape = (count - len(given), space.dimension)
     u, normal = rng.uniform(size=shape), rng.normal(size=shape)

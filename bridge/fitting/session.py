@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -37,29 +35,16 @@ _LEFT_OUT = (
 _log = logging.getLogger("bridge")
 
 
-def kept_run(
-    task: FitTask,
-    method: Method,
-    work: MethodRun,
-    directory: str | os.PathLike[str] | None,
-    reuse: Sequence[Source],
-    every_s: float,
-    resume: bool,
-    overwrite: bool,
-) -> Run | None:
-    """The directory of a fit, if it has one, in which its evaluations are kept from here on."""
-    if directory is None:
+def kept_run(task: FitTask, method: Method, work: MethodRun, run: Run | None, reuse: Sequence[Source]) -> Run | None:
+    """The run on disk of a fit, if it has one, begun: its evaluations are kept there from here on. Collective."""
+    if run is None:
         return None
-    run = Run(
-        directory,
-        settings={**fingerprint(task, method, work), "reuse": list(map(described, reuse))},
-        every_s=every_s,
-        resume=resume,
-        overwrite=overwrite,
-        comm=task.comm,
+    run.begin(
+        {**fingerprint(task, method, work), "reuse": list(map(described, reuse))},
         # Few runs, each of use to other fits: not to be thrown away.
         keep_evaluations=method.keeps_runs,
         journal_above_s=0.0 if method.keeps_runs else 0.01,
+        comm=task.place.ranks.comm,
     )
     for smoothed in work.smoothed:
         if smoothed.execution.store is None:
@@ -67,20 +52,14 @@ def kept_run(
     return run
 
 
-def earlier_runs(
-    reuse: Sequence[Source],
-    problem: FitProblem,
-    work: MethodRun,
-    directory: str | os.PathLike[str] | None,
-    resume: bool,
-) -> Earlier | None:
+def earlier_runs(reuse: Sequence[Source], problem: FitProblem, work: MethodRun, run: Run | None) -> Earlier | None:
     """Evaluations of earlier fits; nothing where this one has begun already. Collective."""
-    if directory is not None or reuse:
+    if run is not None or reuse:
         _see_simulators(work)
     if not reuse or not isinstance(work, ModelRun):
         return None
     dispatcher = work.smoothed[0].dispatcher.thinking
-    begun = directory is not None and resume and any(Path(directory).glob("checkpoint-*.npz"))
+    begun = run is not None and run.resume and any(run.directory.glob("checkpoint-*.npz"))
     if dispatcher.broadcast_object(begun):
         return None
     found, refused = None, None
@@ -94,7 +73,7 @@ def earlier_runs(
                 work.loss_of_rows,
                 work.most_rows,
                 name=work.smoothed[0].execution.filing(work.smoothed[0].simulator).name,
-                but=directory,
+                but=None if run is None else run.directory,
             )
         except BridgeError as refusal:
             refused = refusal
@@ -117,7 +96,8 @@ class FitSession:
     Args:
         problem: what is fitted. method: by which. reason: why that one, in words.
         work: the method at work. begin: when the fit began, of `time.monotonic`.
-        run: where it is kept, None for nowhere. observers, on_step: who is told of each step.
+        run: where it is kept, None for nowhere. observers: who is told of each step. told: functions that are, on every
+            rank.
         announced: whether the first step says which method it is, and why.
         max_seconds: stops after the step in which so much time has passed.
     """
@@ -132,12 +112,12 @@ class FitSession:
         begin: float,
         run: Run | None = None,
         observers: Observers,
-        on_step: Callable[[FitStep], None] | None = None,
+        told: Sequence[Callable[[FitStep], Any]] = (),
         announced: bool = False,
         max_seconds: float | None = None,
     ) -> None:
         self.problem, self.method, self.reason, self.work, self.begin = problem, method, reason, work, begin
-        self.run, self.observers, self.on_step = run, observers, on_step
+        self.run, self.observers, self.told = run, observers, tuple(told)
         self.max_seconds = max_seconds
         chosen_so = f"{method.name}: {reason}" if announced else ""
         self.first_note = "; ".join(filter(None, [chosen_so, problem.scales_in_words]))
@@ -244,8 +224,8 @@ class FitSession:
 
     def _tell(self, record: FitStep) -> None:
         self.observers.step(record)
-        if self.on_step is not None:
-            self.on_step(record)
+        for function in self.told:
+            function(record)
 
     def _checkpoint(self, result: FitResult | None = None, at_once: bool = False) -> None:
         if self.run is None:

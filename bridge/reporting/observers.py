@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Protocol, final, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 from bridge.errors import InputError
 from bridge.reporting.lines import Lines, is_terminal
@@ -39,33 +39,45 @@ class Observer(Protocol):
     def end(self, result: FitResult | None) -> None: ...
 
 
-def make_observers(choice: str | Sequence[Observer] = "auto", *, root: bool = True) -> Observers:
-    """The observers of a fit, as one.
+# A function of each step, or an observer, or the name of one.
+Watcher = Observer | Callable[[FitStep], Any] | str
+Watch = Watcher | Sequence[Watcher]
+
+
+def watchers(watch: Watch) -> tuple[list[Observer], list[Callable[[FitStep], Any]]]:
+    """Those who watch a fit: observers, who live on rank 0 alone, and functions of each step, called on every rank.
 
     Args:
-        choice: "auto", a live view where stderr is a terminal, silent elsewhere; "lines", a plain line now and then
-            wherever stderr goes; "off"; or observers.
-        root: whether this is rank 0; other ranks get none. The choice is checked on all of them alike.
+        watch: "auto", a live view where stderr is a terminal, silent elsewhere; "lines", a plain line now and then
+            wherever stderr goes; "off"; an observer; a function; or several.
 
     Raises:
-        InputError: another word, or something that is no observer.
+        InputError: another word, or something that is none of these.
     """
-    if not isinstance(choice, Iterable):  # a string is
-        raise InputError(f"Expected progress: {', '.join(CHOICES)}, or a list of observers, got {choice!r}.")
-    observers = view(choice) if isinstance(choice, str) else tuple(choice)
-    for observer in observers:
-        if not isinstance(observer, Observer):
+    observers: list[Observer] = []
+    functions: list[Callable[[FitStep], Any]] = []
+    several = isinstance(watch, Iterable) and not isinstance(watch, str | Observer)
+    for one in watch if several else [watch]:  # type: ignore[union-attr]
+        if isinstance(one, str):
+            observers += view(one)
+        elif isinstance(one, type):
+            raise InputError(f"Expected an observer, got its class. Make one: watch={one.__name__}(...).")
+        elif isinstance(one, Observer):
+            observers.append(one)
+        elif callable(one):
+            functions.append(one)
+        else:
             raise InputError(
-                f"Expected observers with start, step and end, got {type(observer).__name__}. "
-                "bridge.reporting has live.LiveView, lines.Lines, recorders.JSONLines and recorders.TensorBoard."
+                f"Expected watch: {', '.join(CHOICES)}, an observer with start, step and end, a function of a FitStep, "
+                f"or a list of these, got {one!r}. bridge.LiveView, bridge.JSONLines and bridge.TensorBoard are some."
             )
-    return Observers(observers if root else ())
+    return observers, functions
 
 
 def view(choice: str) -> tuple[Observer, ...]:
     """What "auto", "lines" and "off" stand for here. Raises InputError for another word."""
     if choice not in CHOICES:
-        raise InputError(f"Unknown progress {choice!r}. Known: {', '.join(CHOICES)}, or a list of observers.")
+        raise InputError(f"Unknown watch={choice!r}. Known: {', '.join(CHOICES)}, or observers.")
     if choice == "lines":
         return (Lines(),)
     return (LiveView(),) if choice == "auto" and is_terminal(sys.stderr) else ()

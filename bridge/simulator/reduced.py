@@ -11,27 +11,28 @@ from numpy.typing import NDArray
 
 from bridge.arrays import Array
 from bridge.errors import InputError
-from bridge.simulator.protocol import BlockStructure, Simulator, Structured, computes_row_by_row, simulator_name
+from bridge.simulator.protocol import BlockStructure, Simulator, Structured, simulator_name
 from bridge.simulator.space import ParameterSpace
+from bridge.simulator.wrapper import SimulatorWrapper
 
 
 @final
 @dataclass(frozen=True)
-class ReducedSimulator:
+class ReducedSimulator(SimulatorWrapper):
     """theta = base + E phi, of the free parameters phi; made by `reduced`.
 
     Attributes:
-        base: (d,) values of what is fixed, 0 elsewhere. lift: E, (d, free) of zeros and ones.
+        free: their space. base: (d,) values of what is fixed, 0 elsewhere. lift: E, (d, free) of zeros and ones.
     """
 
     inner: Simulator
-    space: ParameterSpace
+    free: ParameterSpace
     base: Array
     lift: Array
 
     @property
-    def output_shape(self) -> tuple[int, ...] | None:
-        return self.inner.output_shape
+    def space(self) -> ParameterSpace:
+        return self.free
 
     def forwarded(self, inputs: Array) -> Array:
         return np.ascontiguousarray(self.base + inputs @ self.lift.T)
@@ -41,10 +42,6 @@ class ReducedSimulator:
         # What is fixed belongs to the name: a run goes on with the same only.
         tied = [int(np.argmax(row)) if row.any() else -1 for row in self.lift]
         return f"{simulator_name(self.inner)} with {self.base.tolist()} and free {tied}"
-
-    @property
-    def row_by_row(self) -> bool:
-        return computes_row_by_row(self.inner)
 
     @property
     def structure(self) -> BlockStructure | None:

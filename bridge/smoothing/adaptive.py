@@ -110,7 +110,7 @@ def estimate_to(
     if not relative_error > 0:
         raise InputError(f"Expected a positive relative error, got {relative_error!r}.")
     if strategy.forward != "smoothed":
-        raise InputError("Expected forward='smoothed' for an adaptive estimate, got 'unsmoothed'.")
+        raise InputError("Expected a smoothed value for an adaptive estimate, got one of straight_through().")
     per_round = max(_LEAST_REPLICATES, strategy.replicates)
     estimate_from = independent(replace(strategy, replicates=per_round))
     batch = tuple(theta.shape[:-1])

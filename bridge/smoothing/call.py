@@ -21,7 +21,7 @@ from bridge.evaluation.linear_forms import Evaluated, LinearForms
 from bridge.evaluation.request import Request
 from bridge.simulator.protocol import Simulator
 from bridge.simulator.space import ParameterSpace
-from bridge.smoothing.surrogate import Corrected, Surrogate
+from bridge.smoothing.surrogate import Corrected, StandIn
 
 
 def to_numpy(tensor: torch.Tensor) -> NDArray[np.float64]:
@@ -72,7 +72,7 @@ class Estimator:
     strategy: Strategy
     dispatcher: Dispatcher
     execution: Execution
-    surrogate: Surrogate | None = None
+    surrogate: StandIn | None = None
     spare: list[torch.Tensor] = field(default_factory=list)
     spent: Spent = field(default_factory=Spent)
 

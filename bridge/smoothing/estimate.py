@@ -351,8 +351,8 @@ class Estimate:
         evaluation = self._require_rows_for("the bias correction of the squared error")
         if self.covariate not in ("loo", "block") or evaluation.strategy.forward != "smoothed":
             raise InputError(
-                "Expected covariate='loo' and forward='smoothed' for an unbiased squared error, got "
-                f"{self.covariate!r} and {evaluation.strategy.forward!r}."
+                "Expected covariate='loo' and a smoothed value for an unbiased squared error, got covariate "
+                f"{self.covariate!r} and a value that is {evaluation.strategy.forward}."
             )
         if not isinstance(target, torch.Tensor):
             target = torch.as_tensor(real_array(target, "as the target", InputError).astype(np.float64))

@@ -14,12 +14,12 @@ from bridge.arrays import one_number
 from bridge.errors import InputError
 from bridge.evaluation.rows import as_rows
 from bridge.simulator.function import makes_memory
-from bridge.simulator.protocol import Parallel, Simulator, computes_row_by_row, simulator_name
-from bridge.simulator.space import ParameterSpace
+from bridge.simulator.protocol import BlockStructure, Parallel, Simulator, simulator_name
+from bridge.simulator.wrapper import SimulatorWrapper
 
 
 @dataclass(frozen=True)
-class LossSimulator:
+class LossSimulator(SimulatorWrapper):
     """loss(f(x)) as a simulator with one number as output; the loss runs where the output is."""
 
     inner: Simulator
@@ -30,16 +30,12 @@ class LossSimulator:
         return f"loss of {simulator_name(self.inner)}"
 
     @property
-    def space(self) -> ParameterSpace | None:
-        return self.inner.space
-
-    @property
     def output_shape(self) -> tuple[int, ...]:
         return ()
 
     @property
-    def row_by_row(self) -> bool:
-        return computes_row_by_row(self.inner)
+    def structure(self) -> BlockStructure | None:
+        return None
 
     def bound(self, comm: Any) -> LossSimulator:
         if not isinstance(self.inner, Parallel):

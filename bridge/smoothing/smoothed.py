@@ -28,7 +28,7 @@ from bridge.smoothing.adaptive import AdaptiveEstimate, Quantity, estimate_to
 from bridge.smoothing.autograd import Smooth, apply, has_tangent, old_vmap_depth
 from bridge.smoothing.call import Call, Estimator, Spent, make_keys, to_numpy
 from bridge.smoothing.estimate import Estimate
-from bridge.smoothing.surrogate import Surrogate
+from bridge.smoothing.surrogate import StandIn
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class SmoothedSimulator:
         scale: ScaleLike,
         dispatcher: Dispatcher,
         execution: Execution,
-        surrogate: Surrogate | None = None,
+        surrogate: StandIn | None = None,
     ) -> None:
         self.simulator, self.strategy, self.scale = simulator, strategy, scale
         self.dispatcher, self.execution, self.surrogate = dispatcher, execution, surrogate
@@ -130,6 +130,16 @@ class SmoothedSimulator:
         other = SmoothedSimulator(self.simulator, strategy, self.scale, self.dispatcher, self.execution, self.surrogate)
         other.spent = self.spent
         return other
+
+    def straight_through(self) -> SmoothedSimulator:
+        """The same with f(x) itself as its value, beside the smoothed gradient: one run more.
+
+        Raises:
+            InputError: it has a surrogate.
+        """
+        if self.surrogate is not None:
+            raise InputError("Expected no surrogate for straight_through(): f(x) needs no correction.")
+        return self.with_strategy(replace(self.strategy, forward="unsmoothed"))
 
     @_outside_graphs
     def __call__(

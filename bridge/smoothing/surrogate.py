@@ -24,16 +24,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 
 from bridge.arrays import Array
+from bridge.checks import is_whole
 from bridge.errors import InputError, OutputError
 from bridge.estimators.strategy import Strategy, default_leaf_size
 from bridge.evaluation.execution import Execution
 from bridge.evaluation.linear_forms import Evaluated, LinearForms
+from bridge.simulator.function import as_simulator
 from bridge.simulator.protocol import Simulator, simulator_name
 from bridge.simulator.space import ParameterSpace
 
@@ -44,9 +46,29 @@ Evaluate = Callable[[Simulator, Strategy, Execution], Evaluated]
 _LEAST_REPLICATES = 4
 
 
+@final
 @dataclass(frozen=True)
 class Surrogate:
-    """A cheap stand-in for a simulator; made by `bridge.smooth`.
+    """A cheap stand-in g for a simulator f: the same code on a coarser grid, an emulator.
+
+    The estimate becomes that of f - alpha g at the same rows, plus alpha times that of g at others. It is as unbiased as
+    without, whatever g is.
+
+    Attributes:
+        simulator: g, of the same parameters and shape of output; it runs as f does (`on`, `memory`).
+        samples: M, runs of g at rows of its own; it runs at the rows of f as well.
+        weight: alpha. 1 suits a g close to f in value. "auto" estimates for each replicate, from the others, the one of
+            least variance, and so needs replicates (8, or 4).
+    """
+
+    simulator: Callable[..., Any] | Simulator
+    samples: int = 1024
+    weight: float | Literal["auto"] = 1.0
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A surrogate that has been checked; made by `bridge.smooth`.
 
     Attributes:
         simulator: g.
@@ -68,28 +90,26 @@ class Surrogate:
         return replace(fine, num_samples=self.num_samples, leaf_size=leaf, stream=1)
 
 
-def make_surrogate(
-    surrogate: Simulator, simulator: Simulator, strategy: Strategy, num_samples: int, weight: float | str
-) -> Surrogate:
+def make_stand_in(given: Surrogate, simulator: Simulator, strategy: Strategy) -> StandIn:
     """Checks at the door that a surrogate fits a simulator.
 
     Raises:
         InputError: other parameters or outputs, narrower bounds, or settings under which the sum makes no sense.
     """
-    R = strategy.replicates
-    if isinstance(num_samples, bool) or int(num_samples) != num_samples or num_samples < 1 or num_samples % R:
-        raise InputError(f"Expected surrogate_samples to be a multiple of replicates={R}, got {num_samples!r}.")
+    surrogate, R, weight = as_simulator(given.simulator), strategy.replicates, given.weight
+    if not is_whole(given.samples, 1) or given.samples % R:
+        raise InputError(
+            f"Expected samples of the surrogate to be a multiple of replicates={R}, got {given.samples!r}."
+        )
     if isinstance(weight, str) and weight != "auto":
-        raise InputError(f"Expected surrogate_weight to be a number or 'auto', got {weight!r}.")
+        raise InputError(f"Expected the weight of the surrogate to be a number or 'auto', got {weight!r}.")
     if not isinstance(weight, str) and not np.isfinite(weight):
-        raise InputError(f"Expected a finite surrogate_weight, got {weight!r}.")
+        raise InputError(f"Expected a finite weight of the surrogate, got {weight!r}.")
     if weight == "auto" and R < _LEAST_REPLICATES:
         raise InputError(
-            f"Expected at least {_LEAST_REPLICATES} replicates with surrogate_weight='auto', which takes each "
-            f"replicate's weight from the others, got {R}. Pass replicates=8, or a number as surrogate_weight."
+            f"Expected at least {_LEAST_REPLICATES} replicates with weight='auto' of the surrogate, which takes each "
+            f"replicate's weight from the others, got {R}. Pass replicates=8, or a number as weight."
         )
-    if strategy.forward != "smoothed":
-        raise InputError("Expected forward='smoothed' with a surrogate, got 'unsmoothed': f(x) needs no correction.")
     if strategy.missing == "ignore":
         raise InputError("Expected missing='raise' with a surrogate, got 'ignore': both need the same numbers.")
     if strategy.covariate == "bq":
@@ -99,11 +119,11 @@ def make_surrogate(
         _check_space(fine, coarse)
     if None not in (simulator.output_shape, surrogate.output_shape):
         check_shape(simulator, simulator.output_shape or (), surrogate, surrogate.output_shape or ())
-    samples = int(num_samples) // R
+    samples = int(given.samples) // R
     # What the points cannot do is refused here, as it is for the simulator's rows.
     d = 1 if fine is None else fine.dimension
     strategy.points.nodes(strategy.distribution, samples, d, np.random.default_rng(0))
-    return Surrogate(surrogate, samples, "auto" if isinstance(weight, str) else float(weight))
+    return StandIn(surrogate, samples, "auto" if isinstance(weight, str) else float(weight))
 
 
 def _check_space(fine: ParameterSpace, coarse: ParameterSpace) -> None:
@@ -146,7 +166,7 @@ class Corrected(LinearForms):
         simulator: Simulator,
         strategy: Strategy,
         execution: Execution,
-        surrogate: Surrogate,
+        surrogate: StandIn,
         evaluate: Evaluate,
         weights: Array | None = None,
     ) -> None:

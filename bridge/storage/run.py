@@ -49,7 +49,7 @@ class Run:
     """A resumable run; use it as a context, on every rank.
 
         with bridge.Run("runs/a", settings={"seed": 0}) as run:
-            smoothed = bridge.smooth(simulator, seed=0, store=run.store)
+            smoothed = bridge.smooth(simulator, seed=0, memory=run.store)
             theta, optimiser = ...
             if run.state is not None:
                 theta.data.copy_(run.state["theta"])
@@ -73,14 +73,14 @@ class Run:
         resume: True goes on with what is there, if anything is. False begins anew, and refuses where a run that is not
             done would be lost, unless `overwrite`.
         journal_above_s: evaluations that took less [s] are not journalled.
-        keep_evaluations: for other fits to use again (`bridge.fit(reuse=...)`); else those of a step are removed with
+        keep_evaluations: for other fits to use again (`bridge.Kriging(reuse=...)`); else those of a step are removed with
             the checkpoint after it.
-        comm: as in `bridge.smooth`.
+        title: for those who watch it. comm: as in `bridge.Ranks`.
 
     Attributes:
         step: where to go on: 0, or that of the last checkpoint.
         state: of the last checkpoint, None where there is none. Tensors are on the CPU.
-        store: the journal of evaluations, for `bridge.smooth(store=...)`.
+        store: the journal of evaluations, for `bridge.smooth(memory=...)`.
 
     Raises:
         InputError: another job is running in the directory, its settings differ, or it would be overwritten.
@@ -98,27 +98,54 @@ class Run:
         overwrite: bool = False,
         journal_above_s: float = 0.01,
         keep_evaluations: bool = False,
+        title: str = "",
         comm: Intracomm | None = None,
     ) -> None:
+        if not isinstance(directory, str | os.PathLike):
+            raise InputError(f"Expected the directory of a run as a path, got {directory!r}.")
         self.directory, self.every_s, self._keep = Path(directory), every_s, keep_evaluations
-        self._dispatcher = get_dispatcher(comm)
-        # Under a driver the other ranks follow its evaluations, not its checkpoints.
-        self._all = self._dispatcher.thinking
+        self.title, self.resume, self._overwrite = title, resume, overwrite
+        self._settings, self._above_s, self._comm = settings, journal_above_s, comm
         unknown = [name for name in signals if not hasattr(signal, f"SIG{name.removeprefix('SIG')}")]
         if unknown:
             raise InputError(f"Unknown signals {unknown}. Expected names such as USR1, USR2, TERM.")
         self._signals = [signal.Signals[f"SIG{name.removeprefix('SIG')}"] for name in signals]
-        self._settings = json.loads(json.dumps(dict(settings or {}), sort_keys=True, default=str))
-        self._unfinished, self._died = False, ""
+        self._unfinished, self._died, self._begun = False, "", False
         self._lock: IO[str] | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._written_at = time.monotonic()
         self._longest, self._last_step_at = 0.0, time.monotonic()
+
+    # -- beginning --------------------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        keep_evaluations: bool | None = None,
+        journal_above_s: float | None = None,
+        comm: Intracomm | None = None,
+    ) -> None:
+        """Looks at what is in the directory, takes it for this run, and has `step`, `state` and `store`. Collective.
+
+        Entering the block does so by itself; a fit does before, with settings of its own in place of those given.
+
+        Raises:
+            InputError: it has begun, or as in the class. SetupError: as in the class.
+        """
+        if self._begun:
+            raise InputError(f"Expected a run that has not begun, got that in {self.directory}, which is in use.")
+        given = {**(self._settings or {}), **(settings or {})}
+        self._settings = json.loads(json.dumps(given, sort_keys=True, default=str))
+        self._keep = self._keep if keep_evaluations is None else keep_evaluations
+        self._dispatcher = get_dispatcher(self._comm if comm is None else comm)
+        # Under a driver the other ranks follow its evaluations, not its checkpoints.
+        self._all = self._dispatcher.thinking
         error: Exception | None = None
         found: tuple[int, Any] | None = None
         if self._all.rank == 0:
             try:
-                found = self._open(resume, overwrite)
+                found = self._open(self.resume, self._overwrite)
             except BridgeError as refused:
                 error = refused
             except OSError as failure:
@@ -133,7 +160,9 @@ class Run:
         self._snapshot: tuple[int, Any] | None = None if packed is None else (self.step, packed)
         self._written: int | None = None if packed is None else self.step
         self._behind = False
-        self.store = Store(self.directory / "evaluations", above_s=journal_above_s)
+        self.store = Store(
+            self.directory / "evaluations", above_s=self._above_s if journal_above_s is None else journal_above_s
+        )
         self.store.advance(self.step)
         if self._died and self._all.rank == 0:
             _log.warning(
@@ -143,8 +172,7 @@ class Run:
             )
         if self.store.damaged and self._all.rank == 0:
             _log.warning("%d bytes of torn records in %s are ignored", self.store.damaged, self.store.directory)
-
-    # -- beginning --------------------------------------------------------------------------------------------------
+        self._begun = True
 
     def _open(self, resume: bool, overwrite: bool) -> tuple[int, Any] | None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -196,7 +224,16 @@ class Run:
             )
         return None
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("step", "state", "store"):
+            raise InputError(
+                f"Expected `with bridge.Run(...) as run:` before run.{name}, which is known from there on."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __enter__(self) -> Run:
+        if not self._begun:
+            self.begin()
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
                 self._before[number] = signal.signal(number, self._ask_to_stop)

@@ -8,18 +8,23 @@ add one: a file with such a class, registered by a name (`register`) and, in a p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self, final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bridge.arrays import Array
-from bridge.checks import is_number, is_whole
+from bridge.checks import is_number
 from bridge.errors import InputError
+from bridge.evaluation.failures import Failures, Raise
+from bridge.evaluation.memory import Memory
+from bridge.evaluation.places import Place, Ranks
 from bridge.fitting.problem import FitProblem
 from bridge.fitting.registry import Registry
+from bridge.fitting.reuse import Source
+from bridge.fitting.stop import Stop
 from bridge.fitting.uncertainty import Stated
 from bridge.reporting.result import FitEnd, FitStep
 from bridge.smoothing.smoothed import SmoothedSimulator
@@ -37,18 +42,16 @@ class FitTask:
 
     Attributes:
         problem: the parameters, from which starts, to which target. seed: of all noise.
-        max_runs: the budget, with what is run at the end; None for the method's own.
-        comm: as in `bridge.smooth`. smoothing: other arguments of `bridge.smooth`, by name.
+        stop: when it ends whatever the method would go on to do.
+        failures, place, memory: what becomes of runs that fail, where they are evaluated, and what is kept of them.
     """
 
     problem: FitProblem
     seed: int | None
-    max_runs: int | None
-    comm: Any
-    smoothing: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        require("max_runs of at least 2", self.max_runs is None or is_whole(self.max_runs, 2), self.max_runs)
+    stop: Stop = Stop()
+    failures: Failures = Raise()
+    place: Place = Ranks()
+    memory: Memory = Memory()
 
 
 class Method(ABC):
@@ -57,33 +60,21 @@ class Method(ABC):
     Attributes:
         name: by which it is registered.
         needs_least_squares: whether it has no use for a loss of one's own.
-        takes_earlier_runs: whether it can begin with evaluations of earlier fits (it makes a `ModelRun`).
         keeps_runs: whether its runs are few, and each of use to other fits.
         chooses: whether it is none itself, but chooses one of the others.
+        states_errors: whether it has standard errors to stop at.
         scale: of the noise or of the first round, natural units; a setting of those that have one. Left out, the
             default, and natural scales of which nothing is said are guessed.
+        reuse: evaluations of earlier fits to begin with; a setting of those that can.
     """
 
     name: ClassVar[str]
     needs_least_squares: ClassVar[bool] = False
-    takes_earlier_runs: ClassVar[bool] = False
+    states_errors: ClassVar[bool] = False
     keeps_runs: ClassVar[bool] = False
     chooses: ClassVar[bool] = False
     scale: float | tuple[float, float] | None = None
-
-    @classmethod
-    def with_settings(cls, given: Mapping[str, Any]) -> Self:
-        """The method with these settings, by name.
-
-        Raises:
-            InputError: a setting that it does not have: one that were silently ignored would mislead.
-        """
-        own = setting_names(cls)
-        for name in given:
-            if name not in own:
-                others = [other for other, kind in METHODS.all().items() if name in setting_names(kind)]
-                raise InputError(f"Expected {name} with method {' or '.join(others)} alone, got method={cls.name!r}.")
-        return cls(**given)
+    reuse: Source | Sequence[Source] = ()
 
     def chosen(self, task: FitTask) -> tuple[Method, str]:
         """The method that does it, and why: itself, unless it chooses among others."""
@@ -112,11 +103,6 @@ def register(name: str) -> Any:
     return decorate
 
 
-def setting_names(kind: type[Method]) -> list[str]:
-    """The settings of a method, which is a dataclass."""
-    return [f.name for f in fields(kind)]  # type: ignore[arg-type]
-
-
 def begin(method: Method, task: FitTask) -> MethodRun:
     """What carries a method out.
 
@@ -129,6 +115,11 @@ def begin(method: Method, task: FitTask) -> MethodRun:
         ]
         raise InputError(
             f"Expected {', '.join(others)} or {last} with a loss of your own: {method.name} needs least squares."
+        )
+    if task.stop.error is not None and not method.states_errors:
+        those = [name for name, kind in METHODS.all().items() if kind.states_errors]
+        raise InputError(
+            f"Expected {' or '.join(those)} with Stop(error=), got {method.name}, which states no standard errors."
         )
     return method.start(task)
 
@@ -239,10 +230,8 @@ def require(what: str, good: bool, given: Any) -> None:
         raise InputError(f"Expected {what}, got {given!r}.")
 
 
-def require_counts(steps: Any, num_samples: Any, tolerance: Any) -> None:
-    """The same of settings that several methods have; None is left to the method."""
-    require("at least one step", steps is None or is_whole(steps, 1), steps)
-    require("at least one run a step", num_samples is None or is_whole(num_samples, 1), num_samples)
+def require_tolerance(tolerance: Any) -> None:
+    """The same of a setting that several methods have."""
     require("a tolerance of 0 or more", is_number(tolerance) and tolerance >= 0, tolerance)
 
 
@@ -266,15 +255,17 @@ def as_widths(scale: Any, default: tuple[float, float]) -> tuple[float, float]:
     return float(first), float(last)
 
 
-def error_targets(problem: FitProblem, stop_at_error: float | Mapping[str, float] | None) -> Array | None:
+def error_targets(task: FitTask) -> Array | None:
     """(d,) standard errors that suffice, natural units; None where none are given.
 
     Raises:
-        InputError: an unknown name, or an error that is not positive.
+        InputError: an unknown name, or a loss of one's own, which has no standard errors.
     """
-    given, free = stop_at_error, problem.free
+    given, free, problem = task.stop.error, task.problem.free, task.problem
     if given is None:
         return None
+    if problem.misfit.loss is not None:
+        raise InputError("Expected least squares with Stop(error=): a loss of your own has no standard errors.")
     if isinstance(given, Mapping):
         targets = np.full(free.dimension, np.inf)
         for name, error in given.items():
@@ -282,6 +273,6 @@ def error_targets(problem: FitProblem, stop_at_error: float | Mapping[str, float
     else:
         # In the natural scales that were said: none that are guessed are known to who asks.
         targets = float(given) * problem.said / problem.natural
-    if not (targets > 0).all() or not np.isfinite(targets).any():
-        raise InputError(f"Expected positive standard errors in stop_at_error, got {given!r}.")
+    if not np.isfinite(targets).any():
+        raise InputError(f"Expected positive, finite standard errors in Stop(error=), got {given!r}.")
     return targets

@@ -6,13 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from bridge.arrays import Array
+from bridge.checks import as_whole, is_whole
 from bridge.errors import InputError
+from bridge.estimators.distributions import Distribution
+from bridge.estimators.points import PointSet
 from bridge.fitting.blur import make_blur_schedule
-from bridge.fitting.methods.base import UNLIMITED, FitTask, Method, as_widths, require_counts
+from bridge.fitting.methods.base import UNLIMITED, FitTask, Method, as_widths, require, require_tolerance
 from bridge.fitting.methods.descent import Descent, end_runs, repeated
 from bridge.fitting.methods.steps import Schedule, SmoothedProblem, StepRule
 from bridge.fitting.soundness import HUGE
 from bridge.fitting.target import LinearMap
+from bridge.smoothing.settings import Smoothing, SurrogateLike
 from bridge.smoothing.smooth import smooth
 
 
@@ -26,6 +30,7 @@ class DescentMethod(Method):
         scale: of the noise, from the first to the last step, natural units, by default (2, 0.1); a number keeps it.
         halving: whether the worse half of several starts is dropped again and again.
         tolerance: converged when, at the last scale, parameters move by less, over a tenth of the steps.
+        distribution, points, covariate, replicates, simulator_seeds, surrogate: as in `bridge.smooth`.
     """
 
     steps: int = 150
@@ -33,9 +38,32 @@ class DescentMethod(Method):
     scale: float | tuple[float, float] | None = None
     halving: bool = True
     tolerance: float = 0.01
+    distribution: str | Distribution = "gaussian"
+    points: str | PointSet = "auto"
+    covariate: str = "auto"
+    replicates: int = 1
+    simulator_seeds: str = "common"
+    surrogate: SurrogateLike = None
 
     def __post_init__(self) -> None:
-        require_counts(self.steps, self.num_samples, self.tolerance)
+        for name in ("steps", "num_samples"):
+            object.__setattr__(self, name, as_whole(getattr(self, name)))
+        require("at least one step", is_whole(self.steps, 1), self.steps)
+        require("at least one run a step", is_whole(self.num_samples, 1), self.num_samples)
+        require_tolerance(self.tolerance)
+
+    def smoothing(self, scale: Array) -> Smoothing:
+        """How outputs are smoothed, with noise of this scale."""
+        return Smoothing(
+            self.num_samples,
+            scale,
+            self.distribution,
+            self.points,
+            self.covariate,
+            self.replicates,
+            self.simulator_seeds,
+            self.surrogate,
+        )
 
     @property
     def widths(self) -> tuple[float, float]:
@@ -48,14 +76,14 @@ def start_descent(
     method: DescentMethod,
     make_rule: Callable[[SmoothedProblem], StepRule],
     *,
-    coarse: Sequence[float | LinearMap] | None = None,
+    blur: Sequence[float | LinearMap] | None = None,
     targets: Array | None = None,
     newton: float = 0.0,
 ) -> Descent:
     """A descent by a rule, from the settings of its method.
 
     Args:
-        coarse: blurs of what is compared, from coarse to fine. targets: (d,) standard errors that suffice.
+        blur: blurs of what is compared, from coarse to fine. targets: (d,) standard errors that suffice.
         newton: how many scales a step of Gauss-Newton may be long; 0 of other steps.
 
     Raises:
@@ -65,24 +93,24 @@ def start_descent(
     (first, last), natural, starts = method.widths, problem.natural, problem.free_starts
     smoothed = smooth(
         problem.simulator,
+        method.smoothing(first * natural),
         seed=task.seed,
-        num_samples=method.num_samples,
-        scale=first * natural,
-        comm=task.comm,
-        **task.smoothing,
+        failures=task.failures,
+        on=task.place,
+        memory=task.memory,
     )
     smoothed.strategy = replace(smoothed.strategy, largest=HUGE)
-    budget = task.max_runs or UNLIMITED
+    budget = task.stop.runs or UNLIMITED
     rows = len(starts) * smoothed.strategy.num_rows * smoothed.strategy.replicates
     least = 2 * rows + end_runs(smoothed, misfit, len(starts))
     least += 0 if misfit.loss is not None else repeated(smoothed)
     if budget < least:
         raise InputError(
-            f"Expected max_runs of at least {least}, for a step and what is run at the end, got {task.max_runs}."
+            f"Expected at least {least} runs, for a step and what is run at the end, got Stop(runs={task.stop.runs})."
         )
     compared = misfit.target if misfit.whiten is None else misfit.whiten(misfit.target)
     keeps = "noise" if misfit.loss is None else "mean"
-    schedule = Schedule(first, last, method.steps, make_blur_schedule(coarse, tuple(compared.shape), keeps))
+    schedule = Schedule(first, last, method.steps, make_blur_schedule(blur, tuple(compared.shape), keeps))
     known = None if targets is None else problem.known_noise
     return Descent(
         smoothed,

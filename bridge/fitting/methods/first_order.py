@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, ClassVar, Protocol, final
 
 import numpy as np
 import torch
@@ -38,14 +38,15 @@ class FirstOrderMethod(DescentMethod):
     """What the settings of all first-order descents have in common.
 
     Attributes:
-        coarse: blurs of what is compared, from coarse to fine: widths [pixels] or linear maps.
-        stop_at_error: standard errors that suffice, natural units, or name -> in its unit.
+        blur: widths [pixels] of Gaussian blurs of what is compared, along the last two axes, or linear maps, from
+            coarse to fine: equal shares of the first four fifths of the steps, then none.
         learning_rate: in units of the scale.
     """
 
-    coarse: Sequence[float | LinearMap] | None = None
-    stop_at_error: float | Mapping[str, float] | None = None
+    blur: Sequence[float | LinearMap] | None = None
     learning_rate: float = 0.25
+
+    states_errors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,8 +54,8 @@ class FirstOrderMethod(DescentMethod):
         require("a positive learning_rate", is_number(rate) and rate > 0, rate)
 
     def _started(self, task: FitTask, mover: Mover) -> Descent:
-        targets = error_targets(task.problem, self.stop_at_error)
-        return start_descent(task, self, lambda seen: FirstOrder(seen, mover), coarse=self.coarse, targets=targets)
+        targets = error_targets(task)
+        return start_descent(task, self, lambda seen: FirstOrder(seen, mover), blur=self.blur, targets=targets)
 
 
 @register("adam")
@@ -85,7 +86,9 @@ class Torch(FirstOrderMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.optimiser is None:
-            raise InputError("Expected optimiser= with method='torch', and only then, got method='torch' and None.")
+            raise InputError(
+                "Expected an optimiser for method 'torch', got none. Give method=bridge.Torch(optimiser='SGD')."
+            )
 
     def start(self, task: FitTask) -> Descent:
         assert self.optimiser is not None

@@ -31,21 +31,21 @@ class GaussNewton(DescentMethod):
     The scale goes down sooner than the schedule's, where steps are short against it.
 
     Attributes:
-        coarse: blurs of what is compared, from coarse to fine: widths [pixels] or linear maps.
-        stop_at_error: standard errors that suffice, natural units, or name -> in its unit.
+        blur: widths [pixels] of Gaussian blurs of what is compared, along the last two axes, or linear maps, from
+            coarse to fine: equal shares of the first four fifths of the steps, then none.
     """
 
     steps: int = 24
-    coarse: Sequence[float | LinearMap] | None = None
-    stop_at_error: float | Mapping[str, float] | None = None
+    blur: Sequence[float | LinearMap] | None = None
 
     needs_least_squares: ClassVar[bool] = True
+    states_errors: ClassVar[bool] = True
 
     def start(self, task: FitTask) -> Descent:
         count = len(task.problem.starts)
-        targets = error_targets(task.problem, self.stop_at_error)
+        targets = error_targets(task)
         return start_descent(
-            task, self, lambda seen: GaussNewtonRule(seen, count), coarse=self.coarse, targets=targets, newton=LONGEST
+            task, self, lambda seen: GaussNewtonRule(seen, count), blur=self.blur, targets=targets, newton=LONGEST
         )
 
 

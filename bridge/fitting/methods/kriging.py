@@ -22,13 +22,14 @@ from bridge.fitting.methods.base import (
     error_targets,
     register,
     require,
-    require_counts,
+    require_tolerance,
 )
 from bridge.fitting.methods.kriging_errors import of_search
 from bridge.fitting.methods.kriging_runs import MOST_ROWS
 from bridge.fitting.methods.kriging_search import KrigingSearch
 from bridge.fitting.methods.plain_runs import plain_outputs, plain_simulator, useless_start
 from bridge.fitting.misfit import Misfit
+from bridge.fitting.reuse import Source
 from bridge.fitting.rounding import Lattice
 from bridge.fitting.uncertainty import Stated
 from bridge.reporting.result import FitStep
@@ -50,33 +51,40 @@ class Kriging(Method):
     """Least squares by one Gaussian process through every run so far, in rounds of a few runs.
 
     Attributes:
-        steps: rounds at most, None for no limit.
-        num_samples: runs a round; by default max(6, d / 2 + 1), in the first round at least d + 1, from the fifth on
-            half as many more.
+        rounds: at most so many, None for no limit.
+        round_size: runs a round; by default max(6, d / 2 + 1), in the first round at least d + 1, from the fifth on
+            half as many more. Give what can run at the same time, and it is that in all of them (for d + 1 up to twice
+            that in the first).
         scale: how far from the start the first round looks, natural units, by default 1.
-        restarts: at most so many.
-        tolerance: ends when two rounds in turn promise less than this many standard errors.
-        stop_at_error: standard errors that suffice, natural units, or name -> in its unit.
+        restarts: at most so many, elsewhere, where it ends, or is stuck, and the target is not explained.
+        tolerance: ends when two rounds in turn promise less than this many standard errors. Without `variance` it goes
+            on until steps are below 1e-4 natural scales, or, in simulators without noise, until ten digits of the
+            target agree or eight rounds and 6 (d + 1) runs have gained less than 3e-4 of the loss.
+        reuse: earlier evaluations of the same simulator to begin with: directories of earlier fits by kriging, or
+            `bridge.Store`s (which earlier fits by any method kept) or their directories. They become part of this
+            run, which does not need them again.
     """
 
-    steps: int | None = None
-    num_samples: int | None = None
+    rounds: int | None = None
+    round_size: int | None = None
     scale: float | tuple[float, float] | None = None
     restarts: int = 10
     tolerance: float = 0.1
-    stop_at_error: float | Mapping[str, float] | None = None
+    reuse: Source | Sequence[Source] = ()
 
     needs_least_squares: ClassVar[bool] = True
-    takes_earlier_runs: ClassVar[bool] = True
+    states_errors: ClassVar[bool] = True
     keeps_runs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require_counts(self.steps, self.num_samples, self.tolerance)
+        require("at least one round", self.rounds is None or is_whole(self.rounds, 1), self.rounds)
+        require("at least one run a round", self.round_size is None or is_whole(self.round_size, 1), self.round_size)
+        require_tolerance(self.tolerance)
         require("restarts of 0 or more", is_whole(self.restarts, 0), self.restarts)
 
     def start(self, task: FitTask) -> KrigingRun:
         problem = task.problem
-        plain = plain_simulator(problem.simulator, task.seed, task.comm, task.smoothing, self.name)
+        plain = plain_simulator(task)
         d, starts, misfit = problem.free.dimension, problem.free_starts, problem.misfit
         batch, widths = max(6, d // 2 + 1), as_widths(self.scale, (1.0, 1.0))
         search = KrigingSearch(
@@ -85,8 +93,8 @@ class Kriging(Method):
             problem.upper,
             spread=widths[0],
             seed=int(task.seed or 0),
-            batch=self.num_samples or batch,
-            later=self.num_samples or 3 * batch // 2,
+            batch=self.round_size or batch,
+            later=self.round_size or 3 * batch // 2,
             prior=misfit.prior,
             known_noise=problem.known_noise,
             tolerance=self.tolerance,
@@ -101,12 +109,12 @@ class Kriging(Method):
             misfit,
             search,
             problem.natural,
-            task.max_runs or _RUNS_A_PARAMETER * (d + 1),
+            task.stop.runs or _RUNS_A_PARAMETER * (d + 1),
             problem.known_noise,
             starts,
             problem.free.names,
-            error_targets(problem, self.stop_at_error),
-            limit=self.steps,
+            error_targets(task),
+            limit=self.rounds,
             described={"scale": list(widths)},
         )
 

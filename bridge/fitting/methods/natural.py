@@ -26,17 +26,19 @@ from numpy.typing import NDArray
 from bridge.arrays import Array
 from bridge.checks import is_number
 from bridge.errors import InputError
+from bridge.estimators.distributions import Gaussian, get_distribution
 from bridge.fitting.methods.base import FitTask, register, require
 from bridge.fitting.methods.descent import Descent
 from bridge.fitting.methods.descent_method import DescentMethod, start_descent
 from bridge.fitting.methods.steps import Schedule, SmoothedProblem, StepOutcome, StepRule
 from bridge.fitting.misfit import Misfit
 from bridge.simulator.function import as_simulator
-from bridge.simulator.protocol import Parallel, Simulator, computes_row_by_row, simulator_name
-from bridge.simulator.space import ParameterSpace
+from bridge.simulator.protocol import BlockStructure, Parallel, Simulator, simulator_name
+from bridge.simulator.wrapper import SimulatorWrapper
 from bridge.smoothing.loss import floating_rows
 from bridge.smoothing.smooth import smooth
 from bridge.smoothing.smoothed import SmoothedSimulator
+from bridge.smoothing.surrogate import Surrogate
 
 # A scale is changed by no more than this factor's logarithm in one step.
 _MOST = 0.5
@@ -48,7 +50,7 @@ _FULL_RATE, _DIAGONAL_RATE = 0.4, 0.2
 
 @final
 @dataclass(frozen=True)
-class LossAndSquare:
+class LossAndSquare(SimulatorWrapper):
     """(l, l^2) of a simulator's output, the prior included: a simulator of two numbers.
 
     Attributes:
@@ -60,10 +62,6 @@ class LossAndSquare:
     natural: Array
 
     @property
-    def space(self) -> ParameterSpace | None:
-        return self.inner.space
-
-    @property
     def output_shape(self) -> tuple[int, ...]:
         return (2,)
 
@@ -72,8 +70,8 @@ class LossAndSquare:
         return f"loss of {simulator_name(self.inner)}"
 
     @property
-    def row_by_row(self) -> bool:
-        return computes_row_by_row(self.inner)
+    def structure(self) -> BlockStructure | None:
+        return None
 
     def bound(self, comm: Any) -> LossAndSquare:
         if not isinstance(self.inner, Parallel):
@@ -132,13 +130,11 @@ class Natural(DescentMethod):
         require("a positive learning_rate", is_number(rate) and rate > 0, rate)
 
     def start(self, task: FitTask) -> Descent:
-        if task.smoothing.get("distribution", "gaussian") != "gaussian":
+        if not isinstance(get_distribution(self.distribution), Gaussian):
             raise InputError(
                 f"Expected Gaussian noise with method='natural', whose steps are natural for it, got "
-                f"{task.smoothing['distribution']!r}."
+                f"{self.distribution!r}."
             )
-        if task.smoothing.get("forward", "smoothed") != "smoothed":
-            raise InputError("Expected forward='smoothed' with method='natural', which needs the spread of the losses.")
         starts = task.problem.free_starts
         full = starts.shape[1] <= _MOST_OF_FULL if self.full_scale is None else self.full_scale
 
@@ -152,16 +148,18 @@ class Natural(DescentMethod):
 
     def _smoothed_loss(self, task: FitTask, seen: SmoothedProblem) -> SmoothedSimulator:
         """The loss and its square, smoothed by the same noise and ranks as the output."""
-        problem, surrogate = task.problem, task.smoothing.get("surrogate")
-        if surrogate is not None:
-            surrogate = LossAndSquare(as_simulator(surrogate), problem.misfit, problem.natural)
+        problem, smoothing = task.problem, self.smoothing(seen.schedule.first * task.problem.natural)
+        if (given := self.surrogate) is not None:
+            cheap = given if isinstance(given, Surrogate) else Surrogate(given)
+            of_cheap = LossAndSquare(as_simulator(cheap.simulator), problem.misfit, problem.natural)
+            smoothing = replace(smoothing, surrogate=replace(cheap, simulator=of_cheap))
         of_loss = smooth(
             LossAndSquare(problem.simulator, problem.misfit, problem.natural),
+            smoothing,
             seed=task.seed,
-            num_samples=self.num_samples,
-            scale=seen.schedule.first * problem.natural,
-            comm=task.comm,
-            **{**task.smoothing, "surrogate": surrogate},
+            failures=task.failures,
+            on=task.place,
+            memory=task.memory,
         )
         of_loss.dispatcher, of_loss.spent = seen.smoothed.dispatcher, seen.smoothed.spent
         return of_loss

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from bridge.arrays import Array
-from bridge.errors import EvaluationError, InputError
+from bridge.errors import EvaluationError
 from bridge.estimators.design import single_seeds
 from bridge.evaluation.evaluate import evaluate
 from bridge.evaluation.execution import Tolerance
+from bridge.evaluation.failures import Drop
+from bridge.fitting.methods.base import FitTask
 from bridge.fitting.soundness import HUGE
-from bridge.simulator.protocol import Simulator
 from bridge.smoothing.smooth import smooth
 from bridge.smoothing.smoothed import SmoothedSimulator
 
-# Settings that only smoothing has a use for.
-DESIGN = ("distribution", "points", "antithetic", "covariate", "replicates", "forward", "surrogate")
 
-
-def plain_simulator(
-    sim: Simulator, seed: int | None, comm: Any, smoothing: Mapping[str, Any], method: str
-) -> SmoothedSimulator:
-    """The simulator itself, for `plain_outputs`: of the smoothed one that it comes in only what runs it counts.
-
-    Raises:
-        InputError: a setting that only smoothing has a use for.
-    """
-    if given := sorted(set(smoothing) & set(DESIGN)):
-        raise InputError(f"Expected none of {given} with method={method!r}, which smooths nothing. Leave them out.")
-    carried = dict(smoothing)
-    raises = carried.get("failures", "raise") == "raise"
-    if raises or carried["failures"] == "drop":
-        carried.update(failures="drop", penalty=None, min_ok=0.0)
-    plain = smooth(sim, seed=seed, num_samples=1, covariate="none", comm=comm, **carried)
+def plain_simulator(task: FitTask) -> SmoothedSimulator:
+    """The simulator itself, for `plain_outputs`: of the smoothed one that it comes in only what runs it counts."""
+    given = task.failures
+    raises = given.rule == "raise"
+    failures = given if given.rule == "penalty" else Drop(at_least=0.0, retries=given.retries, missing=given.missing)
+    plain = smooth(
+        task.problem.simulator,
+        seed=task.seed,
+        num_samples=1,
+        covariate="none",
+        failures=failures,
+        on=task.place,
+        memory=task.memory,
+    )
     # A run that raises ends the fit, unless it is told otherwise; one of NaN or enormous numbers is a bad one.
     plain.strategy = replace(plain.strategy, errors_raise=raises, largest=HUGE)
     return plain

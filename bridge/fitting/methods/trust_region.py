@@ -10,8 +10,18 @@ import numpy as np
 import torch
 
 from bridge.arrays import Array
+from bridge.checks import is_whole
 from bridge.errors import BridgeError, EvaluationError, InputError
-from bridge.fitting.methods.base import FitTask, Method, MethodResult, MethodRun, as_widths, register, require_counts
+from bridge.fitting.methods.base import (
+    FitTask,
+    Method,
+    MethodResult,
+    MethodRun,
+    as_widths,
+    register,
+    require,
+    require_tolerance,
+)
 from bridge.fitting.methods.plain_runs import plain_outputs, plain_simulator, useless_start
 from bridge.fitting.methods.quadratic_search import QuadraticSearch
 from bridge.fitting.misfit import Misfit
@@ -30,25 +40,27 @@ class TrustRegion(Method):
     """A loss of any kind by a quadratic model of the runs about the best one; without standard errors.
 
     Attributes:
-        steps: rounds at most, None for no limit.
-        num_samples: runs a round, by default a quarter of the number of parameters, at least 2.
+        rounds: at most so many, None for no limit.
+        round_size: runs a round, by default a quarter of the number of parameters, at least 2.
         scale: of the first round's points about the start, natural units, by default 1.
         tolerance: the radius, natural units, at which it ends.
     """
 
-    steps: int | None = None
-    num_samples: int | None = None
+    rounds: int | None = None
+    round_size: int | None = None
     scale: float | tuple[float, float] | None = None
     tolerance: float = 1e-6
 
     keeps_runs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require_counts(self.steps, self.num_samples, self.tolerance)
+        require("at least one round", self.rounds is None or is_whole(self.rounds, 1), self.rounds)
+        require("at least one run a round", self.round_size is None or is_whole(self.round_size, 1), self.round_size)
+        require_tolerance(self.tolerance)
 
     def start(self, task: FitTask) -> TrustRegionRun:
         problem = task.problem
-        plain = plain_simulator(problem.simulator, task.seed, task.comm, task.smoothing, self.name)
+        plain = plain_simulator(task)
         d, starts, widths = problem.free.dimension, problem.free_starts, as_widths(self.scale, (1.0, 1.0))
         search = QuadraticSearch(
             starts[0],
@@ -56,10 +68,10 @@ class TrustRegion(Method):
             problem.upper,
             spread=widths[0],
             seed=int(task.seed or 0),
-            batch=self.num_samples or max(2, d // 4),
+            batch=self.round_size or max(2, d // 4),
             tolerance=self.tolerance,
         )
-        budget = task.max_runs or _RUNS_A_PARAMETER * (d + 1)
+        budget = task.stop.runs or _RUNS_A_PARAMETER * (d + 1)
         return TrustRegionRun(
             plain,
             problem.misfit,
@@ -68,7 +80,7 @@ class TrustRegion(Method):
             budget,
             starts,
             problem.free.names,
-            limit=self.steps,
+            limit=self.rounds,
             described={"scale": list(widths)},
         )
 
