@@ -10,9 +10,9 @@ import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,28 +20,27 @@ from numpy.typing import ArrayLike
 
 from bridge.checks import is_whole, known_keywords
 from bridge.errors import InputError, SetupError
+from bridge.evaluation.places import Where
 from bridge.simulator.function import as_simulator, counts_runs
 from bridge.simulator.protocol import Simulator, simulator_name
 from bridge.simulator.space import ParameterSpace
+from bridge.smoothing.settings import Smoothing
 from bridge.smoothing.smooth import smooth
 from bridge.storage.files import write_whole
-
-if TYPE_CHECKING:
-    from bridge.dispatch.mpi import Intracomm
 
 REPEATS = 8
 _LEAST_ROWS = 4
 _ENOUGH = 0.5  # relative error of a Jacobian with which one can descend
 
-# Names of strategies, and what they hand to `smooth`. The first is what others are compared with.
-STRATEGIES: Mapping[str, Mapping[str, Any]] = {
-    "mc + loo": {"points": "mc", "covariate": "loo"},
-    "mc antithetic": {"points": "mc", "antithetic": True, "covariate": "block"},
-    "rqmc-latin": {"points": "rqmc-latin", "covariate": "block"},
-    "sobol": {"points": "sobol", "covariate": "block"},
-    "sobol + regression": {"points": "sobol", "covariate": "regression"},
-    "halton": {"points": "halton", "covariate": "block"},
-    "auto": {"points": "auto", "covariate": "auto"},
+# Names of strategies, and what they are to `smooth`. The first is what others are compared with.
+STRATEGIES: Mapping[str, Smoothing] = {
+    "mc + loo": Smoothing(points="mc", covariate="loo"),
+    "mc antithetic": Smoothing(points="antithetic-mc", covariate="block"),
+    "rqmc-latin": Smoothing(points="rqmc-latin", covariate="block"),
+    "sobol": Smoothing(points="sobol", covariate="block"),
+    "sobol + regression": Smoothing(points="sobol", covariate="regression"),
+    "halton": Smoothing(points="halton", covariate="block"),
+    "auto": Smoothing(),
 }
 DISTRIBUTIONS = ("gaussian", "logistic", "gumbel", "laplace", "triangular", "cauchy")
 FACTORS = (0.5, 1.0, 2.0)
@@ -78,15 +77,16 @@ class StudyResult:
     """What a study found.
 
     Attributes:
-        rows: all candidates. recommended: the best of them. settings: its arguments for `bridge.smooth`.
+        rows: all candidates. best: that of them which is recommended.
+        recommended: its settings, for `bridge.smooth(simulator, result.recommended, seed=...)`.
         reason: why it, in words. left_out: candidates that are not feasible, with the reason.
         num_evaluations: simulator runs spent.
     """
 
     simulator: str
     rows: tuple[StudyRow, ...]
-    recommended: StudyRow
-    settings: Mapping[str, Any]
+    best: StudyRow
+    recommended: Smoothing
     reason: str
     left_out: Mapping[str, str]
     num_evaluations: int
@@ -103,12 +103,14 @@ class StudyResult:
                 f"| {r.strategy} | {r.distribution} | {r.factor:g} | {r.num_samples} | {r.error:.3g} | {bias} | "
                 f"{r.runs:.3g} | {r.blur:.2g} |"
             )
-        lines += ["", f"Recommended for {self.simulator}: {self.reason}", "", f"    bridge.smooth(..., {self._call()})"]
+        lines += [
+            "",
+            f"Recommended for {self.simulator}: {self.reason}",
+            "",
+            f"    bridge.smooth(..., {self.recommended})",
+        ]
         lines += [f"\nLeft out: {name}: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines) + "\n"
-
-    def _call(self) -> str:
-        return ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
 
     def csv(self) -> str:
         """The candidates as CSV."""
@@ -134,7 +136,7 @@ class StudyResult:
         figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
         ax = figure.subplots()
         names = [f"{r.strategy}, {r.distribution}, scale x {r.factor:g}" for r in rows]
-        colours = ["C1" if r is self.recommended else "C0" for r in rows]
+        colours = ["C1" if r is self.best else "C0" for r in rows]
         ax.barh(range(len(rows)), [r.runs for r in rows], color=colours)
         ax.set_yticks(range(len(rows)), names, fontsize=8)
         ax.set_xscale("log")
@@ -155,7 +157,7 @@ def study(
     strategies: Sequence[str] = tuple(STRATEGIES),
     distributions: Sequence[str] = DISTRIBUTIONS,
     factors: Sequence[float] = FACTORS,
-    comm: Intracomm | None = None,
+    on: Where = None,
 ) -> StudyResult:
     """Compares estimators on a simulator and recommends one. Collective under MPI.
 
@@ -167,7 +169,7 @@ def study(
         simulator: as in `smooth`. theta: where: name -> value, or (d,).
         seed: of all noise. budget: simulator runs that may be spent.
         scale: a number (natural units), (d,) diagonal, or name -> its entry. factors: it is multiplied by each.
-        strategies: of `bridge.studies.STRATEGIES`. distributions: names, as in `smooth`.
+        strategies: of `bridge.studies.STRATEGIES`. distributions, on: as in `smooth`.
 
     Returns:
         a `StudyResult`. At a given scale the recommendation is the candidate of fewest runs; a larger scale always
@@ -202,7 +204,7 @@ def study(
             f"got {budget!r}."
         )
     rows = 1 << (each.bit_length() - 1)
-    measure = _Measure(sim, x, seed, rows, np.asarray(scale, dtype=np.float64), comm)
+    measure = _Measure(sim, x, seed, rows, np.asarray(scale, dtype=np.float64), on)
     for name in strategies:
         measure(name, "gaussian", 1.0)
     if not measure.found:
@@ -231,10 +233,13 @@ def study(
         if math.isfinite(chosen.error):
             more = budget * (chosen.error / _ENOUGH) ** 2
             reason += f" A budget of about {more:.2g} runs would tell; so far {name} is ahead."
-    settings = {**STRATEGIES[chosen.strategy], "distribution": chosen.distribution}
-    settings["scale"] = (np.asarray(scale, dtype=np.float64) * chosen.factor).tolist()
-    settings["num_samples"] = rows
-    return StudyResult(simulator_name(sim), table, chosen, settings, reason, measure.left_out, measure.spent)
+    recommended = replace(
+        STRATEGIES[chosen.strategy],
+        num_samples=rows,
+        scale=(np.asarray(scale, dtype=np.float64) * chosen.factor).tolist(),
+        distribution=chosen.distribution,
+    )
+    return StudyResult(simulator_name(sim), table, chosen, recommended, reason, measure.left_out, measure.spent)
 
 
 @dataclass(frozen=True)
@@ -260,18 +265,16 @@ class _Measure:
         seed: int,
         rows: int,
         scale: np.ndarray[Any, np.dtype[np.float64]],
-        comm: Intracomm | None,
+        on: Where,
     ) -> None:
         self._simulator, self._theta, self._seed, self._n = simulator, theta, seed, rows
-        self._scale, self._comm = scale, comm
+        self._scale, self._on = scale, on
         space = simulator.space or ParameterSpace.unnamed(len(theta))
         # Parameters of different units are compared in their natural ones.
         self._natural = torch.as_tensor(space.natural_scale, dtype=torch.float64)
         self.found: list[_Found] = []
         self.left_out: dict[str, str] = {}
-        once = smooth(
-            simulator, seed=seed, num_samples=1, points="mc", covariate="none", forward="unsmoothed", comm=comm
-        )
+        once = smooth(simulator, seed=seed, num_samples=1, points="mc", covariate="none", on=on).straight_through()
         with torch.no_grad():
             self._plain = once(theta).to(torch.float64)
         self.spent = 2
@@ -308,12 +311,14 @@ class _Measure:
         try:
             smoothed = smooth(
                 self._simulator,
+                replace(
+                    STRATEGIES[strategy],
+                    num_samples=self._n,
+                    distribution=distribution,
+                    scale=torch.as_tensor(self._scale * factor),
+                ),
                 seed=self._seed,
-                num_samples=self._n,
-                distribution=distribution,
-                scale=torch.as_tensor(self._scale * factor),
-                comm=self._comm,
-                **STRATEGIES[strategy],
+                on=self._on,
             )
             # A batch of the same vector: repetitions with noise of their own, in one dispatch.
             estimate = smoothed.estimate(self._theta.expand(REPEATS, -1), step=len(self.found))

@@ -7,8 +7,11 @@ file = "target.mrc"         # paths are relative to the TOML file
 mask = "bad.mrc"            # optional: not 0 where a number of the target is no data
 [start]                     # one value a parameter
 defocus_um = 1.9
-[fit]                       # arguments of bridge.fit
+[fit]                       # arguments of bridge.fit; a table stands for an object
 seed = 0
+method = { name = "adam", steps = 100 }
+stop = { runs = 2000 }
+on = { name = "workers", number = 8, timeout_s = 60 }
 [output]
 directory = "results"       # relative to where the command is started
 """
@@ -31,32 +34,51 @@ from bridge.arrays import real_array
 from bridge.checks import did_you_mean, refuse_unknown
 from bridge.dispatch import is_root
 from bridge.errors import InputError, SetupError
-from bridge.fitting.fit import fit, fit_settings
+from bridge.evaluation.failures import Drop, Penalty, Raise
+from bridge.evaluation.memory import Memory
+from bridge.evaluation.places import Isolated, Ranks, Workers
+from bridge.fitting.comparison import LeastSquares
+from bridge.fitting.fit import fit
+from bridge.fitting.methods.base import METHODS
+from bridge.fitting.problem import Starts
+from bridge.fitting.stop import Stop
 from bridge.reporting.figures import draw_fit
-from bridge.reporting.observers import Observer
+from bridge.reporting.observers import Watch
 from bridge.reporting.result import FitResult
 from bridge.simulator import registry
 from bridge.simulator.function import as_simulator
 from bridge.simulator.protocol import FileFormat, Simulator
 from bridge.storage.files import write_json, write_whole
+from bridge.storage.run import Run
 
 _log = logging.getLogger("bridge")
 _SECTIONS = ("simulator", "target", "start", "fit", "output")
 _KEYS = {"target": ("file", "mask"), "output": ("directory", "title")}
-_NOT_IN_A_FILE = (
-    *("simulator", "target", "start", "loss", "on_step", "comm", "smoothing", "store", "progress", "title"),
-    *("directory", "resume", "overwrite", "whiten", "mask"),
-)
+# What [fit] may say: arguments of `bridge.fit`, and `starts`, how many there are to be.
+_FIT = ("seed", "method", "variance", "misfit", "prior", "fixed", "tied", "stop", "failures", "on", "memory", "starts")
+# A table with a name stands for one of these, any other one for the settings of what there is only one of.
+_NAMED: Mapping[str, Mapping[str, Any]] = {
+    "failures": {"raise": Raise, "drop": Drop, "penalty": Penalty},
+    "on": {"ranks": Ranks, "process": Isolated, "workers": Workers},
+}
+_TABLES: Mapping[str, Any] = {"misfit": LeastSquares, "stop": Stop, "memory": Memory}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A checked job file; `run_job` carries it out."""
+    """A checked job file; `run_job` carries it out.
+
+    Attributes:
+        starts: how many, None for the one that is given. said: [fit], as it stands there.
+        settings: the arguments of `bridge.fit` that this comes to.
+    """
 
     simulator: Simulator
     target_file: Path
     target: NDArray[Any]
     start: Mapping[str, float]
+    starts: int | None
+    said: Mapping[str, Any]
     settings: Mapping[str, Any]
     directory: Path
     title: str
@@ -168,11 +190,7 @@ def load_job(path: str | Path, directory: str | Path | None = None) -> Job:
     """
     path = Path(path)
     data = _load(path)
-    settings = dict(data["fit"])
-    allowed = _fit_settings()
-    _refuse_unknown(settings, allowed, "fit", path)
-    if isinstance(settings.get("scale"), list):
-        settings["scale"] = tuple(settings["scale"])
+    settings = _settings(data["fit"], path)
     simulator = load_simulator(path)
     if simulator.space is None:
         raise InputError(f"Expected a simulator with named parameters in {path}, got one without any.")
@@ -183,14 +201,39 @@ def load_job(path: str | Path, directory: str | Path | None = None) -> Job:
         target_file=target_file,
         target=_read_target(simulator, target_file, data["target"].get("mask"), path.parent),
         start=data["start"],
+        starts=settings.pop("starts", None),
+        said=data["fit"],
         settings=settings,
         directory=Path(directory or output.get("directory", "results")),
         title=str(output.get("title", path.stem)),
     )
 
 
-def _fit_settings() -> list[str]:
-    return sorted(set(fit_settings()) - set(_NOT_IN_A_FILE))
+def _settings(table: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The arguments of `bridge.fit` that [fit] stands for."""
+    _refuse_unknown(table, _FIT, "fit", path)
+    made = dict(table)
+    try:
+        if isinstance(given := table.get("method"), dict):
+            made["method"] = _made("method", METHODS.find(given.get("name", "auto")), given)
+        for key, kinds in _NAMED.items():
+            if isinstance(given := table.get(key), dict):
+                name = str(given.get("name"))
+                if name not in kinds:
+                    raise InputError(f"Expected name = one of {', '.join(kinds)} in {key}, got {name!r}.")
+                made[key] = _made(key, kinds[name], given)
+        for key, kind in _TABLES.items():
+            if isinstance(given := table.get(key), dict):
+                made[key] = _made(key, kind, given)
+    except InputError as error:
+        raise InputError(f"In [fit] of {path}: {error}") from error
+    return made
+
+
+def _made(key: str, kind: Any, table: Mapping[str, Any]) -> Any:
+    settings = {name: value for name, value in table.items() if name != "name"}
+    registry.check_arguments(key, kind, (), settings)
+    return kind(**settings)
 
 
 def _resolve(value: Any, folder: Path) -> Any:
@@ -246,13 +289,13 @@ def is_finished(job: Job) -> bool:
 
 
 def run_job(
-    job: Job, progress: str | Sequence[Observer] = "auto", resume: bool = True, overwrite: bool = False
+    job: Job, watch: Watch = "auto", resume: bool = True, overwrite: bool = False
 ) -> tuple[FitResult, list[Path]]:
     """Fits and writes parameters.json, history.json, the fitted output and fit.png, and, so that it can be resumed, the
     run (`bridge.Run`) in run/. Collective under MPI; rank 0 prints and writes.
 
     Args:
-        progress: as in `make_observers`. resume, overwrite: as in `bridge.Run`.
+        watch: as in `bridge.fit`. resume, overwrite: as in `bridge.Run`.
 
     Returns:
         the result, and the files: none on other ranks, and none where the fit was interrupted before its end is known.
@@ -260,12 +303,9 @@ def run_job(
     result = fit(
         job.simulator,
         job.target,
-        job.start,
-        progress=progress,
-        title=job.title,
-        directory=job.directory / "run",
-        resume=resume,
-        overwrite=overwrite,
+        job.start if job.starts is None else Starts(job.starts, job.start),
+        watch=watch,
+        run=Run(job.directory / "run", title=job.title, resume=resume, overwrite=overwrite),
         **job.settings,
     )
     known = result.stop_reason != "interrupted" or bool(np.isfinite(result.output).any())

@@ -147,11 +147,10 @@ def _fit(options: argparse.Namespace) -> int:
     if options.tensorboard:
         observers.append(TensorBoard(options.tensorboard))
     job = load_job(options.file, options.output)
-    given = {"method": options.method, "max_runs": options.max_runs, "reuse": options.reuse}
-    job = replace(job, settings={**job.settings, **{name: value for name, value in given.items() if value}})
+    job = replace(job, settings={**job.settings, **_in_place(job.settings, options)})
     code = 1
     try:
-        code = _fitted(job, options, observers, given)
+        code = _fitted(job, options, observers)
     except BridgeError as error:
         code = exit_code(type(error))
         raise
@@ -167,7 +166,29 @@ def _fit(options: argparse.Namespace) -> int:
     return code
 
 
-def _fitted(job: Job, options: argparse.Namespace, observers: Sequence[Observer], given: Mapping[str, Any]) -> int:
+def _in_place(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says in place of the file."""
+    from dataclasses import replace
+
+    from bridge.fitting.methods.kriging import Kriging
+    from bridge.fitting.stop import make_stop
+
+    given: dict[str, Any] = {}
+    if options.method:
+        given["method"] = options.method
+    if options.max_runs:
+        given["stop"] = replace(make_stop(settings.get("stop")), runs=options.max_runs)
+    if options.reuse:
+        method = given.get("method", settings.get("method", "auto"))
+        if not isinstance(method, Kriging) and method not in ("auto", "kriging"):
+            raise InputError(
+                f"Expected method kriging with --reuse, got {method!r}, which has no use for earlier runs."
+            )
+        given["method"] = replace(method if isinstance(method, Kriging) else Kriging(), reuse=options.reuse)
+    return given
+
+
+def _fitted(job: Job, options: argparse.Namespace, observers: Sequence[Observer]) -> int:
     import shlex
 
     from bridge.cli.job import is_finished, run_job
@@ -180,10 +201,10 @@ def _fitted(job: Job, options: argparse.Namespace, observers: Sequence[Observer]
     if not is_root():
         return 75 if result.stop_reason == "interrupted" else 0
     if written:
-        settings = {"simulator": simulator_name(job.simulator), "target": job.target_file.name, **job.settings}
+        settings = {"simulator": simulator_name(job.simulator), "target": job.target_file.name, **job.said}
         more = [word for directory in options.reuse for word in ("--reuse", directory)]
-        for name in ("method", "max_runs"):
-            more += [f"--{name.replace('_', '-')}", str(given[name])] if given[name] else []
+        more += ["--method", options.method] if options.method else []
+        more += ["--max-runs", str(options.max_runs)] if options.max_runs else []
         command = shlex.join(["python", "-m", "bridge", "fit", options.file, *more])
         written.append(
             write_report(

@@ -34,8 +34,8 @@ class Stop:
             raise InputError(f"Expected runs of at least 2, got {self.runs!r}.")
         if self.seconds is not None and not (is_number(self.seconds) and self.seconds > 0):
             raise InputError(f"Expected positive seconds, got {self.seconds!r}.")
-        each = self.error.values() if isinstance(self.error, Mapping) else (self.error,)
-        if self.error is not None and not all(is_number(e) and e > 0 for e in each):
+        each = list(self.error.values()) if isinstance(self.error, Mapping) else [self.error]
+        if self.error is not None and not all(is_number(e) and float(e or 0) > 0 for e in each):
             raise InputError(f"Expected positive standard errors in error=, got {self.error!r}.")
 
 

@@ -74,6 +74,22 @@ def watchers(watch: Watch) -> tuple[list[Observer], list[Callable[[FitStep], Any
     return observers, functions
 
 
+def make_observers(watch: Watch = "auto", *, root: bool = True) -> Observers:
+    """The observers of a loop of one's own, as one.
+
+    Args:
+        watch: as in `watchers`, without functions. root: whether this is rank 0; other ranks get none. The choice is
+            checked on all of them alike.
+
+    Raises:
+        InputError: another word, or something that is no observer.
+    """
+    observers, functions = watchers(watch)
+    if functions:
+        raise InputError(f"Expected observers with start, step and end, got the function {functions[0]!r}.")
+    return Observers(observers if root else ())
+
+
 def view(choice: str) -> tuple[Observer, ...]:
     """What "auto", "lines" and "off" stand for here. Raises InputError for another word."""
     if choice not in CHOICES:

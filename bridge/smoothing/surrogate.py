@@ -51,8 +51,8 @@ _LEAST_REPLICATES = 4
 class Surrogate:
     """A cheap stand-in g for a simulator f: the same code on a coarser grid, an emulator.
 
-    The estimate becomes that of f - alpha g at the same rows, plus alpha times that of g at others. It is as unbiased as
-    without, whatever g is.
+    The estimate becomes that of f - alpha g at the same rows, plus alpha times that of g at others. It is as unbiased
+    as without, whatever g is.
 
     Attributes:
         simulator: g, of the same parameters and shape of output; it runs as f does (`on`, `memory`).

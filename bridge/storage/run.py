@@ -73,8 +73,8 @@ class Run:
         resume: True goes on with what is there, if anything is. False begins anew, and refuses where a run that is not
             done would be lost, unless `overwrite`.
         journal_above_s: evaluations that took less [s] are not journalled.
-        keep_evaluations: for other fits to use again (`bridge.Kriging(reuse=...)`); else those of a step are removed with
-            the checkpoint after it.
+        keep_evaluations: for other fits to use again (`bridge.Kriging(reuse=...)`); else those of a step are removed
+            with the checkpoint after it.
         title: for those who watch it. comm: as in `bridge.Ranks`.
 
     Attributes:
@@ -105,7 +105,8 @@ class Run:
             raise InputError(f"Expected the directory of a run as a path, got {directory!r}.")
         self.directory, self.every_s, self._keep = Path(directory), every_s, keep_evaluations
         self.title, self.resume, self._overwrite = title, resume, overwrite
-        self._settings, self._above_s, self._comm = settings, journal_above_s, comm
+        self._settings: Mapping[str, Any] = settings or {}
+        self._above_s, self._comm = journal_above_s, comm
         unknown = [name for name in signals if not hasattr(signal, f"SIG{name.removeprefix('SIG')}")]
         if unknown:
             raise InputError(f"Unknown signals {unknown}. Expected names such as USR1, USR2, TERM.")
@@ -135,7 +136,7 @@ class Run:
         """
         if self._begun:
             raise InputError(f"Expected a run that has not begun, got that in {self.directory}, which is in use.")
-        given = {**(self._settings or {}), **(settings or {})}
+        given = {**self._settings, **(settings or {})}
         self._settings = json.loads(json.dumps(given, sort_keys=True, default=str))
         self._keep = self._keep if keep_evaluations is None else keep_evaluations
         self._dispatcher = get_dispatcher(self._comm if comm is None else comm)

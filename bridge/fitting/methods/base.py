@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -48,10 +48,10 @@ class FitTask:
 
     problem: FitProblem
     seed: int | None
-    stop: Stop = Stop()
-    failures: Failures = Raise()
-    place: Place = Ranks()
-    memory: Memory = Memory()
+    stop: Stop = field(default_factory=Stop)
+    failures: Failures = field(default_factory=Raise)
+    place: Place = field(default_factory=Ranks)
+    memory: Memory = field(default_factory=Memory)
 
 
 class Method(ABC):
