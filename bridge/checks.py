@@ -45,6 +45,47 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("parameter_names", "params", "parameters"), ("names",)),
     **dict.fromkeys(("batched", "vectorised", "vectorize"), ("vectorized",)),
 }  # fmt: skip
+_PLACES = {
+    "workers": "on=bridge.Workers(8), or on=8",
+    **dict.fromkeys(("timeout_s", "own_directory"), "on=bridge.Workers(8, {}=...), or on=bridge.Isolated({}=...)"),
+    "isolate": 'on="process"',
+    "executor": "on=executor",
+    **dict.fromkeys(("comm", "schedule", "leaf_size", "step_limit_s"), "on=bridge.Ranks({}=...)"),
+    "ranks_per_evaluation": "on=bridge.Ranks(per_evaluation=...)",
+    "store": "memory=bridge.Store(...), or memory=bridge.Memory(store=...)",
+    **dict.fromkeys(("keep_mb", "rank_mb"), "memory=bridge.Memory({}=...)"),
+    **dict.fromkeys(("retries", "missing"), "failures=bridge.Raise({}=...), or failures=bridge.Drop({}=...)"),
+    "at_least": "failures=bridge.Drop(at_least=...)",
+    "penalty": "failures=bridge.Penalty(...)",
+}
+# Settings that live on an object, by the function that takes it: how they are written.
+_HOMES: dict[str, dict[str, str]] = {
+    "bridge.smooth": {
+        **_PLACES,
+        "antithetic": 'points="antithetic"',
+        "forward": "bridge.smooth(...).straight_through()",
+        "loss": "bridge.smooth_loss(simulator, loss, ...)",
+    },
+    "bridge.fit": {
+        **_PLACES,
+        **dict.fromkeys(("steps", "num_samples"), "method=bridge.Adam({}=...), or another method"),
+        **dict.fromkeys(("rounds", "round_size", "restarts", "reuse"), "method=bridge.Kriging({}=...)"),
+        **dict.fromkeys(("scale", "tolerance"), "method=bridge.Kriging({}=...), or another method"),
+        **dict.fromkeys(
+            ("learning_rate", "halving", "blur", "points", "distribution", "covariate", "replicates", "surrogate"),
+            "method=bridge.Adam({}=...), or another descent",
+        ),
+        "optimiser": "method=bridge.Torch(optimiser=...)",
+        "full_scale": "method=bridge.Natural(full_scale=...)",
+        **dict.fromkeys(("mask", "whiten", "robust"), "misfit=bridge.LeastSquares({}=...)"),
+        "loss": "misfit=loss, a function of output and target",
+        "max_runs": "stop=bridge.Stop(runs=...)",
+        "max_seconds": "stop=bridge.Stop(seconds=...)",
+        **dict.fromkeys(("directory", "resume", "overwrite", "every_s"), "run=bridge.Run(directory, ...)"),
+        **dict.fromkeys(("progress", "on_step"), "watch=, which takes words, observers and functions"),
+        "num_starts": "start=bridge.Starts(number, given)",
+    },
+}
 _OF_SEEDS = ("seed", "seeds", "rng", "random_state", "key")
 # What a simulator says of itself, and not who calls it.
 _OF_SIMULATORS = ("names", "units", "bounds", "natural_scale", "output_shape", "vectorized", "seeded", "structure")
@@ -72,10 +113,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raises InputError for the first keyword of `what` that is not known; it says which is meant."""
-    known = list(known)
+    known, homes = list(known), _HOMES.get(what.replace("smooth_loss", "smooth"), {})
     for word in given:
         if word in known:
             continue
+        if word not in _OF_SIMULATORS and (home := nearest(word, [*known, *homes])) in homes:
+            raise InputError(f"Unknown argument {word!r} of {what}. Give {homes[home].replace('{}', home)}.")
         meant, of_simulator = did_you_mean(word, known), nearest(word, _OF_SIMULATORS)
         if of_simulator == word or (of_simulator and not meant):
             raise InputError(

@@ -429,7 +429,7 @@ def align(
             theta = columns.theta = tried(layout, columns, first, misfits[factor], seed, factor // done)
             runs += TRIALS
         box = black_box(columns, k)
-        smoothed = bridge.smooth(box, seed=seed, num_samples=samples, points="orthogonal", antithetic=True, scale=width)
+        smoothed = bridge.smooth(box, seed=seed, num_samples=samples, points="antithetic-orthogonal", scale=width)
         estimate = smoothed.estimate(torch.zeros(k), step)
         value = binned(estimate.value, factor // done).to(torch.float64)
         jacobian = binned(estimate.jacobian().movedim(-1, 1), factor // done).to(torch.float64)
@@ -558,7 +558,7 @@ def adam(layout: Layout, target: Array, first: Array, seed: int, budget: int, st
         structure=series.structure if structured else None,
     )
     steps = budget // 8
-    smoothed = bridge.smooth(black_box, seed=seed, num_samples=8, scale=1.0, antithetic=True)
+    smoothed = bridge.smooth(black_box, seed=seed, num_samples=8, scale=1.0, points="antithetic")
     point = torch.zeros(len(first), dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.Adam([point], lr=1.0, betas=(0.5, 0.9))
     for step in range(steps):

@@ -115,7 +115,7 @@ def _adam(net: nn.Module, steps: int) -> tuple[Any, Any]:
 def smoothing(net: nn.Module, camera: Camera, seed: int, budget: int) -> Iterator[int]:
     """Backpropagation: through the smoothed renderer, and on through the network."""
     smoothed = bridge.smooth(
-        camera, seed=seed, num_samples=SAMPLES, points="orthogonal", antithetic=True, leaf_size=SAMPLES
+        camera, seed=seed, num_samples=SAMPLES, points="antithetic-orthogonal", on=bridge.Ranks(leaf_size=SAMPLES)
     )
     cost = BATCH * (1 + SAMPLES)
     steps = budget // cost

@@ -164,10 +164,7 @@ def random_poses(centre: Array, count: int, rng: np.random.Generator, with_centr
 def smoothing(task: Task, seed: int, budget: int, strategy: Strategy = Strategy()) -> Array:
     """Random poses, the best few, Gauss-Newton from each on the smoothed Jacobian, until one has arrived."""
     coarse, fine = (
-        bridge.smooth(
-            Pooled(task, block), seed=seed, num_samples=SAMPLES, distribution=strategy.distribution,
-            points=strategy.points, antithetic=strategy.antithetic, comm=task.comm,
-        ) for block in (4, 2)
+        bridge.smooth(Pooled(task, block), seed=seed, num_samples=SAMPLES, distribution=strategy.distribution, points=strategy.points, on=bridge.Ranks(comm=task.comm)) for block in (4, 2)
     )  # fmt: skip
     unit = strategy.scale * UNIT
 

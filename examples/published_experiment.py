@@ -234,8 +234,8 @@ def descend(problem: Problem, u: Array, before: Answer, *, seed: int, budget: in
     while before.runs + len(answers) * (2 * d + 1) <= budget:
         step = len(answers)
         smoothed = bridge.smooth(
-            simulator, seed=seed, num_samples=2 * d, points=Cross(), scale=torch.as_tensor(scale), forward="unsmoothed"
-        )
+            simulator, seed=seed, num_samples=2 * d, points=Cross(), scale=torch.as_tensor(scale)
+        ).straight_through()
         estimate = smoothed.estimate(torch.as_tensor(u), step)
         value = problem.value(estimate.value)
         if value <= loss:

@@ -240,11 +240,8 @@ def smoothed(task: Problem, seed: int, steps: int = STEPS, samples: int = SAMPLE
         task.target,
         task.start,
         seed=seed,
-        method="gauss-newton",
-        steps=steps,
-        num_samples=samples,
-        scale=SCALES,
         variance=task.variance,
+        method=bridge.GaussNewton(steps=steps, num_samples=samples, scale=SCALES),
     )
     return Found(result.parameters, result.standard_error, result.num_evaluations)
 

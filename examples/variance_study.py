@@ -101,9 +101,8 @@ class Cell:
             distribution=self.distribution,
             scale=p.scale,
             points=self.points,
-            antithetic=self.antithetic,
             covariate=self.covariate,
-            leaf_size=n,
+            on=bridge.Ranks(leaf_size=n),
         )
 
     def feasible_size(self, n: int) -> int | None:
@@ -177,8 +176,8 @@ def oracle(name: str, distribution: str) -> tuple[Array, float]:
         scale=p.scale,
         points="qmc-latin" if endless else "mc",
         covariate="mean" if endless else "loo",
-        leaf_size=n,
-        keep_megabytes=1e4,
+        on=bridge.Ranks(leaf_size=n),
+        memory=bridge.Memory(keep_mb=1e4),
     )
     batches = [jacobians(smoothed, p.theta, 1, step)[0] for step in range(2 if endless else _ORACLE_BATCHES)]
     mean = np.mean(batches, axis=0)

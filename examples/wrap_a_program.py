@@ -27,6 +27,8 @@ simulator = ExternalSimulator(template, Profile(("awk", PROGRAM), timeout_s=10),
 if __name__ == "__main__":
     target = simulator(np.array([[0.4, 5.0]]), np.zeros(1, np.uint64))[0]
     start = {"decay": 0.8, "rate": 4.5}
-    result = bridge.fit(simulator, target, start, seed=0, method="gauss-newton", steps=10, num_samples=16, scale=0.3)
+    result = bridge.fit(
+        simulator, target, start, seed=0, method=bridge.GaussNewton(steps=10, num_samples=16, scale=0.3)
+    )
     if bridge.is_root():
         print("recovered:", {name: round(value, 2) for name, value in space.mapping(result.parameters).items()})

@@ -85,10 +85,9 @@ def squares(simulator, theta, scale, density, n, repetitions, points, antithetic
         distribution=density,
         scale=scale,
         points=points,
-        antithetic=antithetic,
         covariate=covariate,
         simulator_seeds="independent",
-        leaf_size=n,
+        on=bridge.Ranks(leaf_size=n),
     )
     whole = [jacobians(smoothed, np.array(theta), 16, step) for step in range(repetitions // 16)]
     return np.sum((np.concatenate(whole) - truth) ** 2, axis=(1, 2))

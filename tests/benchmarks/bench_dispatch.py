@@ -109,7 +109,7 @@ def exact(gradients: bool, seconds: float = 1e-3, n: int = 64) -> None:
         spin(seconds)
         return prepared[int(abs(1e6 * x[0])) % 4]
 
-    smoothed = bridge.smooth(f, seed=0, num_samples=n, scale=0.1, schedule="static")
+    smoothed = bridge.smooth(f, seed=0, num_samples=n, scale=0.1, on=bridge.Ranks(schedule="static"))
     dispatcher, strategy = smoothed.dispatcher, smoothed.strategy
     theta = torch.zeros(8, dtype=torch.float64, requires_grad=gradients)
 
@@ -262,7 +262,7 @@ def uneven(schedule: str, n: int = 64) -> None:
         time.sleep(length[x.tobytes()])
         return np.zeros(10)
 
-    smoothed = bridge.smooth(f, seed=0, num_samples=n, points="mc", schedule=schedule)
+    smoothed = bridge.smooth(f, seed=0, num_samples=n, points="mc", on=bridge.Ranks(schedule=schedule))
     dispatcher = smoothed.dispatcher
 
     def work(lengths, step):

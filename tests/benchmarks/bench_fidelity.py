@@ -145,7 +145,9 @@ def cost_ratio(p: Problem) -> float:
 
 
 def jacobian(p: Problem, seed: int, step: int, num_samples: int, **settings: Any) -> tuple[torch.Tensor, Any]:
-    smoothed = bridge.smooth(p.fine, seed=seed, num_samples=num_samples, scale=p.natural, leaf_size=32, **settings)
+    smoothed = bridge.smooth(
+        p.fine, seed=seed, num_samples=num_samples, scale=p.natural, on=bridge.Ranks(leaf_size=32), **settings
+    )
     estimate = smoothed.estimate(p.theta, step)
     return estimate.jacobian().to(torch.float64) * p.natural, estimate.surrogate_weight
 

@@ -83,12 +83,12 @@ def machine_numbers() -> dict[str, float]:
     theta, v = torch.zeros(D, requires_grad=True), torch.ones(1)
 
     def step_time(n: int, leaf: int) -> float:
-        smoothed = bridge.smooth(simulator, seed=0, num_samples=n, leaf_size=leaf, comm=alone)
+        smoothed = bridge.smooth(simulator, seed=0, num_samples=n, on=bridge.Ranks(leaf_size=leaf, comm=alone))
         smoothed(theta, 0).backward(v)
         return quick(lambda: smoothed(theta, 1).backward(v), 9)
 
     def preparation(n: int) -> float:
-        strategy = bridge.smooth(simulator, seed=0, num_samples=n, comm=alone).strategy
+        strategy = bridge.smooth(simulator, seed=0, num_samples=n, on=bridge.Ranks(comm=alone)).strategy
         return quick(lambda: make_weights(strategy, make_design(strategy, 1, 0, D).nodes, None, None, None), 9)
 
     row = max(0.0, (preparation(4096) - preparation(1024)) / 3072)
@@ -127,7 +127,7 @@ def measured_step(cost: float, m: int, cv: float, schedule: str) -> dict[str, fl
         return output
 
     known = bridge.as_simulator(simulator, output_shape=(m,))
-    smoothed = bridge.smooth(known, seed=0, num_samples=N, scale=0.1, schedule=schedule)
+    smoothed = bridge.smooth(known, seed=0, num_samples=N, scale=0.1, on=bridge.Ranks(schedule=schedule))
     theta, v = torch.zeros(D, requires_grad=True), torch.ones(m)
     smoothed(theta, 0).backward(v)
     slept.clear()

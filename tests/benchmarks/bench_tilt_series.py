@@ -82,7 +82,7 @@ def blocks(images: int) -> None:
             for seed in range(4):
                 points = "orthogonal" if name == "columns" else "auto"
                 smoothed = bridge.smooth(
-                    simulator, seed=seed, num_samples=runs, scale=0.2, antithetic=True, points=points
+                    simulator, seed=seed, num_samples=runs, scale=0.2, points=bridge.Antithetic(points)
                 )
                 if name == "columns":
                     narrow = smoothed.estimate(torch.zeros(4, dtype=torch.float64)).jacobian()

@@ -79,7 +79,7 @@ def of_squared_error(simulator: Any) -> list[Any]:
 
 def of_surrogate(simulator: Any) -> list[Any]:
     estimate = bridge.smooth(
-        levels, seed=0, num_samples=8, scale=0.1, surrogate=simulator, surrogate_samples=16
+        levels, seed=0, num_samples=8, scale=0.1, surrogate=bridge.Surrogate(simulator, samples=16)
     ).estimate(THETA)
     return [estimate.value, estimate.jacobian()]
 
@@ -148,7 +148,7 @@ def test_other_processes_hand_over_the_same_numbers(where: dict[str, Any], tmp_p
 
     store = bridge.Store(tmp_path / "store", above_s=0.0)
     for _ in range(2):  # the second time out of the store
-        got = bridge.smooth(simulate, seed=0, num_samples=8, scale=0.1, store=store, **where).estimate(THETA)
+        got = bridge.smooth(simulate, seed=0, num_samples=8, scale=0.1, memory=store, **where).estimate(THETA)
         want = bridge.smooth(levels, seed=0, num_samples=8, scale=0.1).estimate(THETA)
         assert torch.allclose(got.value, want.value, rtol=1e-13)
         assert torch.allclose(got.jacobian(), want.jacobian(), rtol=1e-10)
@@ -173,7 +173,7 @@ def test_streamed_sums_ask_for_one_dtype() -> None:
         count += 1
         return (np.ones(3) * x[0]).astype(np.float32 if count < 17 else np.float64)
 
-    smoothed = bridge.smooth(simulate, seed=0, num_samples=64, scale=0.1, keep_megabytes=0)
+    smoothed = bridge.smooth(simulate, seed=0, num_samples=64, scale=0.1, memory=bridge.Memory(keep_mb=0))
     with pytest.raises(bridge.BridgeError, match=r"one dtype .*float32 first and then .*float64"):
         smoothed(THETA.clone().requires_grad_())
 
@@ -277,10 +277,7 @@ def test_losses_of_no_number_are_told(loss: Any, said: str) -> None:
         bridge.smooth_loss(levels, loss, seed=0, num_samples=4, scale=0.1)(THETA)
     for method in ("adam", "natural"):
         with pytest.raises(bridge.InputError, match=said):
-            bridge.fit(
-                levels, np.zeros((2, 3)), [0.3, 0.5], seed=0, loss=lambda y, t: loss(y), method=method, steps=1,
-                num_samples=4,
-            )  # fmt: skip
+            bridge.fit(levels, np.zeros((2, 3)), [0.3, 0.5], seed=0, steps=1, num_samples=4, method=method, misfit=lambda y, t: loss(y))  # fmt: skip
 
 
 def test_bytes_do_not_wrap_in_losses() -> None:
@@ -305,10 +302,7 @@ def test_float32_outputs_lose_nothing_in_sums(keep: float, samples: int) -> None
         return narrow(X).astype(np.float64)
 
     got, want = (
-        bridge.smooth(
-            bridge.as_simulator(f, vectorized=True), seed=0, num_samples=samples, scale=0.1, points="mc",
-            covariate="loo", keep_megabytes=keep,
-        ).estimate(THETA)
+        bridge.smooth(bridge.as_simulator(f, vectorized=True), seed=0, num_samples=samples, scale=0.1, points="mc", covariate="loo", memory=bridge.Memory(keep_mb=keep)).estimate(THETA)
         for f in (narrow, wide)
     )  # fmt: skip
     assert got.streamed == (keep == 0 and samples > 3)
@@ -320,10 +314,7 @@ def test_float32_outputs_lose_nothing_in_sums(keep: float, samples: int) -> None
 
 def test_the_same_float32_number_from_all_runs_is_the_value() -> None:
     constant = np.full((100, 5), 123456.78, dtype=np.float32)
-    smoothed = bridge.smooth(
-        bridge.as_simulator(lambda X: constant[: len(X)], vectorized=True), seed=0, num_samples=100, scale=0.1,
-        points="mc", keep_megabytes=0,
-    )  # fmt: skip
+    smoothed = bridge.smooth(bridge.as_simulator(lambda X: constant[: len(X)], vectorized=True), seed=0, num_samples=100, scale=0.1, points="mc", memory=bridge.Memory(keep_mb=0))  # fmt: skip
     estimate = smoothed.estimate(THETA)
     assert float((estimate.value - float(constant[0, 0])).abs().max()) <= 1e-10
     assert float(estimate.jacobian().abs().max()) <= 1e-3
@@ -374,7 +365,9 @@ def test_what_is_masked_counts_nowhere(form: str) -> None:
     spoiled = np.where(BAD, np.nan, NOISY)
     spoiled[12] = -99.0
     got = bridge.fit(described(quadratic), np.ma.masked_array(spoiled, BAD), [0.0, 0, 0], seed=0, **FORMS[form])
-    other = bridge.fit(described(quadratic), NOISY, [0.0, 0, 0], seed=0, mask=BAD.tolist(), **FORMS[form])
+    other = bridge.fit(
+        described(quadratic), NOISY, [0.0, 0, 0], seed=0, misfit=bridge.LeastSquares(mask=BAD.tolist()), **FORMS[form]
+    )
     want = bridge.fit(
         described(lambda p: quadratic(p)[~BAD]), NOISY[~BAD], [0.0, 0, 0], seed=0, **selected(FORMS[form])
     )
@@ -412,9 +405,15 @@ def test_masks_that_cannot_be_are_told() -> None:
         (np.ones(40, bool), "In a mask True means no data"),
     ):
         with pytest.raises(bridge.InputError, match=said):
-            bridge.fit(described(quadratic), NOISY, [0.0, 0, 0], seed=0, mask=mask)
+            bridge.fit(described(quadratic), NOISY, [0.0, 0, 0], seed=0, misfit=bridge.LeastSquares(mask=mask))
     with pytest.raises(bridge.InputError, match="mixes masked numbers into every one"):
-        bridge.fit(described(quadratic), NOISY, [0.0, 0, 0], seed=0, mask=BAD, whiten=lambda y: torch.fft.rfft(y).real)
+        bridge.fit(
+            described(quadratic),
+            NOISY,
+            [0.0, 0, 0],
+            seed=0,
+            misfit=bridge.LeastSquares(mask=BAD, whiten=lambda y: torch.fft.rfft(y).real),
+        )
 
 
 def test_a_loss_of_ones_own_gets_nothing_of_what_is_masked() -> None:
@@ -426,7 +425,9 @@ def test_a_loss_of_ones_own_gets_nothing_of_what_is_masked() -> None:
 
     masked = np.ma.masked_array(np.where(BAD, 1e20, NOISY), BAD)
     for method in ("adam", "natural"):
-        bridge.fit(described(quadratic), masked, [0.0, 0, 0], seed=0, loss=loss, method=method, steps=2, num_samples=4)
+        bridge.fit(
+            described(quadratic), masked, [0.0, 0, 0], seed=0, steps=2, num_samples=4, method=method, misfit=loss
+        )
     assert seen
     assert all(float(y) == float(t) == 0 for y, t in seen)
 
@@ -451,7 +452,9 @@ def test_a_job_file_names_a_mask(tmp_path: Path) -> None:
     )
     loaded = load_job(job, tmp_path / "results")
     result, _ = run_job(loaded, "off")
-    want = bridge.fit(described(quadratic), NOISY, [0.0, 0, 0], seed=0, mask=BAD, variance=0.0025)
+    want = bridge.fit(
+        described(quadratic), NOISY, [0.0, 0, 0], seed=0, variance=0.0025, misfit=bridge.LeastSquares(mask=BAD)
+    )
     np.testing.assert_allclose(result.parameters, want.parameters, rtol=1e-3)
     assert result.dof == 30
     page = write_report(result, loaded.target, tmp_path / "report.html").read_text()
@@ -483,7 +486,9 @@ def lacking(x: np.ndarray) -> np.ndarray:
 )
 def test_each_number_is_estimated_from_the_runs_that_have_it(how: dict[str, Any]) -> None:
     common: dict[str, Any] = {"seed": 0, "num_samples": 64, "scale": 0.1, "min_ok": 0.2, **how}
-    whole = bridge.smooth(lacking, missing="ignore", **common).estimate(THETA, scale_gradient=True)
+    whole = bridge.smooth(lacking, failures=bridge.Raise(missing="ignore"), **common).estimate(
+        THETA, scale_gradient=True
+    )
     t = torch.tensor([0.3, 0.2], dtype=torch.float64)
     for j in range(4):
         one = bridge.smooth(lambda x, j=j: lacking(x)[j], failures="drop", **common).estimate(
@@ -500,7 +505,9 @@ def test_each_number_is_estimated_from_the_runs_that_have_it(how: dict[str, Any]
 
 
 def test_a_number_that_few_runs_have_is_nan_and_has_no_gradient() -> None:
-    smoothed = bridge.smooth(lacking, seed=0, num_samples=64, scale=0.1, missing="ignore", replicates=4)
+    smoothed = bridge.smooth(
+        lacking, seed=0, num_samples=64, scale=0.1, replicates=4, failures=bridge.Raise(missing="ignore")
+    )
     at = torch.tensor([0.9, 0.2], dtype=torch.float64, requires_grad=True)
     value = smoothed(at)
     assert torch.isnan(value).tolist() == [False, True, False, False]
@@ -517,18 +524,22 @@ def test_a_number_that_few_runs_have_is_nan_and_has_no_gradient() -> None:
 
 def test_infinite_numbers_and_nothing_at_all_stay_failures() -> None:
     for bad in (np.array([np.inf, 1.0]), np.array([np.nan, np.nan])):
-        smoothed = bridge.smooth(lambda x, bad=bad: bad, seed=0, num_samples=8, scale=0.1, missing="ignore")
+        smoothed = bridge.smooth(
+            lambda x, bad=bad: bad, seed=0, num_samples=8, scale=0.1, failures=bridge.Raise(missing="ignore")
+        )
         with pytest.raises(bridge.EvaluationError, match="NaN or infinite"):
             smoothed(THETA)
     with pytest.raises(bridge.EvaluationError, match='missing="ignore"'):
         bridge.smooth(lacking, seed=0, num_samples=64, scale=0.1)(THETA)
     with pytest.raises(bridge.InputError, match="Unknown missing='drop'"):
-        bridge.smooth(lacking, seed=0, num_samples=64, scale=0.1, missing="drop")
+        bridge.smooth(lacking, seed=0, num_samples=64, scale=0.1, failures=bridge.Raise(missing="drop"))
     for what in ({"covariate": "bq"}, {"surrogate": lacking}):
         with pytest.raises(bridge.InputError, match="missing='"):
-            bridge.smooth(lacking, seed=0, num_samples=64, scale=0.1, missing="ignore", **what)
+            bridge.smooth(lacking, seed=0, num_samples=64, scale=0.1, failures=bridge.Raise(missing="ignore"), **what)
     loo = {"points": "mc", "covariate": "loo"}
-    whole = bridge.smooth(lacking, seed=0, num_samples=64, scale=0.1, missing="ignore", **loo).estimate(THETA)
+    whole = bridge.smooth(
+        lacking, seed=0, num_samples=64, scale=0.1, failures=bridge.Raise(missing="ignore"), **loo
+    ).estimate(THETA)
     with pytest.raises(bridge.InputError, match=r"lack no numbers .*replicates=8"):
         whole.standard_error.sum()
 
@@ -539,7 +550,8 @@ def test_masked_outputs_lack_what_is_masked() -> None:
         return np.ma.masked_array(np.where(np.isnan(y), -99.0, y), np.isnan(y))
 
     got, want = (
-        bridge.smooth(f, seed=0, num_samples=32, scale=0.1, missing="ignore").estimate(THETA) for f in (masked, lacking)
+        bridge.smooth(f, seed=0, num_samples=32, scale=0.1, failures=bridge.Raise(missing="ignore")).estimate(THETA)
+        for f in (masked, lacking)
     )
     assert torch.equal(got.value.nan_to_num(), want.value.nan_to_num())
 
@@ -555,7 +567,14 @@ def short(p: np.ndarray) -> np.ndarray:
 def test_fits_of_outputs_that_lack_numbers(method: str) -> None:
     more: dict[str, Any] = {"max_runs": 90} if method == "kriging" else {"num_samples": 12}
     result = bridge.fit(
-        described(short), NOISY, [0.5, 1.0, 0.0], seed=0, method=method, variance=0.0025, missing="ignore", **more
+        described(short),
+        NOISY,
+        [0.5, 1.0, 0.0],
+        seed=0,
+        variance=0.0025,
+        failures=bridge.Raise(missing="ignore"),
+        method=method,
+        **more,
     )
     there = ~np.isnan(result.output)
     exact = np.linalg.lstsq(np.stack([X, X, X**2], axis=1)[there] ** [0, 1, 1], NOISY[there], rcond=None)[0]
@@ -583,7 +602,14 @@ def test_no_run_looks_better_for_what_it_lacks(method: str) -> None:
     start = [1.6, 1.5, 0.0]
     more: dict[str, Any] = {} if method == "kriging" else {"num_samples": 16}
     result = bridge.fit(
-        described(escapes), NOISY, start, seed=0, method=method, variance=0.0025, missing="ignore", **more
+        described(escapes),
+        NOISY,
+        start,
+        seed=0,
+        variance=0.0025,
+        failures=bridge.Raise(missing="ignore"),
+        method=method,
+        **more,
     )
     assert math.isclose(result.parameters[0], 1.0, abs_tol=0.1)
     assert not np.isnan(result.output).any()
@@ -591,15 +617,19 @@ def test_no_run_looks_better_for_what_it_lacks(method: str) -> None:
 
 def test_what_a_covariance_cannot_do_is_told() -> None:
     with pytest.raises(bridge.InputError, match="missing='ignore', got a covariance"):
-        bridge.fit(described(short), NOISY, [0.5, 1.0, 0.0], seed=0, variance=CORRELATED, missing="ignore")
+        bridge.fit(
+            described(short),
+            NOISY,
+            [0.5, 1.0, 0.0],
+            seed=0,
+            variance=CORRELATED,
+            failures=bridge.Raise(missing="ignore"),
+        )
 
 
 def test_runs_that_lack_numbers_are_kept_and_taken_up(tmp_path: Path) -> None:
     def go(directory: str, **more: Any) -> bridge.FitResult:
-        return bridge.fit(
-            described(short), NOISY, [0.5, 1.0, 0.0], seed=0, variance=0.0025, missing="ignore", max_runs=40,
-            directory=tmp_path / directory, **more,
-        )  # fmt: skip
+        return bridge.fit(described(short), NOISY, [0.5, 1.0, 0.0], seed=0, variance=0.0025, failures=bridge.Raise(missing="ignore"), stop=bridge.Stop(runs=40), run=tmp_path / directory, **more)  # fmt: skip
 
     first = go("a")
     again = go("b", reuse=tmp_path / "a")

@@ -152,7 +152,7 @@ def test_only_the_newest_directories_of_failed_runs_stay(tmp_path):
 
 def test_twenty_directories_stay_where_nothing_is_said_and_the_log_has_a_line_a_round(tmp_path, caplog):
     simulator = failing(tmp_path)
-    smoothed = bridge.smooth(simulator, seed=0, num_samples=30, scale=0.1, failures="drop", min_ok=0.0)
+    smoothed = bridge.smooth(simulator, seed=0, num_samples=30, scale=0.1, failures=bridge.Drop(at_least=0.0))
     with caplog.at_level(logging.WARNING, logger="bridge"), pytest.raises(bridge.BridgeError):
         smoothed.estimate([5.0])
     assert len(list(tmp_path.iterdir())) == 20
@@ -166,7 +166,7 @@ def test_a_round_in_which_many_runs_fail_is_one_line_of_the_log(tmp_path, caplog
     )
     space = ParameterSpace((Parameter("x", "", 0, 9),))
     simulator = ExternalSimulator(template, Profile(("sh", "run.sh"), scratch=tmp_path), space, ())
-    smoothed = bridge.smooth(simulator, seed=0, num_samples=24, scale=0.3, failures="drop", min_ok=0.0)
+    smoothed = bridge.smooth(simulator, seed=0, num_samples=24, scale=0.3, failures=bridge.Drop(at_least=0.0))
     with caplog.at_level(logging.WARNING, logger="bridge"):
         estimate = smoothed.estimate([5.0])
     assert 0 < estimate.num_failed < 24

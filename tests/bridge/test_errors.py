@@ -98,16 +98,16 @@ def test_number_of_parameters_is_that_of_the_space():
 )
 def test_bad_simulators(function, kind, words):
     with pytest.raises(kind, match=words):
-        bridge.smooth(function, seed=0, num_samples=8, leaf_size=8)(X)
+        bridge.smooth(function, seed=0, num_samples=8, on=bridge.Ranks(leaf_size=8))(X)
 
 
 def test_declared_and_vectorised_shapes():
     wide = bridge.as_simulator(identity, vectorized=True, output_shape=(3,))
-    smoothed = bridge.smooth(wide, seed=0, num_samples=8, leaf_size=8)
+    smoothed = bridge.smooth(wide, seed=0, num_samples=8, on=bridge.Ranks(leaf_size=8))
     with pytest.raises(OutputError, match=r"Expected outputs of shape \(8, 3\) .* got \(8, 2\)"):
         smoothed(X)
     scalar = bridge.as_simulator(lambda x: x[:, 0], vectorized=True, output_shape=(1,))
-    smoothed = bridge.smooth(scalar, seed=0, num_samples=8, leaf_size=8)
+    smoothed = bridge.smooth(scalar, seed=0, num_samples=8, on=bridge.Ranks(leaf_size=8))
     with pytest.raises(OutputError, match=r"declare output_shape=\(\)"):
         smoothed(X)
 

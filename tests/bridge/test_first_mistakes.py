@@ -434,6 +434,6 @@ def test_values_of_other_kinds_are_told(given, said):
 
 
 def test_a_level_that_is_no_number_is_told():
-    result = bridge.fit(lambda p: p * [1.0, 2.0], np.array([1.0, 2.0]), [0.5, 0.5], seed=0, max_runs=20)
+    result = bridge.fit(lambda p: p * [1.0, 2.0], np.array([1.0, 2.0]), [0.5, 0.5], seed=0, stop=bridge.Stop(runs=20))
     with pytest.raises(bridge.InputError, match="level between 0 and 1"):
         result.interval("a")

@@ -37,7 +37,7 @@ def test_columns_hold_all_of_the_jacobian(example: ModuleType, layout: Any) -> N
     """Of the smooth mode, against automatic differentiation in one image's own parameters and the axis."""
     series, theta = layout.series("smooth"), example.truth(layout, 7)
     box = bridge.as_simulator(example.Columns(series, theta), natural_scale=example.UNITS[:4].tolist())
-    smoothed = bridge.smooth(box, seed=0, num_samples=8, points="orthogonal", antithetic=True, scale=0.02)
+    smoothed = bridge.smooth(box, seed=0, num_samples=8, points="antithetic-orthogonal", scale=0.02)
     columns = smoothed.estimate(torch.zeros(4)).jacobian()
     names, n, t = list(series.space.names), layout.images, 1
     for k, name in enumerate([f"{kind}[{t}]" for kind in example.KINDS] + ["tilt_axis_deg"]):

@@ -43,9 +43,9 @@ def killed_and_resumed(fit, folder, at):
             raise Killed
 
     with pytest.raises(Killed):
-        fit(folder / "killed", on_step=die, every_s=0)
+        fit(folder / "killed", run=bridge.Run(None, every_s=0), watch=die)
     seen = []
-    resumed = fit(folder / "killed", on_step=seen.append)
+    resumed = fit(folder / "killed", watch=seen.append)
     assert tuple(seen) == resumed.history
     assert resumed.parameters.tobytes() == whole.parameters.tobytes()
     assert (resumed.covariance is None) == (whole.covariance is None)

@@ -146,7 +146,9 @@ def centre_probability(x, scale):
 def test_smoothed_choice_between_three_paths():
     x = np.array([0.2, -0.3, 1.0, 0.1, 0.6, 0.0, 0.8, -0.4, 0.3])
     scale = 0.5
-    smoothed = bridge.smooth(ShortestPath(3), seed=5, num_samples=4096, scale=scale, points="sobol", leaf_size=4096)
+    smoothed = bridge.smooth(
+        ShortestPath(3), seed=5, num_samples=4096, scale=scale, points="sobol", on=bridge.Ranks(leaf_size=4096)
+    )
     estimate = smoothed.estimate(torch.as_tensor(x).expand(8, 9))
     values, jacobians = estimate.value[:, 1, 1].double().numpy(), estimate.jacobian()[:, 1, 1].double().numpy()
     exact = centre_probability(x, scale)

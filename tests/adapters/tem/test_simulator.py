@@ -512,7 +512,11 @@ def test_the_bridge_fits_it(lab: Lab) -> None:
     simulator = lab.make(bounds=bounds)
     target = at(simulator, x_nm=2.0, y_nm=-1.0)
     found = bridge.fit(
-        simulator, target, {"x_nm": 1.0, "y_nm": 0.0}, seed=0, method="gauss-newton", steps=5, num_samples=8, scale=0.5
+        simulator,
+        target,
+        {"x_nm": 1.0, "y_nm": 0.0},
+        seed=0,
+        method=bridge.GaussNewton(steps=5, num_samples=8, scale=0.5),
     )
     error = simulator.space.vector(found.parameters) - np.array([2.0, -1.0])
     assert np.abs(error).max() < 0.1

@@ -138,7 +138,7 @@ def test_the_pool_evaluates_at_the_same_time_and_survives_a_crash(tmp_path):
         return x
 
     simulator = bridge.as_simulator(f, repeatable=True)
-    smoothed = bridge.smooth(simulator, seed=3, num_samples=16, points="mc", workers=4, failures="drop")
+    smoothed = bridge.smooth(simulator, seed=3, num_samples=16, points="mc", failures="drop", on=4)
     e = smoothed.estimate(torch.zeros(2, dtype=torch.float64), step=1)
     crashed = int((e._evaluation.problems[0].design.nodes.eps[:, 0] > 1.0).sum())
     assert crashed > 0
@@ -229,13 +229,13 @@ def test_groups_of_ranks_evaluate_a_parallel_simulator(run_ranks):
 def test_a_parallel_simulator_needs_ranks():
     simulator = bridge.as_simulator(lambda x, comm: x, parallel=True)
     with pytest.raises(InputError, match="mpirun -n 2"):
-        bridge.smooth(simulator, seed=0, ranks_per_evaluation=2)
+        bridge.smooth(simulator, seed=0, on=bridge.Ranks(per_evaluation=2))
     with pytest.raises(InputError, match="ranks_per_evaluation"):
         bridge.smooth(simulator, seed=0)(torch.zeros(1))
     with pytest.raises(InputError, match="schedule"):
-        bridge.smooth(lambda x: x, seed=0, schedule="random")
+        bridge.smooth(lambda x: x, seed=0, on=bridge.Ranks(schedule="random"))
     with pytest.raises(InputError, match="workers"):
-        bridge.smooth(lambda x: x, seed=0, workers=0)
+        bridge.smooth(lambda x: x, seed=0, on=0)
 
 
 def test_what_does_not_fit_in_memory_is_on_disk_and_the_same(tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ def test_a_library_that_would_crash_is_not_tried(library, osc, refused):
 @pytest.mark.parametrize("keep", [24.0, 0.0])
 def test_rows_that_were_lost_or_done_twice_are_an_error(monkeypatch, claimed, missing, twice, keep):
     """Whatever the library does later on: each unit is counted where ranks exchange who has what."""
-    smoothed = bridge.smooth(lambda x: np.full(9, x.sum()), seed=0, num_samples=4, keep_megabytes=keep)
+    smoothed = bridge.smooth(lambda x: np.full(9, x.sum()), seed=0, num_samples=4, memory=bridge.Memory(keep_mb=keep))
     theta = torch.zeros(2, dtype=torch.float64)
     smoothed(theta)
     monkeypatch.setattr(SerialDispatcher, "claims", lambda self, count, steal: ((i, False) for i in claimed))

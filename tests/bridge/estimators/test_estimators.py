@@ -44,7 +44,9 @@ def truths(name, scale):
 
 def replicated(name, scale, n, **kwargs):
     """REPLICATES independent estimates, as one batch of problems."""
-    smoothed = bridge.smooth(VECTORIZED, seed=5, distribution=name, num_samples=n, leaf_size=n, **kwargs)
+    smoothed = bridge.smooth(
+        VECTORIZED, seed=5, distribution=name, num_samples=n, on=bridge.Ranks(leaf_size=n), **kwargs
+    )
     return smoothed.estimate(X.expand(REPLICATES, 2), scale=scale, scale_gradient=True)
 
 
@@ -228,7 +230,7 @@ def test_leaf_size_follows_from_n_alone():
 
 @pytest.mark.parametrize("keep", [0.0, 100.0])
 def test_a_batch_is_its_problems_one_by_one_bitwise(keep):
-    smoothed = bridge.smooth(VECTORIZED, seed=2, num_samples=48, scale=0.4, keep_megabytes=keep)
+    smoothed = bridge.smooth(VECTORIZED, seed=2, num_samples=48, scale=0.4, memory=bridge.Memory(keep_mb=keep))
     batch = torch.stack([X, X + 0.3, X - 0.2]).reshape(3, 1, 2)
     together = smoothed(batch, step=4)
     assert together.shape == (3, 1, 2)
@@ -248,7 +250,7 @@ def test_a_value_has_the_same_bits_whatever_derivatives_are_added_up_beside_it(s
     def simulator(x):
         return (100 + np.sin(x @ matrix)).astype(np.float32)
 
-    smoothed = bridge.smooth(simulator, seed=0, num_samples=samples, scale=0.4, keep_megabytes=0)
+    smoothed = bridge.smooth(simulator, seed=0, num_samples=samples, scale=0.4, memory=bridge.Memory(keep_mb=0))
     theta, scale = torch.zeros(dimension), torch.full((dimension,), 0.4, dtype=torch.float64)
     alone = smoothed(theta)
     assert torch.equal(smoothed(theta.requires_grad_()), alone)
@@ -266,7 +268,9 @@ def test_the_memory_of_outputs_is_used_again_once_they_are_added_up(monkeypatch)
         return result
 
     monkeypatch.setattr(module._Memory, "empty", told)
-    smoothed = bridge.smooth(lambda x: np.full(5000, x[0]), seed=0, num_samples=256, scale=0.4, keep_megabytes=0)
+    smoothed = bridge.smooth(
+        lambda x: np.full(5000, x[0]), seed=0, num_samples=256, scale=0.4, memory=bridge.Memory(keep_mb=0)
+    )
     smoothed(torch.zeros(1))
     places.clear()
     smoothed(torch.zeros(1), step=1)
@@ -276,7 +280,7 @@ def test_the_memory_of_outputs_is_used_again_once_they_are_added_up(monkeypatch)
 
 def test_kept_and_streamed_agree():
     a, b = (
-        bridge.smooth(VECTORIZED, seed=2, num_samples=100, keep_megabytes=k, covariate="f(x)").estimate(
+        bridge.smooth(VECTORIZED, seed=2, num_samples=100, covariate="f(x)", memory=bridge.Memory(keep_mb=k)).estimate(
             X, scale=L, scale_gradient=True
         )
         for k in (0.0, 100.0)
@@ -323,7 +327,10 @@ def test_one_dispatch_for_a_mapped_batch_and_no_calls_in_backward():
         return smooth_function(x)
 
     smoothed = bridge.smooth(
-        bridge.as_simulator(counted, vectorized=True, repeatable=True), seed=0, num_samples=8, leaf_size=8
+        bridge.as_simulator(counted, vectorized=True, repeatable=True),
+        seed=0,
+        num_samples=8,
+        on=bridge.Ranks(leaf_size=8),
     )
     batch = X.expand(5, 2).clone().requires_grad_()
     y = torch.func.vmap(smoothed)(batch)
@@ -379,7 +386,7 @@ def test_learned_log_scale_and_unsmoothed_forward():
     smoothed = bridge.smooth(VECTORIZED, seed=0, num_samples=64, scale=torch.ones(2))
     smoothed(X, scale=log_scale.exp()).sum().backward()
     assert log_scale.grad.abs().min() > 0
-    plain = bridge.smooth(VECTORIZED, seed=0, num_samples=64, scale=0.3, forward="unsmoothed")
+    plain = bridge.smooth(VECTORIZED, seed=0, num_samples=64, scale=0.3).straight_through()
     theta = X.clone().requires_grad_()
     y = plain(theta)
     np.testing.assert_allclose(y.detach(), smooth_function(X.numpy()[None])[0], rtol=1e-14)

@@ -113,9 +113,8 @@ def estimates(problem, name, n, repetitions, points, antithetic, covariate, **kw
         distribution=name,
         scale=scale,
         points=points,
-        antithetic=antithetic,
         covariate=covariate,
-        leaf_size=n,
+        on=bridge.Ranks(leaf_size=n),
         **kwargs,
     )
     estimate = smoothed.estimate(torch.as_tensor(theta, dtype=torch.float64).expand(repetitions, d))

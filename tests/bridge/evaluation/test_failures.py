@@ -41,7 +41,7 @@ def test_each_way_of_failing_is_counted_and_told(caplog):
 @pytest.mark.parametrize("leaf_size", [1, 16])
 def test_a_penalty_stands_in_the_place_of_a_failed_output(leaf_size):
     settings = {"seed": 0, "num_samples": 64, "points": "mc", "leaf_size": leaf_size}
-    e = bridge.smooth(fragile, failures="penalty", penalty=7.0, **settings).estimate(ZERO)
+    e = bridge.smooth(fragile, failures=bridge.Penalty(7.0), **settings).estimate(ZERO)
     error, nan = which(e)
 
     def repaired(x):
@@ -59,11 +59,11 @@ def test_a_penalty_stands_in_the_place_of_a_failed_output(leaf_size):
 
 def test_too_few_successes_are_an_error():
     settings = {"seed": 0, "num_samples": 64, "points": "mc", "failures": "drop"}
-    e = bridge.smooth(fragile, min_ok=0.5, **settings).estimate(ZERO)
+    e = bridge.smooth(fragile, failures=bridge.Raise(at_least=0.5), **settings).estimate(ZERO)
     share = 1 - e.num_failed / 64
     with pytest.raises(EvaluationError, match=r"Expected at least 95% of the runs to succeed \(min_ok\), got"):
-        bridge.smooth(fragile, min_ok=0.95, **settings).estimate(ZERO)
-    bridge.smooth(fragile, min_ok=share, **settings).estimate(ZERO)
+        bridge.smooth(fragile, failures=bridge.Raise(at_least=0.95), **settings).estimate(ZERO)
+    bridge.smooth(fragile, failures=bridge.Raise(at_least=share), **settings).estimate(ZERO)
 
 
 def test_the_quorum_is_the_one_that_was_asked_for():
@@ -73,7 +73,7 @@ def test_the_quorum_is_the_one_that_was_asked_for():
         return np.where(x[0] > -0.6, np.nan, x)
 
     settings = {"seed": 0, "num_samples": 64, "points": "mc", "failures": "drop"}
-    e = bridge.smooth(rare, min_ok=0.1, **settings).estimate(torch.stack([ZERO, ZERO]))
+    e = bridge.smooth(rare, failures=bridge.Raise(at_least=0.1), **settings).estimate(torch.stack([ZERO, ZERO]))
     assert e.num_failed > 64
     assert torch.isfinite(e.value).all()
     with pytest.raises(EvaluationError, match="min_ok"):
@@ -90,13 +90,15 @@ def test_a_run_is_tried_again_with_the_same_seed():
         return x
 
     sim = bridge.as_simulator(flaky, seeded=True, repeatable=True)
-    value = bridge.smooth(sim, seed=0, num_samples=4, retries=2, leaf_size=1)(ZERO)
+    value = bridge.smooth(sim, seed=0, num_samples=4, failures=bridge.Raise(retries=2), on=bridge.Ranks(leaf_size=1))(
+        ZERO
+    )
     assert len(seen) == 12
     assert len(set(seen)) == 4
-    assert torch.equal(value, bridge.smooth(lambda x: x, seed=0, num_samples=4, leaf_size=1)(ZERO))
+    assert torch.equal(value, bridge.smooth(lambda x: x, seed=0, num_samples=4, on=bridge.Ranks(leaf_size=1))(ZERO))
     seen.clear()
     with pytest.raises(EvaluationError, match="licence server busy"):
-        bridge.smooth(sim, seed=0, num_samples=4, retries=1, leaf_size=1)(ZERO)
+        bridge.smooth(sim, seed=0, num_samples=4, failures=bridge.Raise(retries=1), on=bridge.Ranks(leaf_size=1))(ZERO)
 
 
 def test_what_is_no_failure_of_a_run_is_never_dropped():
@@ -109,7 +111,7 @@ def test_what_is_no_failure_of_a_run_is_never_dropped():
         raise InputError("Expected positive mass.")
 
     with pytest.raises(InputError, match="positive mass"):
-        bridge.smooth(bridge.as_simulator(refuses, vectorized=True), seed=0, failures="penalty", penalty=0.0)(ZERO)
+        bridge.smooth(bridge.as_simulator(refuses, vectorized=True), seed=0, failures=bridge.Penalty(0.0))(ZERO)
 
 
 @pytest.mark.parametrize(

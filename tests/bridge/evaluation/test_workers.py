@@ -39,7 +39,7 @@ def test_it_gives_the_same_bits():
         pair = []
         for isolate in (None, "process"):
             theta = THETA.clone().requires_grad_()
-            value = bridge.smooth(smooth_one, isolate=isolate, keep_megabytes=keep, **kwargs)(theta)
+            value = bridge.smooth(smooth_one, on="process", memory=bridge.Memory(keep_mb=keep), **kwargs)(theta)
             (gradient,) = torch.autograd.grad((value**2).sum(), theta)
             pair.append((value.detach(), gradient))
         assert torch.equal(pair[0][0], pair[1][0])
@@ -79,7 +79,7 @@ def test_a_failure_is_an_error_that_says_where_and_the_next_row_runs(function, e
 def test_failures_are_dropped_each_paid_once(function):
     kwargs = {"seed": 3, "num_samples": 16, "points": "mc", "failures": "drop"}
     begin = time.monotonic()
-    estimate = bridge.smooth(function, isolate="process", timeout_s=0.3, **kwargs).estimate(THETA)
+    estimate = bridge.smooth(function, on=bridge.Isolated(timeout_s=0.3), **kwargs).estimate(THETA)
     took = time.monotonic() - begin
     plain = bridge.smooth(fail, **kwargs).estimate(THETA)
     assert estimate.num_failed == plain.num_failed > 1
@@ -97,9 +97,9 @@ def test_own_errors_stay_what_they_are():
     with pytest.raises(InputError, match="positive"):
         isolated(smooth_one, timeout_s=0)
     with pytest.raises(InputError, match="isolate='process'"):
-        bridge.smooth(smooth_one, seed=0, timeout_s=1.0)
+        bridge.smooth(smooth_one, seed=0, on=bridge.Isolated(timeout_s=1.0))
     with pytest.raises(InputError, match="thread"):
-        bridge.smooth(smooth_one, seed=0, isolate="thread")
+        bridge.smooth(smooth_one, seed=0, on="process")
     lock = threading.Lock()
     with pytest.raises(InputError, match="sent to another process"):
         isolated(lambda x: (lock, x)[1])

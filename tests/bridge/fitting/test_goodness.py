@@ -63,7 +63,14 @@ def test_p_values_of_right_models_are_uniform_and_nothing_is_said(method):
     p, said = [], 0
     for seed in range(40):
         r = bridge.fit(
-            simulator(), noisy_target(seed), TRUTH, seed=seed, method=method, variance=SIGMA**2, scale=0.2, max_runs=400
+            simulator(),
+            noisy_target(seed),
+            TRUTH,
+            seed=seed,
+            variance=SIGMA**2,
+            scale=0.2,
+            method=method,
+            stop=bridge.Stop(runs=400),
         )
         p.append(r.p_value)
         said += any("not explained" in w for w in r.warnings)
@@ -83,10 +90,7 @@ def test_the_noise_of_the_simulator_is_no_misfit(method):
     p, said = [], 0
     most = {"kriging": 100, "gauss-newton": 400}[method]  # a Gaussian process of many noisy runs takes its time
     for seed in range(12):
-        r = bridge.fit(
-            simulator(shaken, seeded=True), noisy_target(seed), TRUTH, seed=seed, method=method, variance=SIGMA**2,
-            max_runs=most,
-        )  # fmt: skip
+        r = bridge.fit(simulator(shaken, seeded=True), noisy_target(seed), TRUTH, seed=seed, variance=SIGMA**2, method=method, stop=bridge.Stop(runs=most))  # fmt: skip
         p.append(r.p_value)
         said += any("not explained" in w for w in r.warnings)
     assert said == 0
@@ -96,25 +100,25 @@ def test_the_noise_of_the_simulator_is_no_misfit(method):
 
 def test_a_wrong_model_is_named_with_or_without_a_variance():
     target = noisy_target() + 0.3 * np.sin(5 * T)
-    known = bridge.fit(simulator(), target, START, seed=0, variance=SIGMA**2, max_runs=60)
+    known = bridge.fit(simulator(), target, START, seed=0, variance=SIGMA**2, stop=bridge.Stop(runs=60))
     assert any(w.startswith("The target is not explained: chi-square is") for w in known.warnings)
     assert known.p_value < 1e-10
-    unknown = bridge.fit(simulator(), target, START, seed=0, max_runs=60)
+    unknown = bridge.fit(simulator(), target, START, seed=0, stop=bridge.Stop(runs=60))
     assert any(w.startswith("Residuals are not noise") for w in unknown.warnings)
 
 
 def test_white_residuals_and_exact_fits_are_not_called_patterns():
     for seed in range(8):
-        r = bridge.fit(simulator(), noisy_target(seed), TRUTH, seed=seed, max_runs=60)
+        r = bridge.fit(simulator(), noisy_target(seed), TRUTH, seed=seed, stop=bridge.Stop(runs=60))
         assert not any("not noise" in w for w in r.warnings)
-    exact = bridge.fit(simulator(), curve(TRUTH), START, seed=0, max_runs=100)
+    exact = bridge.fit(simulator(), curve(TRUTH), START, seed=0, stop=bridge.Stop(runs=100))
     assert not any("not noise" in w for w in exact.warnings)
 
 
 def test_the_output_that_is_to_blame_is_named():
     target = noisy_target()
     target[17] += 3.0
-    r = bridge.fit(simulator(), target, START, seed=0, variance=SIGMA**2, max_runs=60)
+    r = bridge.fit(simulator(), target, START, seed=0, variance=SIGMA**2, stop=bridge.Stop(runs=60))
     (index, share), *_ = r.largest_shares()
     assert index == (17,)
     assert share > 0.5
@@ -130,7 +134,7 @@ def test_shares_with_a_covariance_are_of_the_outputs_not_of_what_is_whitened():
     covariance = SIGMA**2 * (0.6 ** np.abs(np.subtract.outer(np.arange(30), np.arange(30))))
     target = noisy_target()
     target[3] += 2.0
-    r = bridge.fit(simulator(), target, TRUTH, seed=0, variance=covariance, max_runs=60)
+    r = bridge.fit(simulator(), target, TRUTH, seed=0, variance=covariance, stop=bridge.Stop(runs=60))
     e = r.output - target
     whole = e @ np.linalg.solve(covariance, e)
     assert r.chi_square == pytest.approx(whole, rel=1e-8)
@@ -140,7 +144,12 @@ def test_shares_with_a_covariance_are_of_the_outputs_not_of_what_is_whitened():
 
 def test_a_loss_of_ones_own_has_a_loss_and_no_chi_square():
     r = bridge.fit(
-        simulator(), noisy_target(), START, seed=0, method="adam", steps=30, loss=lambda y, t: (y - t).abs().sum()
+        simulator(),
+        noisy_target(),
+        START,
+        seed=0,
+        method=bridge.Adam(steps=30),
+        misfit=lambda y, t: (y - t).abs().sum(),
     )
     assert r.loss == pytest.approx(np.abs(r.output - noisy_target()).sum())
     assert (r.chi_square, r.dof, r.p_value, r.loss_share) == (None, None, None, None)
@@ -149,7 +158,7 @@ def test_a_loss_of_ones_own_has_a_loss_and_no_chi_square():
 
 def test_every_start_that_is_kept_has_the_loss_of_its_output():
     starts = np.array([START, [1.0, 0.5, 0.0]])
-    r = bridge.fit(simulator(), noisy_target(), starts, seed=0, method="gauss-newton", halving=False)
+    r = bridge.fit(simulator(), noisy_target(), starts, seed=0, method=bridge.GaussNewton(halving=False))
     for end in r.ends:
         assert end.loss == pytest.approx(0.5 * ((curve(end.parameters) - noisy_target()) ** 2).sum(), rel=1e-9)
     assert r.loss in [end.loss for end in r.ends]

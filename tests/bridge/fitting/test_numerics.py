@@ -92,7 +92,7 @@ def checked(case):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
-            result = bridge.fit(**case, max_runs=BUDGETS[method], **more)
+            result = bridge.fit(stop=bridge.Stop(runs=BUDGETS[method]), **case, **more)
         except bridge.BridgeError:
             return None
     assert np.isfinite(result.parameters).all()
@@ -144,14 +144,14 @@ def test_outputs_that_are_no_use_are_bad_runs_in_every_method(method, bad):
 
     sim = bridge.as_simulator(f, natural_scale=[0.3, 0.3])
     settings_ = {} if method in ("kriging", "trust-region") else {"num_samples": 16, "steps": 30}
-    result = bridge.fit(sim, np.zeros(3), [1.0, 1.5], seed=0, method=method, max_runs=600, **settings_)
+    result = bridge.fit(sim, np.zeros(3), [1.0, 1.5], seed=0, method=method, stop=bridge.Stop(runs=600), **settings_)
     assert np.abs(result.parameters - [1.0, 2.0]).max() < 0.3, result
     assert result.num_failed > 0
     assert any("NaN, infinite or enormous" in said for said in result.warnings)
     with pytest.raises(
         bridge.errors.EvaluationError, match=r"finite outputs at the start|of the (runs|8 rows|16 rows) to succeed"
     ):
-        bridge.fit(sim, np.zeros(3), [5.0, 5.0], seed=0, method=method, max_runs=600, **settings_)
+        bridge.fit(sim, np.zeros(3), [5.0, 5.0], seed=0, method=method, stop=bridge.Stop(runs=600), **settings_)
 
 
 def test_a_run_that_raises_ends_a_fit_still():
@@ -163,7 +163,7 @@ def test_a_run_that_raises_ends_a_fit_still():
     sim = bridge.as_simulator(f, natural_scale=[0.3, 0.3])
     for method in ("kriging", "gauss-newton"):
         with pytest.raises(bridge.errors.EvaluationError, match="no licence"):
-            bridge.fit(sim, np.zeros(2), [1.1, 1.5], seed=0, method=method, max_runs=200)
+            bridge.fit(sim, np.zeros(2), [1.1, 1.5], seed=0, method=method, stop=bridge.Stop(runs=200))
 
 
 def test_squares_that_overflow_leave_an_answer():
@@ -178,7 +178,7 @@ def test_squares_that_overflow_leave_an_answer():
     for natural in (None, [1.0, 1.0, 1.0]):
         for failures in ({}, {"failures": "drop"}):
             sim = bridge.as_simulator(f, names=["a", "b", "c"], natural_scale=natural)
-            result = bridge.fit(sim, target, [2.0, 0.0001, -0.01], seed=0, max_runs=30, **failures)
+            result = bridge.fit(sim, target, [2.0, 0.0001, -0.01], seed=0, stop=bridge.Stop(runs=30), **failures)
             assert result.loss <= 0.5 * ((f(np.array([2.0, 0.0001, -0.01])) - target) ** 2).sum()
 
 
@@ -189,13 +189,13 @@ def test_far_starts_and_outliers(natural):
 
     truth = np.array([1000.0, 2000.0, -500.0])
     sim = bridge.as_simulator(parabola, names=["a", "b", "c"], natural_scale=natural)
-    result = bridge.fit(sim, parabola(truth), [0.0] * 3, seed=1, max_runs=60)
+    result = bridge.fit(sim, parabola(truth), [0.0] * 3, seed=1, stop=bridge.Stop(runs=60))
     np.testing.assert_allclose(result.parameters, truth, rtol=1e-3)
     target = parabola(np.array([1.0, 2.0, -0.5]))
     target[3] = -9999.0
     A = np.stack([X**0, X, X**2], axis=1)
     best = np.linalg.lstsq(A, target, rcond=None)[0]
-    result = bridge.fit(sim, target, [0.0] * 3, seed=1, max_runs=100)
+    result = bridge.fit(sim, target, [0.0] * 3, seed=1, stop=bridge.Stop(runs=100))
     least, at_start = (float(((A @ p - target) ** 2).sum()) for p in (best, np.zeros(3)))
     assert 2 * result.loss - least < 1e-3 * (at_start - least)
 
@@ -204,7 +204,7 @@ def test_a_start_five_hundred_natural_scales_from_the_answer_at_a_bound():
     near = bridge.as_simulator(
         lambda p: np.array([p[0] - 1e-5, p[1]]), bounds=[(1e-4, 1.0), (0.1, 0.3)], natural_scale=[1e-3, 0.01]
     )
-    result = bridge.fit(near, np.zeros(2), [0.5, 0.2], seed=1, max_runs=60)
+    result = bridge.fit(near, np.zeros(2), [0.5, 0.2], seed=1, stop=bridge.Stop(runs=60))
     np.testing.assert_allclose(result.parameters, [1e-4, 0.1], atol=1e-3)  # a natural scale
 
 
@@ -216,7 +216,7 @@ def test_ten_digits_are_an_end_and_nine_orders_of_loss_are_none():
         return b[0] * np.exp(-b[1] * t) + b[2] * np.exp(-b[3] * t) + b[4] * np.exp(-b[5] * t)
 
     truth, start = np.array([0.0951, 1, 0.8607, 3, 1.5576, 5]), np.array([0.5, 0.7, 3.6, 4.2, 4, 6.3])
-    result = bridge.fit(f, f(truth), start, seed=0, max_runs=250)
+    result = bridge.fit(f, f(truth), start, seed=0, stop=bridge.Stop(runs=250))
     np.testing.assert_allclose(result.parameters, truth, rtol=1e-3)
     line = bridge.fit(lambda p: p[0] + p[1] * X, 3 + 2 * X, [1.0, 1.0], seed=0)
     assert (line.stop_reason, line.num_evaluations <= 120, line.warnings) == ("converged", True, ())
@@ -272,7 +272,7 @@ def test_a_circuit_in_si_units():
     target = response(truth)
     bounds = [(10, 500), (1e-4, 1e-2), (1e-8, 1e-6)]
     sim = bridge.as_simulator(response, names=["r", "l", "c"], bounds=bounds)
-    result = bridge.fit(sim, target, [90, 2e-3, 1.8e-7], seed=0, variance=1e-4, max_runs=120)
+    result = bridge.fit(sim, target, [90, 2e-3, 1.8e-7], seed=0, variance=1e-4, stop=bridge.Stop(runs=120))
     # Only l c and r / l are seen: along the rest the target says nothing.
     r, inductance, c = result.parameters
     np.testing.assert_allclose([inductance * c, r / inductance], [1e-10, 5e4], rtol=0.01)
@@ -284,17 +284,17 @@ def test_parameters_of_sizes_from_a_millionth_to_a_million():
         return p[0] * 1e6 + p[1] * 1e-6 * X + p[2] * X**2
 
     truth = [3e-6, 4e6, 2.0]
-    result = bridge.fit(g, g(truth), [1e-6, 1e6, 0.0], seed=0, max_runs=100)
+    result = bridge.fit(g, g(truth), [1e-6, 1e6, 0.0], seed=0, stop=bridge.Stop(runs=100))
     np.testing.assert_allclose(result.parameters, truth, rtol=1e-4)
     # A start of nothing but zeros: the first runs alone say how large things are.
-    result = bridge.fit(g, g(truth), [0.0, 0.0, 0.0], seed=0, max_runs=150)
+    result = bridge.fit(g, g(truth), [0.0, 0.0, 0.0], seed=0, stop=bridge.Stop(runs=150))
     assert not (result.stop_reason == "converged" and result.loss > 1)
 
 
 def test_natural_scales_are_part_of_a_run(tmp_path):
     def fit(**said):
         sim = bridge.as_simulator(lambda p: p[0] + p[1] * X, names=["a", "b"], **said)
-        return bridge.fit(sim, 3 + 2 * X, [1.0, 1.0], seed=0, directory=tmp_path, steps=2)
+        return bridge.fit(sim, 3 + 2 * X, [1.0, 1.0], seed=0, method=bridge.Kriging(rounds=2), run=tmp_path)
 
     fit()
     with pytest.raises(bridge.errors.InputError, match="natural_scale was"):
@@ -310,7 +310,7 @@ def test_forty_one_parameters_by_default():
         return (3 - 2 * x) * x - p[:-2] - 2 * p[2:] + 1
 
     start = -np.ones(41)
-    result = bridge.fit(broyden, np.zeros(41), start, seed=0, max_runs=300)
+    result = bridge.fit(broyden, np.zeros(41), start, seed=0, stop=bridge.Stop(runs=300))
     assert result.method == "kriging"
     assert np.sum(broyden(result.parameters) ** 2) < 1e-10 * np.sum(broyden(start) ** 2)
 
@@ -376,7 +376,16 @@ def test_a_step_to_where_every_run_fails_is_taken_back_where_failed_runs_are_dat
             raise RuntimeError("it does not converge")
         return np.array([x[0], x[0] ** 2, x[1]])
 
-    result = bridge.fit(f, [0.0, 0.0, 1.0], [1.0, 0.0], seed=0, method=method, num_samples=8, min_ok=0.25, **failures)
+    result = bridge.fit(
+        f,
+        [0.0, 0.0, 1.0],
+        [1.0, 0.0],
+        seed=0,
+        num_samples=8,
+        failures=bridge.Raise(at_least=0.25),
+        method=method,
+        **failures,
+    )
     assert result.num_failed > 0
     if failures["failures"] == "drop":
         assert result.parameters[0] > 0.3

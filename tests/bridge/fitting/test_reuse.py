@@ -43,7 +43,7 @@ def exact(target):
 def earlier(tmp_path_factory):
     """The directory of a fit to another target."""
     directory = tmp_path_factory.mktemp("earlier")
-    result = bridge.fit(linear, A @ TRUTH + NOISE, START, directory=directory, **SETTINGS)
+    result = bridge.fit(linear, A @ TRUTH + NOISE, START, run=directory, **SETTINGS)
     assert (result.num_reused, result.num_cached, result.num_evaluations) == (0, 0, EARLIER)
     return directory
 
@@ -92,7 +92,7 @@ def test_a_linear_simulator_known_from_elsewhere_needs_runs_only_to_confirm(earl
 
 def test_few_runs_make_the_first_round_smaller_and_runs_that_tell_nothing_do_no_harm(tmp_path):
     few = Store(tmp_path / "few", above_s=0.0)
-    bridge.smooth(linear, seed=0, num_samples=2, store=few)(torch.zeros(3))
+    bridge.smooth(linear, seed=0, num_samples=2, memory=few)(torch.zeros(3))
     alone, helped = refit(), refit(reuse=few)
     assert (helped.num_reused, alone.num_reused) == (2, 0)
     assert helped.history[0].num_evaluations == alone.history[0].num_evaluations - 2
@@ -103,8 +103,15 @@ def test_few_runs_make_the_first_round_smaller_and_runs_that_tell_nothing_do_no_
         return np.floor(theta + 0.5)
 
     flat = Store(tmp_path / "flat", above_s=0.0)
-    bridge.smooth(steps, seed=0, num_samples=8, scale=1e-3, store=flat)(torch.zeros(3))
-    result = bridge.fit(steps, [3.0, -2.0, 1.0], START, seed=0, scale=1e-3, reuse=flat, max_runs=120)
+    bridge.smooth(steps, seed=0, num_samples=8, scale=1e-3, memory=flat)(torch.zeros(3))
+    result = bridge.fit(
+        steps,
+        [3.0, -2.0, 1.0],
+        START,
+        seed=0,
+        method=bridge.Kriging(scale=1e-3, reuse=flat),
+        stop=bridge.Stop(runs=120),
+    )
     assert result.num_reused == 8
     assert "too small" in result.history[0].note
     np.testing.assert_array_equal(steps(result.parameters), [3.0, -2.0, 1.0])
@@ -120,7 +127,7 @@ def test_runs_of_a_smoothed_fit_count_where_they_were_made(tmp_path):
 
 def test_more_runs_than_a_model_is_made_of_are_those_nearest_to_the_best(tmp_path):
     store = Store(tmp_path, above_s=0.0)
-    bridge.smooth(linear, seed=0, num_samples=256, scale=3.0, points="mc", store=store)(torch.zeros(3))
+    bridge.smooth(linear, seed=0, num_samples=256, scale=3.0, points="mc", memory=store)(torch.zeros(3))
     result = refit(max_runs=6, reuse=store)
     assert result.num_reused == 150
     np.testing.assert_allclose(result.parameters, exact(A @ OTHER + NOISE), atol=2e-3)

@@ -235,7 +235,7 @@ def test_integer_outputs_do_not_make_errors_of_nothing():
     z = []
     for seed in range(3):
         truth = np.array([rng.uniform(15, 30), rng.uniform(30, 60)])
-        result = bridge.fit(simulator, throw(truth), [20.0, 45.0], seed=seed, max_runs=100)
+        result = bridge.fit(simulator, throw(truth), [20.0, 45.0], seed=seed, stop=bridge.Stop(runs=100))
         assert np.isfinite(result.standard_error).all() or result.warnings
         z += list((result.parameters - truth) / result.standard_error)
     assert np.nanmax(np.abs(z)) < 4
@@ -277,7 +277,7 @@ def test_intervals_are_students_and_end_at_the_bounds():
     assert np.isinf(known.interval_dof)
     with pytest.raises(bridge.InputError, match="level between 0 and 1"):
         result.interval(95)
-    few = bridge.fit(lambda p: p[0] + p[1] * T[:2], target[:2], [0.9, 2.1], seed=0, max_runs=40)
+    few = bridge.fit(lambda p: p[0] + p[1] * T[:2], target[:2], [0.9, 2.1], seed=0, stop=bridge.Stop(runs=40))
     assert np.isnan(few.standard_error).all()
     assert any("2 outputs do not tell 2 parameters" in w for w in few.warnings)
 
@@ -335,7 +335,7 @@ def test_a_valley_that_bends_has_no_small_error():
     truth = np.array([50, 1e-3, 1e-7])
     for seed in range(3):
         target = response(truth) + 0.01 * np.random.default_rng(seed).normal(size=len(t))
-        result = bridge.fit(simulator, target, [90, 2e-3, 1.8e-7], seed=seed, variance=1e-4, max_runs=120)
+        result = bridge.fit(simulator, target, [90, 2e-3, 1.8e-7], seed=seed, variance=1e-4, stop=bridge.Stop(runs=120))
         lower, upper = result.interval()
         assert (~np.isfinite(lower) | (lower < truth) & (truth < upper)).all()
         assert result.warnings
@@ -370,7 +370,7 @@ def test_where_all_rounded_outputs_are_met_warnings_are_about_the_stated_errors(
     def rounded(p):
         return np.round(fading(p), 2)
 
-    r = bridge.fit(rounded, rounded([2.0, 0.7, 0.5]), [1.6, 0.9, 0.4], seed=seed, max_runs=80)
+    r = bridge.fit(rounded, rounded([2.0, 0.7, 0.5]), [1.6, 0.9, 0.4], seed=seed, stop=bridge.Stop(runs=80))
     assert r.loss == 0
     assert np.isfinite(r.standard_error).all()
     assert not any("or more" in w or "not determined" in w for w in r.warnings)
@@ -378,7 +378,7 @@ def test_where_all_rounded_outputs_are_met_warnings_are_about_the_stated_errors(
 
 @pytest.mark.parametrize("runs", [2, 3])
 def test_too_few_runs_are_not_the_target_s_fault(runs):
-    r = bridge.fit(fading, faded(0), [1.5, 1.0, 0.3], seed=0, variance=4e-4, max_runs=runs)
+    r = bridge.fit(fading, faded(0), [1.5, 1.0, 0.3], seed=0, variance=4e-4, stop=bridge.Stop(runs=runs))
     assert r.standard_error is not None
     assert np.isnan(r.standard_error).all()
     assert any(f"not tell {len(r.parameters)} parameters apart" in w for w in r.warnings)
@@ -394,7 +394,7 @@ def test_where_no_error_is_stated_nothing_is_said_of_errors_but_why():
 
     for seed in range(4):
         target = fringes([100.0, 10.0]) + 0.02 * np.random.default_rng(seed).normal(size=200)
-        r = bridge.fit(fringes, target, [100.3, 6.0], seed=seed, variance=4e-4, max_runs=60)
+        r = bridge.fit(fringes, target, [100.3, 6.0], seed=seed, variance=4e-4, stop=bridge.Stop(runs=60))
         if np.isfinite(r.standard_error).any():
             continue
         assert not any(w.startswith(("Standard errors are", "Residuals of neighbouring")) for w in r.warnings)

@@ -142,7 +142,7 @@ def test_failures_of_evaluations_lengthen_them_as_a_geometric_number_of_attempts
 @pytest.mark.parametrize("leaf", [None, 1, 8])
 def test_units_and_leaves_are_those_of_the_code(n, leaf):
     workload = Workload(cost_s=1.0, num_samples=n, leaf_size=leaf, num_outputs=10_000_000, dimension=2)
-    strategy = bridge.smooth(np.sin, seed=0, num_samples=n, leaf_size=leaf, points="mc").strategy
+    strategy = bridge.smooth(np.sin, seed=0, num_samples=n, points="mc", on=bridge.Ranks(leaf_size=leaf)).strategy
     assert workload.unit_rows == strategy.leaf_size
     assert workload.units_in_leaf == Layout(1, n, strategy.leaf_size).units_in_leaf(workload.streamed)
 

@@ -46,7 +46,7 @@ def fit(observers, **settings):
     settings = {"seed": 0, "method": "gauss-newton", "steps": 6, "num_samples": 8, "scale": 0.2} | settings
     with observers:
         observers.start(ParameterSpace.unnamed(2), max_steps=settings["steps"], max_runs=None, title="small")
-        result = bridge.fit(simulator, simulator([1.0, 2.0]), [0.8, 1.7], on_step=observers.step, **settings)
+        result = bridge.fit(simulator, simulator([1.0, 2.0]), [0.8, 1.7], watch=observers.step, **settings)
         observers.end(result)
     return result
 
@@ -292,10 +292,10 @@ def test_a_resumed_fit_writes_each_step_once(tmp_path, cut):
 
         def end(self, result): ...
 
-    fit(Observers([JSONLines(path), Interrupt()]), directory=tmp_path / "run", every_s=0)
+    fit(Observers([JSONLines(path), Interrupt()]), run=bridge.Run(tmp_path / "run", every_s=0))
     assert len(read(path)) == 3
     path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
-    result = fit(Observers([JSONLines(path)]), directory=tmp_path / "run")
+    result = fit(Observers([JSONLines(path)]), run=tmp_path / "run")
     assert len(result.history) == 6
     without_time = [[{k: v for k, v in x.items() if k != "time"} for x in read(p)] for p in (path, whole)]
     assert without_time[0] == without_time[1]
@@ -304,7 +304,7 @@ def test_a_resumed_fit_writes_each_step_once(tmp_path, cut):
 def test_another_fit_takes_the_file_over_from_where_it_differs(tmp_path):
     path = tmp_path / "steps.jsonl"
     fit(Observers([JSONLines(path)]), seed=1)
-    result = fit(Observers([JSONLines(path)]), seed=2, steps=4)
+    result = fit(Observers([JSONLines(path)]), seed=2, method=bridge.Kriging(rounds=4))
     assert [x["loss"] for x in read(path)] == [h.loss for h in result.history]
     # The same beginning, but shorter.
     observers = Observers([JSONLines(path)])

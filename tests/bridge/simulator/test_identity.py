@@ -321,7 +321,7 @@ def test_what_is_changed_by_hand_between_two_calls_counts(tmp_path: Path) -> Non
             return self.gain * inputs
 
     simulator = Sim()
-    smoothed = bridge.smooth(simulator, seed=0, num_samples=8, store=Store(tmp_path, above_s=0))
+    smoothed = bridge.smooth(simulator, seed=0, num_samples=8, memory=Store(tmp_path, above_s=0))
     first = smoothed.estimate(THETA)
     simulator.gain = 10.0
     second = smoothed.estimate(THETA)
@@ -333,13 +333,13 @@ def test_what_is_changed_by_hand_between_two_calls_counts(tmp_path: Path) -> Non
 
 def test_what_calls_change_leaves_a_simulator_the_one_it_was(tmp_path: Path) -> None:
     def run(f: Any) -> int:
-        return bridge.smooth(f, seed=0, num_samples=8, store=Store(tmp_path, above_s=0)).estimate(THETA).num_cached
+        return bridge.smooth(f, seed=0, num_samples=8, memory=Store(tmp_path, above_s=0)).estimate(THETA).num_cached
 
     f = stateful()
     assert [run(f), run(f), run(stateful())] == [0, 8, 8]
     f.setting["gain"] = 3.0  # by hand, not by a call
     assert run(f) == 0
-    smoothed = bridge.smooth(stateful(), seed=0, num_samples=8, store=Store(tmp_path, above_s=0))
+    smoothed = bridge.smooth(stateful(), seed=0, num_samples=8, memory=Store(tmp_path, above_s=0))
     assert [smoothed.estimate(THETA, step).num_cached for step in (1, 1, 2, 2)] == [0, 8, 0, 8]
 
 
@@ -351,7 +351,7 @@ def test_a_fit_goes_on_though_its_simulator_has_counted(tmp_path: Path) -> None:
 
     settings = {"seed": 0, "variance": 1e-4, "directory": tmp_path / "run", "every_s": 0.0, "max_runs": 12}
     with pytest.raises(Killed):
-        bridge.fit(f, [3.0], [0.5], on_step=die, **settings)
+        bridge.fit(f, [3.0], [0.5], watch=die, **settings)
     result = bridge.fit(f, [3.0], [0.5], **settings)
     alone = bridge.fit(stateful(), [3.0], [0.5], **{**settings, "directory": None})
     assert result.history == alone.history
@@ -395,7 +395,7 @@ def test_what_cannot_be_seen_is_named_where_it_is_and_needs_an_identity(make: An
     where = rf"item 1 of key 'key' of attribute 'content' of closure variable 'box' of deep: .*{words}"
     for function, path in ((f, f"closure variable 'thing' of f: .*{words}"), (deep, where)):
         with pytest.raises(InputError, match=path + ".*identity="):
-            bridge.smooth(function, seed=0, store=Store(tmp_path / "store"))
+            bridge.smooth(function, seed=0, memory=Store(tmp_path / "store"))
     for asked in ({"directory": tmp_path / "run"}, {"reuse": Store(tmp_path / "store")}):
         with pytest.raises(InputError, match=f"closure variable 'thing' of f: .*{words}"):
             bridge.fit(f, [1.0], [0.0], seed=0, **asked)
@@ -404,7 +404,7 @@ def test_what_cannot_be_seen_is_named_where_it_is_and_needs_an_identity(make: An
     named = bridge.as_simulator(f, identity="engine 2")
     assert identity_of(named) == "engine 2"
     found = [
-        bridge.smooth(named, seed=0, num_samples=4, store=Store(tmp_path / "s", above_s=0)).estimate(THETA).num_cached
+        bridge.smooth(named, seed=0, num_samples=4, memory=Store(tmp_path / "s", above_s=0)).estimate(THETA).num_cached
         for _ in range(2)
     ]
     assert found == [0, 4]
@@ -490,7 +490,7 @@ def test_an_edited_deck_does_not_find_the_old_results(folder: Path, tmp_path: Pa
         template = TextTemplate(inputs={"in.sh": deck}, output="stdout.txt")
         simulator = ExternalSimulator(template, Profile(("sh", "in.sh")), ParameterSpace((Parameter("a"),)), ())
         store = Store(tmp_path / "store", above_s=0)
-        return bridge.smooth(simulator, seed=0, num_samples=4, scale=0.01, store=store).estimate(THETA)
+        return bridge.smooth(simulator, seed=0, num_samples=4, scale=0.01, memory=store).estimate(THETA)
 
     assert run("echo {a}\n").num_cached == 0
     edited = run("echo 10{a:.3f}\n")
@@ -506,7 +506,7 @@ def test_another_mesh_is_another_simulator(tmp_path: Path) -> None:
 
     def run(mesh: Any, store: Store | None) -> Any:
         simulator = bridge.make("raster", mesh=mesh, size=(16, 16), lens=20.0)
-        return bridge.smooth(simulator, seed=0, num_samples=4, scale=0.1, store=store).estimate(theta)
+        return bridge.smooth(simulator, seed=0, num_samples=4, scale=0.1, memory=store).estimate(theta)
 
     run(trimesh.creation.box(), Store(tmp_path, above_s=0))
     ball = trimesh.creation.icosphere(2)
@@ -644,7 +644,7 @@ def test_another_loss_or_map_is_another_fit(tmp_path: Path) -> None:
             bridge.fit(f, [1.0, 1.0], [0.5], **settings, **second)
     lock = threading.Lock()
     with pytest.raises(InputError, match=r"Expected loss= of which all can be seen.*closure variable 'lock'"):
-        bridge.fit(f, [1.0, 1.0], [0.5], seed=0, directory=tmp_path / "l", loss=lambda y, t: y.sum() * (lock is lock))
+        bridge.fit(f, [1.0, 1.0], [0.5], seed=0, misfit=lambda y, t: y.sum() * (lock is lock), run=tmp_path / "l")
     assert not (tmp_path / "l").exists()
 
 

@@ -69,7 +69,7 @@ def test_a_function_that_is_none_is_noticed(accident):
 
 def test_fits_notice_too():
     with pytest.warns(UserWarning, match="gives other numbers"):
-        bridge.fit(ACCIDENTS["a generator of its own"], [1.0, 2.0], START, seed=0, steps=3)
+        bridge.fit(ACCIDENTS["a generator of its own"], [1.0, 2.0], START, seed=0, method=bridge.Kriging(rounds=3))
 
 
 def seeds_itself(x):
@@ -107,16 +107,16 @@ def test_where_runs_are_counted_draws_are_noticed_by_one_run_more():
         return x + 0.1 * np.random.normal(size=2)  # noqa: NPY002
 
     with pytest.warns(NotRepeatableWarning, match="gives other numbers .*numpy's global generator"):
-        result = bridge.fit(f, [1.0, 2.0], START, seed=0, max_runs=12)
+        result = bridge.fit(f, [1.0, 2.0], START, seed=0, stop=bridge.Stop(runs=12))
     assert len(calls) == result.num_evaluations + 1
     with pytest.warns(NotRepeatableWarning, match="gives other numbers"):
-        bridge.fit(seeds_itself_late, [1.0, 2.0], START, seed=0, max_runs=12)
+        bridge.fit(seeds_itself_late, [1.0, 2.0], START, seed=0, stop=bridge.Stop(runs=12))
 
 
 def test_of_dear_functions_it_is_said_what_is_known(monkeypatch):
     monkeypatch.setattr("bridge.simulator.repeatability._CHEAP_S", 0.0)
     with pytest.warns(NotRepeatableWarning, match="draws from numpy's .* If its outputs depend on that, results"):
-        bridge.fit(seeds_itself, [1.0, 2.0], START, seed=0, max_runs=12)
+        bridge.fit(seeds_itself, [1.0, 2.0], START, seed=0, stop=bridge.Stop(runs=12))
 
 
 def test_fits_that_count_their_runs_make_none_more():
@@ -128,10 +128,10 @@ def test_fits_that_count_their_runs_make_none_more():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = bridge.fit(f, [1.0, 2.0], START, seed=0, max_runs=12)
+        result = bridge.fit(f, [1.0, 2.0], START, seed=0, stop=bridge.Stop(runs=12))
     assert len(calls) == result.num_evaluations <= 12
     with pytest.warns(UserWarning, match="draws from numpy's global generator"):
-        bridge.fit(ACCIDENTS["numpy's global generator"], [1.0, 2.0], START, seed=0, max_runs=12)
+        bridge.fit(ACCIDENTS["numpy's global generator"], [1.0, 2.0], START, seed=0, stop=bridge.Stop(runs=12))
 
 
 @pytest.mark.parametrize("how", [{"workers": 3}, {"isolate": "process"}])
@@ -266,7 +266,7 @@ def writes_a_file(x):
 
 def test_processes_have_working_directories_of_their_own(tmp_path):
     smoothed = bridge.smooth(
-        writes_a_file, seed=0, num_samples=24, scale=0.1, workers=3, own_directory=tmp_path / "scratch"
+        writes_a_file, seed=0, num_samples=24, scale=0.1, on=bridge.Workers(3, own_directory=tmp_path / "scratch")
     )
     plain = bridge.smooth(lambda x: x, seed=0, num_samples=24, scale=0.1)
     assert torch.equal(smoothed.estimate(START).value, plain.estimate(START).value)
@@ -275,4 +275,4 @@ def test_processes_have_working_directories_of_their_own(tmp_path):
     assert not list((tmp_path / "scratch").iterdir())
     assert not Path("result.txt").exists()
     with pytest.raises(bridge.InputError, match="own_directory"):
-        bridge.smooth(writes_a_file, seed=0, own_directory=True)
+        bridge.smooth(writes_a_file, seed=0, on=bridge.Isolated(own_directory=True))

@@ -74,16 +74,16 @@ def test_squared_error_is_unbiased_in_value_and_both_gradients():
     exact = _truth(theta, L, target, weight)
     exact_theta, exact_L = torch.autograd.grad(exact, (theta, L))
     repetitions, n = 4000, 4
-    smoothed = bridge.smooth(WAVES, seed=3, num_samples=n, points="mc", leaf_size=n)
+    smoothed = bridge.smooth(WAVES, seed=3, num_samples=n, points="mc", on=bridge.Ranks(leaf_size=n))
     e = smoothed.estimate(X.expand(repetitions, 3), scale=L.detach(), scale_gradient=True)
 
     def z_scores(samples, truth):
         samples = samples.detach()
         return ((samples.mean(0) - truth) / (samples.std(0) / len(samples) ** 0.5)).abs()
 
-    result = bridge.smooth(WAVES, seed=3, num_samples=n, points="mc", covariate="loo", leaf_size=n).estimate(
-        X.expand(repetitions, 3), scale=L.detach(), scale_gradient=True
-    )
+    result = bridge.smooth(
+        WAVES, seed=3, num_samples=n, points="mc", covariate="loo", on=bridge.Ranks(leaf_size=n)
+    ).estimate(X.expand(repetitions, 3), scale=L.detach(), scale_gradient=True)
     result = result.squared_error(target, weight)
     for samples, truth in (
         (result.value, exact),
@@ -95,7 +95,7 @@ def test_squared_error_is_unbiased_in_value_and_both_gradients():
     residual = weight * (e.value - target)
     plug_in = (residual * (e.value - target)).mean(dim=1)
     assert z_scores(plug_in, exact.detach()) > 6
-    loo = bridge.smooth(WAVES, seed=3, num_samples=n, points="mc", covariate="loo", leaf_size=n)
+    loo = bridge.smooth(WAVES, seed=3, num_samples=n, points="mc", covariate="loo", on=bridge.Ranks(leaf_size=n))
     f = loo.estimate(X.expand(repetitions, 3), scale=L.detach())
     assert z_scores(f.vjp(weight * (f.value - target)), exact_theta.detach()).max() > 6
 
@@ -153,7 +153,9 @@ def test_an_adaptive_estimate_keeps_its_budget():
     e = smoothed.estimate_to(X.expand(2, 3), relative_error=1e-6, budget=1000)
     assert (e.reached, e.num_evaluations) == (False, 7 * 128)
     assert (e.value.shape, e.jacobian.shape) == ((2, 2), (2, 2, 3))
-    whole = bridge.smooth(WAVES, seed=0, num_samples=16 * 28, replicates=28, scale=0.8, points="mc", leaf_size=1)
+    whole = bridge.smooth(
+        WAVES, seed=0, num_samples=16 * 28, replicates=28, scale=0.8, points="mc", on=bridge.Ranks(leaf_size=1)
+    )
     torch.testing.assert_close(e.jacobian, whole.estimate(X.expand(2, 3)).jacobian(), rtol=1e-12, atol=1e-12)
     with pytest.raises(InputError, match="at least one round of 64 runs"):
         smoothed.estimate_to(X, relative_error=0.1, budget=63)

@@ -74,7 +74,14 @@ def test_hessian_from_random_rows_is_unbiased():
     truth = -np.sin(X2.numpy() @ A + 0.3) * np.exp(-0.5 * 0.25 * A @ A) * np.outer(A, A)
     for name, more in (("mc", {}), ("mc", {"antithetic": True})):
         smoothed = bridge.smooth(
-            sim, seed=1, num_samples=16, leaf_size=16, scale=0.5, points=name, covariate="block", **more
+            sim,
+            seed=1,
+            num_samples=16,
+            scale=0.5,
+            points=name,
+            covariate="block",
+            on=bridge.Ranks(leaf_size=16),
+            **more,
         )
         batch = X2.expand(1500, 2)
         hessian = torch.func.hessian(lambda t, b: smoothed(t, problem=b))  # noqa: B023
@@ -83,7 +90,7 @@ def test_hessian_from_random_rows_is_unbiased():
 
 
 def test_second_derivatives_need_rows():
-    smoothed = bridge.smooth(lambda x: np.full(50, x.sum()), seed=0, num_samples=16, keep_megabytes=0)
+    smoothed = bridge.smooth(lambda x: np.full(50, x.sum()), seed=0, num_samples=16, memory=bridge.Memory(keep_mb=0))
     with pytest.raises(InputError, match="keep_megabytes=1"):
         torch.autograd.functional.hessian(lambda t: smoothed(t).sum(), X2)
 
@@ -122,7 +129,13 @@ def test_covariance_and_its_derivatives_are_unbiased_at_five_rows():
     n = 20000
     sim = bridge.as_simulator(f, vectorized=True)
     smoothed = bridge.smooth(
-        sim, seed=3, num_samples=5, leaf_size=5, scale=torch.as_tensor(MATRIX), points="mc", keep_megabytes=1e4
+        sim,
+        seed=3,
+        num_samples=5,
+        scale=torch.as_tensor(MATRIX),
+        points="mc",
+        on=bridge.Ranks(leaf_size=5),
+        memory=bridge.Memory(keep_mb=1e4),
     )
     e = smoothed.estimate(X2.expand(n, 2), scale_gradient=True)
     assert_mean(e.covariance().reshape(n, 9)[:, [0, 4, 8]], np.diag(truth(theta, MATRIX)))
@@ -152,7 +165,9 @@ def test_median_statistic_is_the_mean_over_all_subsets(k):
 def test_median_of_cauchy_noise_exists_where_the_mean_does_not():
     """f(y) = y under Cauchy noise: median x, slope 1, by symmetry; k = 5 has finite variance."""
     sim = bridge.as_simulator(lambda x: x[:, :1], vectorized=True)
-    smoothed = bridge.smooth(sim, seed=2, num_samples=33, distribution="cauchy", points="mc", leaf_size=33)
+    smoothed = bridge.smooth(
+        sim, seed=2, num_samples=33, distribution="cauchy", points="mc", on=bridge.Ranks(leaf_size=33)
+    )
     e = smoothed.estimate(torch.full((2000, 1), 0.7, dtype=torch.float64))
     assert_mean(e.median(7)[:, 0], 0.7, power=0.2)
     assert_mean(e.median_jacobian(7)[:, 0, 0], 1.0, power=0.2)
@@ -185,10 +200,7 @@ def test_intervals_cover(points, replicates, covariate):
     sim = bridge.as_simulator(lambda x: np.sin(x @ A.T + 0.3), vectorized=True)
     phase, damp = X2.numpy() @ A.T + 0.3, np.exp(-0.5 * 0.25 * np.sum(A * A, axis=1))
     truth, jacobian = np.sin(phase) * damp, (np.cos(phase) * damp)[:, None] * A
-    smoothed = bridge.smooth(
-        sim, seed=4, num_samples=64, scale=0.5, points=points, replicates=replicates, covariate=covariate,
-        keep_megabytes=1e4, leaf_size=64,
-    )  # fmt: skip
+    smoothed = bridge.smooth(sim, seed=4, num_samples=64, scale=0.5, points=points, replicates=replicates, covariate=covariate, on=bridge.Ranks(leaf_size=64), memory=bridge.Memory(keep_mb=1e4))  # fmt: skip
     e = smoothed.estimate(X2.expand(2000, 2))
     v = torch.tensor([1.0, -0.5], dtype=torch.float64).expand(2000, 2)
     shares = [
@@ -213,7 +225,7 @@ def test_replicates_are_independent_evaluations_of_their_own():
     np.testing.assert_allclose(whole.jacobian(), sum(p.jacobian() for p in parts) / 4, rtol=1e-12)
     np.testing.assert_allclose(whole.value, sum(p.value for p in parts) / 4, rtol=1e-12)
     assert whole.num_evaluations == 32
-    streamed = bridge.smooth(lambda x: np.sin(x), seed=0, num_samples=32, replicates=4, keep_megabytes=0)
+    streamed = bridge.smooth(lambda x: np.sin(x), seed=0, num_samples=32, replicates=4, memory=bridge.Memory(keep_mb=0))
     assert torch.allclose(streamed.estimate(X2, step=3).jacobian(), whole.jacobian())
 
 

@@ -44,8 +44,7 @@ def smooth(simulator=WAVES, *, surrogate=STEPS, surrogate_samples=64, seed=0, nu
         num_samples=num_samples,
         scale=SCALE,
         points=points,
-        surrogate=surrogate,
-        surrogate_samples=surrogate_samples,
+        surrogate=bridge.Surrogate(surrogate, samples=surrogate_samples),
         **settings,
     )
 
@@ -72,7 +71,9 @@ T = torch.tensor([1.0, -2.0], dtype=torch.float64)
 )
 def test_any_weight_is_unbiased(weight, covariate, settings):
     """1,000 and 2,000 independent problems of a batch; the surrogate's own mean is far off, so that it must cancel."""
-    smoothed = smooth(surrogate_samples=32, covariate=covariate, surrogate_weight=weight, leaf_size=16, **settings)
+    smoothed = smooth(
+        surrogate_samples=32, covariate=covariate, surrogate_weight=weight, on=bridge.Ranks(leaf_size=16), **settings
+    )
     estimate = smoothed.estimate(X.expand(1000 if weight == "auto" else 2000, 2))
     value, jacobian = truth()
     assert_mean(estimate.value.numpy(), value)
@@ -128,7 +129,7 @@ def test_a_surrogate_of_zero_and_a_weight_of_zero_change_no_bit(keep, replicates
         assert estimate.streamed == (keep == 0)
         for got, want in zip(everything(estimate, V, T), expected, strict=True):
             assert torch.equal(got, want)
-    auto = smooth(surrogate=ZERO, surrogate_weight="auto", **{**settings, "replicates": 4}).estimate(X)
+    auto = smooth(surrogate=bridge.Surrogate(ZERO, weight="auto"), **{**settings, "replicates": 4}).estimate(X)
     assert torch.equal(auto.surrogate_weight, torch.zeros(4, dtype=torch.float64))
 
 
@@ -136,9 +137,13 @@ def test_a_surrogate_of_zero_and_a_weight_of_zero_change_no_bit(keep, replicates
 def test_the_simulator_as_its_own_surrogate_gives_the_further_rows_alone(keep):
     """f - f is exactly zero: the estimate is that of M rows, whatever N rows are."""
     many, few = (
-        smooth(surrogate=WAVES, num_samples=n, leaf_size=1, keep_megabytes=keep, covariate="block").estimate(
-            X, scale_gradient=True
-        )
+        smooth(
+            surrogate=WAVES,
+            num_samples=n,
+            covariate="block",
+            on=bridge.Ranks(leaf_size=1),
+            memory=bridge.Memory(keep_mb=keep),
+        ).estimate(X, scale_gradient=True)
         for n in (16, 128)
     )
     for a, b in zip(everything(many, V, T), everything(few, V, T), strict=True):
@@ -225,10 +230,10 @@ def test_a_loss_is_taken_of_both():
         return (y**2).sum()
 
     smoothed = bridge.smooth_loss(
-        WAVES, loss, seed=0, num_samples=16, scale=SCALE, points="mc", surrogate=WAVES, surrogate_samples=64
+        WAVES, loss, seed=0, num_samples=16, scale=SCALE, points="mc", surrogate=bridge.Surrogate(WAVES, samples=64)
     )
     other = bridge.smooth_loss(
-        WAVES, loss, seed=0, num_samples=32, scale=SCALE, points="mc", surrogate=WAVES, surrogate_samples=64
+        WAVES, loss, seed=0, num_samples=32, scale=SCALE, points="mc", surrogate=bridge.Surrogate(WAVES, samples=64)
     )
     assert smoothed(X).shape == ()
     assert torch.equal(smoothed.estimate(X).value, other.estimate(X).value)
@@ -250,7 +255,9 @@ def test_the_variance_is_that_of_the_difference_and_that_of_the_further_rows():
         difference.var(axis=0) / n + weight**2 * g.var(axis=0) / m,
         (difference * score[:, None]).var(axis=0) / n + weight**2 * (g * score[:, None]).var(axis=0) / m,
     ]
-    smoothed = smooth(num_samples=n, surrogate_samples=m, covariate="none", surrogate_weight=weight, leaf_size=64)
+    smoothed = smooth(
+        num_samples=n, surrogate_samples=m, covariate="none", surrogate_weight=weight, on=bridge.Ranks(leaf_size=64)
+    )
     estimate = smoothed.estimate(X.expand(2000, 2))
     got = [estimate.value.numpy().var(axis=0), estimate.jacobian().numpy()[:, :, 0].var(axis=0)]
     # A variance from 2,000 estimates has a standard error of 3 to 5 %.
@@ -272,13 +279,15 @@ def test_auto_finds_the_weight_of_least_variance_and_leaves_a_useless_surrogate_
     settings = {"num_samples": 64, "surrogate_samples": 512, "replicates": 8, "leaf_size": 64}
     found = {}
     for name, g in (("quarter", quarter), ("unrelated", unrelated)):
-        smoothed = smooth(surrogate=bridge.as_simulator(g, vectorized=True), surrogate_weight="auto", **settings)
+        smoothed = smooth(
+            surrogate=bridge.Surrogate(bridge.as_simulator(g, vectorized=True), weight="auto"), **settings
+        )
         estimate = smoothed.estimate(X.expand(80, 2))
         error = (estimate.jacobian() - torch.as_tensor(truth()[1])).square().mean().sqrt()
         found[name] = (float(estimate.surrogate_weight.mean()), float(error))
-    plain = bridge.smooth(WAVES, seed=0, num_samples=64, scale=SCALE, points="mc", replicates=8, leaf_size=64).estimate(
-        X.expand(80, 2)
-    )
+    plain = bridge.smooth(
+        WAVES, seed=0, num_samples=64, scale=SCALE, points="mc", replicates=8, on=bridge.Ranks(leaf_size=64)
+    ).estimate(X.expand(80, 2))
     error = float((plain.jacobian() - torch.as_tensor(truth()[1])).square().mean().sqrt())
     assert found["quarter"][0] == pytest.approx(4 / (1 + 64 / 512), rel=1e-9)
     assert found["quarter"][1] < 0.5 * error
@@ -300,7 +309,7 @@ def test_intervals_cover(weight, points):
         surrogate_weight=weight,
         points=points,
         covariate="block",
-        leaf_size=64,
+        on=bridge.Ranks(leaf_size=64),
     )
     estimate = smoothed.estimate(X.expand(200, 2))
     value, jacobian = truth()
@@ -320,7 +329,7 @@ def test_intervals_cover(weight, points):
 def test_an_accuracy_is_reached_with_fewer_runs():
     settings = {"num_samples": 16, "covariate": "block"}
     good = bridge.as_simulator(lambda x: waves(x) + 0.02 * np.round(x.sum(axis=1))[:, None], vectorized=True)
-    with_one = smooth(surrogate=good, surrogate_samples=1024, **settings)
+    with_one = smooth(surrogate=bridge.Surrogate(good, samples=1024), **settings)
     plain = bridge.smooth(WAVES, seed=0, scale=SCALE, points="mc", **settings)
     cheap, dear = (s.estimate_to(X, relative_error=0.04, budget=20_000) for s in (with_one, plain))
     assert cheap.reached
@@ -369,10 +378,10 @@ def test_a_store_tells_the_two_apart_though_they_have_one_name(tmp_path):
     before = (fine.calls, coarse.calls)
     store = bridge.Store(tmp_path, above_s=0.0)
     for _ in range(2):
-        assert torch.equal(smooth(fine, surrogate=coarse, store=store).estimate(X).jacobian(), expected)
+        assert torch.equal(smooth(fine, surrogate=coarse, memory=store).estimate(X).jacobian(), expected)
     assert (fine.calls, coarse.calls) == (2 * before[0], 2 * before[1])
     # The simulator's own runs are found without the surrogate as well.
-    bridge.smooth(fine, seed=0, num_samples=16, scale=SCALE, points="mc", store=store).estimate(X)
+    bridge.smooth(fine, seed=0, num_samples=16, scale=SCALE, points="mc", memory=store).estimate(X)
     assert fine.calls == 2 * before[0]
 
 
@@ -394,7 +403,7 @@ def test_failures_of_the_surrogate():
 
 def test_it_runs_in_processes_of_its_own():
     expected = smooth(_plain_waves, surrogate=_plain_steps).estimate(X)
-    estimate = smooth(_plain_waves, surrogate=_plain_steps, isolate="process").estimate(X)
+    estimate = smooth(_plain_waves, surrogate=_plain_steps, on="process").estimate(X)
     assert torch.equal(estimate.jacobian(), expected.jacobian())
 
 

@@ -45,7 +45,7 @@ def cubed(smoothed):
 @pytest.mark.parametrize("batch", [(), (1,), (3,), (3, 1)])
 @pytest.mark.parametrize("keep", [24.0, 0.0])
 def test_values_may_be_changed_in_place(dtype, batch, keep):
-    smoothed = smooth(keep_megabytes=keep)
+    smoothed = smooth(memory=bridge.Memory(keep_mb=keep))
     theta = X.to(dtype).expand(*batch, 2).clone().requires_grad_()
     value = smoothed(theta)
     before = value.detach().clone()
@@ -167,7 +167,7 @@ def test_third_derivatives_are_refused_however_they_are_asked_for():
 
 def test_products_that_need_no_second_derivative_do_not_ask_for_one():
     """Streamed outputs have none; F.jvp differentiates a VJP, but in the vector only."""
-    streamed = bridge.smooth(lambda x: np.full(50, x.sum()), seed=0, num_samples=16, keep_megabytes=0)
+    streamed = bridge.smooth(lambda x: np.full(50, x.sum()), seed=0, num_samples=16, memory=bridge.Memory(keep_mb=0))
     tangent = torch.func.jvp(streamed, (X,), (V,))[1]
     np.testing.assert_allclose(F.jvp(streamed, X, V)[1], tangent, rtol=1e-9)
 
@@ -265,7 +265,8 @@ def test_no_result_depends_on_the_surroundings(keep, simulator, surroundings):
         return torch.autograd.grad(smoothed(theta).sum(), theta)[0]
 
     smoothed, fresh = (
-        bridge.smooth(simulator, seed=0, num_samples=32, scale=0.1, keep_megabytes=keep) for _ in range(2)
+        bridge.smooth(simulator, seed=0, num_samples=32, scale=0.1, memory=bridge.Memory(keep_mb=keep))
+        for _ in range(2)
     )
     with context():
         inside = results(fresh)

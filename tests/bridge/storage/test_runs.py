@@ -66,7 +66,7 @@ def test_nothing_in_a_run_directory_is_a_pickle(tmp_path):
     theta.sum().backward()
     optimiser.step()
     with bridge.Run(tmp_path, every_s=0) as run:
-        smoothed = bridge.smooth(np.sin, seed=0, num_samples=4, store=run.store)
+        smoothed = bridge.smooth(np.sin, seed=0, num_samples=4, memory=run.store)
         run.store.above_s = 0.0
         smoothed(theta)
         run.checkpoint(1, {"theta": theta, "optimiser": optimiser.state_dict()})
@@ -159,7 +159,7 @@ def test_a_signal_ends_an_evaluation_after_the_run_in_progress(tmp_path):
     def stopped():
         with bridge.Run(tmp_path, journal_above_s=0) as run:
             run.checkpoint(4, None)
-            bridge.smooth(f, seed=0, num_samples=8, store=run.store)(torch.zeros(1))
+            bridge.smooth(f, seed=0, num_samples=8, memory=run.store)(torch.zeros(1))
 
     with pytest.raises(SystemExit) as caught:
         stopped()
@@ -167,7 +167,7 @@ def test_a_signal_ends_an_evaluation_after_the_run_in_progress(tmp_path):
     assert len(calls) == 3
     with bridge.Run(tmp_path, journal_above_s=0) as run:
         assert run.step == 4
-        bridge.smooth(f, seed=0, num_samples=8, store=run.store)(torch.zeros(1))
+        bridge.smooth(f, seed=0, num_samples=8, memory=run.store)(torch.zeros(1))
     assert len(calls) == 8
 
 

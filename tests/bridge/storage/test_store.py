@@ -132,7 +132,7 @@ def test_a_full_disk_costs_the_journal_not_the_run(tmp_path, monkeypatch, caplog
 
     monkeypatch.setattr(os, "write", write)
     with caplog.at_level(logging.WARNING, logger="bridge"):
-        value = bridge.smooth(np.sin, store=store, **settings)(ZERO)
+        value = bridge.smooth(np.sin, memory=store, **settings)(ZERO)
     assert torch.equal(value, bridge.smooth(np.sin, **settings)(ZERO))
     assert sum("No space left" in record.getMessage() for record in caplog.records) == 1
     again = Store(tmp_path)
@@ -154,7 +154,7 @@ def test_found_evaluations_change_cost_never_results(tmp_path, vectorized, failu
     settings = {"seed": 0, "num_samples": 100, "failures": failures}
 
     def results(store):
-        e = bridge.smooth(sim, store=store, **settings).estimate(ZERO)
+        e = bridge.smooth(sim, memory=store, **settings).estimate(ZERO)
         return e.value, e.jacobian()
 
     plain = results(None)

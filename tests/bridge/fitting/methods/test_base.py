@@ -51,7 +51,7 @@ def test_settings_of_a_method_stand_on_it():
     with pytest.raises(InputError, match=r"got steps=, restarts= beside Kriging\(.*Give them to Kriging"):
         fit(method=Kriging(), steps=3, restarts=2)
     with pytest.raises(InputError, match=r"halving with method gauss-newton or adam or torch or natural alone"):
-        fit(method="kriging", halving=False)
+        fit(method=bridge.Kriging(halving=False))
     with pytest.raises(InputError, match=r"Unknown method 'krigin'.*Did you mean 'kriging'"):
         fit(method="krigin")
 
@@ -74,7 +74,7 @@ class RandomRun(MethodRun):
     def __init__(self, method: RandomSearch, task: FitTask) -> None:
         problem = task.problem
         self.method, self.problem, self.seed = method, problem, task.seed
-        self.smoothed = [smooth(problem.simulator, seed=task.seed, num_samples=1, comm=task.comm)]
+        self.smoothed = [smooth(problem.simulator, seed=task.seed, num_samples=1, on=bridge.Ranks(comm=task.comm))]
         self.limit, self.budget, self.described = method.steps, task.max_runs or 10**6, {}
         self.best, self.loss = problem.free_starts[0], np.inf
 
@@ -131,11 +131,11 @@ def test_a_method_of_ones_own_is_found_by_its_name_and_goes_on_after_an_interrup
                 raise RuntimeError("a stop")
 
         with pytest.raises(RuntimeError, match="a stop"):
-            fit(method="random-search", steps=6, directory=tmp_path, every_s=0.0, on_step=stopped)
-        resumed = fit(method="random-search", steps=6, directory=tmp_path)
+            fit(steps=6, method="random-search", run=bridge.Run(tmp_path, every_s=0.0), watch=stopped)
+        resumed = fit(steps=6, method="random-search", run=tmp_path)
         assert resumed.history == whole.history
         with pytest.raises(InputError, match=r"reach was 0\.5, is 0\.4"):
-            fit(method=RandomSearch(steps=6, reach=0.4), directory=tmp_path)
+            fit(method=RandomSearch(steps=6, reach=0.4), run=tmp_path)
     finally:
         del METHODS._registered["random-search"]
 
@@ -160,7 +160,15 @@ def test_a_robust_loss_of_ones_own_is_found_by_its_name():
     try:
         assert make_robust(("welsch", 2.0)) == Welsch(2.0)
         spiked = TARGET + 100.0 * (np.arange(12) == 4)
-        result = bridge.fit(line, spiked, [1.9, 0.6], seed=0, robust="welsch", variance=0.01, max_runs=60)
+        result = bridge.fit(
+            line,
+            spiked,
+            [1.9, 0.6],
+            seed=0,
+            variance=0.01,
+            misfit=bridge.LeastSquares(robust="welsch"),
+            stop=bridge.Stop(runs=60),
+        )
         np.testing.assert_allclose(result.parameters, [2.0, 0.5], atol=0.05)
     finally:
         del ROBUST_LOSSES._registered["welsch"]

@@ -20,7 +20,9 @@ def test_linear_least_squares_and_its_covariance():
     rng = np.random.default_rng(0)
     A = rng.normal(size=(30, 3))
     target = A @ TRUTH + 0.1 * rng.normal(size=30)
-    result = bridge.fit(lambda t: A @ t, target, [0.0, 0.0, 0.0], seed=0, variance=0.01, tolerance=0.01)
+    result = bridge.fit(
+        lambda t: A @ t, target, [0.0, 0.0, 0.0], seed=0, variance=0.01, method=bridge.Kriging(tolerance=0.01)
+    )
     normal = A.T @ A / 0.01
     np.testing.assert_allclose(result.parameters, np.linalg.solve(normal, A.T @ target / 0.01), atol=2e-3)
     np.testing.assert_allclose(result.covariance, np.linalg.inv(normal), rtol=0.02, atol=1e-6)
@@ -45,7 +47,7 @@ def test_hard_ellipses_in_few_runs():
         simulator = bridge.as_simulator(
             ellipse, bounds=[(0, 64), (0, 64), (2, 30), (2, 30)], natural_scale=[4.0, 4.0, 2.0, 2.0]
         )
-        result = bridge.fit(simulator, ellipse(truth), start, seed=seed, max_runs=80)
+        result = bridge.fit(simulator, ellipse(truth), start, seed=seed, stop=bridge.Stop(runs=80))
         assert np.abs(result.parameters - truth).max() < 0.5, (seed, result)
         assert result.num_evaluations <= 80
 
@@ -56,7 +58,7 @@ def test_a_stochastic_simulator_of_counts():
         return 2 * np.sqrt(np.random.default_rng(seed).poisson(rate) + 0.375)
 
     target = 2 * np.sqrt(np.random.default_rng(5).poisson(200 * decay(TRUTH)) + 0.375)
-    result = bridge.fit(named(counts, seeded=True), target, START, seed=0, variance=1.0, max_runs=150)
+    result = bridge.fit(named(counts, seeded=True), target, START, seed=0, variance=1.0, stop=bridge.Stop(runs=150))
     assert (np.abs(result.parameters - TRUTH) < 4 * result.standard_error).all()
     assert (result.standard_error < [0.1, 0.1, 0.1]).all()
 
@@ -68,7 +70,7 @@ def test_the_intervals_of_noisy_refits_cover_the_truth():
     for seed in range(count):
         target = decay(TRUTH) + 0.05 * rng.normal(size=25)
         variance = 0.05**2 if seed % 2 else None
-        result = bridge.fit(named(decay), target, START, seed=seed, variance=variance, max_runs=80)
+        result = bridge.fit(named(decay), target, START, seed=seed, variance=variance, stop=bridge.Stop(runs=80))
         covered += int((np.abs(result.parameters - TRUTH) < 1.96 * result.standard_error).sum())
     assert 0.90 <= covered / (3 * count) <= 0.98, covered / (3 * count)
 
@@ -91,7 +93,9 @@ def test_fixed_and_tied_parameters_and_priors():
     np.testing.assert_allclose(result.parameters, [1.0, 1.0], atol=1e-3)
     # One number y = a with variance v and a prior (m, s): precision 1/v + 1/s^2.
     one = bridge.as_simulator(lambda t: np.array([t[0]]), names=["a"])
-    result = bridge.fit(one, [1.0], [0.2], seed=0, variance=0.04, prior={"a": (0.0, 0.1)}, tolerance=1e-3)
+    result = bridge.fit(
+        one, [1.0], [0.2], seed=0, variance=0.04, prior={"a": (0.0, 0.1)}, method=bridge.Kriging(tolerance=1e-3)
+    )
     assert result.parameters[0] == pytest.approx(0.2, abs=2e-3)
     assert result.standard_error[0] == pytest.approx((1 / 0.04 + 1 / 0.01) ** -0.5, rel=0.02)
 
@@ -103,11 +107,11 @@ def test_failed_runs_are_lived_with_and_the_answer_stands_beside_them():
         return decay(theta)
 
     target = decay(TRUTH)
-    result = bridge.fit(named(simulator), target, [1.6, 1.1, 0.7], seed=1, failures="drop", max_runs=120)
+    result = bridge.fit(named(simulator), target, [1.6, 1.1, 0.7], seed=1, failures="drop", stop=bridge.Stop(runs=120))
     np.testing.assert_allclose(result.parameters, TRUTH, atol=0.02)
     assert result.num_failed > 0
     with pytest.raises(EvaluationError, match="too fast"):
-        bridge.fit(named(simulator), target, [1.6, 1.1, 0.7], seed=1, max_runs=120)
+        bridge.fit(named(simulator), target, [1.6, 1.1, 0.7], seed=1, stop=bridge.Stop(runs=120))
 
 
 def two_wells(theta):
@@ -117,7 +121,7 @@ def two_wells(theta):
 
 def test_a_search_that_is_stuck_begins_again_elsewhere():
     simulator = bridge.as_simulator(two_wells, bounds=[(-20, 20)], natural_scale=[0.5])
-    once = bridge.fit(simulator, np.zeros(2), [-3.0], seed=1, restarts=0)
+    once = bridge.fit(simulator, np.zeros(2), [-3.0], seed=1, method=bridge.Kriging(restarts=0))
     assert once.parameters[0] == pytest.approx(-1.935, abs=1e-3)
     result = bridge.fit(simulator, np.zeros(2), [-3.0], seed=1)
     assert result.parameters[0] == pytest.approx(2, abs=1e-3)
@@ -130,7 +134,7 @@ def test_restarts_where_everything_fails_lose_nothing():
         return np.full(2, np.nan) if abs(theta[0] + 3) > 2 else two_wells(theta)
 
     simulator = bridge.as_simulator(walled, bounds=[(-200, 200)], natural_scale=[0.5])
-    result = bridge.fit(simulator, np.zeros(2), [-3.0], seed=1, restarts=8, failures="drop")
+    result = bridge.fit(simulator, np.zeros(2), [-3.0], seed=1, failures="drop", method=bridge.Kriging(restarts=8))
     assert result.parameters[0] == pytest.approx(-1.935, abs=1e-3)
     assert any("nothing but failures there" in step.note for step in result.history)
 
@@ -166,7 +170,9 @@ def test_a_mistake_is_told_with_what_to_change(function, settings, error, words)
 
 def test_a_scale_too_small_or_too_large_is_mended_and_told():
     coarse = named(lambda t: np.round(decay(t), 1))
-    result = bridge.fit(coarse, decay(TRUTH), START, seed=0, scale=1e-4, max_runs=80)
+    result = bridge.fit(
+        coarse, decay(TRUTH), START, seed=0, method=bridge.Kriging(scale=1e-4), stop=bridge.Stop(runs=80)
+    )
     assert "too small" in result.history[0].note
     # Rounding makes a plateau of what fits as well as the truth does.
     assert result.loss <= 1.1 * 0.5 * ((np.round(decay(TRUTH), 1) - decay(TRUTH)) ** 2).sum()
@@ -175,21 +181,28 @@ def test_a_scale_too_small_or_too_large_is_mended_and_told():
     def window(theta):  # nothing to be seen away from the start
         return np.exp(-((X - theta[0]) ** 2) * 4) * (np.abs(theta - START).max() < 1)
 
-    result = bridge.fit(named(window), window(np.array([1.7, 0.9, 0.7])), START, seed=0, scale=20.0, max_runs=80)
+    result = bridge.fit(
+        named(window),
+        window(np.array([1.7, 0.9, 0.7])),
+        START,
+        seed=0,
+        method=bridge.Kriging(scale=20.0),
+        stop=bridge.Stop(runs=80),
+    )
     assert "too large" in result.history[0].note
     assert result.parameters[0] == pytest.approx(1.7, abs=0.02)
 
 
 def test_a_parameter_that_does_nothing_or_is_known_together_only():
     idle = named(lambda t: t[0] * np.exp(-t[1] * X))
-    result = bridge.fit(idle, 2 * np.exp(-X), START, seed=0, max_runs=60)
+    result = bridge.fit(idle, 2 * np.exp(-X), START, seed=0, stop=bridge.Stop(runs=60))
     assert any(w.startswith("b is not determined") and "fixed=" in w for w in result.warnings)
     assert not np.isfinite(result.standard_error[2])
     assert not any("Natural scales" in w for w in result.warnings)
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["parameters"]["b"]["standard_error"] is None
     product = bridge.as_simulator(lambda t: t[0] * t[1] * np.exp(-X), names=["a", "c"])
     noisy = 2 * np.exp(-X) + 0.05 * np.random.default_rng(0).normal(size=25)
-    result = bridge.fit(product, noisy, [1.0, 1.0], seed=0, max_runs=60)
+    result = bridge.fit(product, noisy, [1.0, 1.0], seed=0, stop=bridge.Stop(runs=60))
     assert any("not determined" in w or "together" in w or "hardly" in w for w in result.warnings)
 
 
@@ -199,7 +212,9 @@ def test_a_parameter_that_does_nothing_or_is_known_together_only():
 @pytest.mark.parametrize("at", [0, 2, 4])
 def test_a_fit_killed_between_two_steps_ends_bitwise_the_same(tmp_path, at):
     def fit(directory, **settings):
-        return bridge.fit(named(decay), decay(TRUTH), START, seed=0, max_runs=50, directory=directory, **settings)
+        return bridge.fit(
+            named(decay), decay(TRUTH), START, seed=0, stop=bridge.Stop(runs=50), run=directory, **settings
+        )
 
     whole, resumed = killed_and_resumed(fit, tmp_path, at)
     assert [h.parameters for h in resumed.history] == [h.parameters for h in whole.history]
@@ -219,8 +234,14 @@ def test_a_budget_is_kept_to_the_run():
             count[0] = 0
             extra = {"num_samples": 8} if method == "gauss-newton" else {}
             result = bridge.fit(
-                named(simulator), decay(TRUTH) * 20, START, seed=0, method=method, max_runs=budget, **extra
+                named(simulator),
+                decay(TRUTH) * 20,
+                START,
+                seed=0,
+                method=method,
+                stop=bridge.Stop(runs=budget),
+                **extra,
             )
             assert count[0] == result.num_evaluations <= budget
-    result = bridge.fit(named(simulator), decay(TRUTH) * 20, START, seed=0, max_seconds=1e-6)
+    result = bridge.fit(named(simulator), decay(TRUTH) * 20, START, seed=0, stop=bridge.Stop(seconds=1e-6))
     assert (result.stop_reason, len(result.history)) == ("max_time", 1)

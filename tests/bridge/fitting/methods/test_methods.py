@@ -129,10 +129,17 @@ def test_a_robust_fit_of_a_linear_model_is_the_m_estimate(method):
         "adam": {"num_samples": 16, "steps": 120, "scale": (1.0, 0.01)},
     }[method]
     result = bridge.fit(
-        linear, target, [1.5, 1.0, 0.8], seed=0, method=method, robust="soft-l1", variance=0.01, **settings
+        linear,
+        target,
+        [1.5, 1.0, 0.8],
+        seed=0,
+        variance=0.01,
+        method=method,
+        misfit=bridge.LeastSquares(robust="soft-l1"),
+        **settings,
     )
     np.testing.assert_allclose(result.parameters, expected, atol=5e-3)
-    plain = bridge.fit(linear, target, [1.5, 1.0, 0.8], seed=0, variance=0.01, max_runs=40)
+    plain = bridge.fit(linear, target, [1.5, 1.0, 0.8], seed=0, variance=0.01, stop=bridge.Stop(runs=40))
     assert np.abs(plain.parameters - TRUTH).max() > 5 * np.abs(result.parameters - TRUTH).max()
     r = (A @ result.parameters - target) / 0.1
     sandwich = of_robust(A.T @ A / 0.01, A / 0.1, r, loss, np.zeros(3))
@@ -183,10 +190,7 @@ def test_a_covariance_of_the_target_whitens_its_residuals():
         np.testing.assert_array_equal(result.output, A @ result.parameters)
     # The same as a map of one's own, in image shape.
     factor = torch.as_tensor(np.linalg.inv(np.linalg.cholesky(C)))
-    image = bridge.fit(
-        lambda t: linear(t).reshape(5, 6), target.reshape(5, 6), [1.8, 1.0, 0.6], seed=0, variance=1.0,
-        whiten=lambda x: factor @ x.reshape(-1), max_runs=60,
-    )  # fmt: skip
+    image = bridge.fit(lambda t: linear(t).reshape(5, 6), target.reshape(5, 6), [1.8, 1.0, 0.6], seed=0, variance=1.0, misfit=bridge.LeastSquares(whiten=lambda x: factor @ x.reshape(-1)), stop=bridge.Stop(runs=60))  # fmt: skip
     np.testing.assert_allclose(image.parameters, expected, atol=0.01)
     assert image.output.shape == (5, 6)
 
@@ -222,10 +226,7 @@ def test_a_prior_is_one_more_observation(method):
 def test_a_prior_beside_a_loss_of_ones_own():
     """l = (y - 3)^2 / 2 and a prior of variance 1 about 0: halfway."""
     sim = bridge.as_simulator(lambda t: t, names=["a"])
-    result = bridge.fit(
-        sim, [3.0], [0.0], seed=0, loss=lambda y, t: 0.5 * ((y - t) ** 2).sum(), prior={"a": (0.0, 1.0)},
-        num_samples=8, scale=(1.0, 0.01),
-    )  # fmt: skip
+    result = bridge.fit(sim, [3.0], [0.0], seed=0, prior={"a": (0.0, 1.0)}, method=bridge.TrustRegion(round_size=8, scale=(1.0, 0.01)), misfit=lambda y, t: 0.5 * ((y - t) ** 2).sum())  # fmt: skip
     assert result.parameters[0] == pytest.approx(1.5, abs=0.02)
     assert result.method == "adam"
     assert result.standard_error is None
@@ -250,8 +251,7 @@ def test_a_prior_in_a_fit_with_block_structure():
         seed=0,
         variance=0.5,
         prior={"b": (0.0, 0.5)},
-        scale=(1.0, 0.01),
-        num_samples=8,
+        method=bridge.Kriging(round_size=8, scale=(1.0, 0.01)),
     )
     assert result.method == "gauss-newton"
     assert "which outputs" in result.method_reason
@@ -279,7 +279,11 @@ def test_an_optimiser_gets_the_gradient_and_its_rate_follows_the_scale():
 )
 def test_any_optimiser_finds_a_linear_solution(optimiser):
     result = bridge.fit(
-        linear, A @ TRUTH, [1.5, 1.0, 0.8], seed=0, optimiser=optimiser, num_samples=8, steps=80, scale=(1.0, 0.02)
+        linear,
+        A @ TRUTH,
+        [1.5, 1.0, 0.8],
+        seed=0,
+        method=bridge.Torch(steps=80, num_samples=8, scale=(1.0, 0.02), optimiser=optimiser),
     )
     assert (result.method, result.method_reason) == ("torch", "an optimiser is given")
     np.testing.assert_allclose(result.parameters, TRUTH, atol=0.03)
@@ -296,7 +300,7 @@ def test_any_optimiser_finds_a_linear_solution(optimiser):
 )
 def test_what_is_no_optimiser_of_a_gradient_is_refused(optimiser, words):
     with pytest.raises(InputError, match=words):
-        bridge.fit(linear, A @ TRUTH, START, seed=0, optimiser=optimiser)
+        bridge.fit(linear, A @ TRUTH, START, seed=0, method=bridge.Torch(optimiser=optimiser))
 
 
 # --- natural gradients ------------------------------------------------------------------------------------------------
@@ -364,7 +368,7 @@ def test_the_expected_natural_step_of_the_estimator_is_the_closed_form():
 @pytest.mark.parametrize("full", [True, False])
 def test_natural_gradients_converge_and_learn_the_scale(full):
     result = bridge.fit(
-        named(decay), decay(TRUTH), START, seed=0, method="natural", full_scale=full, scale=(2.0, 0.02), steps=120
+        named(decay), decay(TRUTH), START, seed=0, method=bridge.Natural(steps=120, scale=(2.0, 0.02), full_scale=full)
     )
     np.testing.assert_allclose(result.parameters, TRUTH, atol=0.01 if full else 0.05)
     widths = [h.scale for h in result.history]
@@ -379,10 +383,7 @@ def test_natural_gradients_follow_a_loss_of_ones_own_with_steps():
     def disc(t):
         return ((xx - t[0]) ** 2 + (yy - t[1]) ** 2 < 64).astype(float)
 
-    result = bridge.fit(
-        disc, disc([17.0, 13.0]), [12.0, 18.0], seed=0, method="natural", scale=(3.0, 0.1), steps=60,
-        loss=lambda y, t: (y != t).sum(), num_samples=24,
-    )  # fmt: skip
+    result = bridge.fit(disc, disc([17.0, 13.0]), [12.0, 18.0], seed=0, method=bridge.Natural(steps=60, num_samples=24, scale=(3.0, 0.1)), misfit=lambda y, t: (y != t).sum())  # fmt: skip
     np.testing.assert_allclose(result.parameters, [17.0, 13.0], atol=0.3)
     assert result.standard_error is None
 
@@ -420,7 +421,7 @@ def test_coarse_to_fine_finds_what_fine_alone_does_not(method):
     if method == "adam":
         settings |= {"steps": 100, "learning_rate": 1.0}
     fine = bridge.fit(bump, bump([80.0]), [40.0], **settings)
-    coarse = bridge.fit(bump, bump([80.0]), [40.0], coarse=[20, 10, 5], **settings)
+    coarse = bridge.fit(bump, bump([80.0]), [40.0], method=bridge.GaussNewton(blur=[20, 10, 5]), **settings)
     assert abs(fine.parameters[0] - 80) > 10
     assert abs(coarse.parameters[0] - 80) < 0.5
 
@@ -465,7 +466,7 @@ def test_of_several_starts_the_best_is_found_and_all_are_told(method):
     assert result.ends[2].steps == 24
     assert [h.num_evaluations for h in result.history][:2] == [32, 64]
     assert any("dropped" in h.note for h in result.history)
-    kept = bridge.fit(Counted(), [0.0, 0.0], starts, halving=False, **settings)
+    kept = bridge.fit(Counted(), [0.0, 0.0], starts, method=bridge.Kriging(halving=False), **settings)
     assert [e.steps for e in kept.ends] == [24] * 4
     assert kept.history[-1].num_evaluations == 24 * 32
     # A start among others goes as it would alone, but for its noise.
@@ -481,7 +482,7 @@ def test_starts_are_drawn_in_the_bounds_and_kriging_runs_them_first():
         return np.array([wells(t[:1])[0], wells(t[:1])[1], t[1]])
 
     sim = bridge.as_simulator(simulator, names=["a", "b"], bounds=[(-6, 8), (-math.inf, math.inf)])
-    result = bridge.fit(sim, [0.0, 0.0, 0.5], [-5.2, 0.0], seed=3, num_starts=6, max_runs=40)
+    result = bridge.fit(sim, [0.0, 0.0, 0.5], bridge.Starts(6, [-5.2, 0.0]), seed=3, stop=bridge.Stop(runs=40))
     first = np.array(seen[: result.history[0].num_evaluations])
     assert len(first) >= 6
     np.testing.assert_array_equal(first[0], [-5.2, 0.0])
@@ -489,10 +490,7 @@ def test_starts_are_drawn_in_the_bounds_and_kriging_runs_them_first():
     assert np.ptp(first[:6, 0]) > 5
     np.testing.assert_allclose(result.parameters, [1.0, 0.5], atol=0.05)
     assert result.ends == ()
-    several = bridge.fit(
-        sim, [0.0, 0.0, 0.5], np.array([[-5.2, 0.0], [1.5, 0.0]]), seed=3, method="gauss-newton", num_starts=3,
-        num_samples=8, steps=12, scale=0.3,
-    )  # fmt: skip
+    several = bridge.fit(sim, [0.0, 0.0, 0.5], bridge.Starts(3, np.array([[-5.2, 0.0], [1.5, 0.0]])), seed=3, method=bridge.GaussNewton(steps=12, num_samples=8, scale=0.3))  # fmt: skip
     assert len(several.ends) == 3
 
 
@@ -508,8 +506,15 @@ def test_a_fit_stops_where_the_standard_errors_are_those_asked_for(method):
     )
     common = {"seed": 0, "method": method, "variance": 0.05**2, "fixed": ["b"], **settings}
     start = [1.6, 0.9, 0.5]
-    whole = bridge.fit(named(decay), target, start, tolerance=0.0, **common)
-    early = bridge.fit(named(decay), target, start, tolerance=0.0, stop_at_error={"a": 0.3, "rate": 0.4}, **common)
+    whole = bridge.fit(named(decay), target, start, method=bridge.Kriging(tolerance=0.0), **common)
+    early = bridge.fit(
+        named(decay),
+        target,
+        start,
+        method=bridge.Kriging(tolerance=0.0),
+        stop=bridge.Stop(error={"a": 0.3, "rate": 0.4}),
+        **common,
+    )
     assert early.stop_reason == "standard_error"
     assert early.num_evaluations < whole.num_evaluations
     assert (np.abs(early.parameters - whole.parameters) < [0.075, 0.1, 1e-12]).all()
@@ -518,7 +523,7 @@ def test_a_fit_stops_where_the_standard_errors_are_those_asked_for(method):
     assert told[0] <= 0.3
     assert told[1] <= 0.4
     # Errors that the data do not give are never reached.
-    never = bridge.fit(named(decay), target, start, stop_at_error=1e-4, max_runs=150, **common)
+    never = bridge.fit(named(decay), target, start, stop=bridge.Stop(runs=150, error=1e-4), **common)
     assert never.stop_reason != "standard_error"
 
 
@@ -583,7 +588,7 @@ LOSS = {"loss": lambda y, t: ((y - t) ** 2).mean(), "prior": {"b": (0.5, 3.0)}, 
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_a_fit_by_a_trust_region_killed_between_two_steps_ends_bitwise_the_same(tmp_path, at):
     def fit(directory, **more):
-        return bridge.fit(named(decay), SPIKED, START, seed=0, directory=directory, **LOSS, **more)
+        return bridge.fit(named(decay), SPIKED, START, seed=0, run=directory, **LOSS, **more)
 
     whole, resumed = killed_and_resumed(fit, tmp_path, at)
     assert resumed.history == whole.history
@@ -597,7 +602,7 @@ def test_a_fit_of_any_kind_killed_between_two_steps_ends_bitwise_the_same(tmp_pa
     samples = {} if settings.get("method") == "kriging" else {"num_samples": 8}
 
     def fit(directory, **more):
-        return bridge.fit(named(decay), SPIKED, START, seed=0, directory=directory, **samples, **settings, **more)
+        return bridge.fit(named(decay), SPIKED, START, seed=0, run=directory, **samples, **settings, **more)
 
     whole, resumed = killed_and_resumed(fit, tmp_path, at)
     assert resumed.history == whole.history
@@ -608,7 +613,12 @@ def test_a_fit_of_any_kind_killed_between_two_steps_ends_bitwise_the_same(tmp_pa
 def test_a_run_is_not_gone_on_with_under_another_optimiser(tmp_path):
     def fit(optimiser):
         return bridge.fit(
-            named(decay), decay(TRUTH), START, seed=0, steps=3, num_samples=4, optimiser=optimiser, directory=tmp_path
+            named(decay),
+            decay(TRUTH),
+            START,
+            seed=0,
+            method=bridge.Torch(steps=3, num_samples=4, optimiser=optimiser),
+            run=tmp_path,
         )
 
     fit(lambda p: torch.optim.SGD(p, lr=0.1))
@@ -617,13 +627,13 @@ def test_a_run_is_not_gone_on_with_under_another_optimiser(tmp_path):
 
 
 def test_auto_says_what_it_took_and_why():
-    result = bridge.fit(named(decay), decay(TRUTH), START, seed=0, max_runs=8)
+    result = bridge.fit(named(decay), decay(TRUTH), START, seed=0, stop=bridge.Stop(runs=8))
     assert result.method == "kriging"
     assert result.history[0].note.endswith(f"kriging: {result.method_reason}")
     assert result.to_dict()["method_reason"] == result.method_reason
-    many = bridge.fit(lambda t: t, np.zeros(201), np.ones(201), seed=0, steps=1)
+    many = bridge.fit(lambda t: t, np.zeros(201), np.ones(201), seed=0, method=bridge.Kriging(rounds=1))
     assert (many.method, "201 parameters" in many.method_reason) == ("gauss-newton", True)
-    blurred = bridge.fit(lambda t: t, np.zeros(3), np.ones(3), seed=0, steps=1, coarse=[1])
+    blurred = bridge.fit(lambda t: t, np.zeros(3), np.ones(3), seed=0, method=bridge.GaussNewton(steps=1, blur=[1]))
     assert (blurred.method, "coarse to fine" in blurred.method_reason) == ("gauss-newton", True)
 
 

@@ -12,7 +12,9 @@ def minimised(f, start, *, max_runs, seed=0, space=None, **settings):
         return np.array([f(x, *seeds)])
 
     sim = bridge.as_simulator(simulator, **(space or {}))
-    return bridge.fit(sim, [0.0], start, seed=seed, loss=lambda y, t: y.sum(), max_runs=max_runs, **settings)
+    return bridge.fit(
+        sim, [0.0], start, seed=seed, misfit=lambda y, t: y.sum(), stop=bridge.Stop(runs=max_runs), **settings
+    )
 
 
 def sphere(x):

@@ -372,7 +372,7 @@ def test_bridge_smooths_and_fits_it(small: TEMSim) -> None:
     simulator = small.replace(parameters=("voltage_kv", "x_nm", "y_nm"))
     target = at(simulator)
     start = {"voltage_kv": 330.0, "x_nm": 0.6, "y_nm": -0.4}
-    result = bridge.fit(simulator, target, start, seed=0, method="gauss-newton", steps=10, num_samples=16)
+    result = bridge.fit(simulator, target, start, seed=0, method=bridge.GaussNewton(steps=10, num_samples=16))
     assert (np.abs(result.parameters - [300.0, 0.0, 0.0]) < [3.0, 0.02, 0.02]).all()
 
 

@@ -95,8 +95,7 @@ def shares(case: Case, scale: float, replicates: int) -> torch.Tensor:
         seed=5,
         num_samples=4 * len(case.names),
         scale=scale,
-        points="orthogonal",
-        antithetic=True,
+        points="antithetic-orthogonal",
         covariate="regression",
     )
     estimate = smoothed.estimate(case.theta.expand(replicates, -1))
