@@ -9,14 +9,13 @@ import numpy as np
 
 from bridge.checks import is_whole
 from bridge.errors import InputError
+from bridge.estimators.covariates import Covariate, get_covariate
 from bridge.estimators.distributions import Distribution, fisher_information, get_distribution
 from bridge.estimators.points import PointSet, get_points
 
-Covariate = Literal["auto", "none", "f(x)", "loo", "mean", "block", "regression", "bq"]
 Failures = Literal["raise", "drop", "penalty"]
 Forward = Literal["smoothed", "unsmoothed"]
 SimulatorSeeds = Literal["common", "independent"]
-COVARIATES = ("auto", "none", "f(x)", "loo", "mean", "block", "regression", "bq")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Strategy:
     @property
     def extra_row(self) -> bool:
         """Whether the unperturbed f(x) is evaluated as one more row."""
-        return self.covariate == "f(x)" or self.forward == "unsmoothed"
+        return self.covariate.needs_centre or self.forward == "unsmoothed"
 
     @property
     def num_rows(self) -> int:
@@ -59,7 +58,7 @@ class Strategy:
     @property
     def weights_need_outputs(self) -> bool:
         """Whether weights are known only once all rows are evaluated; outputs are then kept."""
-        return self.covariate == "bq" or self.failures != "raise" or self.missing == "ignore"
+        return self.covariate.needs_outputs or self.failures != "raise" or self.missing == "ignore"
 
 
 def default_leaf_size(num_samples: int) -> int:
@@ -79,7 +78,7 @@ def make_strategy(
     distribution: str | Distribution,
     points: str | PointSet,
     antithetic: bool,
-    covariate: str,
+    covariate: str | Covariate,
     forward: str,
     simulator_seeds: str,
     failures: str,
@@ -99,8 +98,7 @@ def make_strategy(
         raise InputError(f"Expected a non-negative integer seed, got {seed!r}.")
     if not is_whole(num_samples, 1):
         raise InputError(f"Expected at least one sample, got num_samples={num_samples!r}.")
-    if covariate not in COVARIATES:
-        raise InputError(f"Unknown covariate {covariate!r}. Known: {', '.join(COVARIATES)}.")
+    centring = get_covariate(covariate)
     if forward not in ("smoothed", "unsmoothed"):
         raise InputError(f"Unknown forward={forward!r}. Known: smoothed, unsmoothed.")
     if simulator_seeds not in ("common", "independent"):
@@ -114,8 +112,10 @@ def make_strategy(
         )
     if missing not in ("raise", "ignore"):
         raise InputError(f"Unknown missing={missing!r}. Known: raise, ignore.")
-    if missing == "ignore" and covariate == "bq":
-        raise InputError("Expected a covariate other than 'bq' with missing='ignore': its weights need whole outputs.")
+    if missing == "ignore" and centring.needs_outputs:
+        raise InputError(
+            f"Expected a covariate other than {centring.name!r} with missing='ignore': its weights need whole outputs."
+        )
     if not 0 <= min_ok <= 1:
         raise InputError(f"Expected min_ok, a share of the runs, between 0 and 1, got {min_ok!r}.")
     if not is_whole(replicates, 1) or num_samples % replicates:
@@ -125,15 +125,9 @@ def make_strategy(
     if leaf_size is not None and not is_whole(leaf_size, 1):
         raise InputError(f"Expected a positive integer leaf_size, got {leaf_size!r}.")
     each = int(num_samples) // int(replicates)
-    if covariate == "loo" and each < 2:
-        raise InputError("Expected at least two samples for covariate='loo', got 1. Use more, or 'f(x)'.")
     density = get_distribution(distribution)
     information = fisher_information(density)
-    if covariate == "regression" and not np.isfinite(information):
-        raise InputError(
-            f"Expected a density of finite Fisher information for covariate='regression', got {density.name!r}. Use "
-            "'auto', or another distribution."
-        )
+    centring.check(density, information, each)
     strategy = Strategy(
         seed=int(seed),
         num_samples=each,
@@ -141,8 +135,8 @@ def make_strategy(
         distribution=density,
         information=information,
         points=get_points(points, antithetic),
-        covariate=covariate,  # type: ignore[arg-type]  # checked above
-        forward=forward,  # type: ignore[arg-type]
+        covariate=centring,
+        forward=forward,  # type: ignore[arg-type]  # checked above
         simulator_seeds=simulator_seeds,  # type: ignore[arg-type]
         failures=failures,  # type: ignore[arg-type]
         penalty=None if penalty is None else float(penalty),
@@ -150,7 +144,6 @@ def make_strategy(
         missing=missing,  # type: ignore[arg-type]
         leaf_size=min(each, int(leaf_size) if leaf_size else default_leaf_size(int(num_samples))),
     )
-    if antithetic or points in ("orthogonal", "qmc-net", "rqmc-net"):
-        # Infeasible combinations are refused here, before the first simulation, not at the first step.
-        strategy.points.nodes(density, strategy.num_samples, 1, np.random.default_rng(0))
+    # Infeasible combinations are refused here, before the first simulation, not at the first step.
+    strategy.points.check(density, strategy.num_samples)
     return strategy

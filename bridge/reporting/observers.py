@@ -13,7 +13,9 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Protocol, final, runtime_checkable
 
+from bridge.checks import did_you_mean
 from bridge.errors import InputError
+from bridge.registry import Registry
 from bridge.reporting.lines import Lines, is_terminal
 from bridge.reporting.live import LiveView
 from bridge.reporting.result import FitResult, FitStep
@@ -29,7 +31,8 @@ class Observer(Protocol):
     """Who is told of a fit.
 
     `start` comes first; `max_steps` and `max_runs` are None where there is no such limit. `end` comes last, with None
-    where the fit ended by an exception.
+    where the fit ended by an exception. One with a name is derived from this class, takes no arguments that it must
+    have, and is made known by `bridge.register("name")`. `bridge.testing.ObserverContract` tests it.
     """
 
     def start(self, space: ParameterSpace, *, max_steps: int | None, max_runs: int | None, title: str) -> None: ...
@@ -39,12 +42,16 @@ class Observer(Protocol):
     def end(self, result: FitResult | None) -> None: ...
 
 
+# What has a name of its own, besides the choices.
+OBSERVERS: Registry[Observer] = Registry("observer", "bridge.observers", Observer)
+
+
 def make_observers(choice: str | Sequence[Observer] = "auto", *, root: bool = True) -> Observers:
     """The observers of a fit, as one.
 
     Args:
         choice: "auto", a live view where stderr is a terminal, silent elsewhere; "lines", a plain line now and then
-            wherever stderr goes; "off"; or observers.
+            wherever stderr goes; "off"; the name of a registered observer; or observers.
         root: whether this is rank 0; other ranks get none. The choice is checked on all of them alike.
 
     Raises:
@@ -63,12 +70,23 @@ def make_observers(choice: str | Sequence[Observer] = "auto", *, root: bool = Tr
 
 
 def view(choice: str) -> tuple[Observer, ...]:
-    """What "auto", "lines" and "off" stand for here. Raises InputError for another word."""
-    if choice not in CHOICES:
-        raise InputError(f"Unknown progress {choice!r}. Known: {', '.join(CHOICES)}, or a list of observers.")
+    """What "auto", "lines", "off" or the name of a registered observer stands for here.
+
+    Raises:
+        InputError: another word.
+    """
     if choice == "lines":
         return (Lines(),)
-    return (LiveView(),) if choice == "auto" and is_terminal(sys.stderr) else ()
+    if choice in CHOICES:
+        return (LiveView(),) if choice == "auto" and is_terminal(sys.stderr) else ()
+    named = OBSERVERS.names()
+    if choice not in named:
+        known = [*CHOICES, *named]
+        raise InputError(
+            f"Unknown progress {choice!r}. Known: {', '.join(known)}, or a list of observers."
+            f"{did_you_mean(choice, known)}"
+        )
+    return (OBSERVERS.make(choice),)
 
 
 @final

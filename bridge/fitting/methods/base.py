@@ -19,8 +19,8 @@ from bridge.arrays import Array
 from bridge.checks import is_number, is_whole
 from bridge.errors import InputError
 from bridge.fitting.problem import FitProblem
-from bridge.fitting.registry import Registry
 from bridge.fitting.uncertainty import Stated
+from bridge.registry import Registry
 from bridge.reporting.result import FitEnd, FitStep
 from bridge.smoothing.smoothed import SmoothedSimulator
 
@@ -98,7 +98,7 @@ class Method(ABC):
         """
 
 
-METHODS: Registry[Method] = Registry("method", "bridge.methods")
+METHODS: Registry[Method] = Registry("method", "bridge.methods", Method)
 
 
 def register(name: str) -> Any:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import bridge
 from bridge.dispatch import TreeSum, transfers
-from bridge.estimators.covariates import make_weights
 from bridge.estimators.design import make_design
 from bridge.estimators.distributions import get_distribution
 from bridge.estimators.points import get_points
 from bridge.estimators.strategy import default_leaf_size, make_strategy
+from bridge.estimators.weights import make_weights
 from bridge.testing import Quadrature, assert_mean, mean_differs
 
 A = np.array([[0.9, -0.4], [0.3, 0.8]])
