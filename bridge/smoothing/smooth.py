@@ -13,6 +13,7 @@ from bridge.checks import known_keywords
 from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.environment import step_limit
 from bridge.errors import InputError
+from bridge.estimators.covariates import Covariate
 from bridge.estimators.distributions import Distribution
 from bridge.estimators.points import PointSet
 from bridge.estimators.scale import ScaleLike, check_scale, parse_scale
@@ -42,7 +43,7 @@ def smooth(
     scale: ScaleLike = 1.0,
     distribution: str | Distribution = "gaussian",
     points: str | PointSet = "auto",
-    covariate: str = "auto",
+    covariate: str | Covariate = "auto",
     replicates: int = 1,
     simulator_seeds: str = "common",
     failures: str | Failures = "raise",
@@ -68,7 +69,7 @@ def smooth(
         points: auto, mc, qmc-latin, rqmc-latin, qmc-cartesian, rqmc-cartesian, sobol, qmc-net, rqmc-net, halton,
             orthogonal, or a `PointSet`. "auto" chooses by N, d and the distribution; `Estimate.points_reason` says why.
             "antithetic", or "antithetic-" before a name: pairs eps, -eps; symmetric densities and even N.
-        covariate: auto, none, f(x), loo, mean, block, regression, bq: see `bridge.estimators.covariates`; what "auto"
+        covariate: auto, none, f(x), loo, mean, block, regression, bq, or a `Covariate`: see `bridge.estimators.covariates`; what "auto"
             took, and why, is in `Estimate.covariate_reason`.
         replicates: R independent parts of num_samples / R rows each, whose spread gives standard errors of any point
             set; 4 to 8 suit. With 1 only independent rows have standard errors.
@@ -169,7 +170,7 @@ def smooth_loss(
     scale: ScaleLike = 1.0,
     distribution: str | Distribution = "gaussian",
     points: str | PointSet = "auto",
-    covariate: str = "auto",
+    covariate: str | Covariate = "auto",
     replicates: int = 1,
     simulator_seeds: str = "common",
     failures: str | Failures = "raise",
