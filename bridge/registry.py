@@ -7,6 +7,7 @@ as `bridge.distributions`. Nothing is imported before it is asked for, and no pa
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 from importlib import metadata
 from typing import Any, ClassVar, Generic, TypeVar, final
 
@@ -174,12 +175,15 @@ SIMULATORS: Registry[Any] = Registry(
     hint=" One of your own is named by its file: mysim.py:function.",
 )
 
+# Defined here since its kind is nobody's of ours: a script's own executor need not import anything that has a registry.
+EXECUTORS: Registry[Executor] = Registry("executor", "bridge.executors", Executor, called="on=", or_else=", process")
+
 
 def register(name: str) -> Callable[[Member], Member]:
     """Decorator: makes what one has written known by a name, as ours is.
 
     What it is follows from what it is derived from: a `Distribution`, a `PointSet`, a `Covariate`, a `Method`, a
-    `RobustLoss`, an `Observer`. A class or factory that is derived from none of these is a simulator, for
+    `RobustLoss`, an `Observer`, a `concurrent.futures.Executor`. A class or factory that is derived from none of these is a simulator, for
     `bridge.make(name, ...)`.
 
     Raises:
