@@ -183,8 +183,8 @@ def register(name: str) -> Callable[[Member], Member]:
     """Decorator: makes what one has written known by a name, as ours is.
 
     What it is follows from what it is derived from: a `Distribution`, a `PointSet`, a `Covariate`, a `Method`, a
-    `RobustLoss`, an `Observer`, a `concurrent.futures.Executor`. A class or factory that is derived from none of these is a simulator, for
-    `bridge.make(name, ...)`.
+    `RobustLoss`, an `Observer`, a `concurrent.futures.Executor`. A class or factory that is derived from none of these
+    is a simulator, for `bridge.make(name, ...)`.
 
     Raises:
         InputError: the name is taken by another one of this kind.

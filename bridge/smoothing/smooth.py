@@ -80,8 +80,8 @@ def smooth(
             (retries, missing numbers, how many must succeed).
         surrogate: g, a cheap stand-in for f, or `bridge.Surrogate(g, samples, weight)`.
         on: where runs are evaluated: None for this process and the ranks of MPI, a number of workers, "process" for a
-            child process, any `concurrent.futures.Executor` or the name of one; or `bridge.Ranks`, `bridge.Workers`, `bridge.Isolated`,
-            `bridge.Executor` with their settings.
+            child process, any `concurrent.futures.Executor` or the name of one; or `bridge.Ranks`, `bridge.Workers`,
+            `bridge.Isolated`, `bridge.Executor` with their settings.
         memory: what is kept of outputs: `bridge.Memory`, or a `bridge.Store` alone.
 
     Returns:
