@@ -11,7 +11,8 @@ from typing import Any, Protocol, final, runtime_checkable
 
 from bridge.arrays import Array
 from bridge.errors import InputError
-from bridge.simulator.digest import UnseenError, digest_of, given_identity
+from bridge.simulator.digest import digest_of
+from bridge.simulator.digest_walk import UnseenError, given_identity
 from bridge.simulator.function import FunctionSimulator
 from bridge.simulator.protocol import Simulator, simulator_name
 
