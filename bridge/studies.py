@@ -215,6 +215,19 @@ def study(
     best = measure.best()
     for factor in factors:
         measure(best.strategy, best.distribution, factor)
+    chosen, reason = _recommended(measure, rows, budget)
+    recommended = replace(
+        STRATEGIES[chosen.strategy],
+        num_samples=rows,
+        scale=(np.asarray(scale, dtype=np.float64) * chosen.factor).tolist(),
+        distribution=chosen.distribution,
+    )
+    name = simulator_name(sim)
+    return StudyResult(name, measure.rows(), chosen, recommended, reason, measure.left_out, measure.spent)
+
+
+def _recommended(measure: _Measure, rows: int, budget: int) -> tuple[StudyRow, str]:
+    """The candidate to take, and why, in words."""
     best, table = measure.best(), measure.rows()
     at_scales = [r for r in table if (r.strategy, r.distribution) == (best.strategy, best.distribution)]
     good = [r for r in at_scales if r.error <= _ENOUGH]
@@ -233,13 +246,7 @@ def study(
         if math.isfinite(chosen.error):
             more = budget * (chosen.error / _ENOUGH) ** 2
             reason += f" A budget of about {more:.2g} runs would tell; so far {name} is ahead."
-    recommended = replace(
-        STRATEGIES[chosen.strategy],
-        num_samples=rows,
-        scale=(np.asarray(scale, dtype=np.float64) * chosen.factor).tolist(),
-        distribution=chosen.distribution,
-    )
-    return StudyResult(simulator_name(sim), table, chosen, recommended, reason, measure.left_out, measure.spent)
+    return chosen, reason
 
 
 @dataclass(frozen=True)

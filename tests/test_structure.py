@@ -19,20 +19,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 _KERNEL = "one compiled loop over pixels: numba inlines it, and its parts share twenty arrays"
-_DOOR = "a door: each argument is checked and handed on; settings are to move to the objects that use them"
 _STEPS = "steps that are to become functions of their own"
 
 # File:function -> its lines of code, at most, and why.
 FUNCTIONS = {
     "adapters/render/raster_kernels.py:_shade": (70, _KERNEL),
-    "bridge/estimators/strategy.py:make_strategy": (77, _DOOR),
-    "bridge/fitting/fit.py:fit": (100, _DOOR),
     "bridge/fitting/methods/descent.py:Descent.finish": (63, _STEPS),
     "bridge/fitting/methods/descent_errors.py:of_descent": (68, _STEPS),
-    "bridge/fitting/methods/gaussian_process.py:fit_gaussian_process": (74, _STEPS),
     "bridge/simulator/bytecode.py:_Stack.step": (63, "one case an instruction of Python's machine"),
-    "bridge/smoothing/smooth.py:smooth": (105, _DOOR),
-    "bridge/studies.py:study": (71, _DOOR),
 }
 
 _ROOMS = "several rooms in one, to be parted"
@@ -45,7 +39,6 @@ FILES = {
     "bridge/dispatch/mpi.py": (575, "the only file that may import mpi4py"),
     "bridge/fitting/methods/kriging_search.py": (522, _ROOMS),
     "bridge/planning/cost_model.py": (460, _ONE),
-    "bridge/simulator/digest.py": (802, _ROOMS),
     "simulators/cryoet/formats/structure.py": (546, "PDB and mmCIF files, and all that is odd in them"),
     "simulators/cryoet/simulator.py": (469, _ONE),
     "simulators/cryoet/specimen/potential.py": (527, _ONE),
@@ -53,10 +46,7 @@ FILES = {
 }
 
 # Door -> how many named arguments it takes, at most, and why; the limits are in tools/longest.py.
-SIGNATURES = {
-    "bridge/fitting/fit.py:fit": (37, _DOOR),
-    "bridge/smoothing/smooth.py:smooth": (31, _DOOR),
-}
+SIGNATURES: dict[str, tuple[int, str]] = {}
 
 # Files that import each other, by imports in functions or for type checkers alone, and why.
 CIRCLES: dict[tuple[str, ...], str] = {}

@@ -13,10 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from bridge.arrays import Array
 from bridge.checks import is_whole
 from bridge.errors import InputError
-from bridge.fitting.comparison import Comparison, LeastSquares
+from bridge.fitting.comparison import Comparison, CustomLoss, LeastSquares
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.normal import in_units, lifted
-from bridge.fitting.prior import PriorOf, make_prior, marginal_deviations
+from bridge.fitting.prior import Prior, PriorOf, make_prior, marginal_deviations
 from bridge.fitting.robust import make_robust
 from bridge.fitting.target import Cholesky, checked_noise, checked_target
 from bridge.reporting.result import FitStep
@@ -156,11 +156,6 @@ def make_problem(
     number = start.number if isinstance(start, Starts) else None
     if isinstance(start, Starts):
         start = start.given
-    variance, robust, loss = None, None, None
-    if isinstance(comparison, LeastSquares):
-        variance, robust = comparison.variance, comparison.robust
-    else:
-        loss = comparison.function
     whole = as_simulator(simulator)
     starts, given = _given_starts(whole.space, start)
     space, assumed = with_scales(given, starts, marginal_deviations(prior, given), tied or {}, guess)
@@ -174,37 +169,46 @@ def make_problem(
         if np.ptp(starts[:, space.index(name)]) > 0:
             raise InputError(f"Expected one value of {name!r}, which is fixed, in all starts, got several.")
     free = sim.space if isinstance(sim, ReducedSimulator) else space
+    return FitProblem(
+        space=space,
+        simulator=sim,
+        free=free,
+        starts=_more_starts(starts, number, space, seed, spread),
+        misfit=_misfit(target, comparison, sim, make_prior(prior, free), missing == "ignore"),
+        known_noise=isinstance(comparison, LeastSquares) and comparison.variance is not None,
+        assumed={name: source for name, source in assumed.items() if name in free.names},
+        said=np.array([given.natural_scale[given.index(name)] for name in free.names]),
+    )
+
+
+def _misfit(
+    target: ArrayLike | torch.Tensor, comparison: Comparison, sim: Simulator, prior: Prior, partial: bool
+) -> Misfit:
+    """The distance from the target; `partial` where outputs may lack numbers."""
+    variance, robust = None, None
+    if isinstance(comparison, LeastSquares):
+        variance, robust = comparison.variance, comparison.robust
     goal, masked = checked_target(target, comparison.mask, sim)
     if robust is not None and variance is None:
         raise InputError(
             "Expected variance= with robust=, whose width is in standard deviations of the target's noise."
         )
     noise, whitening, counts = checked_noise(variance, comparison.whiten, goal, masked)
-    if missing == "ignore" and isinstance(whitening, Cholesky):
+    if partial and isinstance(whitening, Cholesky):
         raise InputError(
             "Expected a variance that is a number or of the target's shape with missing='ignore', got a covariance: an "
             "output that lacks numbers cannot be whitened by it. Leave the numbers out with mask=, or give variances."
         )
-    misfit = Misfit(
+    return Misfit(
         target=goal,
         variance=noise,
-        loss=loss,
-        prior=make_prior(prior, free),
+        loss=comparison.function if isinstance(comparison, CustomLoss) else None,
+        prior=prior,
         whiten=whitening,
         robust=make_robust(robust),
         masked=masked,
         counts=counts,
-        partial=missing == "ignore",
-    )
-    return FitProblem(
-        space=space,
-        simulator=sim,
-        free=free,
-        starts=_more_starts(starts, number, space, seed, spread),
-        misfit=misfit,
-        known_noise=variance is not None,
-        assumed={name: source for name, source in assumed.items() if name in free.names},
-        said=np.array([given.natural_scale[given.index(name)] for name in free.names]),
+        partial=partial,
     )
 
 

@@ -220,6 +220,63 @@ def default_kernel(unit: Array) -> Array:
     return np.append(np.log(1.5 * np.sqrt(len(unit)) * unit), (roughness, nugget))
 
 
+@final
+class _Likelihood:
+    """Minus the logarithm of what `fit_gaussian_process` makes largest, and its gradient, in the kernel (d + 2,).
+
+    Attributes:
+        base: the logarithm of lengths that suit d parameters. spread: tr(G), of the centred Gram matrix.
+    """
+
+    def __init__(self, rows: Array, gram: Array) -> None:
+        self.rows, self.gram = rows, gram
+        n, d = rows.shape
+        centring = np.eye(n) - 1 / n
+        centred = centring @ gram @ centring
+        self.spread = float(np.trace(centred))
+        self.independent = float(
+            np.clip(np.trace(centred) ** 2 / max((centred**2).sum(), 1e-300), 1, _MOST_INDEPENDENT)
+        )
+        self.between, self.base = _Between(rows), np.log(1.5 * np.sqrt(d))
+        self.away = rows - rows.mean(axis=0)
+
+    def __call__(self, t: Array) -> tuple[float, Array]:
+        n, d = self.rows.shape
+        scaled = np.exp(-2 * t[:d])
+        distances = self.between.scaled(scaled)
+        k, slope = _kernel(distances, float(np.exp(t[d])))
+        nugget = float(np.exp(t[d + 1]))
+        try:
+            factor = cho_factor(k + _LINEAR * (self.away * scaled) @ self.away.T + nugget * np.eye(n), lower=True)
+        except (LinAlgError, ValueError):
+            return _NO_KERNEL, np.zeros(d + 2)
+        inverse = cho_solve(factor, np.eye(n))
+        ones = inverse.sum(axis=1)
+        P = inverse - np.outer(ones, ones) / ones.sum()
+        PG = P @ self.gram
+        q = max(float(np.trace(PG)), 1e-300)
+        value = (
+            0.5 * self.independent * ((n - 1) * np.log(q) + 2 * np.log(np.diag(factor[0])).sum() + np.log(ones.sum()))
+        )
+        S = 0.5 * self.independent * (P - ((n - 1) / q) * PG @ P)
+        g = np.empty(d + 2)
+        # z . z' is -r^2 / 2 but for what a free constant takes up, of which S knows nothing.
+        g[:d] = self.between.summed(S * (slope + _LINEAR)) * scaled
+        smooth = _kernel(distances, 0.0)[0]
+        g[d] = float((S * (k - smooth)).sum())
+        g[d + 1] = nugget * float(np.trace(S))
+        mean = float(t[:d].mean())
+        apart, off = t[:d] - mean, (mean - self.base - _LENGTH[0]) / _LENGTH[1]
+        value += 0.5 * float((apart**2).sum()) / _SPREAD_OF_LENGTHS**2 + 0.5 * off**2
+        g[:d] += apart / _SPREAD_OF_LENGTHS**2 + off / _LENGTH[1] / d
+        for i, (centre, sd) in ((d, _ROUGHNESS), (d + 1, _NUGGET)):
+            value += 0.5 * ((t[i] - centre) / sd) ** 2
+            g[i] += (t[i] - centre) / sd**2
+        if not (np.isfinite(value) and np.isfinite(g).all()):
+            return _NO_KERNEL, np.zeros(d + 2)
+        return float(value), g
+
+
 def fit_gaussian_process(
     rows: Array,
     gram: Array,
@@ -244,48 +301,11 @@ def fit_gaussian_process(
         found = fit_gaussian_process(rows / unit, gram, None if before is None else before - own, thorough, rough=rough)
         return replace(found, rows=rows, kernel=found.kernel + own)
     n, d = rows.shape
-    centring = np.eye(n) - 1 / n
-    centred = centring @ gram @ centring
-    independent = float(np.clip(np.trace(centred) ** 2 / max((centred**2).sum(), 1e-300), 1, _MOST_INDEPENDENT))
-    between, base = _Between(rows), np.log(1.5 * np.sqrt(d))
-    away = rows - rows.mean(axis=0)
+    likelihood = _Likelihood(rows, gram)
+    base = likelihood.base
     # What the Gram matrix has lost to rounding, where all outputs are far from the target, is noise as well.
-    lost = _ROUNDING * float(np.diag(gram).max()) / max(float(np.trace(centred)) / (n - 1), 1e-300)
+    lost = _ROUNDING * float(np.diag(gram).max()) / max(likelihood.spread / (n - 1), 1e-300)
     least_nugget = float(np.clip(lost, _LEAST_NUGGET, 1.0))
-
-    def objective(t: Array) -> tuple[float, Array]:
-        scaled = np.exp(-2 * t[:d])
-        distances = between.scaled(scaled)
-        k, slope = _kernel(distances, float(np.exp(t[d])))
-        nugget = float(np.exp(t[d + 1]))
-        try:
-            factor = cho_factor(k + _LINEAR * (away * scaled) @ away.T + nugget * np.eye(n), lower=True)
-        except (LinAlgError, ValueError):
-            return _NO_KERNEL, np.zeros(d + 2)
-        inverse = cho_solve(factor, np.eye(n))
-        ones = inverse.sum(axis=1)
-        P = inverse - np.outer(ones, ones) / ones.sum()
-        PG = P @ gram
-        q = max(float(np.trace(PG)), 1e-300)
-        value = 0.5 * independent * ((n - 1) * np.log(q) + 2 * np.log(np.diag(factor[0])).sum() + np.log(ones.sum()))
-        S = 0.5 * independent * (P - ((n - 1) / q) * PG @ P)
-        g = np.empty(d + 2)
-        # z . z' is -r^2 / 2 but for what a free constant takes up, of which S knows nothing.
-        g[:d] = between.summed(S * (slope + _LINEAR)) * scaled
-        smooth = _kernel(distances, 0.0)[0]
-        g[d] = float((S * (k - smooth)).sum())
-        g[d + 1] = nugget * float(np.trace(S))
-        mean = float(t[:d].mean())
-        apart, off = t[:d] - mean, (mean - base - _LENGTH[0]) / _LENGTH[1]
-        value += 0.5 * float((apart**2).sum()) / _SPREAD_OF_LENGTHS**2 + 0.5 * off**2
-        g[:d] += apart / _SPREAD_OF_LENGTHS**2 + off / _LENGTH[1] / d
-        for i, (centre, sd) in ((d, _ROUGHNESS), (d + 1, _NUGGET)):
-            value += 0.5 * ((t[i] - centre) / sd) ** 2
-            g[i] += (t[i] - centre) / sd**2
-        if not (np.isfinite(value) and np.isfinite(g).all()):
-            return _NO_KERNEL, np.zeros(d + 2)
-        return float(value), g
-
     bounds = [(base - 3, base + 5)] * d + [(-12.0, 3.0 if rough else -11.0), (np.log(least_nugget), 2.0)]
     starts = [] if before is None else [before]
     if before is None or thorough:
@@ -296,9 +316,13 @@ def fit_gaussian_process(
     best = None
     for start in starts:
         found = minimize(
-            *(objective, np.clip(start, lower, upper)),
-            jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 30 if d <= _MANY else 12},
-        )  # fmt: skip
+            likelihood,
+            np.clip(start, lower, upper),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxiter": 30 if d <= _MANY else 12},
+        )
         if best is None or found.fun < best.fun:
             best = found
     assert best is not None
