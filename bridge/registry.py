@@ -53,10 +53,9 @@ class Registry(Generic[Kind]):
         """Decorator: makes a class known by a name, which becomes its `name` where it has none of its own.
 
         Raises:
-            InputError: the name is taken by another class, or is no text, or the class is of another kind.
+            InputError: the name is taken by another class, or is none, or the class is of another kind.
         """
-        if not (isinstance(name, str) and name):
-            raise InputError(f"Expected a name of a {self.what} in quotation marks, got {name!r}.")
+        _check_name(name)
 
         def decorate(member: Member) -> Member:
             if self.kind is not None and isinstance(member, type) and not issubclass(member, self.kind):
@@ -190,6 +189,8 @@ def register(name: str) -> Callable[[Member], Member]:
         InputError: the name is taken by another one of this kind.
     """
 
+    _check_name(name)
+
     def decorate(member: Member) -> Member:
         bases = member.__mro__ if isinstance(member, type) else ()
         registry = next((known for known in Registry._all if known.kind in bases), SIMULATORS)
@@ -201,6 +202,11 @@ def register(name: str) -> Callable[[Member], Member]:
         return registry.register(name)(member)
 
     return decorate
+
+
+def _check_name(name: Any) -> None:
+    if not (isinstance(name, str) and name):
+        raise InputError(f'Expected a name in quotation marks, register("name"), got {name!r}.')
 
 
 def _is_again(taken: Any, member: Any) -> bool:
