@@ -151,8 +151,8 @@ class Run:
                 error = refused
             except OSError as failure:
                 error = SetupError(f"Expected a directory for the run that can be written, got: {failure}.")
-        if error is not None and self._lock is not None:
-            self._lock.close()
+        if error is not None:
+            self._unlock()
         self._all.agree(error)
         found = self._all.broadcast_object(found)
         packed = None if found is None else found[1]
@@ -224,6 +224,13 @@ class Run:
                 "Remove them to begin anew; finished evaluations are found again."
             )
         return None
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            # Not by closing alone: a child that was forked meanwhile, of a pool say, has the same file open.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._lock.close()
 
     def __getattr__(self, name: str) -> Any:
         if name in ("step", "state", "store"):
@@ -352,8 +359,7 @@ class Run:
         else:
             code = exit_code(kind) if issubclass(kind, BridgeError) else 1
             self._tell("failed", code, error)
-        if self._lock is not None:
-            self._lock.close()
+        self._unlock()
 
     def status(self) -> dict[str, Any]:
         """What `status.json` says; empty where there is none."""

@@ -11,6 +11,7 @@ from bridge.testing.covariates import CovariateContract as CovariateContract
 from bridge.testing.distributions import DistributionContract as DistributionContract
 from bridge.testing.examination import Finding as Finding
 from bridge.testing.examination import examine as examine
+from bridge.testing.executors import ExecutorContract as ExecutorContract
 from bridge.testing.observers import ObserverContract as ObserverContract
 from bridge.testing.points import PointSetContract as PointSetContract
 from bridge.testing.robust_losses import RobustLossContract as RobustLossContract

@@ -15,8 +15,10 @@ import numpy as np
 
 from bridge.errors import InputError
 from bridge.fitting.fit import fit
+from bridge.fitting.methods.first_order import Adam
 from bridge.reporting.result import FitResult
 from bridge.simulator.identity import identity_of_function
+from bridge.storage.run import Run
 
 _KILLED_AFTER = 1
 _TRUTH, _START = (0.5, 0.3), (0.2, 0.6)
@@ -39,8 +41,8 @@ class Contract:
     others: ClassVar[tuple[Any, ...]] = ()
     ranks: ClassVar[tuple[int, ...]] = ()
 
-    def fit_settings(self) -> dict[str, Any]:
-        """With which settings a fit uses it. Here: none, so that no fit is run."""
+    def fit_settings(self, made: Any) -> dict[str, Any]:
+        """With which arguments of `bridge.fit` one of the kind is used. Here: none, so that no fit is run."""
         return {}
 
     def test_its_identity_says_what_it_is(self) -> None:
@@ -50,21 +52,20 @@ class Contract:
         assert len(set(names)) == len(names), f"other settings have the same identity: {names}"
 
     def test_a_fit_with_it_is_killed_and_resumed(self, tmp_path: Path) -> None:
-        settings = self.fit_settings()
+        settings = self.fit_settings(self.made)
         if not settings:
             return
         whole = _fitted(settings)
         _kill(settings, tmp_path / "run")
-        resumed = _fitted(settings, directory=tmp_path / "run")
+        resumed = _fitted(settings, tmp_path / "run")
         assert resumed.history == whole.history
         assert resumed.parameters.tobytes() == whole.parameters.tobytes()
         for other in self.others:
-            changed = {name: other if value is self.made else value for name, value in settings.items()}
             with refused("the run goes on under other settings"):
-                _fitted(changed, tmp_path / "run")
+                _fitted(self.fit_settings(other), tmp_path / "run")
 
     def test_a_fit_with_it_goes_on_on_other_ranks(self, tmp_path: Path) -> None:
-        settings = self.fit_settings()
+        settings = self.fit_settings(self.made)
         if not (settings and self.ranks):
             return
         whole = _fitted(settings).parameters.tobytes().hex()
@@ -79,9 +80,14 @@ def simulate(theta: Any) -> Any:
     return np.array([np.exp(-theta[0]), theta[0] * theta[1], np.sin(theta[1])])
 
 
-def _fitted(settings: Mapping[str, Any], directory: Path | None = None, **more: Any) -> FitResult:
-    given: dict[str, Any] = {"method": "adam", "steps": 3, "num_samples": 8, **settings}
-    return fit(simulate, simulate(np.array(_TRUTH)), _START, seed=0, directory=directory, **given, **more)
+def short_descent(**settings: Any) -> Adam:
+    """A method that uses what is smoothed, with these settings."""
+    return Adam(**{"steps": 3, "num_samples": 8, **settings})
+
+
+def _fitted(settings: Mapping[str, Any], run: Path | Run | None = None, watch: Any = "off") -> FitResult:
+    given: dict[str, Any] = {"method": short_descent(), **settings}
+    return fit(simulate, simulate(np.array(_TRUTH)), _START, seed=0, run=run, watch=watch, **given)
 
 
 def _kill(settings: Mapping[str, Any], directory: Path) -> None:
@@ -90,7 +96,7 @@ def _kill(settings: Mapping[str, Any], directory: Path) -> None:
             raise _Killed
 
     try:
-        _fitted(settings, directory, on_step=die, every_s=0.0)
+        _fitted(settings, Run(directory, every_s=0.0), die)
     except _Killed:
         return
     raise AssertionError("The fit was over before it was killed.")

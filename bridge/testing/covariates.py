@@ -16,10 +16,11 @@ from bridge.estimators.design import make_design
 from bridge.estimators.distributions import Gaussian
 from bridge.estimators.strategy import Strategy
 from bridge.estimators.weights import Weights, make_weights, resolve_covariate
+from bridge.evaluation.memory import Memory
 from bridge.simulator.function import as_simulator
 from bridge.smoothing.smooth import smooth
 from bridge.smoothing.smoothed import SmoothedSimulator
-from bridge.testing.common import Contract
+from bridge.testing.common import Contract, short_descent
 from bridge.testing.truth import Quadrature, assert_mean, mean_differs
 
 _DRAWS, _FEW_DRAWS, _ROWS, _SCALE = 1500, 150, 12, 0.5
@@ -46,8 +47,8 @@ class CovariateContract(Contract):
     bias: ClassVar[float] = 0.25
     power: ClassVar[float] = 0.15
 
-    def fit_settings(self) -> dict[str, Any]:
-        return {"covariate": self.made}
+    def fit_settings(self, made: Any) -> dict[str, Any]:
+        return {"method": short_descent(covariate=made)}
 
     def test_weights_of_the_value_sum_to_one_and_those_of_slopes_to_zero(self) -> None:
         for points in _SETS:
@@ -130,7 +131,7 @@ class CovariateContract(Contract):
         found = []
         for keep in (0.0, 100.0):
             smoothed = _smoothed(
-                _repeated, seed=2, num_samples=40, points="mc", covariate=self.made, keep_megabytes=keep
+                _repeated, seed=2, num_samples=40, points="mc", covariate=self.made, memory=Memory(keep)
             )
             found.append(smoothed.estimate(torch.from_numpy(_X)).jacobian().numpy())
         np.testing.assert_allclose(found[0], found[1], rtol=1e-9, atol=1e-12)

@@ -12,7 +12,7 @@ from bridge.arrays import Array
 from bridge.estimators.distributions import Distribution, get_distribution
 from bridge.simulator.function import as_simulator
 from bridge.smoothing.smooth import smooth
-from bridge.testing.common import Contract
+from bridge.testing.common import Contract, short_descent
 
 # What a tail has at least; the uniform numbers that perturbations are made of come as near to 0 and 1 as these.
 _TAIL, _LOWEST, _HIGHEST = 1e-13, 2.0**-54, 1 - 2.0**-53
@@ -29,8 +29,8 @@ class DistributionContract(Contract):
 
     made: ClassVar[Distribution]
 
-    def fit_settings(self) -> dict[str, Any]:
-        return {"distribution": self.made}
+    def fit_settings(self, made: Any) -> dict[str, Any]:
+        return {"method": short_descent(distribution=made)}
 
     def test_icdf_inverts_the_integral_of_the_density(self) -> None:
         u, places = _quantiles(self.made)
@@ -82,9 +82,11 @@ class DistributionContract(Contract):
             found.append(float((w * self.made.second_score(e)).sum()))
         slopes = np.concatenate([self._slope(a), self._slope(b)])
         np.testing.assert_allclose(
-            found, self._slope(b) - self._slope(a), atol=1e-4 * np.abs(slopes).max(),
+            found,
+            self._slope(b) - self._slope(a),
+            atol=1e-4 * np.abs(slopes).max(),
             err_msg="the integral of second_score p is not the difference of p', or p has a kink that atoms lacks",
-        )  # fmt: skip
+        )
 
     def test_atoms_are_the_jumps_of_the_slope(self) -> None:
         stated, ends = dict(self.made.atoms), self._ends()
@@ -125,8 +127,11 @@ class DistributionContract(Contract):
         at = np.tanh(1.3 * (x + width * e) + 0.4)
         smoothed = smooth(
             as_simulator(lambda rows: np.tanh(1.3 * rows[:, 0] + 0.4), vectorized=True),
-            seed=0, num_samples=4096, scale=width, distribution=self.made,
-        )  # fmt: skip
+            seed=0,
+            num_samples=4096,
+            scale=width,
+            distribution=self.made,
+        )
         estimate = smoothed.estimate(torch.tensor([x], dtype=torch.float64))
         assert abs(float(estimate.value) - float((w * at).sum())) < 0.01
         assert abs(float(estimate.jacobian()) - float((w * 1.3 * (1 - at**2)).sum())) < 0.03

@@ -11,7 +11,8 @@ from bridge.fitting.fit import fit
 from bridge.reporting.observers import Observer
 from bridge.reporting.result import FitResult, FitStep
 from bridge.simulator.space import Parameter, ParameterSpace
-from bridge.testing.common import simulate
+from bridge.storage.run import Run
+from bridge.testing.common import short_descent, simulate
 
 _TARGET, _START, _STEPS = simulate(np.array([0.5, 0.3])), [0.2, 0.6], 4
 
@@ -50,9 +51,9 @@ class ObserverContract:
         cut = tmp_path / "cut"
         cut.mkdir()
         stop = _Stop(after=1)
-        self._fit(_Strict(self.make(cut)), stop, directory=tmp_path / "run", every_s=0.0)
+        self._fit(_Strict(self.make(cut)), stop, run=Run(tmp_path / "run", every_s=0.0))
         again = self.make(cut)
-        result = self._fit(_Strict(again), directory=tmp_path / "run")
+        result = self._fit(_Strict(again), run=Run(tmp_path / "run"))
         assert len(result.history) == _STEPS
         assert self.told(again, cut) == self.told(first, whole)
 
@@ -70,11 +71,9 @@ class ObserverContract:
             )
         observer.end(None)
 
-    def _fit(self, *observers: Observer, **settings: Any) -> FitResult:
-        return fit(
-            simulate, _TARGET, _START, seed=0, method="adam", steps=_STEPS, num_samples=8, progress=list(observers),
-            **settings,
-        )  # fmt: skip
+    def _fit(self, *observers: Observer, run: Run | None = None) -> FitResult:
+        method = short_descent(steps=_STEPS)
+        return fit(simulate, _TARGET, _START, seed=0, method=method, run=run, watch=observers)
 
 
 _SPACE = ParameterSpace((Parameter("[red]\x1b[2Jx", "\u00b5m", natural_scale=0.1), Parameter("b")))

@@ -12,7 +12,7 @@ from bridge.estimators.distributions import Distribution, Gaussian
 from bridge.estimators.points import Nodes, PointSet
 from bridge.simulator.function import as_simulator
 from bridge.smoothing.smooth import smooth
-from bridge.testing.common import Contract, refused
+from bridge.testing.common import Contract, refused, short_descent
 from bridge.testing.truth import assert_mean, mean_differs
 
 _DRAWS = 500
@@ -42,9 +42,9 @@ class PointSetContract(Contract):
     bias: ClassVar[float] = 0.05
     distribution: ClassVar[Distribution] = Gaussian()
 
-    def fit_settings(self) -> dict[str, Any]:
+    def fit_settings(self, made: Any) -> dict[str, Any]:
         n = next(n for n, d in self.feasible if d == 2)  # of two parameters
-        return {"points": self.made, "num_samples": n}
+        return {"method": short_descent(points=made, num_samples=n)}
 
     def test_points_lie_in_the_open_cube(self) -> None:
         for n, d in self.feasible:
@@ -127,8 +127,12 @@ class PointSetContract(Contract):
                 continue
             smoothed = smooth(
                 as_simulator(lambda x, d=d: 3.0 + x @ A[:, :d].T, vectorized=True),
-                seed=0, num_samples=n, scale=0.3, points=self.made, distribution=self.distribution,
-            )  # fmt: skip
+                seed=0,
+                num_samples=n,
+                scale=0.3,
+                points=self.made,
+                distribution=self.distribution,
+            )
             jacobian = smoothed.estimate(torch.zeros(d, dtype=torch.float64)).jacobian().numpy()
             error = np.linalg.norm(jacobian - A[:, :d]) / np.linalg.norm(A[:, :d])
             assert error < 0.05, f"the slope of a linear function is off by {error:.1%} with {n} rows"

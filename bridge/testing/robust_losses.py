@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bridge.arrays import Array
+from bridge.fitting.comparison import LeastSquares
 from bridge.fitting.fit import fit
 from bridge.fitting.robust import RobustLoss
 from bridge.testing.common import Contract, refused
@@ -26,8 +27,8 @@ class RobustLossContract(Contract):
     made: ClassVar[RobustLoss]
     convex: ClassVar[bool] = False
 
-    def fit_settings(self) -> dict[str, Any]:
-        return {"robust": self.made, "variance": 0.01}
+    def fit_settings(self, made: Any) -> dict[str, Any]:
+        return {"misfit": LeastSquares(variance=0.01, robust=made)}
 
     def test_it_is_half_the_square_of_small_residuals(self) -> None:
         r = 1e-3 * self.made.width * np.array([-1.0, 0.5, 1.0])
@@ -78,7 +79,14 @@ class RobustLossContract(Contract):
         target = 2.0 + 0.5 * t + 0.1 * np.sin(40 * t)
         target[6] += 5.0
         found = [
-            fit(lambda p: p[0] + p[1] * t, target, [1.9, 0.6], seed=0, variance=0.01, robust=robust, max_runs=40)
+            fit(
+                lambda p: p[0] + p[1] * t,
+                target,
+                [1.9, 0.6],
+                seed=0,
+                misfit=LeastSquares(variance=0.01, robust=robust),
+                stop=40,
+            )
             for robust in (None, self.made)
         ]
         errors = [np.abs(result.parameters - [2.0, 0.5]).max() for result in found]

@@ -169,9 +169,7 @@ def test_points_lie_in_the_open_cube_and_depend_on_the_key_alone(points, n, d, a
 def test_orthogonal_directions_are_gaussian_in_any_number(n, d):
     """Also where the last rotation is used in part: blocks of d orthogonal rows, each row N(0, I) by itself."""
     rng = np.random.default_rng(n)
-    sets = np.stack(
-        [get_points("orthogonal").nodes(get_distribution("gaussian"), n, d, rng).eps for _ in range(4000)]
-    )
+    sets = np.stack([get_points("orthogonal").nodes(get_distribution("gaussian"), n, d, rng).eps for _ in range(4000)])
     assert sets.shape == (4000, n, d)
     for start in range(0, n, d):
         gram = sets[:, start : start + d] @ sets[:, start : start + d].transpose(0, 2, 1)
