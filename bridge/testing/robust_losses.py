@@ -78,7 +78,7 @@ class RobustLossContract(Contract):
         target = 2.0 + 0.5 * t + 0.1 * np.sin(40 * t)
         target[6] += 5.0
         found = [
-            fit(lambda p: p[0] + p[1] * t, target, [1.9, 0.6], seed=0, variance=0.01, robust=robust, max_runs=40)
+            fit(lambda p: p[0] + p[1] * t, target, [1.9, 0.6], seed=0, variance=0.01, robust=robust, max_runs=15)
             for robust in (None, self.made)
         ]
         errors = [np.abs(result.parameters - [2.0, 0.5]).max() for result in found]
