@@ -8,6 +8,7 @@ adapters work where torch is not installed, and MPI is not touched before it is 
 The rooms behind them, each importing only from those below it:
 
 * `bridge.cli`: the command line.
+* `bridge.testing`: contracts that people inherit in tests of what they add; ground truth.
 * `bridge.fitting`, `bridge.studies`: parameters from a target; which estimator suits a simulator.
 * `bridge.smoothing`: sums of outputs as tensors, under autograd.
 * `bridge.planning`: how many ranks are worth having.
@@ -17,7 +18,6 @@ The rooms behind them, each importing only from those below it:
 * `bridge.dispatch`: which rank evaluates what, and sums in a fixed order.
 * `bridge.estimators`: all that is known before a run, distributions, points, scales, designs, weights.
 * `bridge.simulator`: what a simulator is, what wraps it, which one it is, its name.
-* `bridge.testing`: contracts that simulators are held to, for their authors.
 """
 
 from __future__ import annotations

@@ -69,10 +69,27 @@ class Contract:
         if not (settings and self.ranks):
             return
         whole = _fitted(settings).parameters.tobytes().hex()
+        given, program = tmp_path / "settings.pickle", tmp_path / "program.py"
+        given.write_bytes(cloudpickle.dumps(settings))
+        program.write_text(_PROGRAM.format(path=[path for path in sys.path if path]), encoding="utf-8")
         for number in self.ranks:
             directory = tmp_path / f"on {number}"
             _kill(settings, directory)
-            assert _on_ranks(number, settings, directory) == whole, f"other parameters on {number} ranks"
+            said = self.launch(number, program, given, directory)
+            assert f"parameters {whole}" in said, f"other parameters on {number} ranks"
+
+    def launch(self, number: int, program: Path, *arguments: Path) -> str:
+        """What a program prints on so many ranks; overridden where ranks are started in another way than by mpiexec."""
+        launcher = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+        if launcher is None:
+            skip("no mpiexec beside this Python or on PATH")
+        # A launcher's traces would make them ranks of the job that we are in.
+        strange = ("PMI_", "PMIX_", "PMI2_", "OMPI_", "HYDI_", "MPI_LOCAL", "SLURM_")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
+        command = [str(launcher), "-n", str(number), sys.executable, *map(str, (program, *arguments))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
 
 def simulate(theta: Any) -> Any:
@@ -104,6 +121,9 @@ def _kill(settings: Mapping[str, Any], directory: Path) -> None:
 
 _PROGRAM = """
 import sys
+
+sys.path[:0] = {path!r}  # ranks find what this process found
+
 import cloudpickle
 import bridge
 from bridge.testing.common import resume
@@ -119,24 +139,6 @@ if bridge.is_root():
 def resume(settings: Mapping[str, Any], directory: str) -> str:
     """The parameters of a fit that goes on, as text. Collective."""
     return _fitted(settings, Path(directory)).parameters.tobytes().hex()
-
-
-def _on_ranks(number: int, settings: Mapping[str, Any], directory: Path) -> str:
-    launcher = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
-    if launcher is None:
-        skip("no mpiexec beside this Python or on PATH")
-    given, program = directory / "settings.pickle", directory / "program.py"
-    given.write_bytes(cloudpickle.dumps(dict(settings)))
-    program.write_text(_PROGRAM, encoding="utf-8")
-    # Ranks find what this process found; a launcher's traces would make them ranks of the job that we are in.
-    strange = ("PMI_", "PMIX_", "PMI2_", "OMPI_", "HYDI_", "MPI_LOCAL", "SLURM_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [str(launcher), "-n", str(number), sys.executable, str(program), str(given), str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    (said,) = [line for line in done.stdout.splitlines() if line.startswith("parameters ")]
-    return said.split()[1]
 
 
 class refused:  # noqa: N801  (as pytest.raises)

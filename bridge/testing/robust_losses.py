@@ -85,7 +85,7 @@ class RobustLossContract(Contract):
                 [1.9, 0.6],
                 seed=0,
                 misfit=LeastSquares(variance=0.01, robust=robust),
-                stop=40,
+                stop=15,
             )
             for robust in (None, self.made)
         ]

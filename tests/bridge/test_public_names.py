@@ -130,7 +130,7 @@ def test_a_folder_or_file_that_hides_bridge_is_named(program, kind, tmp_path):
     assert str(theirs) in python("from bridge import smooth", tmp_path).stderr
 
 
-READ = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
+READ = sorted([*ROOT.glob("examples/**/*.py"), *ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
 
 
 @pytest.mark.parametrize("file", READ, ids=lambda file: str(file.relative_to(ROOT)))

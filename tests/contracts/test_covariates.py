@@ -12,6 +12,7 @@ import bridge
 from bridge.estimators.covariates import COVARIATES
 from bridge.testing import CovariateContract
 from tests.contracts.failing import failing
+from tests.lab.ranks import OnForkedRanks
 
 
 class TestAuto(CovariateContract):
@@ -83,12 +84,12 @@ class Shrunk(bridge.Covariate):
         return self.unit * (g - self.part * (np.sum(g, axis=0) - g) / max(n - 1, 1)) / n
 
 
-class TestWithASetting(CovariateContract):
+@pytest.mark.mpi
+class TestWithASetting(OnForkedRanks, CovariateContract):
     made = Shrunk(part=0.8)
     others = (Shrunk(part=0.9), Shrunk())
     ignores_constants = False
     power = 0.3
-    ranks = (2,)
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,9 @@ class TestAntitheticMonteCarlo(PointSetContract):
 
 def test_every_name_of_ours_is_here():
     tested = [suite.made for suite in PointSetContract.__subclasses__() if suite.__module__ == __name__]
-    ours = {name for name, kind in POINT_SETS.all().items() if repr(POINT_SETS.make(name)) in map(repr, tested)}
-    assert ours == set(POINT_SETS.names())
+    made = [POINT_SETS.make(name) for name in POINT_SETS.names()]
+    ours = {repr(points) for points in made if type(points).__module__.startswith("bridge.")}
+    assert {repr(points) for points in tested} >= ours
 
 
 def test_pairs_have_names():
