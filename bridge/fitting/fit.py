@@ -1,12 +1,13 @@
-"""The door to fitting: it checks what is given, finds the method, and hands both to a session."""
+"""The door to fitting: it checks what is given, finds the method, and hands both to a driver."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from numpy.typing import ArrayLike
@@ -14,13 +15,13 @@ from numpy.typing import ArrayLike
 from bridge.arrays import real_array
 from bridge.checks import as_whole, can_be_called_with, is_number, refuse_unknown
 from bridge.errors import InputError
-from bridge.fitting.methods.base import METHODS, FitTask, Method, begin
+from bridge.fitting.driver import FitDriver, earlier_runs, kept_run
+from bridge.fitting.methods.base import METHODS, FitTask, Method, MethodRun, begin
 from bridge.fitting.misfit import Loss
 from bridge.fitting.prior import PriorOf
 from bridge.fitting.problem import Start, make_problem
 from bridge.fitting.reuse import Source, sources
 from bridge.fitting.robust import RobustLoss
-from bridge.fitting.session import FitSession, earlier_runs, kept_run
 from bridge.fitting.target import LinearMap
 from bridge.reporting.observers import Observer, make_observers
 from bridge.reporting.result import FitResult, FitStep
@@ -180,11 +181,9 @@ def fit(
         SystemExit: with code 75, with a directory: stopped by a signal; start it again.
     """
     begun = time.monotonic()
-    target = _as_numbers(target)
     refuse_unknown("bridge.fit", smoothing, fit_settings())
     smoothing = {**smoothing, "missing": missing} if missing != "raise" else smoothing
-    _check_kinds(target, start, variance, fixed, tied, loss, on_step)
-    _check_limits(directory, max_seconds, loss, stop_at_error)
+    _check_limits(directory, max_seconds, loss, stop_at_error, on_step)
     given = _given(
         steps=as_whole(steps),
         num_samples=as_whole(num_samples),
@@ -198,13 +197,93 @@ def fit(
         restarts=as_whole(restarts),
         tolerance=tolerance,
     )
-    chooses = _as_method(method, given)
+    chooses = as_method(method, given)
+    # All settings are checked here: a fit that is refused leaves nothing behind.
+    prepared = prepare(
+        simulator,
+        target,
+        start,
+        chooses,
+        seed=seed,
+        num_starts=as_whole(num_starts),
+        variance=variance,
+        whiten=whiten,
+        loss=loss,
+        robust=robust,
+        prior=prior,
+        fixed=fixed,
+        tied=tied,
+        mask=mask,
+        missing=missing,
+        max_runs=as_whole(max_runs),
+        comm=comm,
+        smoothing=smoothing,
+    )
+    problem, chosen, work = prepared.task.problem, prepared.method, prepared.work
+    if max_runs is not None or directory is not None:
+        counts_runs(problem.simulator)
+    earlier_fits = _earlier_fits(reuse, chosen)
+    earlier = earlier_runs(earlier_fits, problem, work, directory, resume)
+    driver = FitDriver(
+        problem,
+        chosen,
+        prepared.reason,
+        work,
+        begin=begun,
+        run=kept_run(prepared.task, chosen, work, directory, earlier_fits, every_s, resume, overwrite),
+        observers=make_observers(progress, root=work.smoothed[0].dispatcher.thinking.rank == 0),
+        on_step=on_step,
+        announced=chosen.name != chooses.name,
+        max_seconds=max_seconds,
+    )
+    return driver.carried_out(title, earlier)
+
+
+@final
+@dataclass(frozen=True)
+class Prepared:
+    """A fit that can begin. reason: why that method, in words."""
+
+    task: FitTask
+    method: Method
+    reason: str
+    work: MethodRun
+
+
+def prepare(
+    simulator: Any,
+    target: ArrayLike | torch.Tensor,
+    start: Start,
+    chooses: Method,
+    *,
+    seed: int | None,
+    num_starts: int | None,
+    variance: float | ArrayLike | None,
+    whiten: LinearMap | None,
+    loss: Loss | None,
+    robust: str | tuple[str, float] | RobustLoss | None,
+    prior: PriorOf | None,
+    fixed: Sequence[str],
+    tied: Mapping[str, str] | None,
+    mask: ArrayLike | torch.Tensor | None,
+    missing: str,
+    max_runs: int | None,
+    comm: Any,
+    smoothing: Mapping[str, Any],
+) -> Prepared:
+    """The problem, and the method at work on it: of `fit` and of `FitSession`. Nothing is run yet.
+
+    Raises:
+        InputError: something is unknown, of the wrong shape, or contradicts something else.
+    """
+    target = _as_numbers(target)
+    _check_kinds(target, start, variance, fixed, tied, loss)
     problem = make_problem(
         simulator,
         target,
         start,
         seed=seed,
-        num_starts=as_whole(num_starts),
+        num_starts=num_starts,
         spread=_spread(chooses.scale),
         variance=variance,
         whiten=whiten,
@@ -217,28 +296,9 @@ def fit(
         mask=mask,
         missing=missing,
     )
-    task = FitTask(problem, seed, as_whole(max_runs), comm, smoothing)
-    if max_runs is not None or directory is not None:
-        counts_runs(problem.simulator)
-    chosen, reason = chooses.chosen(task)
-    earlier_fits = _earlier_fits(reuse, chosen)
-    # All settings are checked here: a fit that is refused leaves nothing behind.
-    work = begin(chosen, task)
-    earlier = earlier_runs(earlier_fits, problem, work, directory, resume)
-    run = kept_run(task, chosen, work, directory, earlier_fits, every_s, resume, overwrite)
-    session = FitSession(
-        problem,
-        chosen,
-        reason,
-        work,
-        begin=begun,
-        run=run,
-        observers=make_observers(progress, root=work.smoothed[0].dispatcher.thinking.rank == 0),
-        on_step=on_step,
-        announced=chosen.name != chooses.name,
-        max_seconds=max_seconds,
-    )
-    return session.carried_out(title, earlier)
+    task = FitTask(problem, seed, max_runs, comm, smoothing)
+    method, reason = chooses.chosen(task)
+    return Prepared(task, method, reason, begin(method, task))
 
 
 def _given(**settings: Any) -> dict[str, Any]:
@@ -246,7 +306,7 @@ def _given(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _as_method(method: str | Method, given: Mapping[str, Any]) -> Method:
+def as_method(method: str | Method, given: Mapping[str, Any]) -> Method:
     """The method of a name with its settings, or the one that is given."""
     if not isinstance(method, Method):
         return METHODS.find(method).with_settings(given)
@@ -283,7 +343,7 @@ def fit_settings() -> list[str]:
     return list(dict.fromkeys([*own, *list(signature(smooth).parameters)[1:]]))
 
 
-def _check_kinds(target: Any, start: Any, variance: Any, fixed: Any, tied: Any, loss: Any, on_step: Any) -> None:
+def _check_kinds(target: Any, start: Any, variance: Any, fixed: Any, tied: Any, loss: Any) -> None:
     """Refuses what is of another kind altogether, and says what is expected there."""
     for name, value in (("target", target), ("start", start), ("variance", variance)):
         if isinstance(value, str | os.PathLike):
@@ -305,11 +365,11 @@ def _check_kinds(target: Any, start: Any, variance: Any, fixed: Any, tied: Any, 
         raise InputError(
             "Expected loss as a function of two arguments, loss(output, target), got one of other arguments."
         )
+
+
+def _check_limits(directory: Any, max_seconds: Any, loss: Any, stop_at_error: Any, on_step: Any) -> None:
     if on_step is not None and not callable(on_step):
         raise InputError(f"Expected on_step as a function of a FitStep, got {on_step!r}.")
-
-
-def _check_limits(directory: Any, max_seconds: Any, loss: Any, stop_at_error: Any) -> None:
     if directory is not None and not isinstance(directory, str | os.PathLike):
         raise InputError(f"Expected directory as a path, got {directory!r}.")
     if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):

@@ -42,8 +42,8 @@ def plain_simulator(
     return plain
 
 
-def last_outputs(smoothed: SmoothedSimulator, thetas: Array, step: int, shape: tuple[int, ...]) -> tuple[Array, int]:
-    """(k, *shape) of the simulator itself, and how many runs that took.
+def last_outputs(smoothed: SmoothedSimulator, thetas: Array, step: int, shape: tuple[int, ...]) -> Array:
+    """(k, *shape) of the simulator itself.
 
     NaN where a run failed, unless failures="raise": a fit that has lived with failed runs must not end by one.
     """
@@ -51,12 +51,11 @@ def last_outputs(smoothed: SmoothedSimulator, thetas: Array, step: int, shape: t
     raises = strategy.failures == "raise" or strategy.errors_raise
     tolerance = Tolerance("drop", errors_raise=raises, largest=strategy.largest, missing=strategy.missing)
     try:
-        outputs = _outputs(smoothed, thetas, step, tolerance)
+        return _outputs(smoothed, thetas, step, tolerance)
     except EvaluationError:
         if raises:
             raise
-        outputs = np.full((len(thetas), *shape), np.nan)
-    return outputs, len(thetas)
+        return np.full((len(thetas), *shape), np.nan)
 
 
 def plain_outputs(plain: SmoothedSimulator, thetas: Array, step: int) -> Array:
