@@ -27,7 +27,6 @@ FUNCTIONS = {
     "adapters/render/raster_kernels.py:_shade": (70, _KERNEL),
     "bridge/estimators/strategy.py:make_strategy": (77, _DOOR),
     "bridge/fitting/fit.py:fit": (100, _DOOR),
-    "bridge/fitting/methods/descent.py:Descent.finish": (63, _STEPS),
     "bridge/fitting/methods/descent_errors.py:of_descent": (68, _STEPS),
     "bridge/fitting/methods/gaussian_process.py:fit_gaussian_process": (74, _STEPS),
     "bridge/simulator/bytecode.py:_Stack.step": (63, "one case an instruction of Python's machine"),

@@ -12,29 +12,21 @@ from pathlib import Path
 from typing import Any, TypeVar, final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bridge.arrays import Array
 from bridge.errors import BridgeError, EvaluationError
 from bridge.fitting.fingerprint import fingerprint
-from bridge.fitting.goodness import Goodness, goodness_of, unexplained
-from bridge.fitting.identifiability import identifiability_warnings
 from bridge.fitting.methods.base import UNLIMITED, FitTask, Method, MethodResult, MethodRun, ModelRun, StepReport
 from bridge.fitting.methods.requests import Answer, Request, answered, num_runs
-from bridge.fitting.normal import without
+from bridge.fitting.outcome import cut_short, make_result, plain, result_from
 from bridge.fitting.problem import FitProblem
 from bridge.fitting.reuse import Earlier, Source, described, earlier_rows
 from bridge.interrupts import again, listening, look
 from bridge.reporting.observers import Observers
-from bridge.reporting.result import FitEnd, FitResult, FitStep
-from bridge.simulator.space import ParameterSpace
+from bridge.reporting.result import FitResult, FitStep
 from bridge.storage.run import Run
 
 _INTERRUPTED = "bridge: interrupted; the fit ends with the best so far. Once more to leave at once."
-_LEFT_OUT = (
-    "The fit was interrupted: what it would run at its end, for errors and outputs, is left out, and the loss is that "
-    "of the smoothed output. With the same directory= it goes on where it was."
-)
 
 _log = logging.getLogger("bridge")
 T = TypeVar("T")
@@ -193,7 +185,7 @@ class FitDriver:
         """The result that is kept, of a fit that is finished."""
         if self.run is None or self.run.state is None or "result" not in self.run.state:
             return None
-        result = _result_from(self.run.state["result"], self.problem.space, self.history)
+        result = result_from(self.run.state["result"], self.problem.space, self.history)
         if self.dispatcher.rank == 0:
             _log.info("the fit in %s is finished: its result is returned again, nothing is run", self.run.directory)
         return result
@@ -221,7 +213,7 @@ class FitDriver:
             self._ending = self.work.finish(len(self.history))
             self._go_to_end(None)
         if self.result is None:
-            self.result = self._result(_cut_short(self.work, self.problem, self.history), left_out=True)
+            self.result = self._result(cut_short(self.work, self.problem, self.history), left_out=True)
 
     # -- what is to be evaluated, and what came of it ---------------------------------------------------------------
 
@@ -375,7 +367,7 @@ class FitDriver:
             return
         state = self.to_dict()
         if result is not None:
-            state["result"] = _plain(result)
+            state["result"] = plain(result)
         self.run.checkpoint(len(self.history), state, at_once=at_once)
 
     def to_dict(self) -> dict[str, Any]:
@@ -396,104 +388,15 @@ class FitDriver:
         self.result, self._asked, self._ending = None, None, None
 
     def _result(self, end: MethodResult, left_out: bool) -> FitResult:
-        """What is returned. left_out: whether the method could not come to its end."""
-        problem, history, stated = self.problem, self.history, end.stated
-        good, misses = _goodness(problem, end)
-        at_bound = (end.x <= problem.lower) | (end.x >= problem.upper)
-        covariance = None if stated is None else problem.covariance(without(stated.covariance, at_bound))
-        return FitResult(
-            space=problem.space,
-            parameters=problem.whole(end.x),
-            start=problem.whole(end.start),
-            standard_error=_last_errors(history) if left_out else _deviations(covariance),
-            loss=good.loss,
+        return make_result(
+            self.problem,
+            end,
+            self.history,
+            method=self.method.name,
+            reason=self.reason,
             stop_reason=self.stop_reason,
-            history=tuple(history),
-            num_evaluations=(history[-1].num_evaluations if history else 0) + end.num_evaluations,
             wall_s=time.monotonic() - self.begin,
-            output=end.output,
-            start_output=end.start_output,
-            covariance=covariance,
-            warnings=(
-                *((_LEFT_OUT,) * left_out),
-                *end.warnings,
-                *_unfinished(end, self.stop_reason),
-                *misses,
-                *identifiability_warnings(stated, problem.free, end.x * problem.natural, at_bound),
-            ),
-            num_reused=end.num_reused,
             num_cached=self._num_cached,
             num_surrogate=self._num_surrogate,
-            num_failed=end.num_failed,
-            method=self.method.name,
-            method_reason=self.reason,
-            ends=_ends(problem, end) if len(problem.starts) > 1 else (),
-            interval_dof=np.inf if stated is None else stated.dof,
-            chi_square=good.chi_square,
-            dof=good.dof,
-            p_value=good.p_value,
-            loss_share=good.share,
+            left_out=left_out,
         )
-
-
-def _goodness(problem: FitProblem, end: MethodResult) -> tuple[Goodness, tuple[str, ...]]:
-    """How well the target is explained at the end, and what to say of it."""
-    misfit = problem.misfit
-    # A loss of one's own, of noisy runs, is what the method makes of many; of a run that failed nothing else is known.
-    if misfit.loss is not None or not misfit.usable(end.output[None]).all():
-        return Goodness(end.loss), ()
-    good = goodness_of(problem.misfit, end.output, end.x, problem.known_noise, end.noise)
-    target = misfit.target.numpy()
-    if misfit.masked is not None:
-        target = np.where(misfit.masked.numpy(), np.nan, target)
-    return good, unexplained(good, end.output - target, end.start_output - target)
-
-
-def _cut_short(work: MethodRun, problem: FitProblem, history: Sequence[FitStep]) -> MethodResult:
-    """The end of a fit that was interrupted: what is known, without another run.
-
-    The parameters are those of the least loss that was seen: of where the last step led none is known.
-    """
-    unknown = np.full(tuple(problem.misfit.target.shape), np.nan)
-    x, loss = work.x, np.nan
-    if seen := [record for record in history if np.isfinite(record.loss)]:
-        best = min(seen, key=lambda record: record.loss)
-        at = [problem.space.index(name) for name in problem.free.names]
-        x, loss = np.array(best.parameters)[at] / problem.natural, best.loss
-    failed = history[-1].num_failed if history else 0
-    return MethodResult(x, problem.free_starts[0], loss, None, unknown, unknown, num_evaluations=0, num_failed=failed)
-
-
-def _ends(problem: FitProblem, end: MethodResult) -> tuple[FitEnd, ...]:
-    """Where all starts have come to, of all parameters in their units."""
-    return tuple(FitEnd(problem.whole(e.start), problem.whole(e.parameters), e.loss, e.steps) for e in end.ends)
-
-
-def _deviations(covariance: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-    return None if covariance is None else np.sqrt(np.diag(covariance))
-
-
-def _last_errors(history: Sequence[FitStep]) -> NDArray[np.float64] | None:
-    known = history[-1].standard_error if history else None
-    return None if known is None else np.array(known)
-
-
-def _plain(result: FitResult) -> dict[str, Any]:
-    """What a run keeps of its result: all but what it keeps anyway."""
-    kept = {name: value for name, value in vars(result).items() if name not in ("space", "history", "ends")}
-    return {**kept, "ends": [dict(vars(end)) for end in result.ends]}
-
-
-def _result_from(kept: Mapping[str, Any], space: ParameterSpace, history: Sequence[FitStep]) -> FitResult:
-    ends = tuple(FitEnd(**end) for end in kept["ends"])
-    return FitResult(**{**kept, "ends": ends, "space": space, "history": tuple(history)})
-
-
-def _unfinished(end: MethodResult, stop_reason: str) -> tuple[str, ...]:
-    if not end.at_limit or stop_reason not in ("max_steps", "max_runs"):
-        return ()
-    return (
-        f"The last step was still as long as it may be when {stop_reason} ended the fit, two scales: the target is "
-        "further away, or the noise of a step is as large as that. Allow more steps (steps=, max_runs=), a larger "
-        "scale, or take more samples (num_samples=).",
-    )

@@ -19,7 +19,7 @@ from bridge.checks import as_whole
 from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.fitting.driver import FitDriver
 from bridge.fitting.fingerprint import fingerprint
-from bridge.fitting.fit import as_method, prepare
+from bridge.fitting.fit import Prepared, as_method, prepare
 from bridge.fitting.methods.base import Method
 from bridge.fitting.misfit import Loss
 from bridge.fitting.prior import PriorOf
@@ -118,16 +118,7 @@ class FitSession:
             raise InputError("Expected one process, got several ranks. Ask and tell in one; or use bridge.fit.")
         self._prepared, self.space = prepared, prepared.task.problem.space
         self._told.stand_in = prepared.task.problem.misfit.target.numpy()
-        self._driver = FitDriver(
-            prepared.task.problem,
-            prepared.method,
-            prepared.reason,
-            prepared.work,
-            begin=begun,
-            observers=make_observers("off", root=True),
-            announced=prepared.method.name != chooses.name,
-            max_seconds=max_seconds,
-        )
+        self._driver = _driver(prepared, chooses, begun, max_seconds)
         self._before = checkpoint.packed(self._driver.to_dict())
         self._go_on()
 
@@ -299,6 +290,19 @@ class FitSession:
         settings = fingerprint(self._prepared.task, self._prepared.method, self._prepared.work)
         plain: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True, default=str))
         return plain
+
+
+def _driver(prepared: Prepared, chooses: Method, begin: float, max_seconds: float | None) -> FitDriver:
+    return FitDriver(
+        prepared.task.problem,
+        prepared.method,
+        prepared.reason,
+        prepared.work,
+        begin=begin,
+        observers=make_observers("off", root=True),
+        announced=prepared.method.name != chooses.name,
+        max_seconds=max_seconds,
+    )
 
 
 @final
