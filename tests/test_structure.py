@@ -24,7 +24,6 @@ _STEPS = "steps that are to become functions of their own"
 # File:function -> its lines of code, at most, and why.
 FUNCTIONS = {
     "adapters/render/raster_kernels.py:_shade": (70, _KERNEL),
-    "bridge/fitting/methods/descent.py:Descent.finish": (63, _STEPS),
     "bridge/fitting/methods/descent_errors.py:of_descent": (68, _STEPS),
     "bridge/simulator/bytecode.py:_Stack.step": (63, "one case an instruction of Python's machine"),
 }

@@ -1,11 +1,12 @@
-"""The door to fitting: it checks what is given, finds the method, and hands both to a session."""
+"""The door to fitting: it checks what is given, finds the method, and hands both to a driver."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from numpy.typing import ArrayLike
@@ -17,11 +18,11 @@ from bridge.evaluation.failures import Failures, make_failures
 from bridge.evaluation.memory import Memory, make_memory
 from bridge.evaluation.places import Where, make_place
 from bridge.fitting.comparison import Comparison, make_comparison
-from bridge.fitting.methods.base import METHODS, FitTask, Method, begin
+from bridge.fitting.driver import FitDriver, earlier_runs, kept_run
+from bridge.fitting.methods.base import METHODS, FitTask, Method, MethodRun, begin
 from bridge.fitting.prior import PriorOf
 from bridge.fitting.problem import Start, make_problem
 from bridge.fitting.reuse import sources
-from bridge.fitting.session import FitSession, earlier_runs, kept_run
 from bridge.fitting.stop import Stop, make_stop
 from bridge.reporting.observers import Observers, Watch, watchers
 from bridge.reporting.result import FitResult
@@ -105,9 +106,80 @@ def fit(
         SystemExit: with code 75, with a run: stopped by a signal; start it again.
     """
     begun = time.monotonic()
+    chooses, kept = make_method(method), _as_run(run)
+    # All settings are checked here: a fit that is refused leaves nothing behind.
+    prepared = prepare(
+        simulator,
+        target,
+        start,
+        chooses,
+        seed=seed,
+        variance=variance,
+        misfit=misfit,
+        prior=prior,
+        fixed=fixed,
+        tied=tied,
+        stop=stop,
+        failures=failures,
+        on=on,
+        memory=memory,
+    )
+    task, chosen, work = prepared.task, prepared.method, prepared.work
+    if task.stop.runs is not None or kept is not None:
+        counts_runs(task.problem.simulator)
+    observers, told = watchers(watch)
+    earlier_fits = sources(chosen.reuse)
+    earlier = earlier_runs(earlier_fits, task.problem, work, kept)
+    driver = FitDriver(
+        task.problem,
+        chosen,
+        prepared.reason,
+        work,
+        begin=begun,
+        run=kept_run(task, chosen, work, kept, earlier_fits),
+        observers=Observers(observers if work.smoothed[0].dispatcher.thinking.rank == 0 else ()),
+        told=told,
+        announced=chosen.name != chooses.name,
+        max_seconds=task.stop.seconds,
+    )
+    return driver.carried_out("" if kept is None else kept.title, earlier)
+
+
+@final
+@dataclass(frozen=True)
+class Prepared:
+    """A fit that can begin. reason: why that method, in words."""
+
+    task: FitTask
+    method: Method
+    reason: str
+    work: MethodRun
+
+
+def prepare(
+    simulator: Any,
+    target: ArrayLike | torch.Tensor,
+    start: Start,
+    chooses: Method,
+    *,
+    seed: int | None,
+    variance: Any,
+    misfit: Any,
+    prior: PriorOf | None,
+    fixed: Sequence[str],
+    tied: Mapping[str, str] | None,
+    stop: Any,
+    failures: Any,
+    on: Where = None,
+    memory: Any = None,
+) -> Prepared:
+    """The problem, and the method at work on it: of `fit` and of `FitSession`. Nothing is run yet.
+
+    Raises:
+        InputError: something is unknown, of the wrong shape, or contradicts something else.
+    """
     target = _as_numbers(target)
     _check_kinds(target, start, variance, fixed, tied)
-    chooses, kept = make_method(method), _as_run(run)
     tolerated = make_failures(failures)
     problem = make_problem(
         simulator,
@@ -123,27 +195,8 @@ def fit(
         missing=tolerated.missing,
     )
     task = FitTask(problem, seed, make_stop(stop), tolerated, make_place(on), make_memory(memory))
-    if task.stop.runs is not None or kept is not None:
-        counts_runs(problem.simulator)
-    chosen, reason = chooses.chosen(task)
-    earlier_fits = sources(chosen.reuse)
-    # All settings are checked here: a fit that is refused leaves nothing behind.
-    work = begin(chosen, task)
-    observers, told = watchers(watch)
-    earlier = earlier_runs(earlier_fits, problem, work, kept)
-    session = FitSession(
-        problem,
-        chosen,
-        reason,
-        work,
-        begin=begun,
-        run=kept_run(task, chosen, work, kept, earlier_fits),
-        observers=Observers(observers if work.smoothed[0].dispatcher.thinking.rank == 0 else ()),
-        told=told,
-        announced=chosen.name != chooses.name,
-        max_seconds=task.stop.seconds,
-    )
-    return session.carried_out("" if kept is None else kept.title, earlier)
+    method, reason = chooses.chosen(task)
+    return Prepared(task, method, reason, begin(method, task))
 
 
 def make_method(method: str | Method) -> Method:

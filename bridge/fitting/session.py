@@ -1,340 +1,337 @@
-"""A fit on its way, from what it has kept to its result: it drives a method, step by step."""
+"""A fit for people who run the simulator themselves: they ask for points, and tell what came of them."""
 
 from __future__ import annotations
 
-import logging
+import json
+import os
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from numpy.typing import ArrayLike, NDArray
 
-from bridge.errors import BridgeError
+from bridge.arrays import Array, real_array
+from bridge.errors import BridgeError, EvaluationError, InputError
+from bridge.evaluation.failures import Failures, make_failures
+from bridge.fitting.comparison import Comparison
+from bridge.fitting.driver import FitDriver
 from bridge.fitting.fingerprint import fingerprint
-from bridge.fitting.goodness import Goodness, goodness_of, unexplained
-from bridge.fitting.identifiability import identifiability_warnings
-from bridge.fitting.methods.base import UNLIMITED, FitTask, Method, MethodResult, MethodRun, ModelRun
-from bridge.fitting.normal import without
-from bridge.fitting.problem import FitProblem
-from bridge.fitting.reuse import Earlier, Source, described, earlier_rows
-from bridge.interrupts import again, listening, look
-from bridge.reporting.observers import Observers
-from bridge.reporting.result import FitEnd, FitResult, FitStep
+from bridge.fitting.fit import Prepared, make_method, prepare
+from bridge.fitting.methods.base import Method
+from bridge.fitting.prior import PriorOf
+from bridge.fitting.problem import Start
+from bridge.fitting.stop import Stop
+from bridge.reporting.observers import make_observers
+from bridge.reporting.result import FitResult, FitStep
+from bridge.simulator.function import FunctionSimulator
+from bridge.simulator.repeatability import Watch
 from bridge.simulator.space import ParameterSpace
-from bridge.storage.run import Run
+from bridge.storage import checkpoint
 
-_INTERRUPTED = "bridge: interrupted; the fit ends with the best so far. Once more to leave at once."
-_LEFT_OUT = (
-    "The fit was interrupted: what it would run at its end, for errors and outputs, is left out, and the loss is that "
-    "of the smoothed output. With the same directory= it goes on where it was."
-)
-
-_log = logging.getLogger("bridge")
-
-
-def kept_run(task: FitTask, method: Method, work: MethodRun, run: Run | None, reuse: Sequence[Source]) -> Run | None:
-    """The run on disk of a fit, if it has one, begun: its evaluations are kept there from here on. Collective."""
-    if run is None:
-        return None
-    run.begin(
-        {**fingerprint(task, method, work), "reuse": list(map(described, reuse))},
-        # Few runs, each of use to other fits: not to be thrown away.
-        keep_evaluations=method.keeps_runs,
-        journal_above_s=0.0 if method.keeps_runs else 0.01,
-        comm=task.place.ranks.comm,
-    )
-    for smoothed in work.smoothed:
-        if smoothed.execution.store is None:
-            smoothed.execution = replace(smoothed.execution, store=run.store)
-    return run
-
-
-def earlier_runs(reuse: Sequence[Source], problem: FitProblem, work: MethodRun, run: Run | None) -> Earlier | None:
-    """Evaluations of earlier fits; nothing where this one has begun already. Collective."""
-    if run is not None or reuse:
-        _see_simulators(work)
-    if not reuse or not isinstance(work, ModelRun):
-        return None
-    dispatcher = work.smoothed[0].dispatcher.thinking
-    begun = run is not None and run.resume and any(run.directory.glob("checkpoint-*.npz"))
-    if dispatcher.broadcast_object(begun):
-        return None
-    found, refused = None, None
-    if dispatcher.rank == 0:
-        try:
-            found = earlier_rows(
-                reuse,
-                problem.simulator,
-                problem.free,
-                tuple(problem.misfit.target.shape),
-                work.loss_of_rows,
-                work.most_rows,
-                name=work.smoothed[0].execution.filing(work.smoothed[0].simulator).name,
-                but=None if run is None else run.directory,
-            )
-        except BridgeError as refusal:
-            refused = refusal
-    dispatcher.agree(refused)
-    return dispatcher.broadcast_object(found)
-
-
-def _see_simulators(work: MethodRun) -> None:
-    """Files all simulators once, before there is a run: one that cannot be is refused, and leaves nothing behind."""
-    for smoothed in work.smoothed:
-        smoothed.execution.filing(smoothed.simulator)
-        if smoothed.surrogate is not None:
-            smoothed.execution.filing(smoothed.surrogate.simulator)
+_Key = tuple[bytes, int]
 
 
 @final
 class FitSession:
-    """A method, driven to its end.
+    """A fit whose simulator runs elsewhere: on a cluster, in a laboratory, in another program.
+
+        session = bridge.FitSession(space, target, start, seed=0)
+        while not session.done:
+            points = session.ask()
+            session.tell(points, [run_on_my_cluster(p) for p in points])
+        result = session.result
+
+    The result is bitwise that of `bridge.fit` with the same simulator, as a function of one vector, by every method.
 
     Args:
-        problem: what is fitted. method: by which. reason: why that one, in words.
-        work: the method at work. begin: when the fit began, of `time.monotonic`.
-        run: where it is kept, None for nowhere. observers: who is told of each step. told: functions that are, on every
-            rank.
-        announced: whether the first step says which method it is, and why.
-        max_seconds: stops after the step in which so much time has passed.
+        space: names, units, bounds and natural scales of the parameters; None where `start` is a vector.
+        target, start, seed, method, variance, misfit, prior, fixed, tied, stop, failures: as in `bridge.fit`; seconds
+            are those since the session was made. Where runs may fail ("drop"), those that do are told as None.
+        takes_seeds: whether the simulator has noise of its own: `seeds` says with which seed each point is to be run.
+
+    Attributes:
+        space: of all parameters, with the natural scales that are used.
+
+    Raises:
+        InputError: as in `bridge.fit`; or there are several ranks, which all would have to ask and tell.
     """
 
     def __init__(
         self,
-        problem: FitProblem,
-        method: Method,
-        reason: str,
-        work: MethodRun,
+        space: ParameterSpace | None,
+        target: ArrayLike | torch.Tensor,
+        start: Start,
         *,
-        begin: float,
-        run: Run | None = None,
-        observers: Observers,
-        told: Sequence[Callable[[FitStep], Any]] = (),
-        announced: bool = False,
-        max_seconds: float | None = None,
+        seed: int | None = None,
+        method: str | Method = "auto",
+        variance: float | ArrayLike | None = None,
+        misfit: Comparison | Callable[..., Any] | None = None,
+        prior: PriorOf | None = None,
+        fixed: Sequence[str] = (),
+        tied: Mapping[str, str] | None = None,
+        stop: Stop | int | None = None,
+        failures: str | Failures = "raise",
+        takes_seeds: bool = False,
     ) -> None:
-        self.problem, self.method, self.reason, self.work, self.begin = problem, method, reason, work, begin
-        self.run, self.observers, self.told = run, observers, tuple(told)
-        self.max_seconds = max_seconds
-        chosen_so = f"{method.name}: {reason}" if announced else ""
-        self.first_note = "; ".join(filter(None, [chosen_so, problem.scales_in_words]))
-        self.dispatcher, self.cost = work.smoothed[0].dispatcher.thinking, work.smoothed[0].spent
-        self.history: list[FitStep] = []
-        self.stop_reason = ""
-        self.cached_before, self.surrogate_before = 0, 0
+        if space is not None and not isinstance(space, ParameterSpace):
+            raise InputError(f"Expected a bridge.ParameterSpace, or None with a start that is a vector, got {space!r}.")
+        begun = time.monotonic()
+        tolerated = make_failures(failures)
+        self._drops = tolerated.rule != "raise"
+        self._told = _Told(takes_seeds)
+        chooses = make_method(method)
+        prepared = prepare(
+            self._told.simulator(space),
+            target,
+            start,
+            chooses,
+            seed=seed,
+            variance=variance,
+            misfit=misfit,
+            prior=prior,
+            fixed=fixed,
+            tied=tied,
+            stop=stop,
+            failures=tolerated,
+        )
+        if prepared.work.smoothed[0].dispatcher.size > 1:
+            raise InputError("Expected one process, got several ranks. Ask and tell in one; or use bridge.fit.")
+        self._prepared, self.space = prepared, prepared.task.problem.space
+        self._told.stand_in = prepared.task.problem.misfit.target.numpy()
+        self._driver = _driver(prepared, chooses, begun)
+        self._before = checkpoint.packed(self._driver.to_dict())
+        self._go_on()
 
-    def carried_out(self, title: str, earlier: Earlier | None) -> FitResult:
-        """The whole fit, from what is kept to its result; in one process until it is interrupted. Collective."""
-        alone = self.work.smoothed[0].dispatcher.size == 1
-        with (
-            nullcontext() if self.run is None else self.run,
-            self.observers,
-            listening(_INTERRUPTED) if alone else nullcontext(),
-        ):
-            self._start(title, earlier)
-            result = self._finished() or self._to_end()
-            self.observers.end(result)
-        return result
+    @property
+    def done(self) -> bool:
+        """Whether there is a result, and nothing more to run."""
+        return self._driver.result is not None
 
-    def _start(self, title: str, earlier: Earlier | None) -> None:
-        """Tells observers, goes on from what is kept, and takes in earlier runs. Collective."""
-        refusal: BridgeError | None = None
-        try:
-            max_runs = self.work.budget if self.work.budget < UNLIMITED else None
-            self.observers.start(self.problem.space, max_steps=self.work.limit, max_runs=max_runs, title=title)
-        except BridgeError as refused:  # on rank 0 alone
-            refusal = refused
-        self.dispatcher.agree(refusal)
-        kept = None if self.run is None else self.run.state
-        if kept is not None:
-            self.work.restore(kept["method"])
-            self.history = [FitStep(**{**h, "parameters": tuple(h["parameters"])}) for h in kept["history"]]
-            self.stop_reason = kept["stop_reason"]
-        if earlier is not None and isinstance(self.work, ModelRun) and kept is None:
-            self.work.begin_with(*earlier)
-            # What it begins with is its own from here on, whatever becomes of those directories.
-            self._checkpoint(at_once=True)
-        if self.history:
-            self.cached_before, self.surrogate_before = self.history[-1].num_cached, self.history[-1].num_surrogate
-        for record in self.history:
-            self._tell(record)
+    @property
+    def result(self) -> FitResult:
+        """What `bridge.fit` returns.
 
-    def _finished(self) -> FitResult | None:
-        """The result that is kept, of a fit that is finished."""
-        if self.run is None or self.run.state is None or "result" not in self.run.state:
+        Raises:
+            InputError: the session is not done.
+        """
+        if self._driver.result is None:
+            raise InputError(f"Expected a session that is done, got one with {len(self._told.wanted)} points to run.")
+        return self._driver.result
+
+    @property
+    def history(self) -> tuple[FitStep, ...]:
+        """The steps so far."""
+        return tuple(self._driver.history)
+
+    def ask(self) -> Array:
+        """The points to run next, all of which can run at the same time: the same until they are told.
+
+        Returns:
+            (k, d) in the parameters' units and in the order of `space.names`, as functions for `bridge.fit` take them;
+            `space.mapping(point)` has the names.
+
+        Raises:
+            InputError: the session is done.
+        """
+        self._refuse_done()
+        if not self._told.wanted:  # what was told could not be used, and is tried again
+            self._go_on()
+        return np.stack([point for point, _ in self._told.wanted.values()])
+
+    @property
+    def seeds(self) -> NDArray[np.uint64]:
+        """(k,) the simulator's seed at each of the points of `ask`."""
+        return np.array([seed for _, seed in self._told.wanted.values()], dtype=np.uint64)
+
+    def tell(self, points: ArrayLike, outputs: Sequence[Any] | NDArray[Any], seeds: ArrayLike | None = None) -> None:
+        """Takes outputs of points that were asked for, in any order, all at once or some of them.
+
+        Args:
+            points: (k, d), exactly as `ask` gave them.
+            outputs: (k, *shape), or a list; of a run that failed None (with failures="drop"), or NaN.
+            seeds: (k,) with which they ran; needed where one point was asked for with several seeds, out of order.
+
+        Raises:
+            InputError: other points, or outputs of another number or shape; nothing is taken then.
+            EvaluationError: the fit cannot go on with them, as of `bridge.fit`.
+        """
+        self._refuse_done()
+        rows = np.asarray(points, dtype=np.float64)
+        if rows.ndim != 2 or rows.shape[1] != self.space.dimension:
+            raise InputError(f"Expected points of shape (k, {self.space.dimension}), as ask() gives, got {rows.shape}.")
+        given = list(outputs)
+        if len(given) != len(rows):
+            raise InputError(f"Expected an output for each of {len(rows)} points, got {len(given)}.")
+        ran_with = None if seeds is None else [int(seed) for seed in np.asarray(seeds).reshape(-1)]
+        if ran_with is not None and len(ran_with) != len(rows):
+            raise InputError(f"Expected a seed for each of {len(rows)} points, got {len(ran_with)}.")
+        found: dict[_Key, Array | None] = {}
+        for i, (row, output) in enumerate(zip(rows, given, strict=True)):
+            key = self._told.key_of(row, None if ran_with is None else ran_with[i], found)
+            if key is None:
+                raise InputError(
+                    f"Expected points that ask() has given and that are not told yet, got {row.tolist()}"
+                    f"{'' if ran_with is None else f' with seed {ran_with[i]}'}. Tell them unchanged, each once."
+                )
+            found[key] = self._checked(output, row)
+        self._told.take(found)
+        if not self._told.wanted:
+            self._go_on()
+
+    def _checked(self, output: Any, row: Array) -> Array | None:
+        if output is None:
+            if not self._drops:
+                raise InputError(
+                    f"Expected an output at {row.tolist()}, got None. Where runs may fail, make the session with "
+                    "failures='drop'."
+                )
             return None
-        result = _result_from(self.run.state["result"], self.problem.space, self.history)
-        if self.dispatcher.rank == 0:
-            _log.info("the fit in %s is finished: its result is returned again, nothing is run", self.run.directory)
-        return result
+        array = real_array(output, f"as the output at {row.tolist()}", InputError)
+        shape = self._told.stand_in.shape
+        if array.shape != shape:
+            raise InputError(f"Expected outputs of shape {shape}, as the target has, got {array.shape}.")
+        return np.array(array)
 
-    def _to_end(self) -> FitResult:
-        """Goes on until there is a reason to stop, and has the result. Collective."""
-        end: MethodResult | None = None
+    def _refuse_done(self) -> None:
+        if self.done:
+            raise InputError("Expected a session that is not done, got one with a result: session.result.")
+
+    def _go_on(self) -> None:
+        """Goes on with what has been told, until runs are wanted or there is a result."""
+        driver, told = self._driver, self._told
+        while not self.done:
+            if not driver.is_waiting:
+                self._before = checkpoint.packed(driver.to_dict())
+            request = driver.ask()
+            if request is None:
+                return
+            answer: Any = None
+            try:
+                answer = driver.evaluated(request)
+            except BridgeError:
+                if not told.wanted:
+                    raise
+            if told.wanted:  # and the answer, or the error, is made of stand-ins
+                return
+            driver.tell(answer)
+            if not driver.is_ending:  # the end can be gone through again
+                told.outputs.clear()
+
+    # -- kept ---------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that the session is, with what has been told of the open points: numbers, texts, arrays, lists of these.
+
+        Raises:
+            InputError: of a loss or another function that was given not all can be seen.
+        """
+        told = self._told.outputs
+        return {
+            "settings": self._settings(),
+            "fit": checkpoint.unpacked(*self._before),
+            "points": [np.frombuffer(row) for row, _ in told],
+            "seeds": [seed for _, seed in told],
+            "outputs": list(told.values()),
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Goes on from what `to_dict` has given of a session with the same settings.
+
+        Raises:
+            InputError: one with other settings.
+        """
+        then, now = saved["settings"], self._settings()
+        if differ := sorted(key for key in {*then, *now} if then.get(key) != now.get(key)):
+            listing = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in differ)
+            raise InputError(f"Expected a session with the settings of the one that was kept, got others: {listing}.")
+        self._driver.restore(saved["fit"])
+        self._told.wanted.clear()
+        told = zip(saved["points"], saved["seeds"], saved["outputs"], strict=True)
+        self._told.outputs = {(np.asarray(row).tobytes(), int(seed)): output for row, seed, output in told}
+        self._go_on()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the session to a file, whole or not at all, without a pickle."""
+        checkpoint.write(Path(path), len(self._driver.history), checkpoint.packed(self.to_dict()))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Goes on from a file that `save` has written, of a session with the same settings.
+
+        Raises:
+            InputError: no such file, or of one with other settings.
+        """
         try:
-            while not self.stop_reason and (self.work.limit is None or len(self.history) < self.work.limit):
-                self.advance()
-                if not self.stop_reason:
-                    look()
-            self.stop_reason = self.stop_reason or "max_steps"
-            end = self.work.finish(len(self.history))
-        except KeyboardInterrupt:
-            if self.dispatcher.size > 1 or again():
-                raise  # ranks are told at different places: this ends them all
-            self.stop_reason = "interrupted"
-            if self.run is not None:
-                self.run.set_aside()
-            if self.work.ends_without_runs:
-                end = self.work.finish(len(self.history))
-        if end is not None and end.no_better and self.stop_reason in ("converged", "standard_error"):
-            self.stop_reason = "no_better"
-        result = self._result(_cut_short(self.work, self.problem, self.history) if end is None else end, end is None)
-        if self.stop_reason != "interrupted":
-            # Started again, it has nothing to do: not even the runs of its end.
-            self._checkpoint(result, at_once=True)
-        return result
+            _, state = checkpoint.read(Path(path))
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(f"Expected a file that FitSession.save has written, got {path}: {error}.") from error
+        self.restore(checkpoint.unpacked(*state))
 
-    def advance(self) -> None:
-        """One step, and whether it is the last one. Collective."""
-        spent = self.history[-1].num_evaluations if self.history else 0
-        record = self.problem.record(self.work.advance(len(self.history), spent))
-        record = replace(record, num_cached=self._num_cached, num_surrogate=self._num_surrogate)
-        if not self.history:
-            record = replace(record, note="; ".join(filter(None, [record.note, self.first_note])))
-        self.history.append(record)
-        self._tell(record)
-        if self.work.done:
-            self.stop_reason = self.work.done
-        elif record.num_evaluations + self.work.next_runs > self.work.budget:
-            self.stop_reason = "max_runs"
-        elif self.max_seconds is not None and self.dispatcher.first(time.monotonic() - self.begin > self.max_seconds):
-            self.stop_reason = "max_time"
-        self._checkpoint()
+    def _settings(self) -> dict[str, Any]:
+        settings = fingerprint(self._prepared.task, self._prepared.method, self._prepared.work)
+        plain: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True, default=str))
+        return plain
 
-    @property
-    def _num_cached(self) -> int:
-        return self.cached_before + self.cost.cached
 
-    @property
-    def _num_surrogate(self) -> int:
-        return self.surrogate_before + self.cost.surrogate
+def _driver(prepared: Prepared, chooses: Method, begin: float) -> FitDriver:
+    return FitDriver(
+        prepared.task.problem,
+        prepared.method,
+        prepared.reason,
+        prepared.work,
+        begin=begin,
+        observers=make_observers("off", root=True),
+        announced=prepared.method.name != chooses.name,
+        max_seconds=prepared.task.stop.seconds,
+    )
 
-    def _tell(self, record: FitStep) -> None:
-        self.observers.step(record)
-        for function in self.told:
-            function(record)
 
-    def _checkpoint(self, result: FitResult | None = None, at_once: bool = False) -> None:
-        if self.run is None:
-            return
-        entries = [{**vars(h), "parameters": list(h.parameters)} for h in self.history]
-        state = {"history": entries, "stop_reason": self.stop_reason, "method": self.work.to_dict()}
-        if result is not None:
-            state["result"] = _plain(result)
-        self.run.checkpoint(len(self.history), state, at_once=at_once)
+@final
+class _Told:
+    """Outputs that have been told, which a simulator looks up; what it does not find is wanted.
 
-    def _result(self, end: MethodResult, left_out: bool) -> FitResult:
-        """What is returned. left_out: whether the method could not come to its end."""
-        problem, history, stated = self.problem, self.history, end.stated
-        good, misses = _goodness(problem, end)
-        at_bound = (end.x <= problem.lower) | (end.x >= problem.upper)
-        covariance = None if stated is None else problem.covariance(without(stated.covariance, at_bound))
-        return FitResult(
-            space=problem.space,
-            parameters=problem.whole(end.x),
-            start=problem.whole(end.start),
-            standard_error=_last_errors(history) if left_out else _deviations(covariance),
-            loss=good.loss,
-            stop_reason=self.stop_reason,
-            history=tuple(history),
-            num_evaluations=(history[-1].num_evaluations if history else 0) + end.num_evaluations,
-            wall_s=time.monotonic() - self.begin,
-            output=end.output,
-            start_output=end.start_output,
-            covariance=covariance,
-            warnings=(
-                *((_LEFT_OUT,) * left_out),
-                *end.warnings,
-                *_unfinished(end, self.stop_reason),
-                *misses,
-                *identifiability_warnings(stated, problem.free, end.x * problem.natural, at_bound),
-            ),
-            num_reused=end.num_reused,
-            num_cached=self._num_cached,
-            num_surrogate=self._num_surrogate,
-            num_failed=end.num_failed,
-            method=self.method.name,
-            method_reason=self.reason,
-            ends=_ends(problem, end) if len(problem.starts) > 1 else (),
-            interval_dof=np.inf if stated is None else stated.dof,
-            chi_square=good.chi_square,
-            dof=good.dof,
-            p_value=good.p_value,
-            loss_share=good.share,
+    Attributes:
+        outputs: by point and seed; None where a run failed. wanted: what was looked for in vain.
+        stand_in: what the simulator gives for it, so that all of a dispatch is looked for.
+    """
+
+    def __init__(self, takes_seeds: bool) -> None:
+        self.takes_seeds, self.stand_in = takes_seeds, np.zeros(())
+        self.outputs: dict[_Key, Array | None] = {}
+        self.wanted: dict[_Key, tuple[Array, int]] = {}
+
+    def simulator(self, space: ParameterSpace | None) -> FunctionSimulator:
+        def run_elsewhere(point: Array, seed: int = 0) -> Array:
+            return self._look_up(point, seed)
+
+        return FunctionSimulator(
+            run_elsewhere, space, seeded=self.takes_seeds, identity="run elsewhere", watch=Watch(done=True)
         )
 
+    def _look_up(self, point: Array, seed: int) -> Array:
+        point = point + 0.0  # no -0
+        key = (point.tobytes(), seed)
+        if key not in self.outputs:
+            self.wanted[key] = point, seed
+            return self.stand_in
+        output = self.outputs[key]
+        if output is None:
+            raise EvaluationError(f"The run at {point.tolist()} was told to have failed.")
+        return output
 
-def _goodness(problem: FitProblem, end: MethodResult) -> tuple[Goodness, tuple[str, ...]]:
-    """How well the target is explained at the end, and what to say of it."""
-    misfit = problem.misfit
-    # A loss of one's own, of noisy runs, is what the method makes of many; of a run that failed nothing else is known.
-    if misfit.loss is not None or not misfit.usable(end.output[None]).all():
-        return Goodness(end.loss), ()
-    good = goodness_of(problem.misfit, end.output, end.x, problem.known_noise, end.noise)
-    target = misfit.target.numpy()
-    if misfit.masked is not None:
-        target = np.where(misfit.masked.numpy(), np.nan, target)
-    return good, unexplained(good, end.output - target, end.start_output - target)
+    def key_of(self, row: Array, seed: int | None, but: Mapping[_Key, Any]) -> _Key | None:
+        """The first that is wanted there; None where there is none."""
+        data = (row + 0.0).tobytes()
+        if seed is not None and self.takes_seeds:
+            return (data, seed) if (data, seed) in self.wanted and (data, seed) not in but else None
+        if not self.takes_seeds:
+            return (data, 0) if (data, 0) in self.wanted and (data, 0) not in but else None
+        return next((key for key in self.wanted if key[0] == data and key not in but), None)
 
-
-def _cut_short(work: MethodRun, problem: FitProblem, history: Sequence[FitStep]) -> MethodResult:
-    """The end of a fit that was interrupted: what is known, without another run.
-
-    The parameters are those of the least loss that was seen: of where the last step led none is known.
-    """
-    unknown = np.full(tuple(problem.misfit.target.shape), np.nan)
-    x, loss = work.x, np.nan
-    if seen := [record for record in history if np.isfinite(record.loss)]:
-        best = min(seen, key=lambda record: record.loss)
-        at = [problem.space.index(name) for name in problem.free.names]
-        x, loss = np.array(best.parameters)[at] / problem.natural, best.loss
-    failed = history[-1].num_failed if history else 0
-    return MethodResult(x, problem.free_starts[0], loss, None, unknown, unknown, num_evaluations=0, num_failed=failed)
-
-
-def _ends(problem: FitProblem, end: MethodResult) -> tuple[FitEnd, ...]:
-    """Where all starts have come to, of all parameters in their units."""
-    return tuple(FitEnd(problem.whole(e.start), problem.whole(e.parameters), e.loss, e.steps) for e in end.ends)
-
-
-def _deviations(covariance: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-    return None if covariance is None else np.sqrt(np.diag(covariance))
-
-
-def _last_errors(history: Sequence[FitStep]) -> NDArray[np.float64] | None:
-    known = history[-1].standard_error if history else None
-    return None if known is None else np.array(known)
-
-
-def _plain(result: FitResult) -> dict[str, Any]:
-    """What a run keeps of its result: all but what it keeps anyway."""
-    kept = {name: value for name, value in vars(result).items() if name not in ("space", "history", "ends")}
-    return {**kept, "ends": [dict(vars(end)) for end in result.ends]}
-
-
-def _result_from(kept: Mapping[str, Any], space: ParameterSpace, history: Sequence[FitStep]) -> FitResult:
-    ends = tuple(FitEnd(**end) for end in kept["ends"])
-    return FitResult(**{**kept, "ends": ends, "space": space, "history": tuple(history)})
-
-
-def _unfinished(end: MethodResult, stop_reason: str) -> tuple[str, ...]:
-    if not end.at_limit or stop_reason not in ("max_steps", "max_runs"):
-        return ()
-    return (
-        f"The last step was still as long as it may be when {stop_reason} ended the fit, two scales: the target is "
-        "further away, or the noise of a step is as large as that. Allow more steps (steps=, max_runs=), a larger "
-        "scale, or take more samples (num_samples=).",
-    )
+    def take(self, found: Mapping[_Key, Array | None]) -> None:
+        self.outputs |= found
+        for key in found:
+            del self.wanted[key]

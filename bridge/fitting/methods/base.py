@@ -8,7 +8,7 @@ add one: a file with such a class, registered by a name (`register`) and, in a p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
 
@@ -21,12 +21,13 @@ from bridge.errors import InputError
 from bridge.evaluation.failures import Failures, Raise
 from bridge.evaluation.memory import Memory
 from bridge.evaluation.places import Place, Ranks
+from bridge.fitting.methods.requests import Request
 from bridge.fitting.problem import FitProblem
 from bridge.fitting.reuse import Source
 from bridge.fitting.stop import Stop
 from bridge.fitting.uncertainty import Stated
 from bridge.registry import Registry
-from bridge.reporting.result import FitEnd, FitStep
+from bridge.reporting.result import FitEnd
 from bridge.smoothing.smoothed import SmoothedSimulator
 
 # Steps of less than this part of the errors asked for are small against them.
@@ -76,6 +77,9 @@ class Method(ABC):
     scale: float | tuple[float, float] | None = None
     reuse: Source | Sequence[Source] = ()
 
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__name__  # until it is registered
+
     def chosen(self, task: FitTask) -> tuple[Method, str]:
         """The method that does it, and why: itself, unless it chooses among others."""
         return self, "as asked"
@@ -124,19 +128,45 @@ def begin(method: Method, task: FitTask) -> MethodRun:
     return method.start(task)
 
 
-class MethodRun(ABC):
-    """A method at work. Its state is plain data, and all that the next step depends on.
+@final
+@dataclass(frozen=True, eq=False)
+class StepReport:
+    """What a method says of a step that is done, of the free parameters in natural units.
 
     Attributes:
-        smoothed: what it evaluates, the first for its dispatcher.
+        loss: at x. scale: of the noise, or of the points that were looked at.
+        x: (d,) the best, or where the step began.
+        standard_error: (d,) as far as the method knows it. num_failed: of all runs so far. note: in words.
+    """
+
+    loss: float
+    scale: float
+    x: Array
+    standard_error: Array | None = None
+    num_failed: int = 0
+    note: str = ""
+
+
+class MethodRun(ABC):
+    """A method at work: it asks for evaluations and is told what came of them, and evaluates nothing itself.
+
+    Its state is plain data, `to_dict()`, and all that the next step depends on. One rank thinks for all: sums of its
+    linear algebra need not have the same last bits elsewhere. It asks and is told, and hands the others the request and
+    then the state (`fitting/driver.py`), so that `ask`, `tell` and `finish` may change nothing else.
+
+    Attributes:
+        smoothed: what it has evaluated, the first for its dispatcher.
         limit: of steps, None for no limit. budget: of runs, with those at the end.
         described: settings that the result depends on, for `bridge.Run`, besides those of the method.
+        thinks_everywhere: whether every rank is told, since it asks for estimates, whose methods are collective; the
+            first rank's state counts all the same.
     """
 
     smoothed: list[SmoothedSimulator]
     limit: int | None
     budget: int
     described: dict[str, Any]
+    thinks_everywhere: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -159,12 +189,16 @@ class MethodRun(ABC):
         return False
 
     @abstractmethod
-    def advance(self, step: int, num_evaluations: int) -> FitStep:
-        """One step: evaluates, moves x. Collective."""
+    def ask(self, step: int, spent: int) -> Request:
+        """What is to be evaluated next, in the step of this number, after so many runs."""
 
     @abstractmethod
-    def finish(self, step: int) -> MethodResult:
-        """What has been found; runs what it lacks. Collective."""
+    def tell(self, step: int, answer: Any) -> StepReport | None:
+        """Takes what came of the request (`requests.Answer`); None where the step goes on with another one."""
+
+    @abstractmethod
+    def finish(self, step: int) -> Generator[Request, Any, MethodResult]:
+        """Yields requests for what is lacking, each of which gives the answer, and returns what has been found."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -172,7 +206,15 @@ class MethodRun(ABC):
 
     @abstractmethod
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Goes on from a state."""
+        """Takes a state in place of its own."""
+
+    def for_others(self) -> dict[str, Any]:
+        """The state that other ranks are handed: without what they can make of the answer themselves."""
+        return self.to_dict()
+
+    def follow(self, handed: Mapping[str, Any], answer: Any) -> None:
+        """Takes the state of the rank that thinks, which has been told the answer."""
+        self.restore(handed)
 
 
 class ModelRun(MethodRun):
@@ -190,7 +232,7 @@ class ModelRun(MethodRun):
 
     @abstractmethod
     def begin_with(self, parameters: Array, outputs: Array) -> None:
-        """Takes earlier runs at (n, d) parameters, with outputs (n, m), into the model. Collective."""
+        """Takes earlier runs at (n, d) parameters, with outputs (n, m), into the model."""
 
 
 @final

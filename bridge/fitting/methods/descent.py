@@ -7,23 +7,23 @@ solution and the last ones the simulator itself (coarse to fine). How a step is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from bridge.arrays import Array
-from bridge.errors import BridgeError, EvaluationError, NonFiniteError
-from bridge.fitting.methods.base import SMALL_STEP, MethodResult, MethodRun
+from bridge.errors import EvaluationError, NonFiniteError
+from bridge.fitting.methods.base import SMALL_STEP, MethodResult, MethodRun, StepReport
 from bridge.fitting.methods.descent_errors import of_descent
-from bridge.fitting.methods.plain_runs import last_outputs
+from bridge.fitting.methods.requests import Request, Runs, Smoothed
 from bridge.fitting.methods.steps import Schedule, StepOutcome, StepRule
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.uncertainty import Stated
-from bridge.reporting.result import FitEnd, FitStep
+from bridge.reporting.result import FitEnd
 from bridge.simulator.function import may_be_noisy
 from bridge.smoothing.estimate import Estimate
 from bridge.smoothing.smoothed import SmoothedSimulator
@@ -52,6 +52,8 @@ class Descent(MethodRun):
 
     Reference: successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identification", AISTATS 2016.
     """
+
+    thinks_everywhere: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -93,7 +95,9 @@ class Descent(MethodRun):
         # Whoever has failed runs dropped means them to be no end of the fit, wherever a step leads.
         self.chosen = smoothed.strategy.failures != "raise"
         self.enough = smoothed.strategy.min_ok if self.chosen else _HALF
-        self.safe, self.tolerant = starts, self.chosen
+        self.safe, self.tolerant, self.share = starts, self.chosen, self.enough
+        self.strategies = [s.strategy for s in self.smoothed]
+        self.said, self.back = "", 0  # of a step that is tried again
         self.calm, self.precise, self.last_runs, self.failed, self.at_limit = 0, 0, 0, 0, False
 
     @property
@@ -109,101 +113,96 @@ class Descent(MethodRun):
     def next_runs(self) -> int:
         return 2 * self.last_runs + self._repeated + end_runs(self.output, self.misfit, len(self.active))
 
-    def advance(self, step: int, num_evaluations: int) -> FitStep:
-        outcome, more, said = self._taken(step)
-        if outcome is None:
-            x = tuple((self._x[self.best] * self.natural).tolist())
-            width = self.schedule.width(step)
-            return FitStep(step, self.last_loss, width, x, num_evaluations + more, num_failed=self.failed, note=said)
+    def ask(self, step: int, spent: int) -> Smoothed:
+        return self.rule.ask(self._x, step)
+
+    def tell(self, step: int, answer: Estimate | EvaluationError) -> StepReport | None:
+        """Steps; or, where too few of the outputs are of use, has the step tried again.
+
+        Outputs that are not finite, or enormous, are dropped from the first one on; where most are, or the step comes
+        to nothing, x goes half of the way back.
+        """
+        problem: EvaluationError
+        try:
+            if isinstance(answer, EvaluationError):
+                raise answer
+            outcome = self.rule.tell(self._x, step, answer)
+            if np.isfinite(outcome.loss).all() and np.isfinite(outcome.x).all():
+                self.safe = self.safe if self._ask_for(self.enough) else self._x
+                return self._moved(step, outcome)
+            problem = EvaluationError(
+                f"Expected a finite loss and a finite step at {(self._x * self.natural).tolist()}, got other "
+                "numbers: outputs or their changes are too large to be squared. Start nearer, use a smaller scale, "
+                "or fit a logarithm of the output."
+            )
+        except NonFiniteError as error:
+            problem = error
+            if self._tolerate():
+                self.said = "outputs that are not finite, or enormous, are dropped from here on"
+                return None
+        except EvaluationError as error:
+            problem = error
+            if not self.tolerant:
+                raise
+        return self._retreat(step, problem)
+
+    def _moved(self, step: int, outcome: StepOutcome) -> StepReport:
         best = int(np.argmin(outcome.loss))
         before, self.last_loss = self._x[best], float(outcome.loss[best])
         self.last_runs = outcome.num_evaluations
         self.first_loss = min(self.first_loss, float(outcome.loss.min())) if step == 0 else self.first_loss
         self.failed += outcome.num_failed
-        dispatcher = self.output.dispatcher.thinking
         self.past = [*self.past, self._x][-self.window :]
-        self._x = np.clip(dispatcher.broadcast(outcome.x), self.lower, self.upper)
+        self._x = np.clip(outcome.x, self.lower, self.upper)
         self._judge(outcome, best)
-        error = None
-        if outcome.known is not None:
-            error = tuple((np.sqrt(np.diag(outcome.known[best][0])) * self.natural).tolist())
-        self.best, note = best, "; ".join(filter(None, [outcome.note, said]))
+        error = None if outcome.known is None else np.sqrt(np.diag(outcome.known[best][0]))
+        self.best, note = best, "; ".join(filter(None, [outcome.note, self.said]))
         self.at_limit = outcome.at_limit is not None and bool(outcome.at_limit[best])
         if step in self.races and len(self.active) > 1:
             note = self._drop(outcome.loss, step)
-        return FitStep(
-            step,
-            float(outcome.loss[best]),
-            outcome.width,
-            tuple((before * self.natural).tolist()),
-            num_evaluations + outcome.num_evaluations + more,
-            standard_error=error,
-            num_failed=self.failed,
-            note=note,
-        )
+        self.said, self.back = "", 0
+        return StepReport(float(outcome.loss[best]), outcome.width, before, error, self.failed, note)
 
-    def _taken(self, step: int) -> tuple[StepOutcome | None, int, str]:
-        """What the rule sees and where it goes, runs made in vain before it could, and what there is to say of that.
-
-        Outputs that are not finite, or enormous, are dropped from the first one on; where most are, or the step comes
-        to nothing, x goes half of the way back.
-        """
-        more, said, back = 0, "", 0
-        while True:
-            problem: BridgeError
-            try:
-                outcome = self.rule.take(self._x, step)
-                if np.isfinite(outcome.loss).all() and np.isfinite(outcome.x).all():
-                    self.safe = self.safe if self._ask_for(self.enough) else self._x
-                    return outcome, more, said
-                problem = EvaluationError(
-                    f"Expected a finite loss and a finite step at {(self._x * self.natural).tolist()}, got other "
-                    "numbers: outputs or their changes are too large to be squared. Start nearer, use a smaller scale, "
-                    "or fit a logarithm of the output."
-                )
-            except NonFiniteError as error:
-                problem = error
-                if self._tolerate():
-                    more, said = (
-                        more + self._rows(),
-                        "outputs that are not finite, or enormous, are dropped from here on",
-                    )
-                    continue
-            except EvaluationError as error:
-                problem = error
-                if not self.tolerant:
-                    raise
-            more += self._rows()
-            if self.past and back < _RETREATS:
-                back, said = back + 1, "most outputs are no use there: half of the step is taken back"
-                self._x = self.safe if back == _RETREATS else (self._x + self.safe) / 2
-            elif not self._ask_for(min(_LEAST_LEFT, self.enough)):
-                if not self.past:
-                    raise problem
-                self.stopped = "failures"
-                return None, more, "hardly an output is of any use there: the fit ends where it was before"
+    def _retreat(self, step: int, problem: EvaluationError) -> StepReport | None:
+        """Takes half of the step back, in the end all of it; then makes do with fewer runs, or ends the fit."""
+        if self.past and self.back < _RETREATS:
+            self.back, self.said = self.back + 1, "most outputs are no use there: half of the step is taken back"
+            self._x = self.safe if self.back == _RETREATS else (self._x + self.safe) / 2
+        elif not self._ask_for(min(_LEAST_LEFT, self.enough)):
+            if not self.past:
+                raise problem
+            self.stopped, self.said, self.back = "failures", "", 0
+            note = "hardly an output is of any use there: the fit ends where it was before"
+            return StepReport(
+                self.last_loss, self.schedule.width(step), self._x[self.best], num_failed=self.failed, note=note
+            )
+        return None
 
     def _ask_for(self, share: float) -> bool:
         """Takes no fewer than this share of the runs for enough, where outputs are dropped; whether that is news."""
-        if not self.tolerant or self.output.strategy.min_ok == share:
+        if not self.tolerant or self.share == share:
             return False
-        for smoothed in self.smoothed:
-            smoothed.strategy = replace(smoothed.strategy, min_ok=share)
+        self.share = share
+        self._use_tolerance()
         return True
+
+    def _tolerate(self) -> bool:
+        """From here on drops outputs that are not finite; whether that is news. Runs that raise end the fit still."""
+        if self.tolerant:
+            return False
+        self.tolerant = True
+        self._use_tolerance()
+        return True
+
+    def _use_tolerance(self) -> None:
+        """Has failures treated as the state says."""
+        drops: dict[str, Any] = {} if self.chosen else {"failures": "drop", "errors_raise": True}
+        for smoothed, given in zip(self.smoothed, self.strategies, strict=True):
+            smoothed.strategy = replace(given, min_ok=self.share, **drops) if self.tolerant else given
 
     def _rows(self) -> int:
         strategy = self.output.strategy
         return len(self._x) * strategy.num_rows * strategy.replicates
-
-    def _tolerate(self) -> bool:
-        """From here on drops outputs that are not finite; whether that is news. Runs that raise end the fit still."""
-        news = False
-        for smoothed in self.smoothed:
-            if smoothed.strategy.failures == "raise":
-                smoothed.strategy = replace(smoothed.strategy, failures="drop", errors_raise=True, min_ok=_HALF)
-                news = True
-        self.tolerant = self.tolerant or news
-        return news
 
     def _judge(self, outcome: StepOutcome, best: int) -> None:
         """Whether there is nothing more to do."""
@@ -232,12 +231,12 @@ class Descent(MethodRun):
         self.rule.keep(keep)
         return f"the starts {said} are dropped: their losses were the largest"
 
-    def finish(self, step: int) -> MethodResult:
-        """The loss, the Jacobian and the simulator's own outputs where the starts have come to. Collective.
+    def finish(self, step: int) -> Generator[Request, Any, MethodResult]:
+        """The loss, the Jacobian and the simulator's own outputs where the starts have come to.
 
         Of the best start once more, by runs of its own: two Jacobians tell how large their noise is.
         """
-        final = self._last_look()
+        final = yield from self._last_look()
         losses = np.full(len(self._x), self.last_loss)
         if final is not None:
             losses = np.array([self.misfit.value(y, z) for y, z in zip(final.value, self._x, strict=True)])
@@ -247,34 +246,31 @@ class Descent(MethodRun):
         estimates, repeats = [], False
         if self.misfit.loss is None and final is not None:
             estimates.append(tuple(of[:, best] for of in final.of_replicates()))
-            again = self._once_more(best) if self._repeated else None
+            again = (yield from self._once_more(best)) if self._repeated else None
             if again is not None:
                 repeats = True
                 runs += again.num_evaluations
                 estimates.append(again.of_replicates())
         ends = np.vstack([self._x, self.starts[self.active[best]]])
-        shape = tuple(self.misfit.target.shape)
-        outputs, more = last_outputs(self.output, ends * self.natural, step, shape)
-        noise = 0.0
+        outputs, noise = (yield Runs(ends, step, may_fail=True)).values, 0.0
+        runs += len(ends)
         if measures_noise(self.output, self.misfit):  # once more, with other seeds
-            other, one = last_outputs(self.output, ends[best, None] * self.natural, step + 1, shape)
-            noise, more = self._noise(outputs[best], other[0]), more + one
-        stated = None
+            other = (yield Runs(ends[best, None], step + 1, may_fail=True)).values
+            noise, runs = self._noise(outputs[best], other[0]), runs + 1
+        stated: Stated | None = None
         if estimates:
             values, jacobians = (torch.cat(of) for of in zip(*estimates, strict=True))
             step_noise = (2.0 if repeats else 1.0) if self.newton else 0.0
             past = np.array([p[best] for p in [*self.past, self._x]])
-            found: Stated | None = None
             try:
                 with np.errstate(all="ignore"):
-                    found = of_descent(
+                    stated = of_descent(
                         self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past,
                         (outputs[best], outputs[-1]), last=self.schedule.last, longest=self.newton * self.schedule.last,
                         start=ends[-1],
                     )  # fmt: skip
             except (np.linalg.LinAlgError, ArithmeticError, ValueError):
                 said.append("No standard errors: the numbers of the Jacobian at the end are too large or too small.")
-            stated = self.output.dispatcher.thinking.broadcast_object(found)
         worse = self._worse(float(losses[best]), outputs[[best, -1]], ends[[best, -1]])
         if worse:
             said.append(worse)
@@ -292,7 +288,7 @@ class Descent(MethodRun):
         table += [(int(a), x, float(v), step) for a, x, v in zip(self.active, self._x, losses, strict=True)]
         return MethodResult(
             *(ends[best], ends[-1], float(losses[best]), stated, outputs[best], outputs[-1]),
-            num_evaluations=runs + more,
+            num_evaluations=runs,
             num_failed=self.failed,
             at_limit=self.at_limit,
             warnings=tuple(said),
@@ -309,11 +305,12 @@ class Descent(MethodRun):
             squares = squares[~np.isnan(squares)]
         return float(np.mean(squares) / 2) if squares.size and np.isfinite(squares).all() else 0.0
 
-    def _last_look(self) -> Estimate | None:
+    def _last_look(self) -> Generator[Request, Any, Estimate | None]:
         """The smoothed outputs where the starts have come to, or where a fair share of the runs was of use; or none."""
         for _ in range(3):
             try:
-                return self._final(self._x)
+                final: Estimate = yield self._final(self._x)
+                return final
             except NonFiniteError:
                 if not self._tolerate():
                     raise
@@ -325,9 +322,10 @@ class Descent(MethodRun):
                 self._x = self.safe
         return None
 
-    def _once_more(self, best: int) -> Estimate | None:
+    def _once_more(self, best: int) -> Generator[Request, Any, Estimate | None]:
         try:
-            return self._final(self._x[best], replicate=1)
+            again: Estimate = yield self._final(self._x[best], replicate=1)
+            return again
         except NonFiniteError:
             return None
         except EvaluationError:
@@ -349,14 +347,12 @@ class Descent(MethodRun):
             f"{at_start:.4g} at the start. Take more samples (num_samples=), a smaller scale, or method='kriging'."
         )
 
-    def _final(self, x: Array, replicate: int = 0) -> Estimate:
-        theta = torch.as_tensor(x * self.natural)
-        scale = torch.as_tensor(self.schedule.last * self.natural)
-        return self.output.estimate(theta, self.schedule.steps, scale=scale, replicate=replicate)
+    def _final(self, x: Array, replicate: int = 0) -> Smoothed:
+        return Smoothed(x, self.schedule.last, self.schedule.steps, replicate)
 
     _KEPT = (
         *("_x", "active", "past", "dropped", "best", "stopped", "calm", "precise", "last_runs", "failed", "at_limit"),
-        *("first_loss", "last_loss", "safe", "tolerant"),
+        *("first_loss", "last_loss", "safe", "tolerant", "share", "said", "back"),
     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -365,9 +361,7 @@ class Descent(MethodRun):
     def restore(self, saved: Mapping[str, Any]) -> None:
         for name in self._KEPT:
             setattr(self, name, saved[name])
-        if self.tolerant:
-            self._tolerate()
-        self.rule.keep(self.active)
+        self._use_tolerance()
         self.rule.restore(saved["rule"])
 
 

@@ -16,8 +16,10 @@ from bridge.errors import InputError
 from bridge.fitting.methods.base import FitTask, error_targets, register, require
 from bridge.fitting.methods.descent import Descent
 from bridge.fitting.methods.descent_method import DescentMethod, start_descent
+from bridge.fitting.methods.requests import Smoothed
 from bridge.fitting.methods.steps import SmoothedProblem, StepOutcome, StepRule
 from bridge.fitting.target import LinearMap
+from bridge.smoothing.estimate import Estimate
 
 MakeOptimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -106,9 +108,12 @@ class FirstOrder(StepRule):
     def __init__(self, problem: SmoothedProblem, mover: Mover) -> None:
         self.problem, self.mover = problem, mover
 
-    def take(self, x: Array, step: int) -> StepOutcome:
+    def ask(self, x: Array, step: int) -> Smoothed:
+        return self.problem.request(x, step)
+
+    def tell(self, x: Array, step: int, estimate: Estimate) -> StepOutcome:
         problem, schedule = self.problem, self.problem.schedule
-        width, misfit, estimate = problem.estimate(x, step)
+        width, misfit = schedule.width(step), problem.misfit_at(step)
         values = [misfit.value_and_gradient(y, z) for y, z in zip(estimate.value, x, strict=True)]
         g = estimate.vjp(torch.stack([v for _, v, _ in values])).numpy() * problem.natural
         g = g + np.stack([slope for _, _, slope in values])
@@ -163,10 +168,13 @@ class TorchMover:
     """
 
     def __init__(self, make: MakeOptimiser, shape: tuple[int, int], first: float) -> None:
-        self.parameters = [torch.nn.Parameter(torch.zeros(shape[1], dtype=torch.float64)) for _ in range(shape[0])]
-        self.optimisers = [make([p]) for p in self.parameters]
+        self.make, self.dimension, self.first = make, shape[1], first
+        self._begin(shape[0])
+
+    def _begin(self, count: int) -> None:
+        self.parameters = [torch.nn.Parameter(torch.zeros(self.dimension, dtype=torch.float64)) for _ in range(count)]
+        self.optimisers = [self.make([p]) for p in self.parameters]
         self.rates = [[group.get("lr") for group in o.param_groups] for o in self.optimisers]
-        self.first = first
 
     def move(self, x: Array, gradient: Array, width: float, decay: float) -> Array:
         moved = []
@@ -189,6 +197,8 @@ class TorchMover:
         return {"optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
+        if len(saved["optimisers"]) != len(self.optimisers):
+            self._begin(len(saved["optimisers"]))
         for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
             optimiser.load_state_dict(state)
 

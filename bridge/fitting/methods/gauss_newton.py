@@ -13,8 +13,10 @@ from bridge.arrays import Array
 from bridge.fitting.methods.base import FitTask, error_targets, register
 from bridge.fitting.methods.descent import Descent
 from bridge.fitting.methods.descent_method import DescentMethod, start_descent
+from bridge.fitting.methods.requests import Smoothed
 from bridge.fitting.methods.steps import SmoothedProblem, StepOutcome, StepRule
 from bridge.fitting.target import LinearMap
+from bridge.smoothing.estimate import Estimate
 
 # Scales that a step of Gauss-Newton may be long; from which part of that on it is at its limit.
 LONGEST, _AT_LIMIT = 2.0, 0.95
@@ -63,11 +65,16 @@ class GaussNewtonRule(StepRule):
         self.adapts = schedule.last < schedule.first and len(schedule.blurs) == 1
         self.widths = np.full(starts, schedule.first)
 
-    def take(self, x: Array, step: int) -> StepOutcome:
-        problem, schedule = self.problem, self.problem.schedule
-        widths = np.minimum(self.widths, schedule.width(step)) if self.adapts else None
-        scheduled, misfit, estimate = problem.estimate(x, step, widths)
-        used = np.full(len(x), scheduled) if widths is None else widths
+    def _widths(self, step: int) -> Array | None:
+        return np.minimum(self.widths, self.problem.schedule.width(step)) if self.adapts else None
+
+    def ask(self, x: Array, step: int) -> Smoothed:
+        return self.problem.request(x, step, self._widths(step))
+
+    def tell(self, x: Array, step: int, estimate: Estimate) -> StepOutcome:
+        problem, schedule, widths = self.problem, self.problem.schedule, self._widths(step)
+        misfit = problem.misfit_at(step)
+        used = np.full(len(x), schedule.width(step)) if widths is None else widths
         losses, steps = [], []
         for z, y, J, width in zip(x, estimate.value, estimate.jacobian(), used, strict=True):
             losses.append(misfit.value(y, z))
@@ -77,9 +84,7 @@ class GaussNewtonRule(StepRule):
         if self.adapts:
             settled = bool((used <= schedule.last).all())
             narrow = np.maximum(np.minimum(used, _WIDE * lengths), used / _NARROWING)
-            narrow = np.where(lengths < _SHORT * used, np.maximum(narrow, schedule.last), used)
-            # What is evaluated next depends on it, to the last bit.
-            self.widths = problem.smoothed.dispatcher.thinking.broadcast(narrow)
+            self.widths = np.where(lengths < _SHORT * used, np.maximum(narrow, schedule.last), used)
         losses_, counts = np.array(losses), (estimate.num_evaluations, estimate.num_failed)
         return StepOutcome(
             *(losses_, x + np.stack(steps), float(used[int(np.argmin(losses_))]), settled, *counts),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from bridge.arrays import Array
 from bridge.checks import is_whole
-from bridge.errors import BridgeError, EvaluationError, InputError
+from bridge.errors import BridgeError
 from bridge.fitting.methods.base import (
     SMALL_STEP,
     FitTask,
     Method,
     MethodResult,
     ModelRun,
+    StepReport,
     as_widths,
     error_targets,
     register,
@@ -27,16 +28,16 @@ from bridge.fitting.methods.base import (
 from bridge.fitting.methods.kriging_errors import of_search
 from bridge.fitting.methods.kriging_runs import MOST_ROWS
 from bridge.fitting.methods.kriging_search import KrigingSearch
-from bridge.fitting.methods.plain_runs import plain_outputs, plain_simulator, useless_start
+from bridge.fitting.methods.plain_runs import plain_simulator
+from bridge.fitting.methods.requests import Request, RunOutputs, Runs
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.reuse import Source
 from bridge.fitting.rounding import Lattice
 from bridge.fitting.uncertainty import Stated
-from bridge.reporting.result import FitStep
 from bridge.simulator.function import may_be_noisy
 from bridge.smoothing.smoothed import SmoothedSimulator
 
-# What every rank makes of the outputs itself.
+# What every rank makes of the outputs itself, which are as many numbers.
 _EVERYWHERE = ("residuals", "lattice")
 
 
@@ -84,7 +85,7 @@ class Kriging(Method):
 
     def start(self, task: FitTask) -> KrigingRun:
         problem = task.problem
-        plain = plain_simulator(task)
+        plain = plain_simulator(problem.simulator, task.seed, task.failures, task.place, task.memory)
         d, starts, misfit = problem.free.dimension, problem.free_starts, problem.misfit
         batch, widths = max(6, d // 2 + 1), as_widths(self.scale, (1.0, 1.0))
         search = KrigingSearch(
@@ -112,7 +113,6 @@ class Kriging(Method):
             task.stop.runs or _RUNS_A_PARAMETER * (d + 1),
             problem.known_noise,
             starts,
-            problem.free.names,
             error_targets(task),
             limit=self.rounds,
             described={"scale": list(widths)},
@@ -127,7 +127,7 @@ class KrigingRun(ModelRun):
         plain: the simulator itself, as a smoothed one of one run a point.
         budget: of runs, those at the end included. known_noise: whether the target's variance is known.
         starts: (k, d) natural units, the search's own among them: all are run in the first round.
-        names: of the parameters. error_targets: (d,) standard errors that suffice, natural units; None to go on.
+        error_targets: (d,) standard errors that suffice, natural units; None to go on.
     """
 
     def __init__(
@@ -139,7 +139,6 @@ class KrigingRun(ModelRun):
         budget: int,
         known_noise: bool,
         starts: Array,
-        names: Sequence[str],
         error_targets: Array | None,
         *,
         limit: int | None,
@@ -148,7 +147,7 @@ class KrigingRun(ModelRun):
         self.smoothed, self.limit, self.described, self.most_rows = [plain], limit, described, MOST_ROWS
         self.plain, self.misfit, self.search, self.natural = plain, misfit, search, natural
         self.budget, self.known_noise, self.starts, self.error_targets = budget, known_noise, starts, error_targets
-        self.names, self.precise = tuple(names), 0
+        self.precise = 0
         self.error: Array | None = None
         self.lattice = Lattice()
         self._add_starts()
@@ -170,54 +169,37 @@ class KrigingRun(ModelRun):
     def next_runs(self) -> int:
         return 1 + self.last_runs
 
-    def advance(self, step: int, num_evaluations: int) -> FitStep:
+    def ask(self, step: int, spent: int) -> Runs:
+        return Runs(self.search.ask(self.budget - self.last_runs - spent))
+
+    def tell(self, step: int, answer: RunOutputs) -> StepReport:
         search = self.search
-        points = search.ask(self.budget - self.last_runs - num_evaluations)
-        outputs = plain_outputs(self.plain, points * self.natural, step)
-        shape = tuple(self.misfit.target.shape)
-        if step == 0 and outputs.shape[1:] != shape:
-            raise InputError(f"Expected a target of shape {outputs.shape[1:]}, got {shape}.")
-        failed = ~self.misfit.usable(outputs)
-        if step == 0 and failed[0] and self.plain.strategy.errors_raise:
-            raise EvaluationError(useless_start(points[0] * self.natural, outputs[0], self.names))
-        if failed.all():  # and perhaps without a shape
-            outputs = np.full((len(points), *shape), np.nan)
-        residuals = self.misfit.residuals_of(outputs)
-        self.lattice.add(outputs)
-
-        def tell() -> None:
-            search.rounding = float(self.misfit.spread_of(self.lattice.deviation(shape)).sum())
-            search.tell(residuals, failed)
-            self._judge()
-
-        self._on_leader(tell, lambda: search.runs.with_rows(residuals, failed))
+        self.lattice.add(answer.values)
+        search.rounding = float(self.misfit.spread_of(self.lattice.deviation(tuple(self.misfit.target.shape))).sum())
+        search.tell(self.misfit.residuals_of(answer.values), answer.failed)
+        self._judge()
         note = search.note
         if step == 0 and search.runs.reused:
             note = "; ".join(filter(None, [f"begins with {search.runs.reused} evaluations of earlier runs", note]))
         loss, best = search.overall
-        return FitStep(
-            step,
-            loss,
-            search.scale,
-            tuple((best * self.natural).tolist()),
-            num_evaluations + len(points),
-            None if self.error is None else tuple((self.error * self.natural).tolist()),
-            num_failed=int(search.runs.failed.sum()),
-            note=note,
-        )
+        failed = int(search.runs.failed.sum())
+        return StepReport(loss, search.scale, best, self.error, failed, note)
+
+    def for_others(self) -> dict[str, Any]:
+        return {name: value for name, value in self.to_dict().items() if name not in _EVERYWHERE}
+
+    def follow(self, handed: Mapping[str, Any], answer: RunOutputs) -> None:
+        self.lattice.add(answer.values)
+        residuals = self.search.runs.with_rows(self.misfit.residuals_of(answer.values), answer.failed)
+        self.restore({**handed, "residuals": residuals, "lattice": self.lattice.to_dict()})
 
     def loss_of_rows(self, outputs: Array) -> Array:
         return np.array([self.misfit.cost(r) for r in self._residuals(outputs)])
 
     def begin_with(self, parameters: Array, outputs: Array) -> None:
-        rows, residuals = parameters / self.natural, self._residuals(outputs)
         self.lattice.add(outputs)
-
-        def begin() -> None:
-            self.search.begin_with(rows, residuals)
-            self._add_starts()
-
-        self._on_leader(begin, lambda: residuals)
+        self.search.begin_with(parameters / self.natural, self._residuals(outputs))
+        self._add_starts()
 
     def _residuals(self, outputs: Array) -> Array:
         return self.misfit.residuals_of(outputs.reshape(len(outputs), *self.misfit.target.shape))
@@ -227,25 +209,6 @@ class KrigingRun(ModelRun):
         points = self.search.points
         new = [z for z in self.starts[1:] if not (np.vstack([self.search.runs.rows, points]) == z).all(axis=1).any()]
         self.search.points = np.vstack([points[:1], *new, points[1:]])
-
-    def _on_leader(self, change: Callable[[], None], residuals: Callable[[], Array]) -> None:
-        """Changes the search on one rank and hands it to the others, which know all `residuals` afterwards.
-
-        One rank thinks for all: sums of its linear algebra need not have the same last bits elsewhere.
-        """
-        dispatcher = self.plain.dispatcher.thinking
-        error, saved = None, None
-        if dispatcher.rank == 0:
-            try:
-                with np.errstate(all="ignore"):  # what overflows or is no number is looked at where it counts
-                    change()
-            except BridgeError as problem:
-                error = problem
-            saved = {name: value for name, value in self.to_dict().items() if name not in _EVERYWHERE}
-        dispatcher.agree(error)
-        saved = dispatcher.broadcast_object(saved)
-        if dispatcher.rank != 0 and saved is not None:
-            self.restore({**saved, "residuals": residuals(), "lattice": self.lattice.to_dict()})
 
     def _judge(self) -> None:
         """Whether the standard errors are those asked for, and what is expected of the next round small beside them."""
@@ -259,14 +222,18 @@ class KrigingRun(ModelRun):
         small = (np.abs(self.search.step) <= SMALL_STEP * self.error_targets).all() and not self.search.at_edge
         self.precise = self.precise + 1 if current and small and (self.error <= self.error_targets).all() else 0
 
-    def finish(self, step: int) -> MethodResult:
+    def finish(self, step: int) -> Generator[Request, Any, MethodResult]:
         loss, best = self.search.overall
         stated, noise = None, 0.0
         if len(self.search.runs.rows):
-            thinking = self.plain.dispatcher.thinking
-            found = (self._stated(), self._noise()) if thinking.rank == 0 else None
-            stated, noise = thinking.broadcast_object(found)
-        outputs, runs = self.outputs_at(np.stack([best, self.search.start]), step)
+            stated, noise = self._stated(), self._noise()
+        outputs, runs = [], 0
+        for z in (best, self.search.start):
+            output = self._output_of(z)
+            if output is None:
+                output = (yield Runs(z[None], step + runs)).values[0]
+                runs += 1
+            outputs.append(output)
         return MethodResult(
             *(best, self.search.start, loss, stated, outputs[0], outputs[1]),
             num_evaluations=runs,
@@ -319,19 +286,14 @@ class KrigingRun(ModelRun):
             said.append("No standard errors: the model of the runs is numerically singular at the end.")
         return tuple(said)
 
-    def outputs_at(self, points: Array, step: int) -> tuple[NDArray[Any], int]:
-        """(k, *shape) outputs at points: of rows that have been run, else of a run more; and how many of these."""
-        outputs, runs = [], 0
+    def _output_of(self, z: Array) -> NDArray[Any] | None:
+        """(*shape) of the run at z, where there has been one and outputs can be had back from residuals."""
         known, misfit = self.search.runs, self.misfit
-        for z in points:
-            rows = np.flatnonzero((known.rows == z).all(axis=1))
-            if len(rows) and misfit.plain:
-                row = known.residuals[rows[0]] * misfit.deviation + misfit.target.numpy().reshape(-1)
-                outputs.append(np.where(known.failed[rows[0]], np.nan, row).reshape(misfit.target.shape))
-            else:
-                outputs.append(plain_outputs(self.plain, z[None] * self.natural, step + runs)[0])
-                runs += 1
-        return np.stack(outputs), runs
+        rows = np.flatnonzero((known.rows == z).all(axis=1))
+        if not (len(rows) and misfit.plain):
+            return None
+        row = known.residuals[rows[0]] * misfit.deviation + misfit.target.numpy().reshape(-1)
+        return np.asarray(np.where(known.failed[rows[0]], np.nan, row).reshape(misfit.target.shape))
 
     def to_dict(self) -> dict[str, Any]:
         own = {"precise": self.precise, "error": self.error, "lattice": self.lattice.to_dict()}

@@ -30,11 +30,13 @@ from bridge.estimators.distributions import Gaussian, get_distribution
 from bridge.fitting.methods.base import FitTask, register, require
 from bridge.fitting.methods.descent import Descent
 from bridge.fitting.methods.descent_method import DescentMethod, start_descent
+from bridge.fitting.methods.requests import Smoothed
 from bridge.fitting.methods.steps import Schedule, SmoothedProblem, StepOutcome, StepRule
 from bridge.fitting.misfit import Misfit
 from bridge.simulator.function import as_simulator
 from bridge.simulator.protocol import BlockStructure, Parallel, Simulator, simulator_name
 from bridge.simulator.wrapper import SimulatorWrapper
+from bridge.smoothing.estimate import Estimate
 from bridge.smoothing.loss import floating_rows
 from bridge.smoothing.smooth import smooth
 from bridge.smoothing.smoothed import SmoothedSimulator
@@ -190,11 +192,11 @@ class NaturalRule(StepRule):
     def others(self) -> tuple[SmoothedSimulator, ...]:
         return (self.smoothed,)
 
-    def take(self, x: Array, step: int) -> StepOutcome:
+    def ask(self, x: Array, step: int) -> Smoothed:
+        return Smoothed(x, self.scales, which=1, scale_gradient=True)
+
+    def tell(self, x: Array, step: int, estimate: Estimate) -> StepOutcome:
         unit = self.natural if self.scales.ndim == 2 else self.natural[:, None]
-        estimate = self.smoothed.estimate(
-            torch.as_tensor(x * self.natural), step, scales=torch.as_tensor(self.scales * unit), scale_gradient=True
-        )
         value = estimate.value.numpy()
         first = torch.zeros_like(estimate.value)
         first[:, 0] = 1.0
@@ -208,7 +210,7 @@ class NaturalRule(StepRule):
             scales.append(self._kept_wide(L))
         widths = np.array([_width(L) for L in self.scales])
         best = int(np.argmin(value[:, 0]))
-        self.scales = self.smoothed.dispatcher.thinking.broadcast(np.stack(scales))
+        self.scales = np.stack(scales)
         settled = bool((np.array([_width(L) for L in self.scales]) <= 1.01 * self.schedule.last).all())
         counts = estimate.num_evaluations, estimate.num_failed
         return StepOutcome(value[:, 0], np.stack(moved), float(widths[best]), settled, *counts)

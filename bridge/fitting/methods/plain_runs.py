@@ -12,34 +12,30 @@ from bridge.errors import EvaluationError
 from bridge.estimators.design import single_seeds
 from bridge.evaluation.evaluate import evaluate
 from bridge.evaluation.execution import Tolerance
-from bridge.evaluation.failures import Drop
-from bridge.fitting.methods.base import FitTask
+from bridge.evaluation.failures import Drop, Failures
+from bridge.evaluation.memory import Memory
+from bridge.evaluation.places import Place
 from bridge.fitting.soundness import HUGE
+from bridge.simulator.protocol import Simulator
 from bridge.smoothing.smooth import smooth
 from bridge.smoothing.smoothed import SmoothedSimulator
 
 
-def plain_simulator(task: FitTask) -> SmoothedSimulator:
+def plain_simulator(
+    simulator: Simulator, seed: int | None, failures: Failures, place: Place, memory: Memory
+) -> SmoothedSimulator:
     """The simulator itself, for `plain_outputs`: of the smoothed one that it comes in only what runs it counts."""
-    given = task.failures
-    raises = given.rule == "raise"
-    failures = given if given.rule == "penalty" else Drop(at_least=0.0, retries=given.retries, missing=given.missing)
-    plain = smooth(
-        task.problem.simulator,
-        seed=task.seed,
-        num_samples=1,
-        covariate="none",
-        failures=failures,
-        on=task.place,
-        memory=task.memory,
-    )
+    raises = failures.rule == "raise"
+    if failures.rule != "penalty":
+        failures = Drop(at_least=0.0, retries=failures.retries, missing=failures.missing)
+    plain = smooth(simulator, seed=seed, num_samples=1, covariate="none", failures=failures, on=place, memory=memory)
     # A run that raises ends the fit, unless it is told otherwise; one of NaN or enormous numbers is a bad one.
     plain.strategy = replace(plain.strategy, errors_raise=raises, largest=HUGE)
     return plain
 
 
-def last_outputs(smoothed: SmoothedSimulator, thetas: Array, step: int, shape: tuple[int, ...]) -> tuple[Array, int]:
-    """(k, *shape) of the simulator itself, and how many runs that took.
+def last_outputs(smoothed: SmoothedSimulator, thetas: Array, step: int, shape: tuple[int, ...]) -> Array:
+    """(k, *shape) of the simulator itself.
 
     NaN where a run failed, unless failures="raise": a fit that has lived with failed runs must not end by one.
     """
@@ -47,12 +43,11 @@ def last_outputs(smoothed: SmoothedSimulator, thetas: Array, step: int, shape: t
     raises = strategy.failures == "raise" or strategy.errors_raise
     tolerance = Tolerance("drop", errors_raise=raises, largest=strategy.largest, missing=strategy.missing)
     try:
-        outputs = _outputs(smoothed, thetas, step, tolerance)
+        return _outputs(smoothed, thetas, step, tolerance)
     except EvaluationError:
         if raises:
             raise
-        outputs = np.full((len(thetas), *shape), np.nan)
-    return outputs, len(thetas)
+        return np.full((len(thetas), *shape), np.nan)
 
 
 def plain_outputs(plain: SmoothedSimulator, thetas: Array, step: int) -> Array:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bridge.arrays import Array
 from bridge.fitting.blur import stage_at
 from bridge.fitting.methods.descent_errors import of_descent
+from bridge.fitting.methods.requests import Smoothed
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.target import LinearMap
 from bridge.smoothing.estimate import Estimate
@@ -82,8 +83,12 @@ class StepRule(ABC):
         return ()
 
     @abstractmethod
-    def take(self, x: Array, step: int) -> StepOutcome:
-        """Evaluates all starts x (k, d), natural units, in one dispatch, and steps. Collective."""
+    def ask(self, x: Array, step: int) -> Smoothed:
+        """What is to be evaluated at all starts x (k, d), natural units."""
+
+    @abstractmethod
+    def tell(self, x: Array, step: int, estimate: Estimate) -> StepOutcome:
+        """Steps. Collective, as the methods of the estimate are."""
 
     @abstractmethod
     def keep(self, which: NDArray[np.intp]) -> None:
@@ -114,17 +119,13 @@ class SmoothedProblem:
     schedule: Schedule
     known_noise: bool | None = None
 
-    def estimate(self, x: Array, step: int, widths: Array | None = None) -> tuple[float, Misfit, Estimate]:
-        """The width of this step, its misfit, and the smoothed output of all starts x (k, d). Collective.
+    def request(self, x: Array, step: int, widths: Array | None = None) -> Smoothed:
+        """The smoothed output of all starts x (k, d), at the scale of this step. widths: (k,), in place of that."""
+        return Smoothed(x, self.schedule.width(step) if widths is None else widths[:, None])
 
-        widths: (k,), in place of the schedule's for all.
-        """
-        width, theta = self.schedule.width(step), torch.as_tensor(x * self.natural)
-        if widths is None:
-            estimate = self.smoothed.estimate(theta, step, scale=torch.as_tensor(width * self.natural))
-        else:
-            estimate = self.smoothed.estimate(theta, step, scales=torch.as_tensor(widths[:, None] * self.natural))
-        return width, self.schedule.misfit(self.misfit, step), estimate
+    def misfit_at(self, step: int) -> Misfit:
+        """What a step compares by."""
+        return self.schedule.misfit(self.misfit, step)
 
     def step(self, misfit: Misfit, J: torch.Tensor, y: torch.Tensor, z: Array, longest: float = np.inf) -> Array:
         """The Gauss-Newton step, (J^T W J + P + damping)^-1 times the gradient, downwards.

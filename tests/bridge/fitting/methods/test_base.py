@@ -7,17 +7,16 @@ from typing import final
 
 import numpy as np
 import pytest
-import torch
 
 import bridge
 from bridge.errors import InputError
-from bridge.fitting.methods.base import METHODS, FitTask, Method, MethodResult, MethodRun, register
+from bridge.fitting.methods.base import METHODS, FitTask, Method, MethodRun, register
 from bridge.fitting.methods.first_order import Adam
 from bridge.fitting.methods.gauss_newton import GaussNewton
 from bridge.fitting.methods.kriging import Kriging
+from bridge.fitting.methods.requests import Runs
+from bridge.fitting.methods.search import SearchRun
 from bridge.fitting.robust import ROBUST_LOSSES, RobustLoss, make_robust
-from bridge.reporting.result import FitStep
-from bridge.smoothing.smooth import smooth
 
 X = np.linspace(0, 1, 12)
 TARGET, START = 2.0 + 0.5 * X, [1.0, 1.0]
@@ -66,53 +65,22 @@ class RandomSearch(Method):
     reach: float = 0.5
 
     def start(self, task: FitTask) -> MethodRun:
-        return RandomRun(self, task)
+        return RandomRun(task, self)
 
 
 @final
-class RandomRun(MethodRun):
-    def __init__(self, method: RandomSearch, task: FitTask) -> None:
-        problem = task.problem
-        self.method, self.problem, self.seed = method, problem, task.seed
-        self.smoothed = [smooth(problem.simulator, seed=task.seed, num_samples=1, on=bridge.Ranks(comm=task.comm))]
-        self.limit, self.budget, self.described = method.steps, task.max_runs or 10**6, {}
-        self.best, self.loss = problem.free_starts[0], np.inf
+class RandomRun(SearchRun):
+    def __init__(self, task: FitTask, method: RandomSearch) -> None:
+        super().__init__(task, method, limit=method.steps)
+        self.method = method
 
-    @property
-    def x(self):
-        return self.best
-
-    @property
-    def done(self):
-        return ""
-
-    @property
-    def next_runs(self):
-        return self.method.num_samples + 2
-
-    def advance(self, step, num_evaluations):
+    def ask(self, step, spent):
         rng = np.random.default_rng([self.seed, step])
-        points = self.best + self.method.reach * rng.normal(size=(self.method.num_samples, len(self.best)))
-        for z, y in zip(points, self._outputs(points), strict=True):
-            value = self.problem.misfit.value(torch.as_tensor(y), z)
-            if value < self.loss:
-                self.best, self.loss = z, value
-        x = tuple((self.best * self.problem.natural).tolist())
-        return FitStep(step, self.loss, self.method.reach, x, num_evaluations + len(points))
+        return Runs(self.x + self.method.reach * rng.normal(size=(self.method.num_samples, len(self.x))))
 
-    def finish(self, step):
-        start = self.problem.free_starts[0]
-        outputs = self._outputs(np.stack([self.best, start]))
-        return MethodResult(self.best, start, self.loss, None, *outputs, num_evaluations=2, num_failed=0)
-
-    def _outputs(self, points):
-        return self.problem.simulator(points * self.problem.natural, np.zeros(len(points), dtype=np.uint64))
-
-    def to_dict(self):
-        return {"best": self.best, "loss": self.loss}
-
-    def restore(self, saved):
-        self.best, self.loss = saved["best"], saved["loss"]
+    def tell(self, step, answer):
+        self.take(answer)
+        return self.report(self.method.reach)
 
 
 def test_a_method_of_ones_own_is_found_by_its_name_and_goes_on_after_an_interruption(tmp_path):
@@ -120,9 +88,11 @@ def test_a_method_of_ones_own_is_found_by_its_name_and_goes_on_after_an_interrup
     try:
         whole = fit(method="random-search", steps=6)
         assert (whole.method, whole.method_reason, len(whole.history)) == ("random-search", "as asked", 6)
-        assert whole.num_evaluations == 6 * 8 + 2
+        assert whole.num_evaluations == 6 * 8 + 1  # and the start, which it has not run
         assert whole.loss < whole.history[0].loss
         np.testing.assert_array_equal(fit(method=RandomSearch(steps=6)).parameters, whole.parameters)
+        np.testing.assert_array_equal(whole.output, line(whole.parameters))
+        np.testing.assert_array_equal(whole.start_output, line(START))
         with pytest.raises(InputError, match="restarts with method kriging alone, got method='random-search'"):
             fit(method="random-search", restarts=2)
 
