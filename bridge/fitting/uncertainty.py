@@ -375,9 +375,7 @@ class Evidence:
         """
         if self.wander is None:
             return np.outer(step, step)
-        variance, noise = float(self.r @ self.r) / max(len(self.r) - len(step), 1), self.normal.noise
-        own = self.jitter * finite_inverse(metric)
-        own = own + 2 * variance * finite_inverse(metric) @ noise @ finite_inverse(metric + noise)
+        own = self.noise_of_step(metric)
         size = np.sqrt(np.diag(self.wander) + np.diag(own))
         size[size == 0] = 1
         unit = np.outer(size, size)
@@ -387,6 +385,12 @@ class Evidence:
         share = self.wander @ both
         step = share @ step
         return np.outer(step, step) + self.wander - share @ self.wander
+
+    def noise_of_step(self, metric: Array) -> Array:
+        """(d, d) covariance of the step, by the noise of outputs and of the Jacobian."""
+        variance, noise = float(self.r @ self.r) / max(len(self.r) - len(metric), 1), self.normal.noise
+        own = self.jitter * finite_inverse(metric)
+        return np.asarray(own + 2 * variance * finite_inverse(metric) @ noise @ finite_inverse(metric + noise))
 
     def _bias_step(self, precision: Array) -> tuple[Array, float]:
         """The step by what smoothing adds to the outputs, and how long it is by noise alone."""

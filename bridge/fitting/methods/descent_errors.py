@@ -13,7 +13,7 @@ from scipy.special import chdtri
 
 from bridge.arrays import Array
 from bridge.fitting.misfit import Misfit
-from bridge.fitting.normal import Normal, finite_inverse, leverages, normal_of, of_unit_diagonal, without
+from bridge.fitting.normal import Normal, finite_inverse, leverages, normal_of, without
 from bridge.fitting.residuals import is_exact, output_sizes, target_spread
 from bridge.fitting.rounding import Lattice
 from bridge.fitting.uncertainty import Evidence, Note, NoteKind, Stated
@@ -22,8 +22,9 @@ from bridge.fitting.uncertainty import Evidence, Note, NoteKind, Stated
 _TOO_NOISY = 2.0
 # Chance with which the target's noise is less than what is taken for it there, where residuals alone tell it.
 _OWN = 0.025
-# Least eigenvalue of a normal matrix with a diagonal of 1, below which first-order descents hardly move along it.
-_VALLEY = 1e-2
+# Eigenvalues of the normal matrix in natural units, in which descents move, beside the largest, below which there are
+# valleys; standard errors to the minimum, by the slopes at the end, from which on it is not found along one.
+_VALLEY, _FOUND = 1e-2, 0.1
 # Steps of the outputs over the last scale, below which slopes are those of a staircase.
 _COARSE = 0.7
 # Different changes of outputs between two runs, to tell a step by.
@@ -107,7 +108,7 @@ def of_descent(
     )
     stated = evidence.stated(prior.information, known, misfit.robust)
     if not newton and start is not None:
-        stated = _where_it_began(stated, metric, z - start)
+        stated = _along_valleys(stated, evidence, prior.information, z - start)
     # Or the least it may be: else those fits would state errors whose residuals happen to be large, and too large ones.
     own = 1.0 if known else max(float(r @ r) / chdtri(len(r), _OWN) - jitter, 0.0)
     why = stairs.why() or (_NOISE if not newton and jitter > _TOO_NOISY * own and not exact else "")
@@ -157,21 +158,35 @@ def _staircase(
     return _Staircase(size, rounding * np.exp(-4 * np.pi**2 * change), floor, climbed)
 
 
-def _where_it_began(stated: Stated, metric: Array, moved: Array) -> Stated:
-    """Without errors along a valley that a first-order descent has not moved along: where it began, it ends."""
-    scaled, size = of_unit_diagonal(metric)
-    values, vectors = np.linalg.eigh(scaled)
-    u, covariance = vectors[:, 0], stated.covariance * np.outer(size, size)
-    along = float(u @ covariance @ u)
-    if not (values[0] < _VALLEY and (u @ (size * moved)) ** 2 < along < np.inf):
+def _along_valleys(stated: Stated, evidence: Evidence, precision: Array, moved: Array) -> Stated:
+    """Without errors along valleys where a first-order descent still is where it began, as far as errors tell.
+
+    There it has moved by less than the error, and slopes do not show it to be at the minimum. Such an end says as much
+    of the start as of the target. A descent that has found the minimum comes to it from any start: it has errors
+    however little it has moved.
+
+    Args:
+        precision: of the prior: no valley is what it tells alone. moved: (d,).
+    """
+    metric, step = evidence.information + precision, evidence.step
+    assert step is not None
+    values, vectors = np.linalg.eigh(metric)
+    covariance, noise = stated.covariance, evidence.noise_of_step(metric)
+    begun = np.zeros(len(moved), dtype=bool)
+    for value, u in zip(values, vectors.T, strict=True):
+        along = float(u @ covariance @ u)
+        left = float((u @ step) ** 2 + u @ noise @ u)
+        if value < _VALLEY * values[-1] and u @ precision @ u < 0.5 * value and left > _FOUND**2 * along:
+            begun |= ((u @ moved) ** 2 < along < np.inf) & ((covariance @ u) ** 2 > 0.5 * along * np.diag(covariance))
+    if not begun.any():
         return stated
-    part = (covariance @ u) ** 2 / along > 0.5 * np.diag(covariance)
     note = (
-        "No standard error is stated along the valley in which the minimum lies: a first-order descent hardly moves "
-        "along it, and ends there where it began. Take method='gauss-newton' or 'kriging'."
+        "No standard error is stated along the valley in which the minimum lies: along it the first-order descent has "
+        "moved by less than that error and has not found the minimum, so that its end says as much of the start as of "
+        "the target. Take method='gauss-newton' or 'kriging', or give a prior."
     )
     return replace(
-        stated, covariance=without(stated.covariance, part), notes=(*stated.notes, Note(NoteKind.NONE, note))
+        stated, covariance=without(stated.covariance, begun), notes=(*stated.notes, Note(NoteKind.NONE, note))
     )
 
 
