@@ -90,7 +90,15 @@ def test_the_noise_of_the_simulator_is_no_misfit(method):
     p, said = [], 0
     most = {"kriging": 100, "gauss-newton": 400}[method]  # a Gaussian process of many noisy runs takes its time
     for seed in range(12):
-        r = bridge.fit(simulator(shaken, seeded=True), noisy_target(seed), TRUTH, seed=seed, variance=SIGMA**2, method=method, stop=bridge.Stop(runs=most))  # fmt: skip
+        r = bridge.fit(
+            simulator(shaken, seeded=True),
+            noisy_target(seed),
+            TRUTH,
+            seed=seed,
+            variance=SIGMA**2,
+            method=method,
+            stop=bridge.Stop(runs=most),
+        )
         p.append(r.p_value)
         said += any("not explained" in w for w in r.warnings)
     assert said == 0

@@ -75,12 +75,22 @@ def test_each_start_has_a_scale_of_its_own_and_is_resumed_with_it(tmp_path, at):
     starts = [START, [4.0, 3.0, 0.2], [1.0, 0.2, 1.5]]
 
     def fit(directory, **more):
-        return bridge.fit(named(decay), decay(TRUTH), starts, seed=0, method=bridge.GaussNewton(steps=10, num_samples=8, halving=False), run=directory, **more)  # fmt: skip
+        return bridge.fit(
+            named(decay),
+            decay(TRUTH),
+            starts,
+            seed=0,
+            method=bridge.GaussNewton(steps=10, num_samples=8, halving=False),
+            run=directory,
+            **more,
+        )
 
     whole, resumed = killed_and_resumed(fit, tmp_path, at)
     assert resumed.history == whole.history
     # A start among others goes as it would alone, with its own scales, but for its noise.
-    alone = bridge.fit(named(decay), decay(TRUTH), starts[0], seed=0, method=bridge.GaussNewton(steps=10, num_samples=8))  # fmt: skip
+    alone = bridge.fit(
+        named(decay), decay(TRUTH), starts[0], seed=0, method=bridge.GaussNewton(steps=10, num_samples=8)
+    )
     assert whole.ends[0].loss == pytest.approx(alone.loss, rel=1e-9)
     np.testing.assert_allclose(whole.ends[0].parameters, alone.parameters, rtol=1e-9)
 

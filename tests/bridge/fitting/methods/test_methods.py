@@ -190,7 +190,15 @@ def test_a_covariance_of_the_target_whitens_its_residuals():
         np.testing.assert_array_equal(result.output, A @ result.parameters)
     # The same as a map of one's own, in image shape.
     factor = torch.as_tensor(np.linalg.inv(np.linalg.cholesky(C)))
-    image = bridge.fit(lambda t: linear(t).reshape(5, 6), target.reshape(5, 6), [1.8, 1.0, 0.6], seed=0, variance=1.0, misfit=bridge.LeastSquares(whiten=lambda x: factor @ x.reshape(-1)), stop=bridge.Stop(runs=60))  # fmt: skip
+    image = bridge.fit(
+        lambda t: linear(t).reshape(5, 6),
+        target.reshape(5, 6),
+        [1.8, 1.0, 0.6],
+        seed=0,
+        variance=1.0,
+        misfit=bridge.LeastSquares(whiten=lambda x: factor @ x.reshape(-1)),
+        stop=bridge.Stop(runs=60),
+    )
     np.testing.assert_allclose(image.parameters, expected, atol=0.01)
     assert image.output.shape == (5, 6)
 
@@ -226,7 +234,15 @@ def test_a_prior_is_one_more_observation(method):
 def test_a_prior_beside_a_loss_of_ones_own():
     """l = (y - 3)^2 / 2 and a prior of variance 1 about 0: halfway."""
     sim = bridge.as_simulator(lambda t: t, names=["a"])
-    result = bridge.fit(sim, [3.0], [0.0], seed=0, prior={"a": (0.0, 1.0)}, method=bridge.TrustRegion(round_size=8, scale=(1.0, 0.01)), misfit=lambda y, t: 0.5 * ((y - t) ** 2).sum())  # fmt: skip
+    result = bridge.fit(
+        sim,
+        [3.0],
+        [0.0],
+        seed=0,
+        prior={"a": (0.0, 1.0)},
+        method=bridge.TrustRegion(round_size=8, scale=(1.0, 0.01)),
+        misfit=lambda y, t: 0.5 * ((y - t) ** 2).sum(),
+    )
     assert result.parameters[0] == pytest.approx(1.5, abs=0.02)
     assert result.method == "adam"
     assert result.standard_error is None
@@ -383,7 +399,14 @@ def test_natural_gradients_follow_a_loss_of_ones_own_with_steps():
     def disc(t):
         return ((xx - t[0]) ** 2 + (yy - t[1]) ** 2 < 64).astype(float)
 
-    result = bridge.fit(disc, disc([17.0, 13.0]), [12.0, 18.0], seed=0, method=bridge.Natural(steps=60, num_samples=24, scale=(3.0, 0.1)), misfit=lambda y, t: (y != t).sum())  # fmt: skip
+    result = bridge.fit(
+        disc,
+        disc([17.0, 13.0]),
+        [12.0, 18.0],
+        seed=0,
+        method=bridge.Natural(steps=60, num_samples=24, scale=(3.0, 0.1)),
+        misfit=lambda y, t: (y != t).sum(),
+    )
     np.testing.assert_allclose(result.parameters, [17.0, 13.0], atol=0.3)
     assert result.standard_error is None
 
@@ -490,7 +513,13 @@ def test_starts_are_drawn_in_the_bounds_and_kriging_runs_them_first():
     assert np.ptp(first[:6, 0]) > 5
     np.testing.assert_allclose(result.parameters, [1.0, 0.5], atol=0.05)
     assert result.ends == ()
-    several = bridge.fit(sim, [0.0, 0.0, 0.5], bridge.Starts(3, np.array([[-5.2, 0.0], [1.5, 0.0]])), seed=3, method=bridge.GaussNewton(steps=12, num_samples=8, scale=0.3))  # fmt: skip
+    several = bridge.fit(
+        sim,
+        [0.0, 0.0, 0.5],
+        bridge.Starts(3, np.array([[-5.2, 0.0], [1.5, 0.0]])),
+        seed=3,
+        method=bridge.GaussNewton(steps=12, num_samples=8, scale=0.3),
+    )
     assert len(several.ends) == 3
 
 
