@@ -115,9 +115,9 @@ def _not_seen(stated: Stated, space: ParameterSpace, i: int, advice: str) -> str
             f"runs (stop=bridge.Stop(runs=...)), {variance}or give {p.name} a larger natural scale."
         )
     return (
-        f"{p.name} acts on the outputs by hardly more than the noise of the estimated Jacobian: {least}. Give "
-        f"the method more samples (num_samples=) or a larger last scale (scale=), {p.name} a larger natural scale, or "
-        "take method='kriging'."
+        f"{p.name} acts on the outputs by hardly more than the noise of the estimated Jacobian: {least}. Use "
+        f"more samples (num_samples= of the method), a larger last scale (scale=), a larger natural scale of {p.name}, "
+        "or method='kriging'."
     )
 
 
