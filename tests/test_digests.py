@@ -23,7 +23,7 @@ FEW = "smooth/(kept|streamed)$|fit/auto coarse$|study/some"
 def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(TOOLS))
     yield importlib.import_module("digests")
-    for name in ("digests", "digest_cases"):
+    for name in ("digests", "digest_cases", "digest_boxes"):
         sys.modules.pop(name, None)
 
 

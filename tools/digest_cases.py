@@ -1,7 +1,7 @@
 """What `digests.py` takes digests of: black boxes, and everything that can be asked of them. Not to be run by itself.
 
-Only what `bridge` exports is used, and in the few functions under "the surface" alone. To add a case, add an entry to
-the tables `SMOOTHING` or `FITS`, or a function with `@case`.
+Only what `bridge` exports is used. To add a case, add an entry to the tables `SMOOTHING` or `FITS`, or a function with
+`@case`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
-import signal
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from digest_boxes import Box, wave
+
+import bridge
 
 # --- the surface: what is said to bridge, and what is asked of it ---------------------------------------------------
 
@@ -36,51 +37,31 @@ class Place:
 HERE = Place()
 
 
-def simulator(function: Callable[..., Any], box: Box) -> Any:
-    import bridge
-
-    names = [f"p{i}" for i in range(box.d)]
-    bounds = [(-1.0, 2.0 if i else 1.0) for i in range(box.d)]
-    return bridge.as_simulator(
-        function,
-        **({"names": names, "units": ["nm"] * box.d, "bounds": bounds} if box.named else {}),
-        vectorized=box.vectorized,
-        seeded=box.seeded,
-        structure=bridge.BlockStructure(np.arange(box.d) % 2, np.arange(box.m) * 2 // box.m) if box.blocks else None,
-        identity=f"digests of {box}",
-    )
+def place(given: Any = None) -> Any:
+    """Where a case is evaluated: where it says, or by the children that it is to have."""
+    if HERE.workers is None or given == "process":
+        return given
+    return bridge.Workers(HERE.workers, ranks=given or bridge.Ranks())
 
 
-def smoothed(box: Box, loss: Callable[[Any], Any] | None = None, **settings: Any) -> Any:
+def smoothed(
+    box: Box, loss: Callable[[Any], Any] | None = None, *, on: Any = None, stored: bool = False, **settings: Any
+) -> Any:
     """`bridge.smooth` of a black box, or `bridge.smooth_loss`."""
-    import bridge
-
-    settings = {"seed": 3, "num_samples": 16, "scale": 0.3, **settings}
-    if "surrogate" in settings:
-        settings["surrogate"] = settings["surrogate"].simulator()
-    if HERE.workers is not None and "isolate" not in settings:
-        settings["workers"] = HERE.workers
-    if settings.pop("stored", False):
-        settings["store"] = bridge.Store(HERE.directory / "store")
+    settings = {"seed": 3, "num_samples": 16, "scale": 0.3, "on": place(on), **settings}
+    if stored:
+        settings["memory"] = bridge.Store(HERE.directory / "store")
     sim = box.simulator()
     return bridge.smooth(sim, **settings) if loss is None else bridge.smooth_loss(sim, loss, **settings)
 
 
 def fitted(box: Box, target: Any, start: Any, **settings: Any) -> Any:
-    import bridge
-
-    if "surrogate" in settings:
-        settings["surrogate"] = settings["surrogate"].simulator()
-    if HERE.workers is not None:
-        settings["workers"] = HERE.workers
     if HERE.kept is not None:
-        settings |= {"directory": HERE.kept, "every_s": 0.0}
-    return bridge.fit(box.simulator(), target, start, seed=5, **settings)
+        settings["run"] = bridge.Run(HERE.kept, every_s=0.0)
+    return bridge.fit(box.simulator(), target, start, seed=5, on=place(), **settings)
 
 
 def studied(box: Box, theta: Any, **settings: Any) -> Any:
-    import bridge
-
     return bridge.study(box.simulator(), theta, seed=2, **settings)
 
 
@@ -131,74 +112,11 @@ def read_fit(out: Parts, result: Any) -> None:
 
 def read_study(out: Parts, result: Any) -> None:
     out.number("rows", [dataclasses.astuple(row) for row in result.rows])
-    out.number("recommended", [dataclasses.astuple(result.recommended), dict(result.settings)])
+    recommended, said = result.recommended, ("points", "covariate", "distribution", "scale", "num_samples")
+    out.number("recommended", [dataclasses.astuple(result.best), {name: getattr(recommended, name) for name in said}])
     out.number("num_evaluations", result.num_evaluations)
     out.say("table", result.table())
     out.say("csv", result.csv())
-
-
-# --- black boxes ------------------------------------------------------------------------------------------------------
-
-# Runs until this process kills itself.
-LIVES = {"left": math.inf}
-
-
-@dataclass(frozen=True)
-class Box:
-    """d parameters -> m numbers (0: one number, without an axis): waves, and steps of height 0.2.
-
-    Attributes:
-        failing: "raise" or "nan": what a fifth of the runs do. lacking: whether a third lack some of their numbers.
-        blocks: whether each half of the outputs depends on half of the parameters, and the simulator says so.
-        named: whether parameters have names, units and bounds. rough: how much of the steps there is.
-    """
-
-    d: int = 3
-    m: int = 12
-    dtype: str = "float64"
-    vectorized: bool = False
-    seeded: bool = False
-    failing: str = ""
-    lacking: bool = False
-    blocks: bool = False
-    named: bool = False
-    rough: float = 1.0
-
-    def simulator(self) -> Any:
-        box = self
-
-        def seeded_waves(inputs: Any, seeds: Any) -> Any:
-            return box.outputs(inputs, seeds)
-
-        def waves(inputs: Any) -> Any:
-            return box.outputs(inputs, None)
-
-        return simulator(seeded_waves if self.seeded else waves, self)
-
-    def outputs(self, inputs: Any, seeds: Any = None) -> Any:
-        X, m = np.atleast_2d(inputs), max(1, self.m)
-        LIVES["left"] -= len(X)
-        if LIVES["left"] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        i, j = np.arange(self.d)[:, None], np.arange(m)
-        touches = (i % 2 == j * 2 // m) if self.blocks else np.ones((self.d, m), dtype=bool)
-        Y = np.sin(X @ (touches * np.cos(0.2 * (i + 1) * j + i))) + self.rough * 0.2 * np.floor(2 * X @ touches)
-        if self.seeded:
-            Y += [0.05 * np.random.default_rng(int(s)).normal(size=m) for s in np.atleast_1d(seeds)]
-        odd = np.sin(1e3 * X[:, 0])
-        if self.lacking:
-            Y[np.ix_(odd > 0.5, j > 0.7 * m)] = np.nan
-        if self.failing == "raise" and (odd > 0.8).any():
-            raise ValueError("it does not converge")
-        Y[odd > (0.8 if self.failing else 2.0)] = np.nan
-        Y = (10 * Y).astype(self.dtype) if self.dtype.startswith("int") else Y.astype(self.dtype)
-        Y = Y if self.m else Y[:, 0]
-        return Y if self.vectorized else Y[0]
-
-
-def wave(shape: Sequence[int], about: float = 0.0, size: float = 1.0) -> Any:
-    """Numbers that are no two alike."""
-    return about + size * np.cos(1.0 + 0.7 * np.arange(math.prod(shape))).reshape(tuple(shape))
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------
@@ -231,8 +149,6 @@ class Parts:
         self.words[name] = hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def ask(self, name: str, question: Callable[[], Any]) -> None:
-        import bridge
-
         try:
             self.number(name, question())
         except bridge.InputError as refusal:
@@ -277,8 +193,6 @@ def made_scale(kind: str, d: int) -> tuple[Any, Any]:
     """A scale, and the tensor in it that is learned."""
     import torch
 
-    import bridge
-
     numbers = {"number": np.array(0.3), "diagonal": wave((d,), 0.4, 0.1)}
     L = numbers.get(kind.split()[-1], 0.4 * np.eye(d) + wave((d, d), 0.0, 0.05))
     tensor = torch.tensor(np.log(L) if kind in ("log number", "log diagonal") else L, requires_grad=True)
@@ -287,6 +201,9 @@ def made_scale(kind: str, d: int) -> tuple[Any, Any]:
     return (bridge.LowerTriangular(tensor) if kind == "lower" else tensor), tensor
 
 
+STREAMED = bridge.Memory(keep_mb=0)
+IGNORED = bridge.Drop(missing="ignore", at_least=0.2)
+PAIRS = bridge.Antithetic(bridge.MonteCarlo())
 # name: (black box, settings); "batch" is a shape of parameter vectors, "learned" a kind of scale.
 SMOOTHING: dict[str, tuple[Box, dict[str, Any]]] = {
     "kept": (Box(), {}),
@@ -298,54 +215,52 @@ SMOOTHING: dict[str, tuple[Box, dict[str, Any]]] = {
     "kept one number": (Box(m=0), {"batch": (3,)}),
     "kept one parameter": (Box(d=1, m=1), {}),
     "kept many parameters": (Box(d=9, m=40), {"num_samples": 24}),
-    "kept on disk": (Box(m=500), {"memory_megabytes": 0.001}),
-    "streamed": (Box(m=60), {"num_samples": 32, "keep_megabytes": 0}),
-    "streamed float32": (Box(m=60, dtype="float32"), {"num_samples": 32, "keep_megabytes": 0}),
-    "streamed vectorised": (Box(m=60, vectorized=True), {"num_samples": 200, "keep_megabytes": 0, "batch": (2,)}),
+    "kept on disk": (Box(m=500), {"memory": bridge.Memory(rank_mb=0.001)}),
+    "streamed": (Box(m=60), {"num_samples": 32, "memory": STREAMED}),
+    "streamed float32": (Box(m=60, dtype="float32"), {"num_samples": 32, "memory": STREAMED}),
+    "streamed vectorised": (Box(m=60, vectorized=True), {"num_samples": 200, "memory": STREAMED, "batch": (2,)}),
     "streamed vectorised float32": (
         Box(m=60, vectorized=True, dtype="float32"),
-        {"num_samples": 200, "keep_megabytes": 0},
+        {"num_samples": 200, "memory": STREAMED},
     ),
     "streamed batch, full scale": (
         Box(m=40),
-        {"num_samples": 64, "keep_megabytes": 0, "batch": (2,), "learned": "full"},
+        {"num_samples": 64, "memory": STREAMED, "batch": (2,), "learned": "full"},
     ),
-    "streamed replicates": (Box(m=40), {"num_samples": 64, "keep_megabytes": 0, "replicates": 4, "points": "sobol"}),
-    "streamed f(x)": (Box(m=40), {"num_samples": 32, "keep_megabytes": 0, "covariate": "f(x)"}),
-    "streamed blocks": (Box(d=4, m=40, blocks=True), {"num_samples": 64, "keep_megabytes": 0}),
-    "leaf size": (Box(vectorized=True), {"num_samples": 48, "leaf_size": 8}),
-    "schedule static": (Box(), {"schedule": "static"}),
-    "schedule dynamic": (Box(), {"schedule": "dynamic"}),
+    "streamed replicates": (Box(m=40), {"num_samples": 64, "memory": STREAMED, "replicates": 4, "points": "sobol"}),
+    "streamed f(x)": (Box(m=40), {"num_samples": 32, "memory": STREAMED, "covariate": "f(x)"}),
+    "streamed blocks": (Box(d=4, m=40, blocks=True), {"num_samples": 64, "memory": STREAMED}),
+    "leaf size": (Box(vectorized=True), {"num_samples": 48, "on": bridge.Ranks(leaf_size=8)}),
+    "schedule static": (Box(), {"on": bridge.Ranks(schedule="static")}),
+    "schedule dynamic": (Box(), {"on": bridge.Ranks(schedule="dynamic")}),
     "parameters float32": (Box(), {"theta": "float32"}),
     "bounds": (Box(named=True), {"scale": 1.0}),
     "seeds common": (Box(seeded=True), {}),
     "seeds independent": (Box(seeded=True), {"simulator_seeds": "independent", "batch": (2,)}),
     "seeds vectorised": (Box(seeded=True, vectorized=True), {"num_samples": 80, "replicates": 4}),
-    "unsmoothed": (Box(), {"forward": "unsmoothed"}),
+    "unsmoothed": (Box(), {"straight_through": True}),
     "replicates": (Box(), {"replicates": 4, "points": "mc", "num_samples": 32}),
     "replicates sobol": (Box(), {"replicates": 4, "points": "sobol", "num_samples": 32, "batch": (2,)}),
-    "antithetic": (Box(), {"antithetic": True, "points": "mc"}),
-    "antithetic sobol": (Box(), {"antithetic": True}),
+    "antithetic": (Box(), {"points": PAIRS}),
+    "antithetic sobol": (Box(), {"points": bridge.Antithetic(bridge.Sobol())}),
     "blocks": (Box(d=4, blocks=True), {"points": "mc", "covariate": "loo"}),
-    "drop": (Box(failing="raise"), {"failures": "drop", "points": "mc", "num_samples": 32, "min_ok": 0.3}),
-    "drop pairs": (Box(failing="nan"), {"failures": "drop", "points": "mc", "num_samples": 40, "antithetic": True}),
+    "drop": (Box(failing="raise"), {"failures": bridge.Drop(at_least=0.3), "points": "mc", "num_samples": 32}),
+    "drop pairs": (Box(failing="nan"), {"failures": "drop", "points": PAIRS, "num_samples": 40}),
     "drop vectorised": (
         Box(failing="nan", vectorized=True, dtype="float32"),
         {"failures": "drop", "num_samples": 96, "batch": (2,)},
     ),
-    "penalty": (Box(failing="raise"), {"failures": "penalty", "penalty": 3.0, "num_samples": 32, "retries": 1}),
-    "missing": (Box(lacking=True), {"missing": "ignore", "points": "mc", "num_samples": 32, "min_ok": 0.2}),
+    "penalty": (Box(failing="raise"), {"failures": bridge.Penalty(3.0, retries=1), "num_samples": 32}),
+    "missing": (Box(lacking=True), {"failures": IGNORED, "points": "mc", "num_samples": 32}),
     "missing and drop": (
         Box(lacking=True, failing="nan"),
-        {"missing": "ignore", "failures": "drop", "num_samples": 32, "min_ok": 0.2},
+        {"failures": IGNORED, "num_samples": 32},
     ),
-    "surrogate": (Box(), {"surrogate": Box(rough=0.0), "surrogate_samples": 64}),
+    "surrogate": (Box(), {"surrogate": bridge.Surrogate(Box(rough=0.0).simulator(), samples=64)}),
     "surrogate auto": (
         Box(m=30),
         {
-            "surrogate": Box(rough=0.5, m=30),
-            "surrogate_samples": 128,
-            "surrogate_weight": "auto",
+            "surrogate": bridge.Surrogate(Box(rough=0.5, m=30).simulator(), samples=128, weight="auto"),
             "replicates": 8,
             "num_samples": 32,
             "points": "sobol",
@@ -353,10 +268,14 @@ SMOOTHING: dict[str, tuple[Box, dict[str, Any]]] = {
     ),
     "surrogate streamed": (
         Box(m=40),
-        {"surrogate": Box(rough=0.0, m=40), "surrogate_samples": 64, "num_samples": 32, "keep_megabytes": 0},
+        {
+            "surrogate": bridge.Surrogate(Box(rough=0.0, m=40).simulator(), samples=64),
+            "num_samples": 32,
+            "memory": STREAMED,
+        },
     ),
     "store": (Box(), {"stored": True}),
-    "isolated": (Box(), {"isolate": "process"}),
+    "isolated": (Box(), {"on": "process"}),
     "loss": (Box(), {"loss": square, "points": "mc"}),
     "loss float32 batch": (Box(dtype="float32"), {"loss": square, "batch": (2,), "learned": "diagonal"}),
     "loss drop": (Box(failing="nan"), {"loss": square, "failures": "drop", "num_samples": 32}),
@@ -401,7 +320,10 @@ def run_smoothing(out: Parts, box: Box, given: Mapping[str, Any]) -> None:
     learned = None
     if kind:
         settings["scale"], learned = made_scale(kind, box.d)
+    straight_through = settings.pop("straight_through", False)
     function = smoothed(box, **settings)
+    if straight_through:
+        function = function.straight_through()
     theta = torch.tensor(wave((*batch, box.d), 0.1, 0.3), dtype=dtype)
 
     def weight(shape: tuple[int, ...]) -> Any:
@@ -441,7 +363,7 @@ def both() -> Iterable[tuple[str, Callable[[Any], Any]]]:
     """Functions that keep and that stream their outputs."""
     for label, function in (
         ("kept", smoothed(Box())),
-        ("streamed", smoothed(Box(m=40), num_samples=32, keep_megabytes=0)),
+        ("streamed", smoothed(Box(m=40), num_samples=32, memory=STREAMED)),
     ):
         yield label, lambda x, function=function: function(x, step=1)
 
@@ -497,17 +419,23 @@ STARTS = np.array([[0.0, 0.1, -0.1], [0.6, 0.9, 1.2], [-0.3, 0.4, 0.2]])
 OUTLIER = np.where(np.arange(12) == 5, 1.0, 0.0)
 V = 1e-4
 SHORT: dict[str, dict[str, Any]] = {
-    "gauss-newton": {"method": "gauss-newton", "steps": 5, "num_samples": 16},
-    "adam": {"method": "adam", "steps": 10, "num_samples": 8},
-    "torch": {"method": "torch", "optimiser": momentum, "steps": 9, "num_samples": 8},
-    "natural": {"method": "natural", "steps": 8, "num_samples": 12},
-    "kriging": {"method": "kriging", "max_runs": 28, "restarts": 1},
-    "trust-region": {"method": "trust-region", "max_runs": 50, "loss": absolute},
+    "gauss-newton": {"method": bridge.GaussNewton(steps=5, num_samples=16)},
+    "adam": {"method": bridge.Adam(steps=10, num_samples=8)},
+    "torch": {"method": bridge.Torch(optimiser=momentum, steps=9, num_samples=8)},
+    "natural": {"method": bridge.Natural(steps=8, num_samples=12)},
+    "kriging": {"method": bridge.Kriging(restarts=1), "stop": bridge.Stop(runs=28)},
+    "trust-region": {"method": "trust-region", "stop": bridge.Stop(runs=50), "misfit": absolute},
 }
 LEAST_SQUARES = ("kriging", "gauss-newton")
 ROBUST = {"kriging": "huber", "gauss-newton": "cauchy", "adam": ("soft-l1", 2.0), "natural": "huber"}
-NEWTON, ADAM, KRIGING = SHORT["gauss-newton"], SHORT["adam"], SHORT["kriging"]
-# name: (black box, settings); "start" and "target" (added to the true one) besides.
+
+
+def with_method(name: str, **settings: Any) -> dict[str, Any]:
+    """A short fit with other settings of its method."""
+    return {**SHORT[name], "method": replace(SHORT[name]["method"], **settings)}
+
+
+# name: (black box, settings); "target" is added to the true one.
 FITS: dict[str, tuple[Box, dict[str, Any]]] = {
     **{name: (FITTING, settings) for name, settings in SHORT.items()},
     **{f"{n} variance": (NOISY, {**s, "variance": V}) for n, s in SHORT.items() if n != "trust-region"},
@@ -515,46 +443,72 @@ FITS: dict[str, tuple[Box, dict[str, Any]]] = {
     **{f"{n} prior": (FITTING, {**s, "prior": {"p0": (0.2, 0.1)}}) for n, s in SHORT.items()},
     **{f"{n} fixed, tied": (FITTING, {**s, "fixed": ["p0"], "tied": {"p2": "p1"}}) for n, s in SHORT.items()},
     **{
-        f"{n} robust": (FITTING, {**SHORT[n], "robust": loss, "variance": V, "target": OUTLIER})
+        f"{n} robust": (
+            FITTING,
+            {**SHORT[n], "misfit": bridge.LeastSquares(robust=loss), "variance": V, "target": OUTLIER},
+        )
         for n, loss in ROBUST.items()
     },
-    **{f"{n} own loss": (FITTING, {**SHORT[n], "loss": absolute}) for n in ("adam", "torch", "natural")},
-    **{f"{n} coarse": (FITTING, {**SHORT[n], "coarse": [2.0, 1.0]}) for n in ("gauss-newton", "adam")},
+    **{f"{n} own loss": (FITTING, {**SHORT[n], "misfit": absolute}) for n in ("adam", "torch", "natural")},
+    **{f"{n} coarse": (FITTING, with_method(n, blur=[2.0, 1.0])) for n in ("gauss-newton", "adam")},
     **{
-        f"{n} drop": (replace(FITTING, failing="nan"), {**s, "failures": "drop", "min_ok": 0.1})
+        f"{n} drop": (replace(FITTING, failing="nan"), {**s, "failures": bridge.Drop(at_least=0.1)})
         for n, s in SHORT.items()
         if n != "torch"
     },  # whose end is a run that fails
     **{
         f"{n} missing": (
             replace(FITTING, lacking=True),
-            {**SHORT[n], "missing": "ignore", "variance": V, "min_ok": 0.1},
+            {**SHORT[n], "failures": bridge.Drop(missing="ignore", at_least=0.1), "variance": V},
         )
         for n in ("kriging", "gauss-newton", "adam")
     },
-    **{f"{n} mask": (FITTING, {**SHORT[n], "mask": OUTLIER > 0, "target": OUTLIER}) for n in LEAST_SQUARES},
+    **{
+        f"{n} mask": (FITTING, {**SHORT[n], "misfit": bridge.LeastSquares(mask=OUTLIER > 0), "target": OUTLIER})
+        for n in LEAST_SQUARES
+    },
     **{f"{n} covariance": (FITTING, {**SHORT[n], "variance": V * (np.eye(12) + 0.3)}) for n in LEAST_SQUARES},
-    **{f"{n} stop at error": (NOISY, {**SHORT[n], "variance": V, "stop_at_error": 0.05}) for n in LEAST_SQUARES},
-    "kriging noise": (NOISY, KRIGING),
-    "kriging float32 vectorised": (replace(FITTING, vectorized=True, dtype="float32"), KRIGING),
-    "kriging steps": (replace(FITTING, rough=1.0), KRIGING),
-    "kriging rounds of five": (FITTING, {**KRIGING, "num_samples": 5, "num_starts": 4, "tolerance": 0.01}),
-    "gauss-newton replicates": (FITTING, {**NEWTON, "replicates": 4, "num_samples": 32, "points": "sobol"}),
-    "gauss-newton streamed": (replace(FITTING, m=60), {**NEWTON, "keep_megabytes": 0, "num_samples": 32}),
-    "gauss-newton one scale": (FITTING, {**NEWTON, "scale": 0.3}),
+    "kriging stop at error": (NOISY, {**SHORT["kriging"], "variance": V, "stop": bridge.Stop(runs=28, error=0.05)}),
+    "gauss-newton stop at error": (
+        NOISY,
+        {**SHORT["gauss-newton"], "variance": V, "stop": bridge.Stop(error=0.05)},
+    ),
+    "kriging noise": (NOISY, SHORT["kriging"]),
+    "kriging float32 vectorised": (replace(FITTING, vectorized=True, dtype="float32"), SHORT["kriging"]),
+    "kriging steps": (replace(FITTING, rough=1.0), SHORT["kriging"]),
+    "kriging rounds of five": (
+        FITTING,
+        {**with_method("kriging", round_size=5, tolerance=0.01), "start": bridge.Starts(4, wave((3,), 0.0, 0.1))},
+    ),
+    "gauss-newton replicates": (FITTING, with_method("gauss-newton", replicates=4, num_samples=32, points="sobol")),
+    "gauss-newton streamed": (
+        replace(FITTING, m=60),
+        {**with_method("gauss-newton", num_samples=32), "memory": STREAMED},
+    ),
+    "gauss-newton one scale": (FITTING, with_method("gauss-newton", scale=0.3)),
     "gauss-newton surrogate": (
         replace(FITTING, rough=1.0),
-        {**NEWTON, "surrogate": FITTING, "surrogate_samples": 32},
+        with_method("gauss-newton", surrogate=bridge.Surrogate(FITTING.simulator(), samples=32)),
     ),
-    "adam without halving": (FITTING, {**ADAM, "start": STARTS, "halving": False, "learning_rate": 0.5}),
-    "torch by name": (FITTING, {**SHORT["torch"], "optimiser": "SGD", "learning_rate": 0.01}),
-    "natural diagonal": (FITTING, {**SHORT["natural"], "full_scale": False}),
-    "auto": (FITTING, {"max_runs": 40}),
-    "auto blocks": (replace(FITTING, d=4, blocks=True), {"steps": 4, "num_samples": 16}),
-    "auto coarse": (FITTING, {"coarse": [1.0], "steps": 4, "num_samples": 16}),
-    "auto own loss": (FITTING, {"loss": absolute, "max_runs": 40}),
-    "auto own loss, smoothed": (FITTING, {"loss": absolute, "steps": 4, "num_samples": 8, "points": "mc"}),
-    "auto optimiser": (FITTING, {"optimiser": "SGD", "steps": 4, "num_samples": 8}),
+    "adam without halving": (
+        FITTING,
+        {**with_method("adam", halving=False, learning_rate=0.5), "start": STARTS},
+    ),
+    "torch by name": (FITTING, with_method("torch", optimiser="SGD", learning_rate=0.01)),
+    "natural diagonal": (FITTING, with_method("natural", full_scale=False)),
+    # "auto" with a budget; then what suits it, asked for by name.
+    "auto": (FITTING, {"stop": 40}),
+    "auto own loss": (FITTING, {"misfit": absolute, "stop": 40}),
+    "auto blocks": (
+        replace(FITTING, d=4, blocks=True),
+        {"method": bridge.GaussNewton(steps=4, num_samples=16)},
+    ),
+    "auto coarse": (FITTING, {"method": bridge.GaussNewton(blur=[1.0], steps=4, num_samples=16)}),
+    "auto own loss, smoothed": (
+        FITTING,
+        {"misfit": absolute, "method": bridge.Adam(steps=4, num_samples=8, points="mc")},
+    ),
+    "auto optimiser": (FITTING, {"method": bridge.Torch(optimiser="SGD", steps=4, num_samples=8)}),
 }
 # Cases for a pool, whose children take a while to start where they need torch; for a driver; and what one number of
 # ranks is enough for, as torch imports much for it.
@@ -581,8 +535,9 @@ def run_fit(out: Parts, box: Box, given: Mapping[str, Any]) -> None:
 def reuse(out: Parts) -> None:
     target = FITTING.outputs(wave((3,), 0.3, 0.2))
     assert HERE.directory is not None
-    fitted(FITTING, target, [0.0, 0.0, 0.0], max_runs=20, directory=HERE.directory / "earlier")
-    read_fit(out, fitted(FITTING, target, [0.1, 0.1, 0.0], max_runs=30, reuse=HERE.directory / "earlier"))
+    fitted(FITTING, target, [0.0, 0.0, 0.0], stop=20, run=HERE.directory / "earlier")
+    method = bridge.Kriging(reuse=HERE.directory / "earlier")
+    read_fit(out, fitted(FITTING, target, [0.1, 0.1, 0.0], method=method, stop=30))
 
 
 @case("study/all")

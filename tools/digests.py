@@ -16,7 +16,7 @@ that differs from the file it is compared with.
 Digests belong to one machine and one set of versions, which the file names: record them again on another. NaN counts
 as one number, whatever its bits. What is no result is left out: durations, and which runs a store has had already.
 
-The cases, and all that is said to `bridge`, are in `digest_cases.py`.
+The cases, and all that is said to `bridge`, are in `digest_cases.py`, what they run in `digest_boxes.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from digest_cases import CASES, DRIVEN, KILLED, LIVES, ON_TWO_RANKS, POOLED, Place, run_case
+from digest_boxes import LIVES
+from digest_cases import CASES, DRIVEN, KILLED, ON_TWO_RANKS, POOLED, Place, run_case
 
 TIMEOUT_S = 900.0
 POOL = 2

@@ -64,12 +64,12 @@ def make_blur_schedule(
         if isinstance(given, int | float):
             if not (np.isfinite(given) and given >= 0) or not shape:
                 raise InputError(
-                    f"Expected widths in pixels of 0 or more in coarse=, for outputs of one axis or more, got "
+                    f"Expected widths in pixels of 0 or more in blur=, for outputs of one axis or more, got "
                     f"{given!r} for outputs of shape {shape}."
                 )
             stages.append(make_blur(float(given), shape, keeps) if given > 0 else None)
         else:
-            checked_linear(given, shape, "coarse")
+            checked_linear(given, shape, "blur")
             stages.append(given)
     return tuple(stages) if stages and stages[-1] is None else (*stages, None)
 

@@ -92,8 +92,8 @@ def unexplained(good: Goodness, residual: NDArray[np.generic], start_residual: N
             said.append(
                 f"The target is not explained: chi-square is {good.chi_square:.4g} for {good.dof} degrees of freedom "
                 f"({reduced:.3g} each; 1 is expected).{prior}{loud} Look at the residuals; try other starts "
-                "(num_starts=, restarts=), more runs, a variance that has all noise, or robust= where few outputs are "
-                "off."
+                "(start=bridge.Starts(...), bridge.Kriging(restarts=...)), more runs, a variance that has all noise, "
+                "or misfit=bridge.LeastSquares(robust=...) where few outputs are off."
             )
     size, first = _size(residual), _size(start_residual)
     alike = _alike(residual) if size > _EXACT * first else 0.0

@@ -46,7 +46,7 @@ def identifiability_warnings(
         if (nothing or hidden) and not at_bound[i] and not alone[i]:
             said.append(_not_seen(stated, space, i, advice))
         elif unclear[i] and np.isfinite(e):
-            more = "max_runs=" if stated.by_model else "num_samples="
+            more = "stop=bridge.Stop(runs=...)" if stated.by_model else "num_samples= of the method"
             said.append(
                 f"Noise hides so far how well {p.name} can be told apart from the others: its standard error is "
                 f"{e:.3g}{unit} or more. Make more runs ({more}), or fix some of the others (fixed=)."
@@ -112,12 +112,12 @@ def _not_seen(stated: Stated, space: ParameterSpace, i: int, advice: str) -> str
         variance = "" if np.isinf(stated.dof) else "give variance= if you know it, "
         return (
             f"{p.name} acts on the outputs by hardly more than noise, which hides so far how much: {least}. Make more "
-            f"runs (max_runs=), {variance}or give {p.name} a larger natural scale."
+            f"runs (stop=bridge.Stop(runs=...)), {variance}or give {p.name} a larger natural scale."
         )
     return (
         f"{p.name} acts on the outputs by hardly more than the noise of the estimated Jacobian: {least}. Use "
-        f"more samples (num_samples=), a larger last scale (scale=), a larger natural scale of {p.name}, or "
-        "method='kriging'."
+        f"more samples (num_samples= of the method), a larger last scale (scale=), a larger natural scale of {p.name}, "
+        "or method='kriging'."
     )
 
 

@@ -18,7 +18,7 @@ from bridge.simulator.space import ParameterSpace
 
 _LEFT_OUT = (
     "The fit was interrupted: what it would run at its end, for errors and outputs, is left out, and the loss is that "
-    "of the smoothed output. With the same directory= it goes on where it was."
+    "of the smoothed output. With the same run= it goes on where it was."
 )
 
 
@@ -133,6 +133,6 @@ def _unfinished(end: MethodResult, stop_reason: str) -> tuple[str, ...]:
         return ()
     return (
         f"The last step was still as long as it may be when {stop_reason} ended the fit, two scales: the target is "
-        "further away, or the noise of a step is as large as that. Allow more steps (steps=, max_runs=), a larger "
-        "scale, or take more samples (num_samples=).",
+        "further away, or the noise of a step is as large as that. Give the method more steps (steps=), a larger "
+        "scale (scale=) or more samples (num_samples=), or allow more runs (stop=bridge.Stop(runs=...)).",
     )

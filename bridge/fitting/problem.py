@@ -191,13 +191,15 @@ def _misfit(
     goal, masked = checked_target(target, comparison.mask, sim)
     if robust is not None and variance is None:
         raise InputError(
-            "Expected variance= with robust=, whose width is in standard deviations of the target's noise."
+            "Expected variance= with LeastSquares(robust=), whose width is in standard deviations of the target's "
+            "noise."
         )
     noise, whitening, counts = checked_noise(variance, comparison.whiten, goal, masked)
     if partial and isinstance(whitening, Cholesky):
         raise InputError(
             "Expected a variance that is a number or of the target's shape with missing='ignore', got a covariance: an "
-            "output that lacks numbers cannot be whitened by it. Leave the numbers out with mask=, or give variances."
+            "output that lacks numbers cannot be whitened by it. Leave the numbers out with "
+            "misfit=bridge.LeastSquares(mask=...), or give variances."
         )
     return Misfit(
         target=goal,

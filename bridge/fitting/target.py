@@ -46,8 +46,8 @@ def checked_target(
     array[masked] = 0.0
     if not np.isfinite(array).all():
         raise InputError(
-            "Expected a finite target, got NaN or infinity. Leave such numbers out: mask=~numpy.isfinite(target), or a "
-            "numpy.ma array."
+            "Expected a finite target, got NaN or infinity. Leave such numbers out: "
+            "misfit=bridge.LeastSquares(mask=~numpy.isfinite(target)), or a numpy.ma array."
         )
     if masked.all():
         raise InputError("Expected a target with a number that is not masked, got none. In a mask True means no data.")
@@ -138,7 +138,10 @@ def _whitening(covariance: torch.Tensor, masked: torch.Tensor | None) -> LinearM
         keep = torch.nonzero(~masked.reshape(-1)).flatten()
         covariance = covariance[keep][:, keep]
     if not bool(torch.isfinite(covariance).all()):
-        raise InputError("Expected a finite covariance of the target. What is to be left out is said by mask=.")
+        raise InputError(
+            "Expected a finite covariance of the target. What is to be left out is said by "
+            "misfit=bridge.LeastSquares(mask=...)."
+        )
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed or not torch.allclose(covariance, covariance.T, rtol=1e-8, atol=0):
         raise InputError("Expected a covariance of the target that is symmetric and positive definite.")

@@ -360,8 +360,9 @@ class Evidence:
                 by = np.max(np.abs(s[far]) / np.maximum(error[far], 1e-300))
                 unfinished = (
                     f"No standard error is stated: by the slopes at the end, the minimum is still {by:.2g} standard "
-                    "errors away. Allow more steps or runs (steps=, max_runs=), a smaller last scale (scale=), or "
-                    "begin from here. If it stays so, outputs are too rough for slopes to tell."
+                    "errors away. Allow more runs (stop=bridge.Stop(runs=...)), give the method more steps (steps=) "
+                    "or a smaller last scale (scale=), or begin from here. If it stays so, outputs are too "
+                    "rough for slopes to tell."
                 )
                 return np.full_like(covariance, np.nan), [Note(NoteKind.NONE, unfinished)]
         return covariance + about, []

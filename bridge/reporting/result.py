@@ -77,7 +77,7 @@ class FitResult:
         history: one `FitStep` a step.
         num_evaluations: simulator runs, all ranks together, those of the surrogate apart (`num_surrogate`).
         num_cached: of these, found in a store instead of run anew: what was finished before an interruption, or is in a
-            `store=` of one's own. The result does not depend on it.
+            `Store` of one's own. The result does not depend on it.
         wall_s: duration [s].
         covariance: (d, d) of the recovered values, (J^T V^-1 J + P)^-1, V the variance of the target: the one given,
             or else the mean squared residual; P the precision of the prior. With a robust loss the sandwich of

@@ -195,7 +195,8 @@ class Run:
             ):
                 raise InputError(
                     f"Expected a directory without an unfinished run, got {self.directory} with one at step "
-                    f"{status.get('step')}. Resume it, or begin anew and lose it (overwrite=True)."
+                    f"{status.get('step')}. Resume it, or begin anew and lose it: bridge.Run(directory, resume=False, "
+                    "overwrite=True), or --fresh."
                 )
             for path in checkpoints:
                 path.unlink()
@@ -208,7 +209,8 @@ class Run:
             listing = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in differ)
             raise InputError(
                 f"Expected the settings of the run in {self.directory}, got others: {listing}. Use them again, or "
-                "another directory, or begin anew and lose that run: resume=False, overwrite=True (or --fresh)."
+                "another directory, or begin anew and lose that run: bridge.Run(directory, resume=False, "
+                "overwrite=True), or --fresh."
                 f"{_hint(differ)}"
             )
         if status.get("state") == "running":

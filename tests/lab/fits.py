@@ -35,7 +35,7 @@ def named(function, **settings):
 
 
 def killed_and_resumed(fit, folder, at):
-    """`fit(directory, **settings)` undisturbed, and killed after step `at` and resumed: bitwise the same."""
+    """`fit(run, **settings)` undisturbed, and killed after step `at` and resumed: bitwise the same."""
     whole = fit(folder / "whole")
 
     def die(record):
@@ -43,7 +43,7 @@ def killed_and_resumed(fit, folder, at):
             raise Killed
 
     with pytest.raises(Killed):
-        fit(folder / "killed", run=bridge.Run(None, every_s=0), watch=die)
+        fit(bridge.Run(folder / "killed", every_s=0), watch=die)
     seen = []
     resumed = fit(folder / "killed", watch=seen.append)
     assert tuple(seen) == resumed.history

@@ -120,8 +120,10 @@ def begin(method: Method, task: FitTask) -> MethodRun:
         raise InputError(
             f"Expected {', '.join(others)} or {last} with a loss of your own: {method.name} needs least squares."
         )
+    if task.stop.error is not None and task.problem.misfit.loss is not None:
+        raise InputError("Expected least squares with Stop(error=): a loss of your own has no standard errors.")
     if task.stop.error is not None and not method.states_errors:
-        those = [name for name, kind in METHODS.all().items() if kind.states_errors]
+        those = [name for name, kind in METHODS.all().items() if kind.states_errors and name != "auto"]
         raise InputError(
             f"Expected {' or '.join(those)} with Stop(error=), got {method.name}, which states no standard errors."
         )
@@ -301,13 +303,11 @@ def error_targets(task: FitTask) -> Array | None:
     """(d,) standard errors that suffice, natural units; None where none are given.
 
     Raises:
-        InputError: an unknown name, or a loss of one's own, which has no standard errors.
+        InputError: an unknown name, or errors that are none.
     """
     given, free, problem = task.stop.error, task.problem.free, task.problem
     if given is None:
         return None
-    if problem.misfit.loss is not None:
-        raise InputError("Expected least squares with Stop(error=): a loss of your own has no standard errors.")
     if isinstance(given, Mapping):
         targets = np.full(free.dimension, np.inf)
         for name, error in given.items():

@@ -344,7 +344,8 @@ class Descent(MethodRun):
             return ""
         return (
             f"The fit has come to a place that is worse than the start: its loss is {at_end:.4g} there, and "
-            f"{at_start:.4g} at the start. Take more samples (num_samples=), a smaller scale, or method='kriging'."
+            f"{at_start:.4g} at the start. Give the method more samples (num_samples=) or a smaller scale, "
+            "or take method='kriging'."
         )
 
     def _final(self, x: Array, replicate: int = 0) -> Smoothed:

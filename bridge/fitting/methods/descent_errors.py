@@ -33,7 +33,8 @@ _ENOUGH_APART = 5
 _OF_ONE = 0.1
 _NOISE = (
     "No standard error is stated: the smoothed output is noisier than the target, and where a descent ends in such "
-    "noise says little of the minimum. Take more samples (num_samples=), method='gauss-newton' or 'kriging'."
+    "noise says little of the minimum. Give the method more samples (num_samples=), or take "
+    "method='gauss-newton' or 'kriging'."
 )
 
 
@@ -135,8 +136,8 @@ class _Staircase(NamedTuple):
             return ""
         return (
             f"No standard error is stated: outputs are multiples of {self.size:.3g}, and over the last scale those "
-            f"that tell parameters change by {self.climbed:.2g} of such steps only. Give a larger last scale (scale=), "
-            "or take method='kriging'."
+            f"that tell parameters change by {self.climbed:.2g} of such steps only. Give the method a larger last "
+            "scale (scale=), or take method='kriging'."
         )
 
 

@@ -275,7 +275,7 @@ class KrigingRun(ModelRun):
             said.append(
                 f"{failed} of {len(search.runs.rows)} runs gave NaN, infinite or enormous outputs and were taken for "
                 "bad ones. If the best run is near to them, bound the parameters to where the simulator works; where "
-                "outputs only lack some numbers (NaN), pass missing='ignore'."
+                "outputs only lack some numbers (NaN), give failures=bridge.Raise(missing='ignore')."
             )
         if not search.whole:
             said.append(

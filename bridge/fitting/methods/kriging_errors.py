@@ -92,7 +92,7 @@ def _too_few(search: KrigingSearch, z: Array) -> str:
         return ""
     runs = "1 run does" if len(rows) == 1 else f"{len(rows)} runs do"
     what = "the parameter" if d == 1 else f"{d} parameters apart"
-    return f"No standard error is stated: {runs} not tell {what}. Allow more (max_runs=)."
+    return f"No standard error is stated: {runs} not tell {what}. Allow more: stop=bridge.Stop(runs=...)."
 
 
 def _rounding(lattice: Lattice | None, misfit: Misfit, there: NDArray[np.bool_]) -> tuple[Array, Array]:

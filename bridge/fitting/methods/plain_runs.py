@@ -80,5 +80,5 @@ def useless_start(theta: Array, output: Array, names: Sequence[str]) -> str:
     return (
         f"Expected finite outputs at the start ({values}), got NaN, infinite numbers or such as are larger than "
         f"{HUGE:g}: a fit has nothing to compare with. Run the simulator there by itself, and start where it works; "
-        "where outputs only lack some numbers (NaN), pass missing='ignore'."
+        "where outputs only lack some numbers (NaN), give failures=bridge.Raise(missing='ignore')."
     )

@@ -34,7 +34,15 @@ def ours(counter: Counter, seed: int) -> None:
     import bridge
 
     problem = counter.problem
-    bridge.fit(Watched(counter), problem.target, problem.start, seed=seed, variance=problem.variance if problem.noisy_target else None, stop=bridge.Stop(runs=counter.budget), watch=lambda step: counter.ends.append(step.num_evaluations))  # fmt: skip
+    bridge.fit(
+        Watched(counter),
+        problem.target,
+        problem.start,
+        seed=seed,
+        variance=problem.variance if problem.noisy_target else None,
+        stop=bridge.Stop(runs=counter.budget),
+        watch=lambda step: counter.ends.append(step.num_evaluations),
+    )
 
 
 def pycma(counter: Counter, seed: int) -> None:

@@ -65,10 +65,11 @@ rows = Rows()
 SCRIPT = (
     LAB
     + """
-settings = dict(seed=0, directory="run", every_s=0)
-if os.environ.get("METHOD"):
-    settings |= dict(method=os.environ["METHOD"], steps=6, num_samples=8)
-result = bridge.fit(rows, 2.0 * np.exp(-1.2 * X) + 0.5, [1.6, 0.9, 0.7], **settings)
+kind = {"adam": bridge.Adam, "gauss-newton": bridge.GaussNewton}.get(os.environ.get("METHOD"))
+result = bridge.fit(
+    rows, 2.0 * np.exp(-1.2 * X) + 0.5, [1.6, 0.9, 0.7], seed=0,
+    method="auto" if kind is None else kind(steps=6, num_samples=8), run=bridge.Run("run", every_s=0),
+)
 print(result.stop_reason, calls, np.isfinite(result.output).all(), len(result.warnings))
 print(*[float(x).hex() for x in result.parameters])
 """
@@ -84,7 +85,6 @@ rate = 0.9
 b = 0.7
 [fit]
 seed = 0
-every_s = 0
 [output]
 directory = "out"
 """
@@ -215,7 +215,7 @@ def test_ctrl_c_ends_a_fit_with_the_best_so_far(job, run_alone, how, method):
     """In the middle of a call of the simulator that would take minutes."""
     command = command_of(how, job)
     if method and how == "fit":
-        settings = f'method = "{method}"\nsteps = 6\nnum_samples = 8\nseed = 0'
+        settings = f'method = {{ name = "{method}", steps = 6, num_samples = 8 }}\nseed = 0'
         (job / "job.toml").write_text(JOB.replace("seed = 0", settings), encoding="utf-8")
     done = run_alone(*command, env={"WHAT": "INT", "METHOD": method}, cwd=job)
     assert "interrupted; the fit ends with the best so far" in done.stderr
@@ -245,9 +245,9 @@ def test_ctrl_c_before_the_first_step(job, run_alone):
 @pytest.mark.parametrize(
     ("settings", "work"),
     [
-        ('isolate="process"', "time.sleep(300)"),
-        ("workers=2", "time.sleep(300)"),
-        ("workers=2, retries=3", "time.sleep(300)"),
+        ('on="process"', "time.sleep(300)"),
+        ("on=2", "time.sleep(300)"),
+        ("on=2, failures=bridge.Raise(retries=3)", "time.sleep(300)"),
         ("", "subprocess.run(['sleep', '300'])"),
     ],
 )
@@ -300,7 +300,7 @@ def interrupted(self, *arguments):
 
 KrigingSearch.tell = interrupted
 try:
-    result = bridge.fit(rows, 2.0 * np.exp(-1.2 * X) + 0.5, [1.6, 0.9, 0.7], seed=0, directory="run")
+    result = bridge.fit(rows, 2.0 * np.exp(-1.2 * X) + 0.5, [1.6, 0.9, 0.7], seed=0, run="run")
     print(result.stop_reason, len(result.history), np.isfinite(result.parameters).all())
 finally:
     print("calls", calls)

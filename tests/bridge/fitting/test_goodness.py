@@ -28,21 +28,21 @@ def noisy_target(seed=0, sigma=SIGMA):
     return curve(TRUTH) + sigma * np.random.default_rng(seed).normal(size=len(T))
 
 
-SETTINGS = {
-    "kriging": {},
-    "gauss-newton": {},
-    "adam": {"steps": 60, "scale": (1.0, 0.05)},
-    "torch": {"steps": 60, "scale": (1.0, 0.05), "optimiser": "Adam"},
-    "natural": {"steps": 60, "scale": (1.0, 0.05)},
-}
+METHODS = [
+    bridge.Kriging(),
+    bridge.GaussNewton(),
+    bridge.Adam(steps=60, scale=(1.0, 0.05)),
+    bridge.Torch(steps=60, scale=(1.0, 0.05), optimiser="Adam"),
+    bridge.Natural(steps=60, scale=(1.0, 0.05)),
+]
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("known", [True, False])
 def test_the_loss_is_half_the_sum_of_squares_whatever_the_method(method, known):
     target, prior = noisy_target(), {"slope": (0.35, 0.1)}
-    more = {"variance": SIGMA**2} if known else {}
-    r = bridge.fit(simulator(), target, START, seed=0, method=method, prior=prior, **more, **SETTINGS[method])
+    variance = SIGMA**2 if known else None
+    r = bridge.fit(simulator(), target, START, seed=0, method=method, prior=prior, variance=variance)
     np.testing.assert_array_equal(r.output, curve(r.parameters))
     squares = ((r.output - target) ** 2).sum() / (SIGMA**2 if known else 1.0)
     squares += ((r["slope"] - 0.35) / 0.1) ** 2
@@ -57,7 +57,9 @@ def test_the_loss_is_half_the_sum_of_squares_whatever_the_method(method, known):
     np.testing.assert_allclose(r.loss_share.sum(), 1.0)
 
 
-@pytest.mark.parametrize("method", ["kriging", "gauss-newton"])
+@pytest.mark.parametrize(
+    "method", [bridge.Kriging(scale=0.2), bridge.GaussNewton(scale=0.2)], ids=lambda method: method.name
+)
 def test_p_values_of_right_models_are_uniform_and_nothing_is_said(method):
     """Of 40 targets the smallest and largest p are not improbable, and no target is called unexplained."""
     p, said = [], 0
@@ -68,7 +70,6 @@ def test_p_values_of_right_models_are_uniform_and_nothing_is_said(method):
             TRUTH,
             seed=seed,
             variance=SIGMA**2,
-            scale=0.2,
             method=method,
             stop=bridge.Stop(runs=400),
         )
@@ -90,7 +91,15 @@ def test_the_noise_of_the_simulator_is_no_misfit(method):
     p, said = [], 0
     most = {"kriging": 100, "gauss-newton": 400}[method]  # a Gaussian process of many noisy runs takes its time
     for seed in range(12):
-        r = bridge.fit(simulator(shaken, seeded=True), noisy_target(seed), TRUTH, seed=seed, variance=SIGMA**2, method=method, stop=bridge.Stop(runs=most))  # fmt: skip
+        r = bridge.fit(
+            simulator(shaken, seeded=True),
+            noisy_target(seed),
+            TRUTH,
+            seed=seed,
+            variance=SIGMA**2,
+            method=method,
+            stop=bridge.Stop(runs=most),
+        )
         p.append(r.p_value)
         said += any("not explained" in w for w in r.warnings)
     assert said == 0
@@ -167,15 +176,18 @@ def test_every_start_that_is_kept_has_the_loss_of_its_output():
 MEANS, SPREAD = np.array([1.0, 0.2]), np.array([[0.04, 0.0186], [0.0186, 0.01]])  # a correlation of 0.93
 
 
-@pytest.mark.parametrize("method", ["kriging", "gauss-newton", "adam"])
+@pytest.mark.parametrize(
+    ("method", "close"),
+    [("kriging", 0.05), ("gauss-newton", 0.05), (bridge.Adam(steps=200, scale=(1.0, 0.02)), 0.3)],
+    ids=["kriging", "gauss-newton", "adam"],
+)
 @pytest.mark.parametrize("key", [("b", "a"), "b, a"])
-def test_a_prior_of_two_parameters_together_is_the_gaussian_posterior(method, key):
+def test_a_prior_of_two_parameters_together_is_the_gaussian_posterior(method, close, key):
     """y = A x + noise: the posterior has precision A^T A / v + P and the mean that belongs to it."""
     A = np.random.default_rng(1).normal(size=(6, 3))
     A[:, 1] = A[:, 0]  # what only the prior tells apart
     y, v = A @ [0.9, 0.4, -1.0], 0.01
     sim = bridge.as_simulator(lambda x: A @ x, names=["a", "b", "c"], natural_scale=[0.1, 0.2, 0.3])
-    more = {"scale": (1.0, 0.02), "steps": 200} if method == "adam" else {}
     r = bridge.fit(
         sim,
         y,
@@ -184,7 +196,6 @@ def test_a_prior_of_two_parameters_together_is_the_gaussian_posterior(method, ke
         method=method,
         variance=v,
         prior={key: (MEANS[::-1], SPREAD[::-1, ::-1])},
-        **more,
     )
     P, mean = np.zeros((3, 3)), np.append(MEANS, 0.0)
     P[:2, :2] = np.linalg.inv(SPREAD)
@@ -192,9 +203,7 @@ def test_a_prior_of_two_parameters_together_is_the_gaussian_posterior(method, ke
     posterior = covariance @ (A.T @ y / v + P @ mean)
     error = np.sqrt(np.diag(covariance))
     np.testing.assert_allclose(r.standard_error, error, rtol=0.03)
-    np.testing.assert_allclose(
-        r.parameters, posterior, atol=0.3 * error.min() if method == "adam" else 0.05 * error.min()
-    )
+    np.testing.assert_allclose(r.parameters, posterior, atol=close * error.min())
     np.testing.assert_allclose(r.covariance[0, 1], covariance[0, 1], rtol=0.05)
     away = r.parameters - mean
     assert 2 * r.loss == pytest.approx(((r.output - y) ** 2).sum() / v + away @ P @ away)

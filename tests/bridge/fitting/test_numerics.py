@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 import bridge
 from tests.lab.fits import circuit
 
-METHODS = ("kriging", "trust-region", "gauss-newton", "adam", "torch", "natural")
+METHODS = {
+    "kriging": bridge.Kriging(),
+    "trust-region": bridge.TrustRegion(),
+    "gauss-newton": bridge.GaussNewton(steps=5, num_samples=8),
+    "adam": bridge.Adam(steps=5, num_samples=8),
+    "torch": bridge.Torch(steps=5, num_samples=8, optimiser="Adam"),
+    "natural": bridge.Natural(steps=5, num_samples=8),
+}
 X = np.linspace(0.0, 1.0, 12)
 KINDS = ("linear", "exponential", "plateau", "outlier", "overflow", "rounded", "noisy", "wall")
 BUDGETS = {"kriging": 40, "trust-region": 40, "gauss-newton": 100, "adam": 100, "torch": 100, "natural": 100}
@@ -74,7 +81,7 @@ def fits(draw):
         "simulator": sim,
         "target": target,
         "start": start,
-        "method": draw(st.sampled_from(METHODS)),
+        "method": METHODS[draw(st.sampled_from(tuple(METHODS)))],
         "variance": size**2 if draw(st.booleans()) else None,
         "seed": draw(st.integers(0, 3)),
         "kind": kind,
@@ -85,14 +92,11 @@ def fits(draw):
 def checked(case):
     case = dict(case)
     kind, size = case.pop("kind"), case.pop("size")
-    method = case["method"]
-    more = {"optimiser": "Adam"} if method == "torch" else {}
-    if method in ("gauss-newton", "adam", "torch", "natural"):
-        more |= {"num_samples": 8, "steps": 5}
+    budget = bridge.Stop(runs=BUDGETS[case["method"].name])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
-            result = bridge.fit(stop=bridge.Stop(runs=BUDGETS[method]), **case, **more)
+            result = bridge.fit(**case, stop=budget)
         except bridge.BridgeError:
             return None
     assert np.isfinite(result.parameters).all()
@@ -136,22 +140,31 @@ def test_a_huge_output_of_one_run_does_not_end_a_fit():
         np.testing.assert_allclose(result.parameters, [3.0, 0.5], rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["kriging", "trust-region", "gauss-newton", "adam", "natural"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        bridge.Kriging(),
+        bridge.TrustRegion(),
+        bridge.GaussNewton(steps=30, num_samples=16),
+        bridge.Adam(steps=30, num_samples=16),
+        bridge.Natural(steps=30, num_samples=16),
+    ],
+    ids=lambda method: method.name,
+)
 @pytest.mark.parametrize("bad", [np.nan, 1e160])
 def test_outputs_that_are_no_use_are_bad_runs_in_every_method(method, bad):
     def f(x):
         return np.array([x[0] - 1.0, x[1] - 2.0, bad if x[0] > 1.2 else 0.0])
 
     sim = bridge.as_simulator(f, natural_scale=[0.3, 0.3])
-    settings_ = {} if method in ("kriging", "trust-region") else {"num_samples": 16, "steps": 30}
-    result = bridge.fit(sim, np.zeros(3), [1.0, 1.5], seed=0, method=method, stop=bridge.Stop(runs=600), **settings_)
+    result = bridge.fit(sim, np.zeros(3), [1.0, 1.5], seed=0, method=method, stop=bridge.Stop(runs=600))
     assert np.abs(result.parameters - [1.0, 2.0]).max() < 0.3, result
     assert result.num_failed > 0
     assert any("NaN, infinite or enormous" in said for said in result.warnings)
     with pytest.raises(
         bridge.errors.EvaluationError, match=r"finite outputs at the start|of the (runs|8 rows|16 rows) to succeed"
     ):
-        bridge.fit(sim, np.zeros(3), [5.0, 5.0], seed=0, method=method, stop=bridge.Stop(runs=600), **settings_)
+        bridge.fit(sim, np.zeros(3), [5.0, 5.0], seed=0, method=method, stop=bridge.Stop(runs=600))
 
 
 def test_a_run_that_raises_ends_a_fit_still():
@@ -176,9 +189,9 @@ def test_squares_that_overflow_leave_an_answer():
 
     target = f(np.array([2.59, 5.6e-9, -0.0577]))
     for natural in (None, [1.0, 1.0, 1.0]):
-        for failures in ({}, {"failures": "drop"}):
+        for failures in ("raise", "drop"):
             sim = bridge.as_simulator(f, names=["a", "b", "c"], natural_scale=natural)
-            result = bridge.fit(sim, target, [2.0, 0.0001, -0.01], seed=0, stop=bridge.Stop(runs=30), **failures)
+            result = bridge.fit(sim, target, [2.0, 0.0001, -0.01], seed=0, stop=bridge.Stop(runs=30), failures=failures)
             assert result.loss <= 0.5 * ((f(np.array([2.0, 0.0001, -0.01])) - target) ** 2).sum()
 
 
@@ -339,7 +352,7 @@ HARD = {("BoxBOD", 0), ("MGH09", 0), ("MGH17", 0)}
 QUICK = ("Misra1a", "Chwirut2", "Eckerle4", "Roszman1")
 
 
-def nist_fit(name, which, **settings_):
+def nist_fit(name, which):
     problem = json.loads((Path(__file__).parents[2] / "data" / "nist_strd.json").read_text())[name]
     x, y = np.array(problem["x"]), np.array(problem["y"])
 
@@ -347,7 +360,7 @@ def nist_fit(name, which, **settings_):
         with np.errstate(all="ignore"):
             return NIST_MODELS[name](b, x)
 
-    result = bridge.fit(f, y, problem["starts"][which], seed=0, **settings_)
+    result = bridge.fit(f, y, problem["starts"][which], seed=0)
     left = float(((f(result.parameters) - y) ** 2).sum()) / problem["sum_of_squares"]
     return result, left
 
@@ -368,9 +381,9 @@ def test_certified_sums_of_squares_with_nothing_said(name, which):
         assert left < 1.01
 
 
-@pytest.mark.parametrize("method", ["adam", "gauss-newton", "natural"])
-@pytest.mark.parametrize("failures", [{"failures": "drop"}, {"failures": "penalty", "penalty": 1e3}])
-def test_a_step_to_where_every_run_fails_is_taken_back_where_failed_runs_are_data(method, failures):
+@pytest.mark.parametrize("kind", [bridge.Adam, bridge.GaussNewton, bridge.Natural])
+@pytest.mark.parametrize("failures", [bridge.Drop(at_least=0.25), bridge.Penalty(1e3, at_least=0.25)])
+def test_a_step_to_where_every_run_fails_is_taken_back_where_failed_runs_are_data(kind, failures):
     def f(x):
         if x[0] < 0.3:
             raise RuntimeError("it does not converge")
@@ -381,13 +394,11 @@ def test_a_step_to_where_every_run_fails_is_taken_back_where_failed_runs_are_dat
         [0.0, 0.0, 1.0],
         [1.0, 0.0],
         seed=0,
-        num_samples=8,
-        failures=bridge.Raise(at_least=0.25),
-        method=method,
-        **failures,
+        failures=failures,
+        method=kind(num_samples=8),
     )
     assert result.num_failed > 0
-    if failures["failures"] == "drop":
+    if isinstance(failures, bridge.Drop):
         assert result.parameters[0] > 0.3
         assert result.loss < 0.5 * result.history[0].loss
     assert not any("NaN, infinite or enormous" in w for w in result.warnings)

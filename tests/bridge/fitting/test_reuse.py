@@ -26,7 +26,7 @@ A = np.random.default_rng(0).normal(size=(30, 3))
 NOISE = 0.1 * np.random.default_rng(1).normal(size=30)
 TRUTH, OTHER = np.array([2.0, 1.2, 0.5]), np.array([2.4, 0.7, 0.8])
 START = [0.0, 0.0, 0.0]
-SETTINGS = {"seed": 0, "variance": 0.01, "max_runs": 25}
+SETTINGS = {"seed": 0, "variance": 0.01, "stop": bridge.Stop(runs=25)}
 ROUND = 6
 EARLIER = 3 * ROUND  # runs of the earlier fit
 
@@ -48,8 +48,8 @@ def earlier(tmp_path_factory):
     return directory
 
 
-def refit(target=A @ OTHER + NOISE, simulator=linear, start=START, **settings):
-    return bridge.fit(simulator, target, start, **{**SETTINGS, **settings})
+def refit(target=A @ OTHER + NOISE, simulator=linear, start=START, reuse=(), **settings):
+    return bridge.fit(simulator, target, start, **{**SETTINGS, "method": bridge.Kriging(reuse=reuse), **settings})
 
 
 def same(a, b):
@@ -76,16 +76,16 @@ def test_a_linear_simulator_known_from_elsewhere_needs_runs_only_to_confirm(earl
     target = A @ OTHER + NOISE
     least = 0.5 * ((A @ exact(target) - target) ** 2).sum() / 0.01
     simulator = counted()
-    known = refit(simulator=simulator, max_runs=6, reuse=earlier)
+    known = refit(simulator=simulator, stop=6, reuse=earlier)
     assert known.num_evaluations == simulator.calls <= 6
     assert (known.num_reused, known.num_cached, known.num_failed) == (EARLIER, 0, 0)
     assert known.history[0].note.startswith(f"begins with {EARLIER} evaluations of earlier runs")
-    alone = refit(max_runs=6)
+    alone = refit(stop=6)
     assert known.history[0].loss < least + 1 < least + 10 < alone.loss
     assert known.loss < least + 0.01
     np.testing.assert_allclose(known.parameters, exact(target), atol=2e-3)
     # The same target once more: the best of them is the answer already.
-    again = refit(A @ TRUTH + NOISE, reuse=earlier, max_runs=6)
+    again = refit(A @ TRUTH + NOISE, reuse=earlier, stop=6)
     np.testing.assert_allclose(again.parameters, exact(A @ TRUTH + NOISE), atol=1e-3)
     assert json.loads(json.dumps(known.to_dict()))["num_reused"] == EARLIER
 
@@ -119,8 +119,8 @@ def test_few_runs_make_the_first_round_smaller_and_runs_that_tell_nothing_do_no_
 
 def test_runs_of_a_smoothed_fit_count_where_they_were_made(tmp_path):
     store = Store(tmp_path, above_s=0.0)
-    refit(method="gauss-newton", steps=3, num_samples=8, scale=1.0, max_runs=None, store=store)
-    result = refit(max_runs=6, reuse=store)
+    refit(method=bridge.GaussNewton(steps=3, num_samples=8, scale=1.0), stop=None, memory=store)
+    result = refit(stop=6, reuse=store)
     assert result.num_reused == 3 * 8 + 2 * 8 + 2
     np.testing.assert_allclose(result.parameters, exact(A @ OTHER + NOISE), atol=2e-3)
 
@@ -128,7 +128,7 @@ def test_runs_of_a_smoothed_fit_count_where_they_were_made(tmp_path):
 def test_more_runs_than_a_model_is_made_of_are_those_nearest_to_the_best(tmp_path):
     store = Store(tmp_path, above_s=0.0)
     bridge.smooth(linear, seed=0, num_samples=256, scale=3.0, points="mc", memory=store)(torch.zeros(3))
-    result = refit(max_runs=6, reuse=store)
+    result = refit(stop=6, reuse=store)
     assert result.num_reused == 150
     np.testing.assert_allclose(result.parameters, exact(A @ OTHER + NOISE), atol=2e-3)
 
@@ -154,20 +154,20 @@ def test_runs_off_what_is_fixed_or_tied_or_out_of_bounds_are_left_out(tmp_path):
     put(3.0, 9.0, 0.5)
 
     def used(**settings):
-        return refit(simulator=bounded(), reuse=store, max_runs=4, **settings).num_reused
+        return refit(simulator=bounded(), reuse=store, stop=4, **settings).num_reused
 
     assert used() == 5
     assert used(fixed=["c"], start=[0.0, 0.0, 0.5]) == 4
     assert used(tied={"b": "a"}) == 3
     assert used(tied={"b": "a"}, fixed=["c"], start=[0.0, 0.0, 0.5]) == 2
     narrow = bridge.as_simulator(linear, names=["a", "b", "c"], bounds=[(-10.0, 2.0)] * 3)
-    assert refit(simulator=narrow, reuse=store, max_runs=4).num_reused == 4
+    assert refit(simulator=narrow, reuse=store, stop=4).num_reused == 4
 
 
 def test_fits_of_some_parameters_and_of_all_serve_each_other(tmp_path):
-    settings = {"simulator": bounded(), "start": [1.0, 1.0, 0.5], "max_runs": 13}
-    part = refit(fixed=["c"], directory=tmp_path / "part", **settings)
-    whole = refit(reuse=tmp_path / "part", directory=tmp_path / "whole", **settings)
+    settings = {"simulator": bounded(), "start": [1.0, 1.0, 0.5], "stop": 13}
+    part = refit(fixed=["c"], run=tmp_path / "part", **settings)
+    whole = refit(reuse=tmp_path / "part", run=tmp_path / "whole", **settings)
     assert (whole.num_reused, part.num_evaluations) == (12, 12)
     again = refit(fixed=["c"], reuse=[tmp_path / "part", tmp_path / "whole"], **settings)
     made = Store(tmp_path / "whole" / "evaluations").records(identity_of(bounded()))
@@ -188,25 +188,30 @@ def two(theta):
         ({"simulator": counted(two), "target": np.ones(30)}, r"got those of 'linear-.*attribute `identity`"),
         ({"simulator": bounded().function, "target": np.ones((5, 6))}, r"outputs of shape \(5, 6\).*got \(30,\)"),
         ({"reuse": "nowhere"}, "Expected the directory of an earlier run or of a store in reuse, got 'nowhere'"),
-        ({"method": "gauss-newton"}, "Expected method='kriging' with reuse.*pass store="),
         (
-            {"loss": lambda y, t: ((y - t) ** 2).sum(), "variance": None},
-            "Expected method='kriging' with reuse, got 'trust-region'",
+            {"misfit": lambda y, t: ((y - t) ** 2).sum(), "variance": None},
+            "with a loss of your own: kriging needs least squares",
         ),
     ],
 )
 def test_what_is_none_of_the_simulators_is_refused_and_nothing_is_left_behind(earlier, tmp_path, settings, words):
     with pytest.raises(InputError, match=words):
-        refit(**{"reuse": earlier, "directory": tmp_path / "run", **settings})
+        refit(**{"reuse": earlier, "run": tmp_path / "run", **settings})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", [bridge.GaussNewton, bridge.Adam, bridge.TrustRegion])
+def test_only_kriging_has_a_use_for_earlier_runs(earlier, kind):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'reuse'"):
+        kind(reuse=earlier)
 
 
 def test_a_run_does_not_begin_with_itself_and_nothing_is_told(earlier, tmp_path, caplog):
     with pytest.raises(InputError, match="the fit's own directory"):
-        refit(directory=earlier, reuse=earlier, resume=False)
+        refit(run=bridge.Run(earlier, resume=False), reuse=earlier)
     (tmp_path / "empty").mkdir()
     with caplog.at_level("WARNING", logger="bridge"):
-        assert refit(reuse=tmp_path / "empty", max_runs=4).num_reused == 0
+        assert refit(reuse=tmp_path / "empty", stop=4).num_reused == 0
     assert "no evaluations to use again" in caplog.text
 
 
@@ -234,7 +239,7 @@ def test_order_and_duplicates_of_what_is_used_again_do_not_matter(earlier, tmp_p
 def test_a_run_that_is_killed_needs_the_earlier_one_no_more(earlier, tmp_path, at):
     """Killed in its first run, within its first round, and later: what it began with has been its own since then."""
     shutil.copytree(earlier, tmp_path / "earlier")
-    expected = refit(reuse=tmp_path / "earlier", directory=tmp_path / "whole")
+    expected = refit(reuse=tmp_path / "earlier", run=tmp_path / "whole")
 
     def dies(theta):
         dies.calls += 1
@@ -243,7 +248,7 @@ def test_a_run_that_is_killed_needs_the_earlier_one_no_more(earlier, tmp_path, a
         return linear(theta)
 
     dies.calls, dies.identity, dies.__name__ = 0, identity_of(as_simulator(linear)), "linear"
-    settings = {"reuse": tmp_path / "earlier", "directory": tmp_path / "killed"}
+    settings = {"reuse": tmp_path / "earlier", "run": tmp_path / "killed"}
     with pytest.raises(Killed):
         refit(simulator=dies, **settings)
     shutil.rmtree(tmp_path / "earlier")
@@ -256,17 +261,19 @@ def test_a_run_that_is_killed_needs_the_earlier_one_no_more(earlier, tmp_path, a
     assert (result.num_reused, result.num_evaluations) == (expected.num_reused, expected.num_evaluations)
 
 
-@pytest.mark.parametrize("method", ["kriging", "gauss-newton"])
-def test_a_store_changes_what_a_fit_costs_never_what_it_finds(tmp_path, method):
-    settings = {"method": method, "max_runs": 24 if method == "kriging" else None}
-    if method == "gauss-newton":
-        settings |= {"steps": 2, "num_samples": 8, "covariate": "loo", "points": "mc"}
+@pytest.mark.parametrize(
+    ("method", "runs"),
+    [("kriging", 24), (bridge.GaussNewton(steps=2, num_samples=8, covariate="loo", points="mc"), None)],
+    ids=["kriging", "gauss-newton"],
+)
+def test_a_store_changes_what_a_fit_costs_never_what_it_finds(tmp_path, method, runs):
+    settings = {"method": method, "stop": runs}
     simulator = counted()
     plain = refit(simulator=bridge.as_simulator(simulator, repeatable=True), **settings)
     spent = plain.num_evaluations
     assert (simulator.calls, plain.num_cached) == (spent, 0)
     for cached, calls in ((0, 2 * spent), (spent, 2 * spent), (0, 3 * spent)):
-        result = refit(simulator=simulator, store=Store(tmp_path / "store", above_s=0.0), **settings)
+        result = refit(simulator=simulator, memory=Store(tmp_path / "store", above_s=0.0), **settings)
         assert (result.num_cached, result.num_evaluations, simulator.calls) == (cached, spent, calls)
         assert [h.loss for h in result.history] == [h.loss for h in plain.history]
         assert result.parameters.tobytes() == plain.parameters.tobytes()
@@ -281,10 +288,13 @@ def test_a_run_with_a_store_of_ones_own_goes_on_with_it(tmp_path):
         if record.step == 2:
             raise Killed
 
-    settings = {"directory": tmp_path / "run", "every_s": 0}
+    def fit(**settings):
+        run = bridge.Run(tmp_path / "run", every_s=0)
+        return refit(memory=Store(tmp_path / "store", above_s=0.0), run=run, **settings)
+
     with pytest.raises(Killed):
-        refit(store=Store(tmp_path / "store", above_s=0.0), on_step=die, **settings)
-    result = refit(store=Store(tmp_path / "store", above_s=0.0), **settings)
+        fit(watch=die)
+    result = fit()
     same(result, refit())
     assert result.num_cached == result.history[2].num_cached == ROUND
 
@@ -293,9 +303,8 @@ def test_runs_of_a_surrogate_are_counted_for_themselves():
     def rough(theta):
         return A @ np.round(theta, 1)
 
-    result = refit(
-        method="gauss-newton", steps=3, num_samples=8, max_runs=None, surrogate=rough, surrogate_samples=16, scale=1.0
-    )
+    surrogate = bridge.Surrogate(rough, samples=16)
+    result = refit(method=bridge.GaussNewton(steps=3, num_samples=8, scale=1.0, surrogate=surrogate), stop=None)
     assert result.num_surrogate == 5 * (8 + 16)
     assert [h.num_surrogate for h in result.history] == [24, 48, 72]
     assert result.num_evaluations == 5 * 8 + 2
@@ -318,12 +327,12 @@ def told(result):
         print(digest, result.num_evaluations, result.num_cached, result.num_reused)
 
 store = bridge.Store(sys.argv[1], above_s=0.0)
-smoothed = bridge.smooth(linear, seed=3, num_samples=40, points="mc", store=store, schedule="dynamic")
+smoothed = bridge.smooth(linear, seed=3, num_samples=40, points="mc", memory=store, on=bridge.Ranks(schedule="dynamic"))
 smoothed(torch.zeros(3))
-target, settings = A @ np.array([2.4, 0.7, 0.8]) + 0.1, {"seed": 0, "max_runs": 11, "variance": 0.01}
-told(bridge.fit(linear, target, [0.0, 0.0, 0.0], reuse=sys.argv[1], **settings))
+target, settings = A @ np.array([2.4, 0.7, 0.8]) + 0.1, {"seed": 0, "stop": 11, "variance": 0.01}
+told(bridge.fit(linear, target, [0.0, 0.0, 0.0], method=bridge.Kriging(reuse=sys.argv[1]), **settings))
 for _ in range(2):
-    told(bridge.fit(linear, target, [0.0, 0.0, 0.0], store=bridge.Store(sys.argv[1], above_s=0.0), **settings))
+    told(bridge.fit(linear, target, [0.0, 0.0, 0.0], memory=bridge.Store(sys.argv[1], above_s=0.0), **settings))
 """
 
 
@@ -398,8 +407,8 @@ def test_the_identity_is_what_can_be_seen_of_a_simulator():
     simulator(one)
     assert identity_of(as_simulator(simulator)) == before
     # Nor is how it is run, and on which of its parameters.
-    for settings in ({"isolate": "process"}, {"workers": 2}):
-        placed = bridge.smooth(bounded(), seed=0, **settings).simulator
+    for on in ("process", 2):
+        placed = bridge.smooth(bounded(), seed=0, on=on).simulator
         assert identity_of(placed) == identity_of(bounded()) == identities[0]
         placed.close()
 

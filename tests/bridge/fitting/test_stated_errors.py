@@ -173,8 +173,8 @@ def test_a_first_order_descent_states_nothing_along_a_valley_where_it_has_not_mo
 
     y = f(np.array([1.0, 0.5])) + 0.02 * np.random.default_rng(1).normal(size=25)
     found = {
-        method: bridge.fit(f, y, [0.9, 0.2], seed=0, method=method, variance=4e-4, num_samples=8)
-        for method in ("adam", "gauss-newton")
+        method.name: bridge.fit(f, y, [0.9, 0.2], seed=0, method=method, variance=4e-4)
+        for method in (bridge.Adam(num_samples=8), bridge.GaussNewton(num_samples=8))
     }
     assert np.isnan(found["adam"].standard_error).all()
     assert any("along the valley" in w and "gauss-newton" in w for w in found["adam"].warnings)
@@ -289,18 +289,18 @@ def noisy(function, size):
 @pytest.mark.parametrize("method", ["kriging", "gauss-newton"])
 def test_words_tell_what_is_not_there_from_a_valley(method):
     target = 1 + 2 * T + 0.1 * np.random.default_rng(0).normal(size=25)
-    settings = {"max_runs": 50} if method == "kriging" else {}
 
-    def said(function, **more):
+    def said(function):
         simulator = bridge.as_simulator(function, names=["a", "b", "c"])
-        result = bridge.fit(simulator, target, [1.0, 1.0, 1.0], seed=0, method=method, **settings, **more)
+        stop = bridge.Stop(runs=50 if method == "kriging" else None)
+        result = bridge.fit(simulator, target, [1.0, 1.0, 1.0], seed=0, method=method, variance=0.01, stop=stop)
         return result, " ".join(result.warnings)
 
-    result, words = said(lambda p: p[0] * T + p[1], variance=0.01)
+    result, words = said(lambda p: p[0] * T + p[1])
     assert "c is not determined by the target" in words
     assert "outputs do not depend on it" in words
     assert np.isfinite(result.standard_error).tolist() == [True, True, False]
-    result, words = said(lambda p: (p[0] + 2 * p[1]) * T + p[2], variance=0.01)
+    result, words = said(lambda p: (p[0] + 2 * p[1]) * T + p[2])
     assert "depend on it" not in words
     assert "a, b are not determined one by one" in words
     assert np.isfinite(result.standard_error).tolist() == [False, False, True]

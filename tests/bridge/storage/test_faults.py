@@ -30,6 +30,7 @@ if fault:
     from mpi4py import MPI
 
     here = MPI.COMM_WORLD.Get_rank() == 1
+METHODS = {"adam": bridge.Adam, "gauss-newton": bridge.GaussNewton}
 grid = np.linspace(-1, 1, 24)
 count = 0
 
@@ -71,8 +72,8 @@ def f(x):
 simulator = bridge.as_simulator(f, bounds=[(-1, 1), (-1, 1)], natural_scale=[0.1, 0.1], identity="f")
 target = np.floor(50 * np.exp(-((grid[:, None] - 0.3) ** 2 + (grid + 0.2) ** 2) / 0.1))
 result = bridge.fit(
-    simulator, target, [0.0, 0.1], seed=0, method=method, steps=6, num_samples=16, scale=(2.0, 0.5),
-    directory=directory, every_s=0.2,
+    simulator, target, [0.0, 0.1], seed=0, method=METHODS[method](steps=6, num_samples=16, scale=(2.0, 0.5)),
+    run=bridge.Run(directory, every_s=0.2),
 )
 digest = hashlib.sha256(json.dumps([h.parameters for h in result.history]).encode())
 digest.update(result.parameters.tobytes() + result.standard_error.tobytes() + result.output.tobytes())
@@ -291,7 +292,8 @@ def f(x):
     return np.sin(x)
 
 smoothed = bridge.smooth(
-    f, seed=1, num_samples=64, points="mc", isolate="process", timeout_s=1.0, failures="drop", schedule="dynamic"
+    f, seed=1, num_samples=64, points="mc", failures="drop",
+    on=bridge.Isolated(timeout_s=1.0, ranks=bridge.Ranks(schedule="dynamic")),
 )
 e = smoothed.estimate(torch.zeros(2, dtype=torch.float64))
 x = e._evaluation.problems[0].design.nodes.eps[:64]

@@ -31,26 +31,41 @@ def fit(**settings):
 
 
 @pytest.mark.parametrize(
-    ("method", "name", "settings"),
-    [
-        (Kriging(num_samples=3, restarts=0), "kriging", {"num_samples": 3, "restarts": 0}),
-        (Kriging(scale=0.5), "kriging", {"scale": 0.5}),
-        (GaussNewton(steps=3, num_samples=8), "gauss-newton", {"steps": 3, "num_samples": 8}),
-        (Adam(steps=4, num_samples=8, scale=0.3), "adam", {"steps": 4, "num_samples": 8, "scale": 0.3}),
-    ],
+    ("method", "name"), [(Kriging(), "kriging"), (GaussNewton(), "gauss-newton"), (Adam(), "adam")]
 )
-def test_a_method_is_the_same_as_its_name_with_settings(method, name, settings):
-    one, other = fit(method=method), fit(method=name, **settings)
+def test_a_name_is_the_method_with_its_defaults(method, name):
+    one, other = fit(method=method), fit(method=name)
     assert one.method == other.method == name
     assert one.history == other.history
     np.testing.assert_array_equal(one.parameters, other.parameters)
 
 
+@pytest.mark.parametrize(
+    ("method", "runs", "scales"),
+    [
+        (Kriging(rounds=2, round_size=4, restarts=0), [4, 8], None),
+        (GaussNewton(steps=3, num_samples=8, scale=0.4), [8, 16, 24], {0.4}),
+        (Adam(steps=4, num_samples=16, scale=0.3), [16, 32, 48, 64], {0.3}),
+    ],
+)
+def test_a_method_does_as_its_settings_say(method, runs, scales):
+    history = fit(method=method).history
+    assert [h.num_evaluations for h in history] == runs
+    assert scales is None or {h.scale for h in history} == scales
+
+
+def test_the_scale_of_kriging_is_how_far_its_first_round_looks():
+    near, far = (fit(method=Kriging(rounds=1, scale=s)).parameters - START for s in (1e-3, 1.0))
+    assert 0 < np.abs(near).max() <= 1e-2 < np.abs(far).max()
+
+
 def test_settings_of_a_method_stand_on_it():
-    with pytest.raises(InputError, match=r"got steps=, restarts= beside Kriging\(.*Give them to Kriging"):
+    with pytest.raises(InputError, match=r"'steps' of bridge\.fit\. Give method=bridge\.Adam\(steps=\.\.\.\)"):
         fit(method=Kriging(), steps=3, restarts=2)
-    with pytest.raises(InputError, match=r"halving with method gauss-newton or adam or torch or natural alone"):
-        fit(method=bridge.Kriging(halving=False))
+    with pytest.raises(TypeError, match="halving"):
+        Kriging(halving=False)
+    with pytest.raises(InputError, match=r"got its class\. Make one: method=Kriging\(\)"):
+        fit(method=Kriging)
     with pytest.raises(InputError, match=r"Unknown method 'krigin'.*Did you mean 'kriging'"):
         fit(method="krigin")
 
@@ -86,23 +101,22 @@ class RandomRun(SearchRun):
 def test_a_method_of_ones_own_is_found_by_its_name_and_goes_on_after_an_interruption(tmp_path):
     register("random-search")(RandomSearch)
     try:
-        whole = fit(method="random-search", steps=6)
+        whole = fit(method=RandomSearch(steps=6))
         assert (whole.method, whole.method_reason, len(whole.history)) == ("random-search", "as asked", 6)
         assert whole.num_evaluations == 6 * 8 + 1  # and the start, which it has not run
         assert whole.loss < whole.history[0].loss
-        np.testing.assert_array_equal(fit(method=RandomSearch(steps=6)).parameters, whole.parameters)
+        by_name = fit(method="random-search")
+        assert by_name.history == whole.history[:5]
         np.testing.assert_array_equal(whole.output, line(whole.parameters))
         np.testing.assert_array_equal(whole.start_output, line(START))
-        with pytest.raises(InputError, match="restarts with method kriging alone, got method='random-search'"):
-            fit(method="random-search", restarts=2)
 
         def stopped(record):
             if record.step == 2:
                 raise RuntimeError("a stop")
 
         with pytest.raises(RuntimeError, match="a stop"):
-            fit(steps=6, method="random-search", run=bridge.Run(tmp_path, every_s=0.0), watch=stopped)
-        resumed = fit(steps=6, method="random-search", run=tmp_path)
+            fit(method=RandomSearch(steps=6), run=bridge.Run(tmp_path, every_s=0.0), watch=stopped)
+        resumed = fit(method=RandomSearch(steps=6), run=tmp_path)
         assert resumed.history == whole.history
         with pytest.raises(InputError, match=r"reach was 0\.5, is 0\.4"):
             fit(method=RandomSearch(steps=6, reach=0.4), run=tmp_path)

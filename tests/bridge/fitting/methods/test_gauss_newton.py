@@ -52,10 +52,13 @@ def test_the_scale_follows_the_steps_and_a_linear_fit_ends_early():
 
 
 def test_a_scale_that_is_given_as_a_number_stays_and_so_does_that_of_stages():
-    common = {"seed": 0, "method": "gauss-newton", "steps": 8, "num_samples": 8, "tolerance": 0.0}
-    fixed = bridge.fit(lambda t: A @ t, A @ TRUTH, [1.5, 1.0, 0.8], method=bridge.Kriging(scale=0.3), **common)
+    def fit(**settings):
+        method = bridge.GaussNewton(steps=8, num_samples=8, tolerance=0.0, **settings)
+        return bridge.fit(lambda t: A @ t, A @ TRUTH, [1.5, 1.0, 0.8], seed=0, method=method)
+
+    fixed = fit(scale=0.3)
     assert {h.scale for h in fixed.history} == {0.3}
-    staged = bridge.fit(lambda t: A @ t, A @ TRUTH, [1.5, 1.0, 0.8], method=bridge.GaussNewton(blur=[2]), **common)
+    staged = fit(blur=[2])
     assert [h.scale for h in staged.history] == [Schedule(2.0, 0.1, 8).width(step) for step in range(8)]
 
 
@@ -74,26 +77,39 @@ def test_each_start_has_a_scale_of_its_own_and_is_resumed_with_it(tmp_path, at):
     """Bitwise, though the scales of the next step are nowhere but in the state."""
     starts = [START, [4.0, 3.0, 0.2], [1.0, 0.2, 1.5]]
 
-    def fit(directory, **more):
-        return bridge.fit(named(decay), decay(TRUTH), starts, seed=0, method=bridge.GaussNewton(steps=10, num_samples=8, halving=False), run=directory, **more)  # fmt: skip
+    def fit(run, **more):
+        return bridge.fit(
+            named(decay),
+            decay(TRUTH),
+            starts,
+            seed=0,
+            method=bridge.GaussNewton(steps=10, num_samples=8, halving=False),
+            run=run,
+            **more,
+        )
 
     whole, resumed = killed_and_resumed(fit, tmp_path, at)
     assert resumed.history == whole.history
     # A start among others goes as it would alone, with its own scales, but for its noise.
-    alone = bridge.fit(named(decay), decay(TRUTH), starts[0], seed=0, method=bridge.GaussNewton(steps=10, num_samples=8))  # fmt: skip
+    alone = bridge.fit(
+        named(decay), decay(TRUTH), starts[0], seed=0, method=bridge.GaussNewton(steps=10, num_samples=8)
+    )
     assert whole.ends[0].loss == pytest.approx(alone.loss, rel=1e-9)
     np.testing.assert_allclose(whole.ends[0].parameters, alone.parameters, rtol=1e-9)
 
 
 def test_a_fit_that_ends_on_its_way_says_so():
-    settings = {"seed": 0, "method": "gauss-newton", "scale": 0.2, "num_samples": 8}
-    away = TRUTH + 3.0
-    cut = bridge.fit(lambda t: A @ t, A @ TRUTH, away, method=bridge.Kriging(rounds=3), **settings)
+    def fit(method, **settings):
+        return bridge.fit(lambda t: A @ t, A @ TRUTH, TRUTH + 3.0, seed=0, method=method, **settings)
+
+    cut = fit(bridge.GaussNewton(steps=3, num_samples=8, scale=0.2))
     (said,) = [w for w in cut.warnings if "still as long as it may be" in w]
     assert "max_steps" in said
-    assert "steps=" in said
-    short = bridge.fit(lambda t: A @ t, A @ TRUTH, away, stop=bridge.Stop(runs=40), **settings)
+    assert "Give the method more steps (steps=)" in said
+    short = fit(bridge.GaussNewton(num_samples=8, scale=0.2), stop=bridge.Stop(runs=40))
     assert any("max_runs ended the fit" in w for w in short.warnings)
-    for done in ({"steps": 24}, {"steps": 3, "method": "adam"}):
-        result = bridge.fit(lambda t: A @ t, A @ TRUTH, away, **{**settings, **done})
-        assert not any("as long as it may be" in w for w in result.warnings)
+    for done in (
+        bridge.GaussNewton(steps=24, num_samples=8, scale=0.2),
+        bridge.Adam(steps=3, num_samples=8, scale=0.2),
+    ):
+        assert not any("as long as it may be" in w for w in fit(done).warnings)

@@ -152,13 +152,18 @@ def test_restarts_where_everything_fails_lose_nothing():
             r"inside the bounds, got a = 9 outside \[0, 5\]. Move the start",
         ),
         (lambda t: np.ones(25), {}, InputError, "too small, or the simulator is constant"),
-        (lambda t: np.round(decay(t), -9), {"scale": 1e-6}, InputError, "natural scales of the parameters"),
+        (
+            lambda t: np.round(decay(t), -9),
+            {"method": bridge.Kriging(scale=1e-6)},
+            InputError,
+            "natural scales of the parameters",
+        ),
         (lambda t: np.full(25, np.nan), {}, EvaluationError, "NaN|not finite|non-finite"),
         (lambda t: np.full(25, np.nan), {"failures": "drop"}, EvaluationError, "all 6 runs about the start failed"),
         (decay, {"prior": {"c": (0, 1)}}, InputError, "Unknown parameter|Expected one of"),
         (decay, {"fixed": ["a", "b", "rate"]}, InputError, "free to be fitted"),
-        (decay, {"covariate": "loo"}, InputError, "smooths nothing"),
-        (decay, {"max_runs": 1}, InputError, "max_runs of at least 2"),
+        (decay, {"covariate": "loo"}, InputError, r"Give method=bridge.Adam\(covariate=\.\.\.\)"),
+        (decay, {"stop": 1}, InputError, "runs of at least 2, got 1"),
     ],
 )
 def test_a_mistake_is_told_with_what_to_change(function, settings, error, words):
@@ -211,10 +216,8 @@ def test_a_parameter_that_does_nothing_or_is_known_together_only():
 
 @pytest.mark.parametrize("at", [0, 2, 4])
 def test_a_fit_killed_between_two_steps_ends_bitwise_the_same(tmp_path, at):
-    def fit(directory, **settings):
-        return bridge.fit(
-            named(decay), decay(TRUTH), START, seed=0, stop=bridge.Stop(runs=50), run=directory, **settings
-        )
+    def fit(run, **settings):
+        return bridge.fit(named(decay), decay(TRUTH), START, seed=0, stop=bridge.Stop(runs=50), run=run, **settings)
 
     whole, resumed = killed_and_resumed(fit, tmp_path, at)
     assert [h.parameters for h in resumed.history] == [h.parameters for h in whole.history]
@@ -227,21 +230,12 @@ def test_a_budget_is_kept_to_the_run():
         count[0] += 1
         return np.floor(20 * decay(theta))
 
-    for budget in (7, 23, 40):
-        for method in ("kriging", "gauss-newton"):
-            if method == "gauss-newton" and budget < 40:
-                continue
-            count[0] = 0
-            extra = {"num_samples": 8} if method == "gauss-newton" else {}
-            result = bridge.fit(
-                named(simulator),
-                decay(TRUTH) * 20,
-                START,
-                seed=0,
-                method=method,
-                stop=bridge.Stop(runs=budget),
-                **extra,
-            )
-            assert count[0] == result.num_evaluations <= budget
+    newton = bridge.GaussNewton(num_samples=8)
+    for budget, method in ((7, "kriging"), (23, "kriging"), (40, "kriging"), (40, newton)):
+        count[0] = 0
+        result = bridge.fit(
+            named(simulator), decay(TRUTH) * 20, START, seed=0, method=method, stop=bridge.Stop(runs=budget)
+        )
+        assert count[0] == result.num_evaluations <= budget
     result = bridge.fit(named(simulator), decay(TRUTH) * 20, START, seed=0, stop=bridge.Stop(seconds=1e-6))
     assert (result.stop_reason, len(result.history)) == ("max_time", 1)

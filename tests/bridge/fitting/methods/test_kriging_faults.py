@@ -66,12 +66,12 @@ def arm(at):
     count, due = 0, at
     os.write, os.replace, np.savez, KrigingSearch.tell = half_written, moved, half_saved, thought
 
-def fit(directory, **settings):
+def fit(directory, every_s=10.0, reuse=()):
     # No parameters explain this target: a minimum is found, and left for another place, three times.
     simulator = bridge.as_simulator(f, bounds=[(-1, 1), (-1, 1)], natural_scale=[0.2, 0.2])
     result = bridge.fit(
-        simulator, [2.0, 0.3, 0.5], [0.0, 0.1], seed=0, num_samples=4, max_runs=34, restarts=3, variance=0.01,
-        directory=directory, **settings,
+        simulator, [2.0, 0.3, 0.5], [0.0, 0.1], seed=0, variance=0.01, stop=bridge.Stop(runs=34),
+        method=bridge.Kriging(round_size=4, restarts=3, reuse=reuse), run=bridge.Run(directory, every_s=every_s),
     )
     digest = hashlib.sha256(json.dumps([[h.parameters, h.loss, h.note] for h in result.history]).encode())
     digest.update(result.parameters.tobytes() + result.covariance.tobytes() + result.output.tobytes())

@@ -1,7 +1,9 @@
 """The methods of `bridge.fit` and their options: closed forms first, then what each promises, then bits."""
 
+import functools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,27 +118,30 @@ def robust_solution(loss, target, sigma):
     return x
 
 
-@pytest.mark.parametrize("method", ["kriging", "gauss-newton", "adam"])
-def test_a_robust_fit_of_a_linear_model_is_the_m_estimate(method):
+@pytest.mark.parametrize(
+    ("method", "runs"),
+    [
+        ("kriging", 60),
+        (bridge.GaussNewton(steps=20, num_samples=16, scale=0.2), None),
+        (bridge.Adam(steps=120, num_samples=16, scale=(1.0, 0.01)), None),
+    ],
+    ids=["kriging", "gauss-newton", "adam"],
+)
+def test_a_robust_fit_of_a_linear_model_is_the_m_estimate(method, runs):
     rng = np.random.default_rng(1)
     loss = make_robust("soft-l1")
     target = A @ TRUTH + 0.1 * rng.normal(size=30)
     target[:5] += 3.0
     expected = robust_solution(loss, target, 0.1)
-    settings = {
-        "kriging": {"max_runs": 60},
-        "gauss-newton": {"num_samples": 16, "steps": 20, "scale": 0.2},
-        "adam": {"num_samples": 16, "steps": 120, "scale": (1.0, 0.01)},
-    }[method]
     result = bridge.fit(
         linear,
         target,
         [1.5, 1.0, 0.8],
         seed=0,
         variance=0.01,
-        method=method,
         misfit=bridge.LeastSquares(robust="soft-l1"),
-        **settings,
+        method=method,
+        stop=runs,
     )
     np.testing.assert_allclose(result.parameters, expected, atol=5e-3)
     plain = bridge.fit(linear, target, [1.5, 1.0, 0.8], seed=0, variance=0.01, stop=bridge.Stop(runs=40))
@@ -159,14 +164,14 @@ def coverage(refits, method, **settings):
 
 def test_robust_intervals_cover_the_truth_in_contaminated_data():
     """Those of least squares with the clean variance do not."""
-    settings = {"steps": 8, "num_samples": 12, "scale": (0.5, 0.1)}
-    assert 0.90 <= coverage(200, "gauss-newton", robust="huber", **settings) <= 0.98
-    assert coverage(30, "gauss-newton", **settings) < 0.8
+    method = bridge.GaussNewton(steps=8, num_samples=12, scale=(0.5, 0.1))
+    assert 0.90 <= coverage(200, method, misfit=bridge.LeastSquares(robust="huber")) <= 0.98
+    assert coverage(30, method) < 0.8
 
 
 @pytest.mark.slow
 def test_robust_intervals_of_kriging_cover_the_truth():
-    assert 0.90 <= coverage(200, "kriging", robust="huber", max_runs=45) <= 0.98
+    assert 0.90 <= coverage(200, "kriging", misfit=bridge.LeastSquares(robust="huber"), stop=45) <= 0.98
 
 
 # --- whitened residuals, priors ---------------------------------------------------------------------------------------
@@ -179,18 +184,26 @@ def test_a_covariance_of_the_target_whitens_its_residuals():
     target = A @ TRUTH + np.linalg.cholesky(C) @ np.random.default_rng(2).normal(size=30)
     normal = A.T @ np.linalg.solve(C, A)
     expected = np.linalg.solve(normal, A.T @ np.linalg.solve(C, target))
-    for settings in (
-        {"method": "kriging", "max_runs": 60},
-        {"method": "gauss-newton", "num_samples": 8, "steps": 12, "scale": (0.5, 0.01)},
-        {"method": "adam", "num_samples": 8, "steps": 120, "scale": (1.0, 0.01)},
+    for method, runs in (
+        ("kriging", 60),
+        (bridge.GaussNewton(steps=12, num_samples=8, scale=(0.5, 0.01)), None),
+        (bridge.Adam(steps=120, num_samples=8, scale=(1.0, 0.01)), None),
     ):
-        result = bridge.fit(linear, target, [1.8, 1.0, 0.6], seed=0, variance=C, **settings)
+        result = bridge.fit(linear, target, [1.8, 1.0, 0.6], seed=0, variance=C, method=method, stop=runs)
         np.testing.assert_allclose(result.parameters, expected, atol=0.01)
         np.testing.assert_allclose(result.covariance, np.linalg.inv(normal), rtol=0.05, atol=1e-5)
         np.testing.assert_array_equal(result.output, A @ result.parameters)
     # The same as a map of one's own, in image shape.
     factor = torch.as_tensor(np.linalg.inv(np.linalg.cholesky(C)))
-    image = bridge.fit(lambda t: linear(t).reshape(5, 6), target.reshape(5, 6), [1.8, 1.0, 0.6], seed=0, variance=1.0, misfit=bridge.LeastSquares(whiten=lambda x: factor @ x.reshape(-1)), stop=bridge.Stop(runs=60))  # fmt: skip
+    image = bridge.fit(
+        lambda t: linear(t).reshape(5, 6),
+        target.reshape(5, 6),
+        [1.8, 1.0, 0.6],
+        seed=0,
+        variance=1.0,
+        misfit=bridge.LeastSquares(whiten=lambda x: factor @ x.reshape(-1)),
+        stop=bridge.Stop(runs=60),
+    )
     np.testing.assert_allclose(image.parameters, expected, atol=0.01)
     assert image.output.shape == (5, 6)
 
@@ -209,16 +222,20 @@ def test_the_loss_of_a_whitened_output_and_its_gradient():
     np.testing.assert_allclose(slope, [4 * 0.5 / 6])
 
 
-@pytest.mark.parametrize("method", ["gauss-newton", "adam", "natural", "torch"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        bridge.GaussNewton(num_samples=16, scale=0.1),
+        bridge.Adam(num_samples=16, scale=(1.0, 0.01)),
+        bridge.Natural(num_samples=16, scale=(1.0, 0.005)),
+        bridge.Torch(num_samples=16, scale=(1.0, 0.01), optimiser="Adam"),
+    ],
+    ids=lambda method: method.name,
+)
 def test_a_prior_is_one_more_observation(method):
     """y = a with variance v and a prior (m, s): precision 1 / v + 1 / s^2; a second parameter has none."""
     sim = bridge.as_simulator(lambda t: np.array([t[0], t[1], t[1]]), names=["a", "b"], natural_scale=[0.1, 0.2])
-    scale = {"gauss-newton": 0.1, "natural": (1.0, 0.005)}.get(method, (1.0, 0.01))
-    more = {"optimiser": "Adam"} if method == "torch" else {}
-    result = bridge.fit(
-        sim, [1.0, 2.0, 2.2], [0.5, 1.9], seed=0, method=method, variance=0.04, prior={"a": (0.0, 0.1)},
-        num_samples=16, scale=scale, **more,
-    )  # fmt: skip
+    result = bridge.fit(sim, [1.0, 2.0, 2.2], [0.5, 1.9], seed=0, variance=0.04, prior={"a": (0.0, 0.1)}, method=method)
     np.testing.assert_allclose(result.parameters, [0.2, 2.1], atol=0.01)
     np.testing.assert_allclose(result.standard_error, [125**-0.5, (2 / 0.04) ** -0.5], rtol=0.02)
 
@@ -226,7 +243,15 @@ def test_a_prior_is_one_more_observation(method):
 def test_a_prior_beside_a_loss_of_ones_own():
     """l = (y - 3)^2 / 2 and a prior of variance 1 about 0: halfway."""
     sim = bridge.as_simulator(lambda t: t, names=["a"])
-    result = bridge.fit(sim, [3.0], [0.0], seed=0, prior={"a": (0.0, 1.0)}, method=bridge.TrustRegion(round_size=8, scale=(1.0, 0.01)), misfit=lambda y, t: 0.5 * ((y - t) ** 2).sum())  # fmt: skip
+    result = bridge.fit(
+        sim,
+        [3.0],
+        [0.0],
+        seed=0,
+        prior={"a": (0.0, 1.0)},
+        method=bridge.Adam(num_samples=8, scale=(1.0, 0.01)),
+        misfit=lambda y, t: 0.5 * ((y - t) ** 2).sum(),
+    )
     assert result.parameters[0] == pytest.approx(1.5, abs=0.02)
     assert result.method == "adam"
     assert result.standard_error is None
@@ -243,18 +268,15 @@ def test_a_prior_in_a_fit_with_block_structure():
         def __call__(self, inputs, seeds):
             return np.repeat(inputs, 2, axis=1)
 
-    target = np.array([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])
-    result = bridge.fit(
-        Blocks(),
-        target,
-        [0.0, 0.0, 0.0],
-        seed=0,
-        variance=0.5,
-        prior={"b": (0.0, 0.5)},
-        method=bridge.Kriging(round_size=8, scale=(1.0, 0.01)),
-    )
-    assert result.method == "gauss-newton"
-    assert "which outputs" in result.method_reason
+    def fit(method):
+        target = np.array([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])
+        return bridge.fit(
+            Blocks(), target, [0.0, 0.0, 0.0], seed=0, variance=0.5, prior={"b": (0.0, 0.5)}, method=method
+        )
+
+    chosen = fit("auto")
+    assert (chosen.method, "which outputs" in chosen.method_reason) == ("gauss-newton", True)
+    result = fit(bridge.GaussNewton(num_samples=8, scale=(1.0, 0.01)))
     np.testing.assert_allclose(result.parameters, [1.0, 1.0, 3.0], atol=1e-3)
     np.testing.assert_allclose(result.standard_error**2, [1 / 4, 1 / 8, 1 / 4], rtol=0.01)
 
@@ -285,7 +307,7 @@ def test_any_optimiser_finds_a_linear_solution(optimiser):
         seed=0,
         method=bridge.Torch(steps=80, num_samples=8, scale=(1.0, 0.02), optimiser=optimiser),
     )
-    assert (result.method, result.method_reason) == ("torch", "an optimiser is given")
+    assert (result.method, result.method_reason) == ("torch", "as asked")
     np.testing.assert_allclose(result.parameters, TRUTH, atol=0.03)
 
 
@@ -383,7 +405,14 @@ def test_natural_gradients_follow_a_loss_of_ones_own_with_steps():
     def disc(t):
         return ((xx - t[0]) ** 2 + (yy - t[1]) ** 2 < 64).astype(float)
 
-    result = bridge.fit(disc, disc([17.0, 13.0]), [12.0, 18.0], seed=0, method=bridge.Natural(steps=60, num_samples=24, scale=(3.0, 0.1)), misfit=lambda y, t: (y != t).sum())  # fmt: skip
+    result = bridge.fit(
+        disc,
+        disc([17.0, 13.0]),
+        [12.0, 18.0],
+        seed=0,
+        method=bridge.Natural(steps=60, num_samples=24, scale=(3.0, 0.1)),
+        misfit=lambda y, t: (y != t).sum(),
+    )
     np.testing.assert_allclose(result.parameters, [17.0, 13.0], atol=0.3)
     assert result.standard_error is None
 
@@ -409,7 +438,14 @@ def test_stages_end_with_none_and_share_four_fifths_of_the_steps():
     assert [stage_at(3, step, 21) for step in (0, 5, 6, 10, 11, 20)] == [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("method", ["gauss-newton", "adam"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        bridge.GaussNewton(steps=60, num_samples=8, scale=1.0),
+        bridge.Adam(steps=100, num_samples=8, scale=1.0, learning_rate=1.0),
+    ],
+    ids=lambda method: method.name,
+)
 def test_coarse_to_fine_finds_what_fine_alone_does_not(method):
     """Two narrow bumps that do not meet: without a blur nothing says where to go."""
     x = np.arange(120.0)
@@ -417,11 +453,8 @@ def test_coarse_to_fine_finds_what_fine_alone_does_not(method):
     def bump(t):
         return np.exp(-0.5 * ((x - t[0]) / 2.0) ** 2)
 
-    settings = {"seed": 0, "method": method, "scale": 1.0, "num_samples": 8, "steps": 60}
-    if method == "adam":
-        settings |= {"steps": 100, "learning_rate": 1.0}
-    fine = bridge.fit(bump, bump([80.0]), [40.0], **settings)
-    coarse = bridge.fit(bump, bump([80.0]), [40.0], method=bridge.GaussNewton(blur=[20, 10, 5]), **settings)
+    fine = bridge.fit(bump, bump([80.0]), [40.0], seed=0, method=method)
+    coarse = bridge.fit(bump, bump([80.0]), [40.0], seed=0, method=replace(method, blur=[20, 10, 5]))
     assert abs(fine.parameters[0] - 80) > 10
     assert abs(coarse.parameters[0] - 80) < 0.5
 
@@ -434,8 +467,12 @@ def wells(t):
     return np.array([np.sin(0.5 * np.pi * (t[0] - 1)) * 2, 0.4 * (t[0] - 1)])
 
 
-@pytest.mark.parametrize("method", ["gauss-newton", "adam", "natural", "torch"])
-def test_of_several_starts_the_best_is_found_and_all_are_told(method):
+@pytest.mark.parametrize(
+    "kind",
+    [bridge.GaussNewton, bridge.Adam, bridge.Natural, functools.partial(bridge.Torch, optimiser="Adam")],
+    ids=["gauss-newton", "adam", "natural", "torch"],
+)
+def test_of_several_starts_the_best_is_found_and_all_are_told(kind):
     calls = []
 
     class Counted:
@@ -446,18 +483,9 @@ def test_of_several_starts_the_best_is_found_and_all_are_told(method):
             calls.append(len(inputs))
             return np.stack([wells(t) for t in inputs])
 
-    more = {"optimiser": "Adam"} if method == "torch" else {}
     starts = [{"a": -5.2}, {"a": 7.0}, {"a": 1.6}, {"a": -3.0}]
-    settings = {
-        "seed": 0,
-        "method": method,
-        "num_samples": 8,
-        "steps": 24,
-        "scale": (0.3, 0.05),
-        "tolerance": 0.0,
-        **more,
-    }
-    result = bridge.fit(Counted(), [0.0, 0.0], starts, **settings)
+    method = kind(steps=24, num_samples=8, scale=(0.3, 0.05), tolerance=0.0)
+    result = bridge.fit(Counted(), [0.0, 0.0], starts, seed=0, method=method)
     assert sum(calls) == result.num_evaluations
     assert abs(result.parameters[0] - 1) < 0.1
     assert result.start[0] == 1.6
@@ -466,11 +494,11 @@ def test_of_several_starts_the_best_is_found_and_all_are_told(method):
     assert result.ends[2].steps == 24
     assert [h.num_evaluations for h in result.history][:2] == [32, 64]
     assert any("dropped" in h.note for h in result.history)
-    kept = bridge.fit(Counted(), [0.0, 0.0], starts, method=bridge.Kriging(halving=False), **settings)
+    kept = bridge.fit(Counted(), [0.0, 0.0], starts, seed=0, method=replace(method, halving=False))
     assert [e.steps for e in kept.ends] == [24] * 4
     assert kept.history[-1].num_evaluations == 24 * 32
     # A start among others goes as it would alone, but for its noise.
-    alone = bridge.fit(Counted(), [0.0, 0.0], starts[0], **settings)
+    alone = bridge.fit(Counted(), [0.0, 0.0], starts[0], seed=0, method=method)
     assert kept.ends[0].loss == pytest.approx(alone.loss, rel=1e-12)
 
 
@@ -490,31 +518,39 @@ def test_starts_are_drawn_in_the_bounds_and_kriging_runs_them_first():
     assert np.ptp(first[:6, 0]) > 5
     np.testing.assert_allclose(result.parameters, [1.0, 0.5], atol=0.05)
     assert result.ends == ()
-    several = bridge.fit(sim, [0.0, 0.0, 0.5], bridge.Starts(3, np.array([[-5.2, 0.0], [1.5, 0.0]])), seed=3, method=bridge.GaussNewton(steps=12, num_samples=8, scale=0.3))  # fmt: skip
+    several = bridge.fit(
+        sim,
+        [0.0, 0.0, 0.5],
+        bridge.Starts(3, np.array([[-5.2, 0.0], [1.5, 0.0]])),
+        seed=3,
+        method=bridge.GaussNewton(steps=12, num_samples=8, scale=0.3),
+    )
     assert len(several.ends) == 3
 
 
 # --- enough is known --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["kriging", "gauss-newton", "adam"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        bridge.Kriging(),
+        bridge.GaussNewton(num_samples=8, scale=(1.0, 0.1)),
+        bridge.Adam(steps=120, num_samples=8, scale=(1.0, 0.1)),
+    ],
+    ids=lambda method: method.name,
+)
 def test_a_fit_stops_where_the_standard_errors_are_those_asked_for(method):
     rng = np.random.default_rng(5)
     target = decay(TRUTH) + 0.05 * rng.normal(size=25)
-    settings = {"kriging": {}, "gauss-newton": {"scale": (1.0, 0.1), "num_samples": 8}}.get(
-        method, {"num_samples": 8, "steps": 120, "scale": (1.0, 0.1)}
-    )
-    common = {"seed": 0, "method": method, "variance": 0.05**2, "fixed": ["b"], **settings}
-    start = [1.6, 0.9, 0.5]
-    whole = bridge.fit(named(decay), target, start, method=bridge.Kriging(tolerance=0.0), **common)
-    early = bridge.fit(
-        named(decay),
-        target,
-        start,
-        method=bridge.Kriging(tolerance=0.0),
-        stop=bridge.Stop(error={"a": 0.3, "rate": 0.4}),
-        **common,
-    )
+
+    def fit(method, **settings):
+        return bridge.fit(
+            named(decay), target, [1.6, 0.9, 0.5], seed=0, variance=0.05**2, fixed=["b"], method=method, **settings
+        )
+
+    longer = replace(method, tolerance=0.0)
+    whole, early = fit(longer), fit(longer, stop=bridge.Stop(error={"a": 0.3, "rate": 0.4}))
     assert early.stop_reason == "standard_error"
     assert early.num_evaluations < whole.num_evaluations
     assert (np.abs(early.parameters - whole.parameters) < [0.075, 0.1, 1e-12]).all()
@@ -523,45 +559,46 @@ def test_a_fit_stops_where_the_standard_errors_are_those_asked_for(method):
     assert told[0] <= 0.3
     assert told[1] <= 0.4
     # Errors that the data do not give are never reached.
-    never = bridge.fit(named(decay), target, start, stop=bridge.Stop(runs=150, error=1e-4), **common)
+    never = fit(method, stop=bridge.Stop(runs=150, error=1e-4))
     assert never.stop_reason != "standard_error"
 
 
 # --- all at once, and nothing in silence ------------------------------------------------------------------------------
 
 
+def absolute(y, t):
+    return (y - t).abs().sum()
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"robust": "huber"}, r"variance= with robust="),
-        ({"robust": "tukey", "variance": 1.0}, "Known: huber, cauchy, soft-l1"),
-        ({"robust": ("huber", -1.0), "variance": 1.0}, "positive width"),
-        ({"robust": "huber", "variance": 1.0, "loss": lambda y, t: y.sum()}, "loss of your own"),
-        ({"loss": lambda y, t: y.sum(), "method": "kriging"}, "trust-region, adam, torch or natural"),
-        ({"loss": lambda y, t: y.sum(), "stop_at_error": 0.1}, "least squares with stop_at_error"),
-        ({"method": "natural", "stop_at_error": 0.1}, "stop_at_error with method kriging or gauss-newton"),
-        ({"method": "natural", "distribution": "cauchy"}, "Gaussian noise"),
-        ({"method": "natural", "forward": "unsmoothed"}, "spread of the losses"),
-        ({"method": "kriging", "coarse": [2]}, "coarse with method gauss-newton or adam or torch"),
-        ({"coarse": [-2]}, "0 or more"),
-        ({"coarse": [lambda x: x**2]}, "coarse to be linear"),
-        ({"whiten": lambda x: x + 1}, "whiten to be linear"),
-        ({"whiten": lambda x: torch.fft.fft(x)}, "view_as_real"),
-        ({"whiten": lambda x: x[None, 30]}, "got IndexError"),
+        ({"misfit": bridge.LeastSquares(robust="huber")}, r"variance= with LeastSquares\(robust=\)"),
+        ({"misfit": bridge.LeastSquares(robust="tukey"), "variance": 1.0}, "Known: huber, cauchy, soft-l1"),
+        ({"misfit": bridge.LeastSquares(robust=("huber", -1.0)), "variance": 1.0}, "positive width"),
+        ({"misfit": absolute, "variance": 1.0}, "no variance= with a loss of your own"),
+        ({"misfit": bridge.LeastSquares(variance=2.0), "variance": 1.0}, "the variance once"),
+        ({"misfit": absolute, "method": "kriging"}, "trust-region, adam, torch or natural"),
+        ({"misfit": absolute, "stop": bridge.Stop(error=0.1)}, r"least squares with Stop\(error=\)"),
+        ({"misfit": absolute, "method": "adam", "stop": bridge.Stop(error=0.1)}, r"least squares with Stop\(error=\)"),
+        (
+            {"method": "natural", "stop": bridge.Stop(error=0.1)},
+            r"kriging or gauss-newton or adam or torch with Stop\(error=\), got natural",
+        ),
+        ({"method": bridge.Natural(distribution="cauchy")}, "Gaussian noise"),
+        ({"method": bridge.GaussNewton(blur=[-2])}, "0 or more in blur="),
+        ({"method": bridge.Adam(blur=[lambda x: x**2])}, "blur to be linear"),
+        ({"misfit": bridge.LeastSquares(whiten=lambda x: x + 1)}, "whiten to be linear"),
+        ({"misfit": bridge.LeastSquares(whiten=lambda x: torch.fft.fft(x))}, "view_as_real"),
+        ({"misfit": bridge.LeastSquares(whiten=lambda x: x[None, 30])}, "got IndexError"),
         ({"variance": -np.eye(25)}, "positive definite"),
         ({"variance": np.ones((5, 5))}, r"covariance of all numbers, \(25, 25\)"),
-        ({"method": "torch"}, "optimiser= with method='torch'"),
-        ({"method": "adam", "optimiser": "SGD"}, "optimiser with method torch alone"),
-        ({"method": "gauss-newton", "learning_rate": 0.1}, "learning_rate with method adam"),
-        ({"method": "adam", "full_scale": True}, "full_scale with method natural"),
-        ({"method": "adam", "restarts": 3}, "restarts with method kriging"),
-        ({"method": "kriging", "halving": False}, "halving with method gauss-newton or adam or torch or natural"),
-        ({"stop_at_error": {"c": 1.0}}, "Unknown parameter|Expected one of"),
-        ({"stop_at_error": -1.0}, "positive standard errors"),
-        ({"num_starts": 1, "start": [START, START]}, "num_starts of at least the 2"),
+        ({"method": "torch"}, r"Give method=bridge\.Torch\(optimiser='SGD'\)"),
+        ({"stop": bridge.Stop(error={"c": 1.0})}, "Unknown parameter|Expected one of"),
+        ({"start": bridge.Starts(1, [START, START])}, r"at least the 2 starts that are given, got Starts\(1, \.\.\.\)"),
         ({"start": np.zeros((2, 3, 4))}, r"\(k, d\) for several"),
         ({"start": [START, [1.0, 1.0, 0.1]], "fixed": ["b"]}, "one value of 'b'"),
-        ({"method": "adam", "max_runs": 60, "num_starts": 2}, "max_runs of at least 163"),
+        ({"method": "adam", "start": bridge.Starts(2, START), "stop": 60}, r"at least 163 runs.*Stop\(runs=60\)"),
     ],
 )
 def test_what_a_method_has_no_use_for_is_refused(settings, words):
@@ -569,26 +606,84 @@ def test_what_a_method_has_no_use_for_is_refused(settings, words):
         bridge.fit(named(decay), decay(TRUTH), **{"start": START, "seed": 0, **settings})
 
 
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        (bridge.Kriging, {"blur": [2]}),
+        (bridge.Kriging, {"halving": False}),
+        (bridge.Adam, {"optimiser": "SGD"}),
+        (bridge.Adam, {"full_scale": True}),
+        (bridge.Adam, {"restarts": 3}),
+        (bridge.GaussNewton, {"learning_rate": 0.1}),
+        (bridge.Natural, {"blur": [2]}),
+        (bridge.CustomLoss, {"function": absolute, "robust": "huber"}),
+    ],
+)
+def test_a_setting_of_others_is_none_of_the_object(kind, setting):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{list(setting)[-1]}'"):
+        kind(**setting)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: bridge.Stop(error=-1.0), "positive standard errors in error=, got -1.0"),
+        (lambda: bridge.Stop(error={"a": "0.1"}), "positive standard errors"),
+        (lambda: bridge.Starts(0, START), "positive number of starts, got 0"),
+        (lambda: bridge.CustomLoss(3), "a loss as a function of output and target, got 3"),
+    ],
+)
+def test_an_object_says_at_once_what_it_cannot_be_made_of(make, words):
+    with pytest.raises(InputError, match=words):
+        make()
+
+
 SPIKED = decay(TRUTH) + 2.0 * (np.arange(25) == 7)
-COMBINED = [
-    {"method": "kriging", "robust": "huber", "variance": 0.01, "num_starts": 3, "max_runs": 40, "stop_at_error": 1e-3},
-    {"method": "natural", "robust": "cauchy", "variance": 0.01, "num_starts": 3, "steps": 10},
-    {"optimiser": "AdamW", "coarse": [3, 1], "num_starts": 3, "steps": 10, "prior": {"b": (0.5, 0.2)}},
-    {"method": "adam", "coarse": [3], "whiten": lambda x: x[1:] - x[:-1], "num_starts": 3, "steps": 10},
-    {
-        "method": "gauss-newton", "robust": ("soft-l1", 2.0), "coarse": [2], "variance": 0.01, "num_starts": 3,
-        "prior": {"a": (2.0, 0.5)}, "fixed": ["b"], "stop_at_error": 1e-3, "steps": 10,
+COMBINED = {
+    "kriging": {
+        "misfit": bridge.LeastSquares(robust="huber"),
+        "variance": 0.01,
+        "stop": bridge.Stop(runs=40, error=1e-3),
+        "method": "kriging",
     },
-]  # fmt: skip
-
-
-LOSS = {"loss": lambda y, t: ((y - t) ** 2).mean(), "prior": {"b": (0.5, 3.0)}, "num_starts": 3, "max_runs": 60}
+    "natural": {
+        "misfit": bridge.LeastSquares(robust="cauchy"),
+        "variance": 0.01,
+        "method": bridge.Natural(steps=10, num_samples=8),
+    },
+    "torch": {
+        "prior": {"b": (0.5, 0.2)},
+        "method": bridge.Torch(steps=10, num_samples=8, blur=[3, 1], optimiser="AdamW"),
+    },
+    "adam": {
+        "misfit": bridge.LeastSquares(whiten=lambda x: x[1:] - x[:-1]),
+        "method": bridge.Adam(steps=10, num_samples=8, blur=[3]),
+    },
+    "gauss-newton": {
+        "misfit": bridge.LeastSquares(robust=("soft-l1", 2.0)),
+        "variance": 0.01,
+        "prior": {"a": (2.0, 0.5)},
+        "fixed": ["b"],
+        "stop": bridge.Stop(error=1e-3),
+        "method": bridge.GaussNewton(steps=10, num_samples=8, blur=[2]),
+    },
+}
 
 
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_a_fit_by_a_trust_region_killed_between_two_steps_ends_bitwise_the_same(tmp_path, at):
-    def fit(directory, **more):
-        return bridge.fit(named(decay), SPIKED, START, seed=0, run=directory, **LOSS, **more)
+    def fit(run, **more):
+        return bridge.fit(
+            named(decay),
+            SPIKED,
+            bridge.Starts(3, START),
+            seed=0,
+            misfit=lambda y, t: ((y - t) ** 2).mean(),
+            prior={"b": (0.5, 3.0)},
+            stop=60,
+            run=run,
+            **more,
+        )
 
     whole, resumed = killed_and_resumed(fit, tmp_path, at)
     assert resumed.history == whole.history
@@ -596,18 +691,17 @@ def test_a_fit_by_a_trust_region_killed_between_two_steps_ends_bitwise_the_same(
     assert (whole.method, whole.num_evaluations <= 60) == ("trust-region", True)
 
 
-@pytest.mark.parametrize("settings", COMBINED, ids=["kriging", "natural", "torch", "adam", "gauss-newton"])
+@pytest.mark.parametrize("name", COMBINED)
 @pytest.mark.parametrize("at", [0, 2])
-def test_a_fit_of_any_kind_killed_between_two_steps_ends_bitwise_the_same(tmp_path, settings, at):
-    samples = {} if settings.get("method") == "kriging" else {"num_samples": 8}
-
-    def fit(directory, **more):
-        return bridge.fit(named(decay), SPIKED, START, seed=0, run=directory, **samples, **settings, **more)
+def test_a_fit_of_any_kind_killed_between_two_steps_ends_bitwise_the_same(tmp_path, name, at):
+    def fit(run, **more):
+        return bridge.fit(named(decay), SPIKED, bridge.Starts(3, START), seed=0, run=run, **COMBINED[name], **more)
 
     whole, resumed = killed_and_resumed(fit, tmp_path, at)
     assert resumed.history == whole.history
     assert [e.parameters.tobytes() for e in resumed.ends] == [e.parameters.tobytes() for e in whole.ends]
-    assert len(whole.ends) == (0 if settings.get("method") == "kriging" else 3)
+    assert len(whole.ends) == (0 if name == "kriging" else 3)
+    assert whole.method == name
 
 
 def test_a_run_is_not_gone_on_with_under_another_optimiser(tmp_path):
@@ -631,10 +725,10 @@ def test_auto_says_what_it_took_and_why():
     assert result.method == "kriging"
     assert result.history[0].note.endswith(f"kriging: {result.method_reason}")
     assert result.to_dict()["method_reason"] == result.method_reason
-    many = bridge.fit(lambda t: t, np.zeros(201), np.ones(201), seed=0, method=bridge.Kriging(rounds=1))
+    many = bridge.fit(lambda t: t, np.zeros(201), np.ones(201), seed=0, stop=bridge.Stop(runs=150))
     assert (many.method, "201 parameters" in many.method_reason) == ("gauss-newton", True)
-    blurred = bridge.fit(lambda t: t, np.zeros(3), np.ones(3), seed=0, method=bridge.GaussNewton(steps=1, blur=[1]))
-    assert (blurred.method, "coarse to fine" in blurred.method_reason) == ("gauss-newton", True)
+    losing = bridge.fit(named(decay), decay(TRUTH), START, seed=0, misfit=absolute, stop=20)
+    assert (losing.method, "a loss of one's own" in losing.method_reason) == ("trust-region", True)
 
 
 def test_a_job_file_and_the_command_line_take_them(tmp_path, capsys):
@@ -658,22 +752,21 @@ def test_a_job_file_and_the_command_line_take_them(tmp_path, capsys):
         b = 0.7
         [fit]
         seed = 0
-        steps = 12
-        num_samples = 8
-        num_starts = 2
+        starts = 2
+        method = { name = "gauss-newton", steps = 12, num_samples = 8, blur = [2] }
         variance = 0.01
-        robust = ["huber", 1.5]
-        coarse = [2]
+        misfit = { robust = ["huber", 1.5] }
         prior = { b = [0.5, 0.3] }
-        stop_at_error = { a = 1e-6 }
-        method = "auto"
+        stop = { error = { a = 1e-6 } }
         """,
         encoding="utf-8",
     )
     out = tmp_path / "out"
     assert main(["fit", str(tmp_path / "job.toml"), "-o", str(out), "-q"]) == 0
     assert main(["fit", str(tmp_path / "job.toml"), "-o", str(out), "-q", "--method", "kriging"]) == 2
-    assert "coarse with method gauss-newton" in capsys.readouterr().err
+    assert "method was 'gauss-newton', is 'kriging'" in capsys.readouterr().err
+    assert main(["fit", str(tmp_path / "job.toml"), "-o", str(out), "-q", "--reuse", str(tmp_path)]) == 2
+    assert "Expected method kriging with --reuse, got GaussNewton(" in capsys.readouterr().err
     assert main(["fit", str(tmp_path / "job.toml"), "-o", str(out), "-q", "--fresh", "--max-runs", "60"]) == 0
     said = json.loads((out / "parameters.json").read_text())
     assert (said["method"], said["stop_reason"]) == ("gauss-newton", "max_runs")

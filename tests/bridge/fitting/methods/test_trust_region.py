@@ -126,9 +126,12 @@ def test_a_budget_is_kept_to_the_run(max_runs):
     assert result.loss <= min(rosenbrock(x) for x in runs)
 
 
-def test_what_only_smoothing_has_a_use_for_means_adam():
-    for settings in ({"learning_rate": 0.2}, {"points": "mc"}, {"scale": (1.0, 0.1)}):
-        result = minimised(sphere, [1.0, 1.0], max_runs=None, steps=2, num_samples=4, **settings)
-        assert result.method == "adam"
-    with pytest.raises(InputError, match="method='trust-region', which smooths nothing"):
-        minimised(sphere, [1.0, 1.0], max_runs=50, method="trust-region", points="mc")
+def test_it_has_the_settings_of_a_search_and_none_of_a_smoothing():
+    method = bridge.TrustRegion(rounds=3, round_size=4, scale=0.5, tolerance=0.0)
+    result = minimised(sphere, [1.0, 1.0], max_runs=50, method=method)
+    assert (result.method, len(result.history), result.stop_reason) == ("trust-region", 3, "max_steps")
+    for setting in ({"learning_rate": 0.2}, {"points": "mc"}, {"steps": 3}):
+        with pytest.raises(TypeError, match=next(iter(setting))):
+            bridge.TrustRegion(**setting)
+    with pytest.raises(InputError, match="tolerance of 0 or more, got -1"):
+        bridge.TrustRegion(tolerance=-1)
