@@ -22,11 +22,17 @@ class TestProcesses(ExecutorContract):
         return ProcessPoolExecutor(2)
 
 
+@pytest.mark.filterwarnings("ignore")  # Dask's own
 class TestDask(ExecutorContract):
-    def make(self):
+    @pytest.fixture(autouse=True, scope="class")
+    def client(self):
         distributed = pytest.importorskip("distributed", reason="dask.distributed is not installed")
-        client = distributed.Client(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None)
-        return client.get_executor()
+        with distributed.Client(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0") as client:
+            type(self).dask = client
+            yield
+
+    def make(self):
+        return self.dask.get_executor()
 
 
 class AtOnce(Executor):
