@@ -8,7 +8,6 @@ import pytest
 import bridge
 from bridge.errors import EvaluationError, InputError
 from bridge.fitting.methods.base import METHODS
-from bridge.fitting.methods.first_order import Torch
 from tests.lab.fits import START, TRUTH, Killed, decay
 
 SPACE = bridge.ParameterSpace(
@@ -16,7 +15,7 @@ SPACE = bridge.ParameterSpace(
 )
 TARGET = decay(TRUTH)
 SIMULATOR = bridge.as_simulator(decay, names=SPACE.names, natural_scale=list(SPACE.natural_scale))
-KRIGING = bridge.Kriging(steps=4)
+KRIGING = bridge.Kriging(rounds=4)
 TWO = [{"a": 1.6, "rate": 0.9, "b": 0.7}, {"a": 2.2, "rate": 1.5, "b": 0.4}]
 
 
@@ -58,13 +57,13 @@ def assert_same(one, other):
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("auto", {"max_runs": 30}),
+        ("auto", {"stop": 30}),
         (KRIGING, {"variance": 0.01, "prior": {"b": (0.5, 0.1)}}),
-        (bridge.TrustRegion(steps=5), {"loss": own_loss}),
-        (bridge.GaussNewton(steps=4, num_samples=8), {"variance": 0.01, "robust": "huber"}),
+        (bridge.TrustRegion(rounds=5), {"misfit": own_loss}),
+        (bridge.GaussNewton(steps=4, num_samples=8), {"misfit": bridge.LeastSquares(variance=0.01, robust="huber")}),
         (bridge.GaussNewton(steps=4, num_samples=8), {"start": TWO}),
         (bridge.Adam(steps=5, num_samples=6), {"fixed": ["b"]}),
-        (Torch(steps=4, num_samples=6, optimiser="AdamW"), {"start": TWO}),
+        (bridge.Torch(steps=4, num_samples=6, optimiser="AdamW"), {"start": TWO}),
         (bridge.Natural(steps=4, num_samples=8), {"tied": {"a": "rate"}, "start": {"a": 1.0, "rate": 1.0, "b": 0.7}}),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "name", ""),
@@ -78,7 +77,7 @@ def test_a_session_is_the_fit(method, settings):
 
 
 @pytest.mark.parametrize(
-    "method", [bridge.Kriging(steps=4, scale=2.0), bridge.GaussNewton(steps=4, num_samples=16)], ids=lambda m: m.name
+    "method", [bridge.Kriging(rounds=4, scale=2.0), bridge.GaussNewton(steps=4, num_samples=16)], ids=lambda m: m.name
 )
 @pytest.mark.parametrize("failures", ["raise", "drop"])
 def test_runs_without_numbers_are_as_in_a_fit(method, failures):
@@ -108,7 +107,7 @@ def test_a_simulator_with_noise_gets_its_seeds(method):
 
 @pytest.mark.parametrize(
     "method",
-    [KRIGING, bridge.TrustRegion(steps=5), bridge.GaussNewton(steps=3, num_samples=8), bridge.Natural(steps=3)],
+    [KRIGING, bridge.TrustRegion(rounds=5), bridge.GaussNewton(steps=3, num_samples=8), bridge.Natural(steps=3)],
     ids=lambda m: m.name,
 )
 def test_a_session_goes_on_after_any_interruption(method, tmp_path):
@@ -184,10 +183,8 @@ from dataclasses import dataclass
 import numpy as np
 
 import bridge
-from bridge.fitting.methods.base import register
 
-
-@register("one-plus-lambda")
+@bridge.register("one-plus-lambda")
 @dataclass(frozen=True)
 class OnePlusLambda(bridge.Method):
     '''Children about the parent: the best survives, and steps become longer with success, shorter without.'''
@@ -251,10 +248,10 @@ def fit(**settings):
 
 whole = fit()
 try:
-    fit(directory=sys.argv[1], every_s=0.0, on_step=stop)
+    fit(run=bridge.Run(sys.argv[1], every_s=0.0), watch=stop)
 except KeyError:
     pass
-resumed = fit(directory=sys.argv[1])
+resumed = fit(run=sys.argv[1])
 assert resumed.history == whole.history
 assert resumed.output.tobytes() == whole.output.tobytes()
 assert bool(thoughts) == bridge.is_root(), thoughts  # one rank thinks, the others are handed the state
@@ -279,7 +276,7 @@ def test_a_method_of_ones_own_has_all_that_ours_have(own, tmp_path):
     np.testing.assert_array_equal(result.output, decay(result.parameters))
     np.testing.assert_allclose(result.start_output, decay(np.array(START)), rtol=1e-14)
     assert result.loss == pytest.approx(0.5 * np.sum((result.output - TARGET) ** 2))
-    few = bridge.fit(SIMULATOR, TARGET, START, seed=0, method=own(), max_runs=20)
+    few = bridge.fit(SIMULATOR, TARGET, START, seed=0, method=own(), stop=20)
     assert (few.stop_reason, few.num_evaluations) == ("max_runs", 18)
     session = bridge.FitSession(SPACE, TARGET, START, seed=0, method=own(steps=40))
     carried_out(session)
@@ -290,8 +287,10 @@ def test_a_method_of_ones_own_has_all_that_ours_have(own, tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        bridge.fit(SIMULATOR, TARGET, START, seed=0, method=own(steps=40), directory=tmp_path, every_s=0, on_step=die)
-    assert_same(bridge.fit(SIMULATOR, TARGET, START, seed=0, method=own(steps=40), directory=tmp_path), result)
+        bridge.fit(
+            SIMULATOR, TARGET, START, seed=0, method=own(steps=40), run=bridge.Run(tmp_path, every_s=0), watch=die
+        )
+    assert_same(bridge.fit(SIMULATOR, TARGET, START, seed=0, method=own(steps=40), run=tmp_path), result)
     simulator = bridge.as_simulator(walled, names=SPACE.names)
     failing = bridge.fit(simulator, TARGET, START, seed=0, method=own(), fixed=["b"])
     assert failing.num_failed > 0
