@@ -77,6 +77,7 @@ from bridge.evaluation.places import Workers as Workers
 from bridge.fitting.comparison import CustomLoss as CustomLoss
 from bridge.fitting.comparison import LeastSquares as LeastSquares
 from bridge.fitting.fit import fit as fit
+from bridge.fitting.methods.auto import Auto as Auto
 from bridge.fitting.methods.base import FitTask as FitTask
 from bridge.fitting.methods.base import Method as Method
 from bridge.fitting.methods.base import MethodResult as MethodResult

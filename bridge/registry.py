@@ -69,7 +69,8 @@ class Registry(Generic[Kind]):
                     "name."
                 )
             self._registered[name] = member
-            if isinstance(member, type) and self._has_names() and "name" not in vars(member):
+            own = vars(member).get("name") if isinstance(member, type) else None
+            if isinstance(member, type) and self._has_names() and own in (None, member.__name__):
                 member.name = name  # type: ignore[attr-defined]  # its kind declares it
             return member
 

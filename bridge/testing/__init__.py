@@ -12,6 +12,7 @@ from bridge.testing.distributions import DistributionContract as DistributionCon
 from bridge.testing.examination import Finding as Finding
 from bridge.testing.examination import examine as examine
 from bridge.testing.executors import ExecutorContract as ExecutorContract
+from bridge.testing.methods import MethodContract as MethodContract
 from bridge.testing.observers import ObserverContract as ObserverContract
 from bridge.testing.points import PointSetContract as PointSetContract
 from bridge.testing.robust_losses import RobustLossContract as RobustLossContract
