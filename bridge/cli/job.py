@@ -23,7 +23,7 @@ import json
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.arrays import real_array
-from bridge.checks import did_you_mean, refuse_unknown
+from bridge.checks import did_you_mean, nearest, refuse_unknown
 from bridge.dispatch import is_root
 from bridge.errors import InputError, SetupError
 from bridge.evaluation.failures import Drop, Penalty, Raise
@@ -110,9 +110,21 @@ def _load(path: Path) -> dict[str, Any]:
 def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], section: str, path: Path) -> None:
     for key in table:
         if key not in known:
-            meant = did_you_mean(key, known)
-            listing = "" if meant else f" Known: {', '.join(known)}."
-            raise InputError(f"Unknown setting {key!r} in [{section}] of {path}.{meant}{listing}")
+            advice = _as_table(key, known) if section == "fit" else ""
+            advice = advice or did_you_mean(key, known) or f" Known: {', '.join(known)}."
+            raise InputError(f"Unknown setting {key!r} in [{section}] of {path}.{advice}")
+
+
+def _as_table(word: str, known: Sequence[str]) -> str:
+    """ " Give stop = { runs = ... }.", where a word means a setting of an object, or nothing."""
+    homes = {f.name: f"{key} = {{ {f.name} = ... }}" for key, kind in _TABLES.items() for f in fields(kind)}
+    for key, kinds in {"method": METHODS.all(), **_NAMED}.items():
+        for name, kind in kinds.items():
+            for f in fields(kind):
+                homes.setdefault(f.name, f'{key} = {{ name = "{name}", {f.name} = ... }}')
+    homes["workers"] = homes["number"]
+    meant = nearest(word, [*known, *homes])
+    return f" Give {homes[meant]}." if meant in homes and meant not in known else ""
 
 
 def make_simulator(

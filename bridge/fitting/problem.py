@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.arrays import Array
-from bridge.checks import is_whole
+from bridge.checks import as_whole, is_whole
 from bridge.errors import InputError
 from bridge.fitting.comparison import Comparison, CustomLoss, LeastSquares
 from bridge.fitting.misfit import Misfit
@@ -44,6 +44,7 @@ class Starts:
     given: GivenStart
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "number", as_whole(self.number))
         if not is_whole(self.number, 1):
             raise InputError(f"Expected a positive number of starts, got {self.number!r}.")
 

@@ -10,6 +10,7 @@ import bridge
 from bridge.errors import EvaluationError, InputError, OutputError
 
 X = torch.zeros(2)
+PAIRS = bridge.Antithetic(bridge.Sobol())
 
 
 def identity(x):
@@ -27,17 +28,37 @@ def identity(x):
         ({"points": "hammersley"}, "Known: mc"),
         ({"covariate": "baseline"}, "Known: auto, none"),
         ({"covariate": "loo", "num_samples": 1}, "at least two"),
-        ({"antithetic": True, "num_samples": 7}, "even number of samples .* got 7. Use 6 or 8"),
-        ({"antithetic": True, "distribution": "gumbel"}, "symmetric density"),
-        ({"forward": "mean"}, "Known: smoothed, unsmoothed"),
-        ({"leaf_size": 0}, "leaf_size"),
+        ({"points": PAIRS, "num_samples": 7}, "even number of samples .* got 7. Use 6 or 8"),
+        ({"points": PAIRS, "distribution": "gumbel"}, "symmetric density"),
         ({"simulator_seeds": "same"}, "Known: common"),
-        ({"keep_megabytes": -1}, "keep_megabytes"),
+        ({"failures": "skip"}, "Known: raise, drop, bridge.Raise"),
+        ({"on": 0}, "a number of workers"),
+        ({"memory": 24}, "bridge.Memory"),
     ],
 )
 def test_settings(settings, words):
     with pytest.raises(InputError, match=words):
         bridge.smooth(identity, **{"seed": 0, "num_samples": 8, **settings})
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        (bridge.Ranks, {"leaf_size": 0}, "positive integer leaf_size, got 0"),
+        (bridge.Ranks, {"schedule": "even"}, "Known: auto, static, dynamic"),
+        (bridge.Ranks, {"per_evaluation": 0}, "per_evaluation of at least 1, got 0"),
+        (bridge.Memory, {"keep_mb": -1}, "keep_mb >= 0, got -1"),
+        (bridge.Memory, {"rank_mb": 0}, "positive rank_mb, got 0"),
+        (bridge.Isolated, {"timeout_s": 0}, "positive timeout_s, got 0"),
+        (bridge.Drop, {"at_least": 2}, "between 0 and 1, got 2"),
+        (bridge.Penalty, {"value": np.inf}, "finite value"),
+        (bridge.Raise, {"missing": "skip"}, "Known: raise, ignore"),
+        (bridge.Adam, {"steps": 0}, "at least one step, got 0"),
+    ],
+)
+def test_an_object_is_refused_where_it_is_made(kind, settings, words):
+    with pytest.raises(InputError, match=words):
+        kind(**settings)
 
 
 @pytest.mark.parametrize(
@@ -151,10 +172,9 @@ def test_fit_checks_its_arguments():
         ({"start": {"a": 2.0, "b": 0.2}}, r"a = 2 outside \[0, 1\]"),
         ({"start": {"a": 0.1}}, "got none for b"),
         ({"method": "newton"}, "Known: auto, kriging, trust-region, gauss-newton, adam, torch, natural"),
-        ({"method": "gauss-newton", "loss": torch.nn.functional.mse_loss}, "least squares"),
+        ({"method": "gauss-newton", "misfit": torch.nn.functional.mse_loss}, "least squares"),
         ({"variance": -1.0}, "positive, finite variance"),
-        ({"scale": (1.0, 0.0)}, "positive scales"),
-        ({"steps": 0}, "at least one step"),
+        ({"method": bridge.Adam(scale=(1.0, 0.0))}, "positive scales"),
         ({"seed": None}, "Expected a seed"),
     ):
         with pytest.raises(InputError, match=words):

@@ -68,12 +68,29 @@ MISTAKES = {
     ),
     "a seed that is not taken, all rows": (of_simulator(seeded=True, vectorized=True), "got sines(theta)"),
     "a simulator's name": (of_smooth("cryoet"), "bridge.make('cryoet', ...) makes the one of that name."),
-    "iterations": (of_fit(iterations=10), "Unknown argument 'iterations' of bridge.fit. Did you mean 'steps'?"),
-    "n_steps": (of_fit(n_steps=10), "Did you mean 'steps'?"),
-    "lr": (of_fit(lr=0.1), "Did you mean 'learning_rate'?"),
-    "optimizer": (of_fit(optimizer="Adam"), "Did you mean 'optimiser'?"),
+    "iterations": (
+        of_fit(iterations=10),
+        "Unknown argument 'iterations' of bridge.fit. Give method=bridge.Adam(steps=...), or another method.",
+    ),
+    "n_steps": (of_fit(n_steps=10), "Give method=bridge.Adam(steps=...)"),
+    "lr": (of_fit(lr=0.1), "Give method=bridge.Adam(learning_rate=...)"),
+    "optimizer": (of_fit(optimizer="Adam"), "Give method=bridge.Torch(optimiser=...)."),
+    "restarts": (of_fit(restarts=3), "Give method=bridge.Kriging(restarts=...)."),
+    "max_runs": (of_fit(max_runs=100), "Unknown argument 'max_runs' of bridge.fit. Give stop=bridge.Stop(runs=...)."),
+    "maxfev": (of_fit(maxfev=100), "Give stop=bridge.Stop(runs=...)."),
+    "loss": (of_fit(loss="mse"), "Give misfit=loss, a function of output and target."),
+    "a mask": (of_fit(mask=TARGET > 1), "Give misfit=bridge.LeastSquares(mask=...)."),
+    "a directory": (of_fit(directory="runs"), "Give run=bridge.Run(directory, ...)."),
+    "a callback": (of_fit(callback=print), "Give watch="),
+    "verbose": (of_fit(verbose=True), "Give watch="),
+    "num_starts": (of_fit(num_starts=4), "Give start=bridge.Starts(number, given)."),
+    "the timeout of a fit": (of_fit(timeout=4), "Give on=bridge.Workers(8, timeout_s=...), or on=bridge.Isolated("),
+    "workers of a smoothing": (of_smooth(sines, workers=4), "of bridge.smooth. Give on=bridge.Workers(8), or on=8."),
+    "a store": (of_smooth(sines, store=3), "Give memory=bridge.Store(...), or memory=bridge.Memory(store=...)."),
+    "retries": (of_smooth(sines, retries=3), "Give failures=bridge.Raise(retries=...)"),
+    "a loss that is smoothed": (of_smooth(sines, loss=3), "Give bridge.smooth_loss(simulator, loss, ...)."),
     "sigma": (of_fit(sigma=0.1), "Did you mean 'variance', its square?"),
-    "n_jobs": (of_fit(n_jobs=2), "Did you mean 'workers'?"),
+    "n_jobs": (of_fit(n_jobs=2), "Give on=bridge.Workers(8), or on=8."),
     "bounds of a fit": (of_fit(bounds=[(0, 1)]), "The simulator says it: give bridge.as_simulator(f, bounds=...)"),
     "nothing near": (of_fit(banana=1), "Known: simulator, target, start, seed, method"),
     "num_sample": (of_smooth(sines, num_sample=8), "of bridge.smooth. Did you mean 'num_samples'?"),
@@ -101,10 +118,10 @@ MISTAKES = {
     "scale of others": (of_smooth(NAMED, scale={"width_nm": 1.0}), "got none for angle_deg"),
     "scale as a text": (of_smooth(sines, scale="0.1"), "Expected a scale that is a number, (2,) or (2, 2), got '0.1'."),
     "scale of a fit by name": (
-        of_fit(scale={"width_nm": 0.1}),
+        of_fit(method=bridge.Kriging(scale={"width_nm": 0.1})),
         "bridge.as_simulator(f, natural_scale={'width_nm': 0.1})",
     ),
-    "three scales of a fit": (of_fit(scale=(1, 2, 3)), "a number or (first, last), got (1, 2, 3)"),
+    "three scales of a fit": (of_fit(method=bridge.Adam(scale=(1, 2, 3))), "a number or (first, last), got (1, 2, 3)"),
     "a start of others": (
         of_fit(start={"width_nm": 0.3, "angle": 0.5}),
         "Unknown parameter 'angle'. Known parameters: width_nm, angle_deg. Did you mean 'angle_deg'?",
@@ -146,13 +163,18 @@ MISTAKES = {
     "text as seed": (of_fit(seed="0"), "Expected a non-negative integer seed, got '0'."),
     "a generator as seed": (of_smooth(sines, seed=np.random.default_rng(0)), "Expected a non-negative integer seed"),
     "no samples": (of_smooth(sines, num_samples=0), "Expected at least one sample, got num_samples=0."),
-    "no samples of a fit": (of_fit(num_samples=0), "Expected at least one run a step, got 0."),
+    "no samples of a fit": (lambda: bridge.Adam(num_samples=0), "Expected at least one run a step, got 0."),
     "text as samples": (of_smooth(sines, num_samples="64"), "got num_samples='64'"),
-    "text as steps": (of_fit(steps="10"), "Expected at least one step, got '10'."),
-    "text as max_runs": (of_fit(max_runs="100"), "Expected max_runs of at least 2, got '100'."),
-    "text as max_seconds": (of_fit(max_seconds="9"), "Expected a positive max_seconds, got '9'."),
-    "text as workers": (of_smooth(sines, workers="4"), "Expected a positive integer of workers, got '4'."),
-    "a path as store": (of_smooth(sines, store="runs"), "Give store=bridge.Store('runs')."),
+    "text as steps": (lambda: bridge.Adam(steps="10"), "Expected at least one step, got '10'."),
+    "text as rounds": (lambda: bridge.Kriging(rounds="10"), "Expected at least one round, got '10'."),
+    "text as a number of runs": (lambda: bridge.Stop(runs="100"), "Expected runs of at least 2, got '100'."),
+    "text as a stop": (of_fit(stop="100"), "bridge.Stop(runs=, seconds=, error=) or a number of runs as stop="),
+    "text as seconds": (lambda: bridge.Stop(seconds="9"), "Expected positive seconds, got '9'."),
+    "text as a number of workers": (lambda: bridge.Workers("4"), "Expected a positive integer of workers, got '4'."),
+    "text as workers": (of_smooth(sines, on="4"), "Expected a number of workers, 'process', an executor"),
+    "a path as memory": (of_smooth(sines, memory="runs"), "bridge.Memory(...) or a bridge.Store as memory, got 'runs'"),
+    "a path as store": (lambda: bridge.Memory(store="runs"), "Give store=bridge.Store('runs')."),
+    "a number as run": (of_fit(run=3), "Expected the directory of a run as a path, got 3."),
     "values of what is fixed": (of_fit(fixed={"width_nm": 0.1}), "they keep their start. Give ['width_nm']."),
     "a name as fixed": (of_fit(fixed="width_nm"), "Expected a list of names, fixed=['width_nm'], got a text."),
     "pairs that are tied": (of_fit(tied=["a", "b"]), "Expected tied as name -> the name that it is to equal"),
@@ -163,8 +185,11 @@ MISTAKES = {
     ),
     "a set as prior": (of_fit(prior={"width_nm": {1, 2}}), "Expected prior[width_nm] = (mean, standard deviation)"),
     "a number as prior": (of_fit(prior={"width_nm": 0.1}), "Expected prior[width_nm] = (mean, standard deviation)"),
-    "a loss by name": (of_fit(loss="mse"), "Least squares need none: leave it out."),
-    "on_step": (of_fit(on_step=3), "Expected on_step as a function of a FitStep, got 3."),
+    "a loss by name": (of_fit(misfit="mse"), "or a function loss(output, target) as misfit=, got 'mse'."),
+    "a class as misfit": (of_fit(misfit=bridge.LeastSquares), "Expected bridge.LeastSquares(...)"),
+    "a number that watches": (of_fit(watch=3), "a function of a FitStep, or a list of these, got 3."),
+    "a class that watches": (of_fit(watch=bridge.LiveView), "Make one: watch=LiveView(...)."),
+    "a penalty without its number": (of_smooth(sines, failures="penalty"), "Give its number: bridge.Penalty(value)."),
     "a method with a typo": (of_fit(method="krigging"), "Did you mean 'kriging'?"),
     "a method in capitals": (of_fit(method="Adam"), "Did you mean 'adam'?"),
     "integers": (lambda: bridge.smooth(sines, seed=0)(torch.tensor([0, 1])), "Use theta.double()."),
@@ -288,7 +313,7 @@ angle_deg = 30.0
 speed = 8.0
 [fit]
 seed = 0
-max_runs = 12
+stop = 12
 """
 
 
@@ -328,7 +353,7 @@ def test_a_job_file_takes_a_simulator_from_a_file_beside_it(folder, capsys, chan
 
 
 def test_other_processes_find_the_function_of_a_file(folder, capsys):
-    text = JOB.replace("seed = 0", "seed = 0\nworkers = 1")
+    text = JOB.replace("seed = 0", "seed = 0\non = 1")
     (folder / "job.toml").write_text(text, encoding="utf-8")
     assert main(["fit", str(folder / "job.toml"), "-o", str(folder / "out"), "-q"]) == 0
 
@@ -351,8 +376,16 @@ def test_info_and_study_take_a_simulator_from_a_file(folder, capsys):
         (("mysim.py", "mysym.py"), "mysym.py', which is not a file"),
         (("bounds = {", "bound = {"), "Unknown argument 'bound' of 'mysim.py:projectile'. Did you mean 'bounds'?"),
         (("seed = 0", "seeed = 0"), "Unknown setting 'seeed' in [fit]"),
-        (("max_runs = 12", "maxiter = 12"), "Unknown setting 'maxiter' in [fit]"),
-        (("max_runs = 12", "maxiter = 12"), "Did you mean 'steps'?"),
+        (("stop = 12", "maxiter = 12"), "Unknown setting 'maxiter' in [fit]"),
+        (("stop = 12", "maxiter = 12"), 'Give method = { name = "gauss-newton", steps = ... }.'),
+        (("stop = 12", "max_runs = 12"), "Give stop = { runs = ... }."),
+        (("stop = 12", "workers = 2"), 'Give on = { name = "workers", number = ... }.'),
+        (("stop = 12", "stop = { rums = 12 }"), "Expected the arguments of 'stop', got: got an unexpected keyword argument 'rums'"),
+        (("stop = 12", "stop = { rums = 12 }"), "Did you mean 'runs'?"),
+        (("stop = 12", "stop = { runs = 1 }"), "Expected runs of at least 2, got 1."),
+        (("stop = 12", 'method = { name = "adm" }'), "Did you mean 'adam'?"),
+        (("stop = 12", 'method = { name = "adam", rounds = 3 }'), "arguments of 'method', got: got an unexpected keyword argument 'rounds'"),
+        (("stop = 12", 'on = { name = "threads" }'), "one of ranks, process, workers in on, got 'threads'"),
         (("file = ", "fil = "), "Unknown setting 'fil' in [target]"),
         (("[start]", "[strat]"), "got unknown [strat]. Did you mean 'start'?"),
         (("[fit]", "[output]\ndir = 1\n[fit]"), "Unknown setting 'dir' in [output]"),
@@ -408,29 +441,38 @@ def test_no_command_shows_what_there_is(capsys):
 
 
 @pytest.mark.parametrize(
-    "given",
-    [{"max_runs": 1e2}, {"num_samples": 8.0, "method": "adam", "steps": 3.0}, {"num_starts": 2.0, "max_runs": 40.0}],
+    "settings",
+    [
+        lambda number: {"stop": bridge.Stop(runs=number(100))},
+        lambda number: {"stop": number(40)},
+        lambda number: {"method": bridge.Adam(num_samples=number(8), steps=number(3))},
+        lambda number: {"method": bridge.Kriging(rounds=number(3), round_size=number(4), restarts=number(1))},
+        lambda number: {
+            "method": bridge.TrustRegion(rounds=number(3), round_size=number(4)),
+            "misfit": lambda y, t: ((y - t) ** 2).sum(),
+        },
+        lambda number: {"start": bridge.Starts(number(2), [0.5, 0.5]), "stop": 40},
+    ],
 )
-def test_whole_numbers_may_be_floats(given):
-    whole = {k: int(v) if isinstance(v, float) else v for k, v in given.items()}
-    target = np.array([1.0, 2.0])
-    a, b = (bridge.fit(lambda p: p * [1.0, 2.0], target, [0.5, 0.5], seed=0, **kw) for kw in (given, whole))
-    assert (a.parameters == b.parameters).all()
+def test_whole_numbers_may_be_floats(settings):
+    def fit(start=(0.5, 0.5), **given):
+        return bridge.fit(lambda p: p * [1.0, 2.0], np.array([1.0, 2.0]), start, seed=0, **given)
+
+    assert (fit(**settings(float)).parameters == fit(**settings(int)).parameters).all()
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"directory": 3}, "Expected directory as a path, got 3"),
-        ({"loss": lambda a: a}, r"loss\(output, target\)"),
-        ({"max_runs": 2.5}, "max_runs of at least 2, got 2.5"),
-        ({"steps": 0, "method": "adam"}, "at least one step, got 0"),
+        ({"misfit": lambda a: a}, r"loss\(output, target\)"),
+        ({"stop": 2.5}, "runs of at least 2, got 2.5"),
+        ({"start": bridge.Starts(1, [[0.5], [0.6]])}, "at least the 2 starts"),
         ({"variance": 0.0}, "got 0"),
     ],
 )
 def test_values_of_other_kinds_are_told(given, said):
     with pytest.raises(bridge.InputError, match=said):
-        bridge.fit(lambda p: p, np.array([1.0]), [0.5], seed=0, **given)
+        bridge.fit(lambda p: p, np.array([1.0]), **{"start": [0.5], "seed": 0, **given})
 
 
 def test_a_level_that_is_no_number_is_told():

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.arrays import Array
-from bridge.checks import is_whole
+from bridge.checks import as_whole, is_whole
 from bridge.errors import BridgeError
 from bridge.fitting.methods.base import (
     SMALL_STEP,
@@ -78,6 +78,8 @@ class Kriging(Method):
     keeps_runs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        for name in ("rounds", "round_size", "restarts"):
+            object.__setattr__(self, name, as_whole(getattr(self, name)))
         require("at least one round", self.rounds is None or is_whole(self.rounds, 1), self.rounds)
         require("at least one run a round", self.round_size is None or is_whole(self.round_size, 1), self.round_size)
         require_tolerance(self.tolerance)

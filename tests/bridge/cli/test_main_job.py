@@ -31,10 +31,7 @@ y_angstrom = 4.0
 rotation_deg = 3.0
 [fit]
 seed = 1
-method = "gauss-newton"
-steps = 24
-num_samples = 32
-scale = [1.0, 0.1]
+method = { name = "gauss-newton", steps = 24, num_samples = 32, scale = [1.0, 0.1] }
 variance = 700.0
 [output]
 directory = "out"

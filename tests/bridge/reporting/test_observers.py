@@ -41,11 +41,11 @@ def simulator(theta):
     return np.array([theta[0], theta[1] ** 2, theta[0] * theta[1]])
 
 
-def fit(observers, **settings):
+def fit(observers, steps=6, **settings):
     """A small fit, told to the observers as `fit` tells them."""
-    settings = {"seed": 0, "method": "gauss-newton", "steps": 6, "num_samples": 8, "scale": 0.2} | settings
+    settings = {"seed": 0, "method": bridge.GaussNewton(steps=steps, num_samples=8, scale=0.2)} | settings
     with observers:
-        observers.start(ParameterSpace.unnamed(2), max_steps=settings["steps"], max_runs=None, title="small")
+        observers.start(ParameterSpace.unnamed(2), max_steps=steps, max_runs=None, title="small")
         result = bridge.fit(simulator, simulator([1.0, 2.0]), [0.8, 1.7], watch=observers.step, **settings)
         observers.end(result)
     return result
@@ -202,7 +202,7 @@ def test_choices_are_checked_on_every_rank_alike():
             make_observers("fancy", root=root)
         with pytest.raises(InputError, match="start, step and end"):
             make_observers([print], root=root)
-        with pytest.raises(InputError, match="or a list of observers, got False"):
+        with pytest.raises(InputError, match="or a list of these, got False"):
             make_observers(False, root=root)
 
 
@@ -304,7 +304,7 @@ def test_a_resumed_fit_writes_each_step_once(tmp_path, cut):
 def test_another_fit_takes_the_file_over_from_where_it_differs(tmp_path):
     path = tmp_path / "steps.jsonl"
     fit(Observers([JSONLines(path)]), seed=1)
-    result = fit(Observers([JSONLines(path)]), seed=2, method=bridge.Kriging(rounds=4))
+    result = fit(Observers([JSONLines(path)]), seed=2, steps=4)
     assert [x["loss"] for x in read(path)] == [h.loss for h in result.history]
     # The same beginning, but shorter.
     observers = Observers([JSONLines(path)])
@@ -368,7 +368,9 @@ def test_rank_0_alone_speaks(run_ranks, tmp_path):
         mine = [Lines(), JSONLines({str(tmp_path / "steps.jsonl")!r})]
         with make_observers(mine, root=bridge.is_root()) as observers:
             observers.start(ParameterSpace.unnamed(2), max_steps=3, max_runs=None, title="")
-            observers.end(bridge.fit(lambda t: t, [1.0, 2.0], [0.0, 0.0], seed=0, steps=3, on_step=observers.step))
+            method = bridge.Kriging(rounds=3)
+            result = bridge.fit(lambda t: t, [1.0, 2.0], [0.0, 0.0], seed=0, method=method, watch=observers.step)
+            observers.end(result)
     """
     done = run_ranks(2, script)
     assert done.returncode == 0, done.stderr

@@ -100,7 +100,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     for path in kept:
         path.write_bytes(b"PK")
     with pytest.raises(SetupError, match="damaged ones only"):
-        bridge.Run(tmp_path)
+        bridge.Run(tmp_path).begin()
+
+
+def test_a_run_is_nothing_yet_before_its_block(tmp_path):
+    run = bridge.Run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for name in ("step", "state", "store"):
+        with pytest.raises(InputError, match=rf"`with bridge\.Run\(\.\.\.\) as run:` before run\.{name}"):
+            getattr(run, name)
+    with run:
+        assert (run.step, run.state) == (0, None)
 
 
 def test_a_run_is_resumed_under_its_own_settings_and_never_lost_by_accident(tmp_path):
@@ -115,13 +125,15 @@ def test_a_run_is_resumed_under_its_own_settings_and_never_lost_by_accident(tmp_
     assert (status["state"], status["exit_code"], status["step"]) == ("failed", 1, 1)
     assert "power cut" in status["message"]
     with pytest.raises(InputError, match=r"lr was 0.1, is 0.2"):
-        bridge.Run(tmp_path, settings={"seed": 0, "lr": 0.2})
+        bridge.Run(tmp_path, settings={"seed": 0, "lr": 0.2}).begin()
     with pytest.raises(InputError, match="unfinished run"):
-        bridge.Run(tmp_path, settings={"seed": 0, "lr": 0.1}, resume=False)
+        bridge.Run(tmp_path, settings={"seed": 0, "lr": 0.1}, resume=False).begin()
     with bridge.Run(tmp_path, settings={"lr": 0.1, "seed": 0}) as run:
         assert run.step == 1
         with pytest.raises(InputError, match="running in it"):
-            bridge.Run(tmp_path, settings={"lr": 0.1, "seed": 0})
+            bridge.Run(tmp_path, settings={"lr": 0.1, "seed": 0}).begin()
+        with pytest.raises(InputError, match=r"has not begun, got that in .* which is in use"):
+            run.begin()
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
     with bridge.Run(tmp_path, resume=False) as run:
         assert run.step == 0

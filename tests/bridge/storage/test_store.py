@@ -118,7 +118,7 @@ def test_evaluations_of_later_steps_outlive_a_clearing(tmp_path):
 
 def test_a_full_disk_costs_the_journal_not_the_run(tmp_path, monkeypatch, caplog):
     store = Store(tmp_path, above_s=0.0)
-    settings = {"seed": 0, "num_samples": 8, "leaf_size": 1}
+    settings = {"seed": 0, "num_samples": 8, "on": bridge.Ranks(leaf_size=1)}
     real, room = os.write, [300]
 
     def write(descriptor, data):
