@@ -16,7 +16,7 @@ from bridge.arrays import real_array
 from bridge.checks import as_whole, can_be_called_with, is_number, refuse_unknown
 from bridge.errors import InputError
 from bridge.fitting.driver import FitDriver, earlier_runs, kept_run
-from bridge.fitting.methods.base import METHODS, FitTask, Method, MethodRun, begin
+from bridge.fitting.methods.base import METHODS, FitTask, Method, begin
 from bridge.fitting.misfit import Loss
 from bridge.fitting.prior import PriorOf
 from bridge.fitting.problem import Start, make_problem
@@ -198,7 +198,6 @@ def fit(
         tolerance=tolerance,
     )
     chooses = as_method(method, given)
-    # All settings are checked here: a fit that is refused leaves nothing behind.
     prepared = prepare(
         simulator,
         target,
@@ -219,10 +218,12 @@ def fit(
         comm=comm,
         smoothing=smoothing,
     )
-    problem, chosen, work = prepared.task.problem, prepared.method, prepared.work
+    problem, chosen = prepared.task.problem, prepared.method
     if max_runs is not None or directory is not None:
         counts_runs(problem.simulator)
     earlier_fits = _earlier_fits(reuse, chosen)
+    # All settings are checked here: a fit that is refused leaves nothing behind.
+    work = begin(chosen, prepared.task)
     earlier = earlier_runs(earlier_fits, problem, work, directory, resume)
     driver = FitDriver(
         problem,
@@ -242,12 +243,11 @@ def fit(
 @final
 @dataclass(frozen=True)
 class Prepared:
-    """A fit that can begin. reason: why that method, in words."""
+    """What is to be done, by which method, and why by that one, in words."""
 
     task: FitTask
     method: Method
     reason: str
-    work: MethodRun
 
 
 def prepare(
@@ -271,7 +271,7 @@ def prepare(
     comm: Any,
     smoothing: Mapping[str, Any],
 ) -> Prepared:
-    """The problem, and the method at work on it: of `fit` and of `FitSession`. Nothing is run yet.
+    """The problem and its method, of `fit` and of `FitSession`. Nothing is run yet.
 
     Raises:
         InputError: something is unknown, of the wrong shape, or contradicts something else.
@@ -298,7 +298,7 @@ def prepare(
     )
     task = FitTask(problem, seed, max_runs, comm, smoothing)
     method, reason = chooses.chosen(task)
-    return Prepared(task, method, reason, begin(method, task))
+    return Prepared(task, method, reason)
 
 
 def _given(**settings: Any) -> dict[str, Any]:
