@@ -19,7 +19,7 @@ from bridge.evaluation.memory import Memory, make_memory
 from bridge.evaluation.places import Where, make_place
 from bridge.fitting.comparison import Comparison, make_comparison
 from bridge.fitting.driver import FitDriver, earlier_runs, kept_run
-from bridge.fitting.methods.base import METHODS, FitTask, Method, MethodRun, begin
+from bridge.fitting.methods.base import METHODS, FitTask, Method, begin
 from bridge.fitting.prior import PriorOf
 from bridge.fitting.problem import Start, make_problem
 from bridge.fitting.reuse import sources
@@ -107,7 +107,6 @@ def fit(
     """
     begun = time.monotonic()
     chooses, kept = make_method(method), _as_run(run)
-    # All settings are checked here: a fit that is refused leaves nothing behind.
     prepared = prepare(
         simulator,
         target,
@@ -124,11 +123,13 @@ def fit(
         on=on,
         memory=memory,
     )
-    task, chosen, work = prepared.task, prepared.method, prepared.work
+    task, chosen = prepared.task, prepared.method
     if task.stop.runs is not None or kept is not None:
         counts_runs(task.problem.simulator)
     observers, told = watchers(watch)
     earlier_fits = sources(chosen.reuse)
+    # All settings are checked here: a fit that is refused leaves nothing behind.
+    work = begin(chosen, task)
     earlier = earlier_runs(earlier_fits, task.problem, work, kept)
     driver = FitDriver(
         task.problem,
@@ -148,12 +149,11 @@ def fit(
 @final
 @dataclass(frozen=True)
 class Prepared:
-    """A fit that can begin. reason: why that method, in words."""
+    """What is to be done, by which method, and why by that one, in words."""
 
     task: FitTask
     method: Method
     reason: str
-    work: MethodRun
 
 
 def prepare(
@@ -173,7 +173,7 @@ def prepare(
     on: Where = None,
     memory: Any = None,
 ) -> Prepared:
-    """The problem, and the method at work on it: of `fit` and of `FitSession`. Nothing is run yet.
+    """The problem and its method, of `fit` and of `FitSession`. Nothing is run yet.
 
     Raises:
         InputError: something is unknown, of the wrong shape, or contradicts something else.
@@ -196,7 +196,7 @@ def prepare(
     )
     task = FitTask(problem, seed, make_stop(stop), tolerated, make_place(on), make_memory(memory))
     method, reason = chooses.chosen(task)
-    return Prepared(task, method, reason, begin(method, task))
+    return Prepared(task, method, reason)
 
 
 def make_method(method: str | Method) -> Method:

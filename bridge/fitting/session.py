@@ -21,7 +21,7 @@ from bridge.fitting.comparison import Comparison
 from bridge.fitting.driver import FitDriver
 from bridge.fitting.fingerprint import fingerprint
 from bridge.fitting.fit import Prepared, make_method, prepare
-from bridge.fitting.methods.base import Method
+from bridge.fitting.methods.base import Method, MethodRun, begin
 from bridge.fitting.prior import PriorOf
 from bridge.fitting.problem import Start
 from bridge.fitting.stop import Stop
@@ -98,11 +98,12 @@ class FitSession:
             stop=stop,
             failures=tolerated,
         )
-        if prepared.work.smoothed[0].dispatcher.size > 1:
+        work = begin(prepared.method, prepared.task)
+        if work.smoothed[0].dispatcher.size > 1:
             raise InputError("Expected one process, got several ranks. Ask and tell in one; or use bridge.fit.")
         self._prepared, self.space = prepared, prepared.task.problem.space
         self._told.stand_in = prepared.task.problem.misfit.target.numpy()
-        self._driver = _driver(prepared, chooses, begun)
+        self._driver = _driver(prepared, work, chooses, begun)
         self._before = checkpoint.packed(self._driver.to_dict())
         self._go_on()
 
@@ -271,18 +272,18 @@ class FitSession:
         self.restore(checkpoint.unpacked(*state))
 
     def _settings(self) -> dict[str, Any]:
-        settings = fingerprint(self._prepared.task, self._prepared.method, self._prepared.work)
+        settings = fingerprint(self._prepared.task, self._prepared.method, self._driver.work)
         plain: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True, default=str))
         return plain
 
 
-def _driver(prepared: Prepared, chooses: Method, begin: float) -> FitDriver:
+def _driver(prepared: Prepared, work: MethodRun, chooses: Method, begun: float) -> FitDriver:
     return FitDriver(
         prepared.task.problem,
         prepared.method,
         prepared.reason,
-        prepared.work,
-        begin=begin,
+        work,
+        begin=begun,
         observers=make_observers("off", root=True),
         announced=prepared.method.name != chooses.name,
         max_seconds=prepared.task.stop.seconds,
