@@ -34,6 +34,7 @@ def fingerprint(task: FitTask, method: Method, run: MethodRun) -> dict[str, Any]
         **{f"code of {k}": identity_of_function(f, k) for k, f in others.items()},
         "seed": task.seed,
         "method": method.name,
+        **({} if _is_ours(method) else {"code of the method": identity_of_function(type(method), "method")}),
         **_of_method(method, misfit),
         "stop_at_error": task.stop.error,
         "start": problem.starts.tolist(),
