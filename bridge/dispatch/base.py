@@ -25,7 +25,7 @@ T = TypeVar("T")
 _LAST_WORDS_S = 3.0
 
 
-class Leader(ABC):
+class Mirror(ABC):
     """Makes objects on all ranks, and repeats the calls of their collective methods there, see `bridge.driver`."""
 
     @property
@@ -40,7 +40,7 @@ class Leader(ABC):
         """`kind(*arguments, **settings)`, on every rank."""
 
     @abstractmethod
-    def led(self, target: Any, name: str, arguments: Sequence[Any], settings: Any) -> AbstractContextManager[None]:
+    def mirrored(self, target: Any, name: str, arguments: Sequence[Any], settings: Any) -> AbstractContextManager[None]:
         """The context of a call that the others make as well."""
 
 
@@ -63,7 +63,7 @@ class Dispatcher(ABC):
         """Opens a collective operation: all ranks must be at the same one, else `CollectiveError` on all of them."""
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether the outputs of what this rank evaluates count: not where it helps another one (see `group`)."""
         return True
 
@@ -72,11 +72,11 @@ class Dispatcher(ABC):
         """The communicator of the ranks that evaluate one row together; None where each evaluates its own."""
         return None
 
-    driver: Leader | None = None
+    driver: Mirror | None = None
     """On rank 0 of a job in which the others only follow, see `bridge.driver`."""
 
     @property
-    def thinking(self) -> Dispatcher:
+    def leader(self) -> Dispatcher:
         """Whose ranks run the program itself: under a driver the others follow its evaluations, not what it makes of
         them."""
         return self if self.driver is None else self.driver.alone
@@ -114,9 +114,9 @@ class Dispatcher(ABC):
             return kind(*arguments, **settings)
         return self.driver.make(kind, arguments, settings, once)
 
-    def led(self, target: Any, name: str, arguments: Sequence[Any], settings: Any) -> AbstractContextManager[None]:
+    def mirrored(self, target: Any, name: str, arguments: Sequence[Any], settings: Any) -> AbstractContextManager[None]:
         """The context of a collective method of an object that was made by `make`."""
-        return nullcontext() if self.driver is None else self.driver.led(target, name, arguments, settings)
+        return nullcontext() if self.driver is None else self.driver.mirrored(target, name, arguments, settings)
 
     @contextmanager
     def watched(self, limit_s: float | None) -> Iterator[None]:

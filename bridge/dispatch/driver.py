@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import cloudpickle
 
-from bridge.dispatch.base import Dispatcher, Leader
+from bridge.dispatch.base import Dispatcher, Mirror
 from bridge.dispatch.serial import SerialDispatcher
 from bridge.errors import BridgeError
 
@@ -45,7 +45,7 @@ class _Unpickler(pickle.Unpickler):
         return self._known[number]
 
 
-class Driver(Leader):
+class Driver(Mirror):
     """Rank 0's side."""
 
     def __init__(self, dispatcher: MPIDispatcher) -> None:
@@ -84,7 +84,7 @@ class Driver(Leader):
         return made
 
     @contextlib.contextmanager
-    def led(self, target: Any, name: str, arguments: Sequence[Any], settings: Any) -> Iterator[None]:
+    def mirrored(self, target: Any, name: str, arguments: Sequence[Any], settings: Any) -> Iterator[None]:
         number = self._sent[id(target)][0] if id(target) in self._sent else self._made.get(target)
         if self._inside or number is None:  # what the others have never seen is ours alone
             yield

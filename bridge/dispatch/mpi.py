@@ -219,7 +219,7 @@ class MPIDispatcher(Dispatcher):
         return array.tobytes()
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         return self.rank % self._each == 0
 
     @property
@@ -278,7 +278,7 @@ class MPIDispatcher(Dispatcher):
     def claims(self, count: int, steal: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
         if self._group is not None:
             # The group's first rank claims, and tells the others.
-            claimed = self._claims(count, steal) if self.leads else iter(())
+            claimed = self._claims(count, steal) if self.is_leader else iter(())
             while (item := self._group.bcast(next(claimed, None))) is not None:
                 yield item
         elif self.size > 1:

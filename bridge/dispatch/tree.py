@@ -35,12 +35,12 @@ class TreeSum:
     def __init__(
         self,
         num_leaves: int,
-        spare: list[torch.Tensor] | None = None,
+        buffers: list[torch.Tensor] | None = None,
         shares: NDArray[np.float64] | None = None,
         weight: float | None = None,
     ) -> None:
         """Args:
-        spare: collects the memory of finished sums, for this tree and for later ones that are given the list: fresh
+        buffers: collects the memory of finished sums, for this tree and for later ones that are given the list: fresh
             pages cost more than the additions.
         shares: (leaves, c) where each leaf is (c + 1, m), sums of w_i (F_i - r) with r as the last row, and has sums of
             the weights w_i of its own. The sum of two subtrees has the r of the left one.
@@ -50,12 +50,12 @@ class TreeSum:
         self.weight = weight
         self._shares = shares
         self._partials: dict[Node, torch.Tensor] = {}
-        self._spare = [] if spare is None else spare
+        self._buffers = [] if buffers is None else buffers
 
     def buffer(self, like: torch.Tensor, rows: int) -> torch.Tensor:
         """Memory for the next leaf, (rows, m): what a finished sum has left, before anything new."""
-        while self._spare:
-            old = self._spare.pop()
+        while self._buffers:
+            old = self._buffers.pop()
             if old.shape == (rows, like.shape[1]) and old.dtype == like.dtype and old.device == like.device:
                 return old
         return like.new_empty((rows, like.shape[1]))
@@ -113,7 +113,7 @@ class TreeSum:
 
     def reuse(self, memory: torch.Tensor) -> None:
         """Takes memory that is not needed any more for later leaves."""
-        self._spare.append(memory)
+        self._buffers.append(memory)
 
     def pop(self, node: Node) -> torch.Tensor:
         """Takes a finished subtree out of the sum."""

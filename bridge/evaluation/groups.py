@@ -151,7 +151,7 @@ def group_sums(
     rows: KeptRows,
     groups: Sequence[Sequence[Group]],
     asked: Sequence[tuple[int, Callable[[Weights], Array]]],
-    spare: list[torch.Tensor] | None = None,
+    buffers: list[torch.Tensor] | None = None,
     only: Sequence[torch.Tensor | None] | None = None,
 ) -> list[torch.Tensor]:
     """W F for each (problem, weights -> W (c, num_rows)): (c, m) float64, NaN where too few rows have a number.
@@ -172,7 +172,7 @@ def group_sums(
                 requests.append((q, of(group.weights), columns))
     requests = [r for r in requests if r[2] is None or len(r[2])]
     wanted = [(asked[q][0], W) for q, W, _ in requests]
-    totals = rows.tree_sums(wanted, columns=[columns for *_, columns in requests], spare=spare)
+    totals = rows.tree_sums(wanted, columns=[columns for *_, columns in requests], buffers=buffers)
     results: list[torch.Tensor | None] = [None] * len(asked)
     for (q, _, columns), total in zip(requests, totals, strict=True):
         if columns is None:

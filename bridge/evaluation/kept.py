@@ -55,7 +55,7 @@ def sum_kept(drawn: Drawn, rows: KeptRows, failures: Mapping[int, Failure]) -> K
     valid = rows_that_count(drawn, good, why)
     groups = agree_on_groups(drawn, rows, valid)
     asked = [(p, value_weights) for p in range(len(drawn.problems))]
-    values = [total[0] for total in group_sums(rows, groups, asked, drawn.request.spare)]
+    values = [total[0] for total in group_sums(rows, groups, asked, drawn.request.buffers)]
     return KeptSums(rows, valid, groups, values, counted)
 
 

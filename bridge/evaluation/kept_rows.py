@@ -94,16 +94,16 @@ class KeptRows:
         *,
         columns: Sequence[torch.Tensor | None] | None = None,
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        spare: list[torch.Tensor] | None = None,
+        buffers: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """W F in float64 for each (problem, W (c, num_rows)), by a tree over the units: (c, m). Collective.
 
         Args:
             columns: for each, the outputs to sum; all where None.
             transform: applied to the rows first.
-            spare: memory for sums.
+            buffers: memory for sums.
         """
-        sums = [TreeSum(len(self.layout.runs), spare, weight=self._exact_weight(w)) for _, w in weights]
+        sums = [TreeSum(len(self.layout.runs), buffers, weight=self._exact_weight(w)) for _, w in weights]
         of_each = [None] * len(weights) if columns is None else columns
         for tree, (p, w), index in zip(sums, weights, of_each, strict=True):
             for unit, F in self._kept[p]:

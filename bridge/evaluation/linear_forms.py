@@ -136,7 +136,7 @@ def collective(method: Callable[Concatenate[E, P], T]) -> Callable[Concatenate[E
     @functools.wraps(method)
     def call(self: E, *args: P.args, **kwargs: P.kwargs) -> T:
         watched = self.dispatcher.watched(self.step_limit_s)
-        with watched, ordinary_torch(), self.dispatcher.led(self, method.__name__, args, kwargs):
+        with watched, ordinary_torch(), self.dispatcher.mirrored(self, method.__name__, args, kwargs):
             return method(self, *args, **kwargs)
 
     return call  # type: ignore[return-value]

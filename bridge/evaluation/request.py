@@ -33,7 +33,7 @@ class Request:
         first_replicate: each vector has `strategy.replicates` problems, numbered from here.
         need_theta, need_scale: which derivatives may be asked for; with neither only the value is computed.
         execution: how the runs are carried out.
-        spare: memory left by earlier evaluations; what this one leaves is added.
+        buffers: memory left by earlier evaluations; what this one leaves is added.
         atom: (coordinate, value) at which eps is held, for second derivatives of densities with kinks.
     """
 
@@ -49,7 +49,7 @@ class Request:
     first_replicate: int
     need_theta: bool
     need_scale: bool
-    spare: list[torch.Tensor]
+    buffers: list[torch.Tensor]
     atom: tuple[int, float] | None = None
 
 

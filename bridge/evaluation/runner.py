@@ -120,7 +120,7 @@ class Runner:
         )
         for call, F in done:
             self._rows_done, self._seconds = self._rows_done + len(call.inputs), self._seconds + call.seconds
-            if not self._dispatcher.leads:
+            if not self._dispatcher.is_leader:
                 continue
             self.found += call.found
             first = call.problem * self._task.layout.num_rows + call.start
@@ -181,7 +181,7 @@ class Runner:
             while end < stop:
                 start, end = end, min(end + self._rows_of_call(), stop)
                 inputs, changed = self._space.admit(rows[unit.problem][start:end])
-                if self._dispatcher.leads:
+                if self._dispatcher.is_leader:
                     self.clipped += int(changed.sum())
                 seeds = self._task.seeds(unit.problem)[start:end]
                 yield _Call(unit.problem, stolen, start, inputs, seeds)
@@ -200,7 +200,7 @@ class Runner:
         stop = 0
         for number, stolen in self._dispatcher.claims(len(self._task.layout.units), self._steal):
             unit = self._task.layout.units[number]
-            if self._dispatcher.leads:
+            if self._dispatcher.is_leader:
                 self.own.append(number)
             if first is not None and (stolen or unit.problem != first.problem or unit.start != stop):
                 yield first, stop, False
@@ -258,7 +258,7 @@ class Runner:
         k, key = len(inputs), None
         if store is not None and self._filing is not None:
             key = store.key(self._execution.role + self._filing.name, innermost(self._simulator, inputs)[1], seeds)
-            known = store.get(key) if self._dispatcher.leads else None
+            known = store.get(key) if self._dispatcher.is_leader else None
             if known is not None and not self._is_whole(known.reshape(k, -1)):
                 known = None  # a run where numbers may be lacking, and none here
             if self._dispatcher.group is not None:
@@ -275,7 +275,7 @@ class Runner:
         outputs = self._attempt(inputs, seeds)
         F, call.shape = as_rows(outputs, k, self._shape, self.name)
         # A run that failed is not finished: what made it fail, a full disk or a bad node, may be gone the next time.
-        if store is not None and key is not None and self._dispatcher.leads and self._is_whole(F):
+        if store is not None and key is not None and self._dispatcher.is_leader and self._is_whole(F):
             store.put(key, F.reshape(k, *call.shape), time.perf_counter() - begin)
         return F
 

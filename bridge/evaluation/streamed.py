@@ -64,7 +64,7 @@ class Stream:
         firsts = [runs[self._layout.leaf_start(leaf, self._units_in_leaf)][0] for leaf in range(per_problem)]
         self._first_rows = [*firsts, drawn.request.strategy.num_rows]
         shares = [self._shares(p) if self._differences else None for p in range(len(drawn.problems))]
-        self._sums = [TreeSum(per_problem, drawn.request.spare, share) for share in shares]
+        self._sums = [TreeSum(per_problem, drawn.request.buffers, share) for share in shares]
         self._matrix: tuple[int, torch.Tensor] | None = None
         # Leaves of which rows are still to come: one, and one at the end of a run of which others took the rest.
         self._open: dict[tuple[int, int], torch.Tensor] = {}

@@ -53,7 +53,7 @@ def earlier_runs(reuse: Sequence[Source], problem: FitProblem, work: MethodRun, 
         _see_simulators(work)
     if not reuse or not isinstance(work, ModelRun):
         return None
-    dispatcher = work.smoothed[0].dispatcher.thinking
+    dispatcher = work.smoothed[0].dispatcher.leader
     begun = run is not None and run.resume and any(run.directory.glob("checkpoint-*.npz"))
     if dispatcher.broadcast_object(begun):
         return None
@@ -118,7 +118,7 @@ class FitDriver:
         self.max_seconds = max_seconds
         chosen_so = f"{method.name}: {reason}" if announced else ""
         self.first_note = "; ".join(filter(None, [chosen_so, problem.scales_in_words]))
-        self.dispatcher, self.cost = work.smoothed[0].dispatcher.thinking, work.smoothed[0].spent
+        self.dispatcher, self.cost = work.smoothed[0].dispatcher.leader, work.smoothed[0].spent
         self.history: list[FitStep] = []
         self.stop_reason = ""
         self.cached_before, self.surrogate_before = 0, 0

@@ -138,7 +138,7 @@ def fit(
         work,
         begin=begun,
         run=kept_run(task, chosen, work, kept, earlier_fits),
-        observers=Observers(observers if work.smoothed[0].dispatcher.thinking.rank == 0 else ()),
+        observers=Observers(observers if work.smoothed[0].dispatcher.leader.rank == 0 else ()),
         told=told,
         announced=chosen.name != chooses.name,
         max_seconds=task.stop.seconds,

@@ -65,7 +65,7 @@ class Estimator:
     """A simulator, how its smoothed value is estimated, and where.
 
     Attributes:
-        spare: memory left by evaluations for later ones.
+        buffers: memory left by evaluations for later ones.
     """
 
     simulator: Simulator
@@ -73,7 +73,7 @@ class Estimator:
     dispatcher: Dispatcher
     execution: Execution
     surrogate: StandIn | None = None
-    spare: list[torch.Tensor] = field(default_factory=list)
+    buffers: list[torch.Tensor] = field(default_factory=list)
     spent: Spent = field(default_factory=Spent)
 
 
@@ -137,10 +137,10 @@ class Call:
                 first_replicate=self.replicate,
                 need_theta=need_theta and atom is None,
                 need_scale=self.need_scale and atom is None,
-                spare=source.spare,
+                buffers=source.buffers,
                 atom=atom,
             )
-            once = simulator, source.execution.store, source.execution, source.spare
+            once = simulator, source.execution.store, source.execution, source.buffers
             return source.dispatcher.make(evaluate_problems, request, once=once)
 
         made: LinearForms

@@ -78,7 +78,7 @@ class SmoothedSimulator:
     ) -> None:
         self.simulator, self.strategy, self.scale = simulator, strategy, scale
         self.dispatcher, self.execution, self.surrogate = dispatcher, execution, surrogate
-        self.spare: list[torch.Tensor] = []
+        self.buffers: list[torch.Tensor] = []
         self.spent = Spent()
         self._last: tuple[bytes, bytes] | None = None
         self._warned = False
@@ -123,7 +123,7 @@ class SmoothedSimulator:
     def _estimator(self) -> Estimator:
         """What the calls of this moment need."""
         return Estimator(
-            self.simulator, self.strategy, self.dispatcher, self.execution, self.surrogate, self.spare, self.spent
+            self.simulator, self.strategy, self.dispatcher, self.execution, self.surrogate, self.buffers, self.spent
         )
 
     def with_strategy(self, strategy: Strategy) -> SmoothedSimulator:

@@ -141,7 +141,7 @@ class Run:
         self._keep = self._keep if keep_evaluations is None else keep_evaluations
         self._dispatcher = get_dispatcher(self._comm if comm is None else comm)
         # Under a driver the other ranks follow its evaluations, not its checkpoints.
-        self._all = self._dispatcher.thinking
+        self._all = self._dispatcher.leader
         error: Exception | None = None
         found: tuple[int, Any] | None = None
         if self._all.rank == 0:
@@ -269,7 +269,7 @@ class Run:
         """
         packed = checkpoint.packed(state)
         self._snapshot, self._behind = (step, packed), True
-        with self._dispatcher.led(self.store, "advance", (step,), {}):
+        with self._dispatcher.mirrored(self.store, "advance", (step,), {}):
             self.store.advance(step)
         now = time.monotonic()
         self._longest, self._last_step_at = max(self._longest, now - self._last_step_at), now
@@ -310,10 +310,10 @@ class Run:
             return
         self._written, self._behind = step, False
         if between_steps and not self._keep:
-            with self._dispatcher.led(self.store, "clear", (step,), {}):
+            with self._dispatcher.mirrored(self.store, "clear", (step,), {}):
                 self.store.clear(step)
         else:
-            with self._dispatcher.led(self.store, "sync", (), {}):
+            with self._dispatcher.mirrored(self.store, "sync", (), {}):
                 self.store.sync()
         self._tell("running", None)
 
