@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -23,16 +23,8 @@ from bridge.smoothing.estimate import Estimate
 
 MakeOptimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
-
-class Mover(Protocol):
-    def move(self, x: Array, gradient: Array, width: float, decay: float) -> Array:
-        """(k, d) from (k, d) and gradients, natural units."""
-
-    def keep(self, which: NDArray[np.intp]) -> None: ...
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-    def restore(self, saved: Mapping[str, Any]) -> None: ...
+# Of Adam: gradients of few samples are new in each step, and a descent is short.
+_BETAS = (0.7, 0.95)
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,12 @@ class Adam(FirstOrderMethod):
     """
 
     def start(self, task: FitTask) -> Descent:
-        return self._started(task, AdamMover(task.problem.free_starts.shape, self.learning_rate))
+        rate = self.learning_rate * self.widths[0]
+
+        def make(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.Adam(parameters, lr=rate, betas=_BETAS, eps=1e-300)
+
+        return self._started(task, Mover(make, task.problem.free_starts.shape, self.widths[0], decays=True))
 
 
 @register("torch")
@@ -96,7 +93,7 @@ class Torch(FirstOrderMethod):
         assert self.optimiser is not None
         shape, first = task.problem.free_starts.shape, self.widths[0]
         make = make_optimiser(self.optimiser, self.learning_rate * first, shape[1])
-        run = self._started(task, TorchMover(make, shape, first))
+        run = self._started(task, Mover(make, shape, first))
         run.described["optimiser"] = describe(make)
         return run
 
@@ -133,42 +130,18 @@ class FirstOrder(StepRule):
 
 
 @final
-class AdamMover:
-    """Adam's direction (Kingma and Ba 2015) in numpy float64, times the scale of the noise and `rate`."""
-
-    def __init__(self, shape: tuple[int, int], rate: float, betas: tuple[float, float] = (0.7, 0.95)) -> None:
-        self.rate, self.betas, self.m, self.v, self.t = rate, betas, np.zeros(shape), np.zeros(shape), 0
-
-    def move(self, x: Array, gradient: Array, width: float, decay: float) -> Array:
-        b1, b2 = self.betas
-        self.t += 1
-        self.m = b1 * self.m + (1 - b1) * gradient
-        self.v = b2 * self.v + (1 - b2) * gradient * gradient
-        m, v = self.m / (1 - b1**self.t), self.v / (1 - b2**self.t)
-        return np.asarray(x - self.rate * width * decay * (m / (np.sqrt(v) + 1e-300)))
-
-    def keep(self, which: NDArray[np.intp]) -> None:
-        self.m, self.v = self.m[which], self.v[which]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"m": self.m, "v": self.v, "t": self.t}
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        self.m, self.v, self.t = (saved[key] for key in "mvt")
-
-
-@final
-class TorchMover:
+class Mover:
     """Any `torch.optim` optimiser, one for each start, of parameters in natural units.
 
     Its learning rates are those it was made with, times the scale of the noise over the first scale.
 
     Args:
         make: as `make_optimiser` gives it. first: the first scale.
+        decays: whether rates go down with the schedule's decay as well.
     """
 
-    def __init__(self, make: MakeOptimiser, shape: tuple[int, int], first: float) -> None:
-        self.make, self.dimension, self.first = make, shape[1], first
+    def __init__(self, make: MakeOptimiser, shape: tuple[int, int], first: float, decays: bool = False) -> None:
+        self.make, self.dimension, self.first, self.decays = make, shape[1], first, decays
         self._begin(shape[0])
 
     def _begin(self, count: int) -> None:
@@ -181,7 +154,7 @@ class TorchMover:
         for p, optimiser, rates, z, g in zip(self.parameters, self.optimisers, self.rates, x, gradient, strict=True):
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 if rate is not None:
-                    group["lr"] = rate * (width / self.first)
+                    group["lr"] = rate * (width / self.first) * (decay if self.decays else 1.0)
             with torch.no_grad():
                 p.copy_(torch.as_tensor(z))
             p.grad = torch.as_tensor(g).clone()
