@@ -23,8 +23,9 @@ _TOO_NOISY = 2.0
 # Chance with which the target's noise is less than what is taken for it there, where residuals alone tell it.
 _OWN = 0.025
 # Eigenvalues of the normal matrix in natural units, in which descents move, beside the largest, below which there are
-# valleys; standard errors to the minimum, by the slopes at the end, from which on it is not found along one.
-_VALLEY, _FOUND = 1e-2, 0.1
+# valleys; how far the minimum is along one, by the slopes at the end, from which on it is not found: in standard
+# errors, and in standard deviations of what noise makes of those slopes.
+_VALLEY, _FOUND, _SHOWN = 1e-2, 0.1, 2.0
 # Steps of the outputs over the last scale, below which slopes are those of a staircase.
 _COARSE = 0.7
 # Different changes of outputs between two runs, to tell a step by.
@@ -162,9 +163,9 @@ def _staircase(
 def _along_valleys(stated: Stated, evidence: Evidence, precision: Array, moved: Array) -> Stated:
     """Without errors along valleys where a first-order descent still is where it began, as far as errors tell.
 
-    There it has moved by less than the error, and slopes do not show it to be at the minimum. Such an end says as much
-    of the start as of the target. A descent that has found the minimum comes to it from any start: it has errors
-    however little it has moved.
+    There it has moved by less than the error, and slopes show, beyond their noise, that it is short of the minimum.
+    Such an end says as much of the start as of the target. A descent that has found the minimum comes to it from any
+    start: it has errors however little it has moved.
 
     Args:
         precision: of the prior: no valley is what it tells alone. moved: (d,).
@@ -176,8 +177,8 @@ def _along_valleys(stated: Stated, evidence: Evidence, precision: Array, moved: 
     begun = np.zeros(len(moved), dtype=bool)
     for value, u in zip(values, vectors.T, strict=True):
         along = float(u @ covariance @ u)
-        left = float((u @ step) ** 2 + u @ noise @ u)
-        if value < _VALLEY * values[-1] and u @ precision @ u < 0.5 * value and left > _FOUND**2 * along:
+        short = (u @ step) ** 2 > max(_FOUND**2 * along, _SHOWN**2 * float(u @ noise @ u))
+        if value < _VALLEY * values[-1] and u @ precision @ u < 0.5 * value and short:
             begun |= ((u @ moved) ** 2 < along < np.inf) & ((covariance @ u) ** 2 > 0.5 * along * np.diag(covariance))
     if not begun.any():
         return stated
