@@ -84,7 +84,7 @@ def squares(simulator, theta, scale, density, n, repetitions, points, antithetic
         num_samples=n,
         distribution=density,
         scale=scale,
-        points=points,
+        points=f"antithetic-{points}" if antithetic else points,
         covariate=covariate,
         simulator_seeds="independent",
         on=bridge.Ranks(leaf_size=n),

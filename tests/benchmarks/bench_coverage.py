@@ -261,11 +261,11 @@ def make(cell: str, number: int) -> Problem:
 
 def refit(cell: str, given: bool, method: str, number: int) -> dict[str, Any]:
     problem = make(cell, number)
-    settings: dict[str, Any] = {"max_runs": 60} if method == "kriging" else {"num_samples": 8}
+    few = {"gauss-newton": bridge.GaussNewton(num_samples=8), "adam": bridge.Adam(num_samples=8)}
     begin = time.perf_counter()
     result = bridge.fit(
-        problem.simulator, problem.target, problem.start, seed=number, method=method,
-        variance=problem.variance if given else None, **settings,
+        problem.simulator, problem.target, problem.start, seed=number, variance=problem.variance if given else None,
+        method=few.get(method, method), stop=bridge.Stop(runs=60 if method == "kriging" else None),
     )  # fmt: skip
     seconds = time.perf_counter() - begin
     error = np.full(len(problem.truth), np.nan) if result.standard_error is None else result.standard_error

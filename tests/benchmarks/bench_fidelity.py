@@ -190,17 +190,20 @@ def main() -> None:
             plain = error(p, truth, TEST, options.repeats, p.budget, replicates=replicates)
             print(f"  replicates {replicates}: none          error {plain.mean() ** 0.5:.4f}", flush=True)
             for weight in (1.0, "auto") if replicates > 1 else (1.0,):
-                settings = {"replicates": replicates, "surrogate": p.coarse, "surrogate_weight": weight}
+
+                def with_surrogate(m: int, weight: Any = weight, replicates: int = replicates) -> dict[str, Any]:
+                    return {"replicates": replicates, "surrogate": bridge.Surrogate(p.coarse, m, weight)}  # noqa: B023
+
                 tried = [
-                    (error(p, truth, TUNING, 4, n, surrogate_samples=m, **settings).mean(), n, m)
+                    (error(p, truth, TUNING, 4, n, **with_surrogate(m)).mean(), n, m)
                     for n, m in splits(p, ratio, replicates)
                 ]
                 if not tried:
                     print(f"  replicates {replicates}: weight {weight!s:5}  no split fits into the budget")
                     continue
                 _, n, m = min(tried)
-                got = error(p, truth, TEST, options.repeats, n, surrogate_samples=m, **settings)
-                _, alpha = jacobian(p, TEST, 0, n, surrogate_samples=m, **settings)
+                got = error(p, truth, TEST, options.repeats, n, **with_surrogate(m))
+                _, alpha = jacobian(p, TEST, 0, n, **with_surrogate(m))
                 gain = plain.mean() / got.mean()
                 rng = np.random.default_rng(0)
                 draws = [(rng.integers(0, len(got), len(got)), rng.integers(0, len(got), len(got))) for _ in range(999)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,23 +103,29 @@ PROBLEMS = {
     "helix": Problem(helix, [-1, 0.1, 0], [0.5, 0.5, 2], np.zeros(3)),
     "stairs": Problem(stairs, [1, 2, 0.5, 0.8], [0.5, 0.5, 0.4, 0.4], stairs([2, 1.2, 1, 0.2])),
 }  # fmt: skip
-SETTINGS = {"default": {}, "12 runs": {"num_samples": 12}, "16 runs": {"num_samples": 16, "scale": (1.0, 0.03)}}
+DEFAULT = bridge.GaussNewton()
+METHODS = {
+    "default": DEFAULT,
+    "12 runs": bridge.GaussNewton(num_samples=12),
+    "16 runs": bridge.GaussNewton(num_samples=16, scale=(1.0, 0.03)),
+}
 LEAST = {
     "jennrich": 2 * least_squares(lambda x: jennrich(x) - 2 - 2 * COUNT, [0.25, 0.25]).cost,
     "peaks": 2 * least_squares(lambda x: peaks(x) - PROBLEMS["peaks"].target, PEAKS).cost,
 }
 
 
-def runs_to(name: str, seed: int, settings: dict[str, Any]) -> tuple[float, float, int]:
+def runs_to(name: str, seed: int, method: bridge.GaussNewton) -> tuple[float, float, int]:
     """Runs after which the loss stays below 1e-2 and 1e-4 of the start's, and of the whole fit."""
     p = PROBLEMS[name]
     names = [f"p{i}" for i in range(len(p.start))]
     simulator = bridge.as_simulator(p.function, names=names, natural_scale=p.natural, seeded=p.clean is not None)
     away = 0.3 * np.array(p.natural) * np.random.default_rng(seed).uniform(-1, 1, len(p.start))
-    more = {"num_samples": 64} if name == "many" else {"simulator_seeds": "independent"} if name == "noisy" else {}
-    result = bridge.fit(
-        simulator, p.target, np.array(p.start) + away, seed=seed, method="gauss-newton", **{**settings, **more}
-    )
+    if name == "many":
+        method = replace(method, num_samples=64)
+    if name == "noisy":
+        method = replace(method, simulator_seeds="independent")
+    result = bridge.fit(simulator, p.target, np.array(p.start) + away, seed=seed, method=method)
     visited = [np.array(h.parameters) for h in result.history] + [result.parameters]
     cost = [0] + [h.num_evaluations for h in result.history]
     losses = np.array([((np.asarray((p.clean or p.function)(x)) - p.target) ** 2).sum() for x in visited])
@@ -132,11 +139,11 @@ def runs_to(name: str, seed: int, settings: dict[str, Any]) -> tuple[float, floa
 
 
 def main(seeds: int) -> None:
-    for words, settings in SETTINGS.items():
+    for words, method in METHODS.items():
         for name in PROBLEMS:
-            if name == "many" and settings:  # 48 parameters: 64 runs a step
+            if name == "many" and method != DEFAULT:  # 48 parameters: 64 runs a step
                 continue
-            told = np.array([runs_to(name, seed, settings) for seed in range(seeds)])
+            told = np.array([runs_to(name, seed, method) for seed in range(seeds)])
             found, median = np.isfinite(told).sum(axis=0), np.median(told, axis=0)
             print(
                 f"{words:8s} {name:9s} {found[0]:2d} below 1e-2 after {median[0]:4.0f}, {found[1]:2d} below 1e-4 after "
