@@ -35,6 +35,16 @@ from bridge.errors import NonFiniteError as NonFiniteError
 from bridge.errors import OutputError as OutputError
 from bridge.errors import SetupError as SetupError
 from bridge.errors import StoppedError as StoppedError
+from bridge.estimators.covariates import AtCentre as AtCentre
+from bridge.estimators.covariates import AutoCovariate as AutoCovariate
+from bridge.estimators.covariates import BayesianQuadrature as BayesianQuadrature
+from bridge.estimators.covariates import Covariate as Covariate
+from bridge.estimators.covariates import LeaveOneBlockOut as LeaveOneBlockOut
+from bridge.estimators.covariates import LeaveOneOut as LeaveOneOut
+from bridge.estimators.covariates import MeanOfRows as MeanOfRows
+from bridge.estimators.covariates import NoCovariate as NoCovariate
+from bridge.estimators.covariates import Regression as Regression
+from bridge.estimators.covariates import Sample as Sample
 from bridge.estimators.distributions import Cauchy as Cauchy
 from bridge.estimators.distributions import Distribution as Distribution
 from bridge.estimators.distributions import Gaussian as Gaussian
@@ -82,6 +92,7 @@ from bridge.fitting.robust import Huber as Huber
 from bridge.fitting.robust import RobustLoss as RobustLoss
 from bridge.fitting.robust import SoftL1 as SoftL1
 from bridge.fitting.stop import Stop as Stop
+from bridge.registry import register as register
 from bridge.reporting.live import LiveView as LiveView
 from bridge.reporting.observers import Observer as Observer
 from bridge.reporting.observers import make_observers as make_observers
@@ -102,7 +113,6 @@ from bridge.simulator.protocol import simulator_name as simulator_name
 from bridge.simulator.registry import find as find
 from bridge.simulator.registry import list_simulators as list_simulators
 from bridge.simulator.registry import make as make
-from bridge.simulator.registry import register as register
 from bridge.simulator.space import Kind as Kind
 from bridge.simulator.space import Outside as Outside
 from bridge.simulator.space import Parameter as Parameter

@@ -17,11 +17,12 @@ from scipy import special
 
 from bridge.arrays import Array
 from bridge.errors import InputError
+from bridge.registry import Registry
 
 
 class Distribution(ABC):
     """A density on the line. A new one needs `icdf` and `log_prob`; the score is differentiated numerically unless
-    it is given.
+    it is given. `bridge.register("name")` makes it known by a name; `bridge.testing.DistributionContract` tests it.
 
     Attributes:
         name: as users write it.
@@ -65,11 +66,16 @@ class Distribution(ABC):
         return np.asarray(s * s - (self.score(e + h) - self.score(e - h)) / (2 * h))
 
 
+DISTRIBUTIONS: Registry[Distribution] = Registry(
+    "distribution", "bridge.distributions", Distribution, or_else=", or a Distribution"
+)
+
+
+@DISTRIBUTIONS.register("gaussian")
 @final
 class Gaussian(Distribution):
     """p = exp(-e^2/2) / sqrt(2 pi); s = e. The least E[s^2] for a given variance."""
 
-    name = "gaussian"
     symmetric = True
     fisher_information = 1.0
 
@@ -86,11 +92,11 @@ class Gaussian(Distribution):
         return e * e - 1
 
 
+@DISTRIBUTIONS.register("logistic")
 @final
 class Logistic(Distribution):
     """p = exp(-e) / (1 + exp(-e))^2; s = tanh(e/2), bounded."""
 
-    name = "logistic"
     symmetric = True
     fisher_information = 1 / 3
 
@@ -109,11 +115,11 @@ class Logistic(Distribution):
         return 1.5 * t * t - 0.5
 
 
+@DISTRIBUTIONS.register("gumbel")
 @final
 class Gumbel(Distribution):
     """p = exp(-e - exp(-e)); s = 1 - exp(-e). Not symmetric; its mean, 0.5772, shifts the point that is queried."""
 
-    name = "gumbel"
     symmetric = False
     fisher_information = 1.0
 
@@ -132,11 +138,11 @@ class Gumbel(Distribution):
         return s * s - np.exp(-e)
 
 
+@DISTRIBUTIONS.register("cauchy")
 @final
 class Cauchy(Distribution):
     """p = 1 / (pi (1 + e^2)); s = 2e / (1 + e^2). For bounded f only: the mean of the noise does not exist."""
 
-    name = "cauchy"
     symmetric = True
     fisher_information = 0.5
     cross_moments = False
@@ -156,11 +162,11 @@ class Cauchy(Distribution):
         return (6 * e * e - 2) / (1 + e * e) ** 2
 
 
+@DISTRIBUTIONS.register("laplace")
 @final
 class Laplace(Distribution):
     """p = exp(-|e|) / 2; s = sign(e), and 0 at 0, where p has a kink."""
 
-    name = "laplace"
     symmetric = True
     fisher_information = 1.0
     atoms = ((0.0, -1.0),)
@@ -178,6 +184,7 @@ class Laplace(Distribution):
         return np.ones_like(e)  # p'' = p - delta(0)
 
 
+@DISTRIBUTIONS.register("triangular")
 @final
 class Triangular(Distribution):
     """p = max(0, 1 - |e|); s = sign(e) / (1 - |e|), and 0 at 0. Compact support: queries stay within L's box.
@@ -185,7 +192,6 @@ class Triangular(Distribution):
     The score has infinite variance: use points="qmc-latin", which keeps |s| <= sqrt(num_samples).
     """
 
-    name = "triangular"
     symmetric = True
     fisher_information = float("inf")
     atoms = ((-1.0, 1.0), (0.0, -2.0), (1.0, 1.0))
@@ -207,11 +213,6 @@ class Triangular(Distribution):
 
     def second_score(self, e: Array) -> Array:
         return np.zeros_like(e)  # p'' is nothing but its atoms
-
-
-_KNOWN: dict[str, type[Distribution]] = {
-    kind.name: kind for kind in (Gaussian, Logistic, Gumbel, Cauchy, Laplace, Triangular)
-}
 
 
 def check_distribution(distribution: Distribution) -> None:
@@ -259,20 +260,17 @@ def fisher_information(distribution: Distribution) -> float:
 
 
 def get_distribution(distribution: str | Distribution) -> Distribution:
-    """The distribution of that name, or the given one after `check_distribution`.
+    """The distribution of that name, or the given one; those of others after `check_distribution`.
 
     Raises:
         InputError: unknown name, the uniform density, or a density that fails the check.
     """
-    if isinstance(distribution, Distribution):
-        if type(distribution) not in _KNOWN.values():
-            check_distribution(distribution)
-        return distribution
-    if distribution in _KNOWN:
-        return _KNOWN[distribution]()
-    if distribution == "uniform":
+    if isinstance(distribution, str) and distribution == "uniform":
         raise InputError(
             "Expected an absolutely continuous density, got 'uniform': its score is 0 almost everywhere, so the "
             "estimated gradient would be 0 whatever the simulator does. Take 'triangular' for compact support."
         )
-    raise InputError(f"Unknown distribution {distribution!r}. Known: {', '.join(_KNOWN)}, or a Distribution.")
+    density = DISTRIBUTIONS.make(distribution)
+    if type(density).__module__ != __name__:
+        check_distribution(density)
+    return density

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, final
 
 import numpy as np
@@ -18,6 +20,7 @@ from scipy.stats import qmc
 from bridge.arrays import Array
 from bridge.errors import InputError
 from bridge.estimators.distributions import Distribution, Gaussian, fisher_information
+from bridge.registry import Registry
 
 # What "auto" takes on itself, about a second: floating-point operations of orthogonal directions, and the dimensions
 # whose scrambles Sobol' points need.
@@ -45,9 +48,13 @@ class Nodes:
 
 
 class PointSet(ABC):
-    """A rule that gives n points of the open unit cube from a random generator, and nothing else."""
+    """A rule that gives n points of the open unit cube from a random generator, and nothing else.
 
-    name: ClassVar[str]
+    A new one needs `uniform`, and `block` where its rows are independent. `bridge.register("name")` makes it known by a
+    name; `bridge.testing.PointSetContract` tests it.
+    """
+
+    name: ClassVar[str] = "custom"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -60,6 +67,9 @@ class PointSet(ABC):
         """Size of the independent blocks, see `Nodes`. Most sets are one dependent whole."""
         return n
 
+    def check(self, distribution: Distribution, n: int) -> None:  # noqa: B027  (by default all are)
+        """Raises InputError where n rows of this density are not feasible, whatever the dimension."""
+
     def nodes(self, distribution: Distribution, n: int, d: int, rng: np.random.Generator) -> Nodes:
         u = self.uniform(n, d, rng)
         return Nodes(
@@ -68,6 +78,11 @@ class PointSet(ABC):
             np.full(n, 1.0 / n),
             min(n, self.block(n)),
         )
+
+
+POINT_SETS: Registry[PointSet] = Registry(
+    "point set", "bridge.point_sets", PointSet, called="points", or_else=", or antithetic-NAME for pairs"
+)
 
 
 def _open(u: Array) -> Array:
@@ -97,7 +112,7 @@ class Latin(PointSet):
         jitter: v uniform in the cell ("rqmc-latin"), else its centre, 1/2 ("qmc-latin").
     """
 
-    jitter: bool
+    jitter: bool = True
     name: ClassVar[str] = "latin"
 
     def uniform(self, n: int, d: int, rng: np.random.Generator) -> Array:
@@ -114,7 +129,7 @@ class Cartesian(PointSet):
     strongly biased for small k: projection on the true gradient 0.67-1.18 at k = 4.
     """
 
-    jitter: bool
+    jitter: bool = True
     name: ClassVar[str] = "cartesian"
 
     def uniform(self, n: int, d: int, rng: np.random.Generator) -> Array:
@@ -165,17 +180,24 @@ class Net(PointSet):
     Reference: Niederreiter, Random Number Generation and Quasi-Monte Carlo Methods, SIAM 1992, lemma 4.22.
     """
 
-    jitter: bool
+    jitter: bool = True
     name: ClassVar[str] = "net"
 
-    def uniform(self, n: int, d: int, rng: np.random.Generator) -> Array:
+    def check(self, distribution: Distribution, n: int) -> None:
+        self._cells(n)
+
+    def _cells(self, n: int) -> int:
+        """k of n = 2^k."""
         if n & (n - 1):
             below = 1 << (n.bit_length() - 1)
             raise InputError(
                 f"Expected a power of two for the number of rows of a net, got {n}. Use {below} or {2 * below}, or "
                 "sobol points."
             )
-        bits = n.bit_length() - 1
+        return n.bit_length() - 1
+
+    def uniform(self, n: int, d: int, rng: np.random.Generator) -> Array:
+        bits = self._cells(n)
         # i/n in binary digits, the first one first, times a random lower triangular matrix, plus a random shift.
         digits = np.arange(n)[:, None] >> np.arange(bits)[::-1] & 1
         mixing = np.tril(rng.integers(0, 2, (bits, bits)), -1) + np.eye(bits, dtype=np.int64)
@@ -231,12 +253,15 @@ class Orthogonal(PointSet):
         directions = np.concatenate(parts) if len(parts) > 1 else parts[0]
         return np.asarray(directions * np.sqrt(rng.chisquare(d, size=n))[:, None])
 
-    def nodes(self, distribution: Distribution, n: int, d: int, rng: np.random.Generator) -> Nodes:
+    def check(self, distribution: Distribution, n: int) -> None:
         if not isinstance(distribution, Gaussian):
             raise InputError(
                 f"Expected Gaussian noise for orthogonal points, got {distribution.name!r}: only the Gaussian is "
                 "unchanged by rotations. Use points='sobol'."
             )
+
+    def nodes(self, distribution: Distribution, n: int, d: int, rng: np.random.Generator) -> Nodes:
+        self.check(distribution, n)
         eps = self._directions(n, d, rng)
         return Nodes(eps, eps.copy(), np.full(n, 1.0 / n), d if n % d == 0 else n)
 
@@ -273,33 +298,50 @@ class Auto(PointSet):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Antithetic(PointSet):
     """Pairs (u, 1 - u), neighbours in row order, over n/2 points of another set.
 
-    Symmetric densities and even n only.
+    Symmetric densities and even n only. By name: "antithetic", "antithetic-mc", and so for every set with a name.
+
+    Args:
+        points: of which pairs are made, or their name; "auto" takes Sobol' points.
     """
 
     base: PointSet
     name: ClassVar[str] = "antithetic"
 
+    def __init__(self, points: str | PointSet = "auto") -> None:
+        base = get_points(points)
+        if isinstance(base, Antithetic):
+            raise InputError(f"Expected points that are no pairs themselves, got {base!r}. Give {base.base!r}.")
+        object.__setattr__(self, "base", Sobol() if isinstance(base, Auto) else base)
+
     def uniform(self, n: int, d: int, rng: np.random.Generator) -> Array:
+        self._check_even(n)
         half = self.base.uniform(n // 2, d, rng)
         return np.stack([half, 1 - half], axis=1).reshape(n, d)
 
     def block(self, n: int) -> int:
         return 2 * self.base.block(n // 2)
 
-    def nodes(self, distribution: Distribution, n: int, d: int, rng: np.random.Generator) -> Nodes:
+    def check(self, distribution: Distribution, n: int) -> None:
+        self._check_even(n)
+        if not distribution.symmetric:
+            raise InputError(
+                f"Expected a symmetric density for antithetic pairs, got {distribution.name!r}: -eps is not "
+                "distributed as eps. Use other points, or gaussian, logistic, cauchy, laplace or triangular."
+            )
+        self.base.check(distribution, n // 2)
+
+    def _check_even(self, n: int) -> None:
         if n % 2:
             raise InputError(
                 f"Expected an even number of samples for antithetic pairs, got {n}. Use {n - 1} or {n + 1}."
             )
-        if not distribution.symmetric:
-            raise InputError(
-                f"Expected a symmetric density for antithetic pairs, got {distribution.name!r}: -eps is not "
-                "distributed as eps. Use antithetic=False, or gaussian, logistic, cauchy, laplace or triangular."
-            )
+
+    def nodes(self, distribution: Distribution, n: int, d: int, rng: np.random.Generator) -> Nodes:
+        self.check(distribution, n)
         # Mirrored exactly (not through 1 - u, which rounds), so that the scores of a pair cancel to the last bit.
         half = self.base.nodes(distribution, n // 2, d, rng)
 
@@ -310,27 +352,32 @@ class Antithetic(PointSet):
         return Nodes(mirror(half.eps), mirror(half.score), np.repeat(half.weight, 2) / 2, block, paired=True)
 
 
-_KNOWN: dict[str, PointSet] = {
-    "mc": MonteCarlo(),
-    "qmc-latin": Latin(jitter=False),
-    "rqmc-latin": Latin(jitter=True),
-    "qmc-cartesian": Cartesian(jitter=False),
-    "rqmc-cartesian": Cartesian(jitter=True),
-    "sobol": Sobol(),
-    "qmc-net": Net(jitter=False),
-    "rqmc-net": Net(jitter=True),
-    "halton": Halton(),
-    "orthogonal": Orthogonal(),
-    "auto": Auto(),
+_NAMED: dict[str, Callable[[], PointSet]] = {
+    "mc": MonteCarlo,
+    "qmc-latin": partial(Latin, jitter=False),
+    "rqmc-latin": Latin,
+    "qmc-cartesian": partial(Cartesian, jitter=False),
+    "rqmc-cartesian": Cartesian,
+    "sobol": Sobol,
+    "qmc-net": partial(Net, jitter=False),
+    "rqmc-net": Net,
+    "halton": Halton,
+    "orthogonal": Orthogonal,
+    "auto": Auto,
+    "antithetic": Antithetic,
 }
+for _name, _factory in _NAMED.items():
+    POINT_SETS.register(_name)(_factory)
+
+_PAIRS = "antithetic-"
 
 
-def get_points(points: str | PointSet, antithetic: bool) -> PointSet:
-    """The point set of that name, or the one given, in antithetic pairs if asked."""
-    if isinstance(points, str):
-        if points not in _KNOWN:
-            raise InputError(f"Unknown points {points!r}. Known: {', '.join(_KNOWN)}.")
-        points = _KNOWN[points]
-    if not antithetic:
-        return points
-    return Antithetic(Sobol() if isinstance(points, Auto) else points)
+def get_points(points: str | PointSet) -> PointSet:
+    """The point set of that name, or the one given.
+
+    Raises:
+        InputError: an unknown name, or pairs of pairs.
+    """
+    if isinstance(points, str) and points.startswith(_PAIRS):
+        return Antithetic(points.removeprefix(_PAIRS))
+    return POINT_SETS.make(points)

@@ -9,14 +9,13 @@ import numpy as np
 
 from bridge.checks import is_whole
 from bridge.errors import InputError
+from bridge.estimators.covariates import Covariate, get_covariate
 from bridge.estimators.distributions import Distribution, fisher_information, get_distribution
-from bridge.estimators.points import Antithetic, PointSet, get_points
+from bridge.estimators.points import PointSet, get_points
 
-Covariate = Literal["auto", "none", "f(x)", "loo", "mean", "block", "regression", "bq"]
 Failures = Literal["raise", "drop", "penalty"]
 Forward = Literal["smoothed", "unsmoothed"]
 SimulatorSeeds = Literal["common", "independent"]
-COVARIATES = ("auto", "none", "f(x)", "loo", "mean", "block", "regression", "bq")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Strategy:
     @property
     def extra_row(self) -> bool:
         """Whether the unperturbed f(x) is evaluated as one more row."""
-        return self.covariate == "f(x)" or self.forward == "unsmoothed"
+        return self.covariate.needs_centre or self.forward == "unsmoothed"
 
     @property
     def num_rows(self) -> int:
@@ -59,7 +58,7 @@ class Strategy:
     @property
     def weights_need_outputs(self) -> bool:
         """Whether weights are known only once all rows are evaluated; outputs are then kept."""
-        return self.covariate == "bq" or self.failures != "raise" or self.missing == "ignore"
+        return self.covariate.needs_outputs or self.failures != "raise" or self.missing == "ignore"
 
 
 def default_leaf_size(num_samples: int) -> int:
@@ -78,7 +77,7 @@ def make_strategy(
     replicates: int,
     distribution: str | Distribution,
     points: str | PointSet,
-    covariate: str,
+    covariate: str | Covariate,
     simulator_seeds: str,
     failures: Failures,
     leaf_size: int | None,
@@ -97,34 +96,29 @@ def make_strategy(
         raise InputError(f"Expected a non-negative integer seed, got {seed!r}.")
     if not is_whole(num_samples, 1):
         raise InputError(f"Expected at least one sample, got num_samples={num_samples!r}.")
-    if covariate not in COVARIATES:
-        raise InputError(f"Unknown covariate {covariate!r}. Known: {', '.join(COVARIATES)}.")
+    centring = get_covariate(covariate)
     if simulator_seeds not in ("common", "independent"):
         raise InputError(f"Unknown simulator_seeds={simulator_seeds!r}. Known: common, independent.")
-    if missing == "ignore" and covariate == "bq":
-        raise InputError("Expected a covariate other than 'bq' with missing='ignore': its weights need whole outputs.")
+    if missing == "ignore" and centring.needs_outputs:
+        raise InputError(
+            f"Expected a covariate other than {centring.name!r} with missing='ignore': its weights need whole outputs."
+        )
     if not is_whole(replicates, 1) or num_samples % replicates:
         raise InputError(
             f"Expected replicates to divide num_samples={num_samples}, got {replicates!r}. Four to eight suit."
         )
     each = int(num_samples) // int(replicates)
-    if covariate == "loo" and each < 2:
-        raise InputError("Expected at least two samples for covariate='loo', got 1. Use more, or 'f(x)'.")
     density = get_distribution(distribution)
     information = fisher_information(density)
-    if covariate == "regression" and not np.isfinite(information):
-        raise InputError(
-            f"Expected a density of finite Fisher information for covariate='regression', got {density.name!r}. Use "
-            "'auto', or another distribution."
-        )
+    centring.check(density, information, each)
     strategy = Strategy(
         seed=int(seed),
         num_samples=each,
         replicates=int(replicates),
         distribution=density,
         information=information,
-        points=get_points(points, False),
-        covariate=covariate,  # type: ignore[arg-type]  # checked above
+        points=get_points(points),
+        covariate=centring,
         forward="smoothed",
         simulator_seeds=simulator_seeds,  # type: ignore[arg-type]
         failures=failures,
@@ -133,7 +127,6 @@ def make_strategy(
         missing=missing,
         leaf_size=min(each, int(leaf_size) if leaf_size else default_leaf_size(int(num_samples))),
     )
-    if isinstance(strategy.points, Antithetic) or points in ("orthogonal", "qmc-net", "rqmc-net"):
-        # Infeasible combinations are refused here, before the first simulation, not at the first step.
-        strategy.points.nodes(density, strategy.num_samples, 1, np.random.default_rng(0))
+    # Infeasible combinations are refused here, before the first simulation, not at the first step.
+    strategy.points.check(density, strategy.num_samples)
     return strategy

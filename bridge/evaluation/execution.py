@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -119,10 +119,20 @@ class Problem:
 _default_device: ContextVar[torch.device] = ContextVar("default_device")
 
 
-@contextmanager
-def ordinary_torch() -> Iterator[None]:
+def ordinary_torch() -> AbstractContextManager[None]:
     """Keeps torch's settings of the caller away from sums: autocast would round them, memory made in inference mode
     could not be used outside of it, and a default device is not where arrays of numpy are."""
+    ordinary = (
+        not torch.is_inference_mode_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cuda")
+        and torch.get_default_device().type == "cpu"
+    )
+    return nullcontext() if ordinary else _made_ordinary()
+
+
+@contextmanager
+def _made_ordinary() -> Iterator[None]:
     with ExitStack() as stack:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
@@ -136,9 +146,13 @@ def ordinary_torch() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def torch_of_simulators() -> Iterator[None]:
+def torch_of_simulators() -> AbstractContextManager[Any]:
     """A simulator may differentiate inside, wherever it is called from, and has the caller's default device."""
     device = _default_device.get(None)
-    with torch.enable_grad(), nullcontext() if device is None else device:
+    return torch.enable_grad() if device is None else _on(device)
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    with torch.enable_grad(), device:
         yield

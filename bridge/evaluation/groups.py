@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bridge.arrays import Array
 from bridge.errors import EvaluationError
-from bridge.estimators.covariates import Weights, enough, in_pairs, make_weights, survivors
+from bridge.estimators.weights import Weights, enough, in_pairs, make_weights, survivors
 from bridge.evaluation.execution import STATUSES, Failure
 from bridge.evaluation.kept_rows import KeptRows, has_rows
 from bridge.evaluation.request import Drawn
@@ -130,7 +130,7 @@ def agree_on_groups(drawn: Drawn, rows: KeptRows, valid: NDArray[np.bool_]) -> l
 
 def _weights(drawn: Drawn, rows: KeptRows, p: int, valid: NDArray[np.bool_]) -> Weights:
     request, nodes = drawn.request, drawn.problems[p].design.nodes
-    projections = _projections(rows, p) if request.strategy.covariate == "bq" else None
+    projections = _projections(rows, p) if request.strategy.covariate.needs_outputs else None
     form = request.form if request.need_scale else None
     weights = make_weights(request.strategy, nodes, form, valid, projections)
     if projections is None:

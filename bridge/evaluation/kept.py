@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.arrays import Array
-from bridge.estimators.covariates import Weights, second_weights
 from bridge.estimators.scale import pull_back_theta, push_theta
+from bridge.estimators.weights import Weights, second_weights
 from bridge.evaluation.execution import Failure
 from bridge.evaluation.groups import (
     Group,

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import gettempdir
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, final
 
 from bridge.checks import is_number, is_whole
 from bridge.dispatch import Dispatcher
@@ -16,6 +16,7 @@ from bridge.errors import InputError
 from bridge.evaluation.concurrent import ExecutorSimulator
 from bridge.evaluation.execution import Schedule
 from bridge.evaluation.workers import IsolatedSimulator, SimulatorPool
+from bridge.registry import EXECUTORS
 from bridge.simulator.protocol import Parallel, Simulator, simulator_name
 
 if TYPE_CHECKING:
@@ -185,11 +186,13 @@ def _check_ranks(ranks: Ranks, what: str) -> None:
         raise InputError(f"Expected per_evaluation=1 with bridge.{what}: the ranks run the simulator otherwise.")
 
 
-Where = Place | concurrent.futures.Executor | Literal["process"] | int | None
+Where = Place | concurrent.futures.Executor | str | int | None
+# Executors by name: one of each for a whole process, which it ends with.
+_made: dict[str, concurrent.futures.Executor] = {}
 
 
 def make_place(given: Any) -> Place:
-    """The place that is given: None for the ranks, a number of workers, "process" for a child, or an executor.
+    """The place that is given: None for the ranks, a number of workers, "process" for a child, an executor or its name.
 
     Raises:
         InputError: something else.
@@ -200,6 +203,10 @@ def make_place(given: Any) -> Place:
         return given
     if given == "process":
         return Isolated()
+    if isinstance(given, str):
+        if given not in _made:
+            _made[given] = EXECUTORS.make(given)
+        return Executor(_made[given])
     if is_whole(given, 1):
         return Workers(int(given))
     if hasattr(given, "Get_rank"):

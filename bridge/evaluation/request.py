@@ -12,10 +12,10 @@ import torch
 from bridge.arrays import Array
 from bridge.dispatch import Dispatcher
 from bridge.errors import InputError
-from bridge.estimators.covariates import make_weights
 from bridge.estimators.design import make_design
 from bridge.estimators.scale import Form, check_scale, perturb
 from bridge.estimators.strategy import Strategy
+from bridge.estimators.weights import make_weights
 from bridge.evaluation.execution import Execution, Problem, Tolerance
 from bridge.evaluation.layout import Layout
 from bridge.evaluation.runner import Task

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
 import torch
 
+from bridge.estimators.covariates import get_covariate
+from bridge.estimators.distributions import get_distribution
+from bridge.estimators.points import Antithetic, get_points
 from bridge.fitting.methods.base import FitTask, Method, MethodRun
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.target import LinearMap
@@ -22,11 +25,13 @@ def fingerprint(task: FitTask, method: Method, run: MethodRun) -> dict[str, Any]
     """All settings of a fit, as plain data that are the same in another process."""
     problem, misfit, prior = task.problem, task.problem.misfit, task.problem.misfit.prior
     functions = {"loss": misfit.loss, "whiten": misfit.whiten}
+    others = {} if misfit.robust is None or _is_ours(misfit.robust) else {"robust": misfit.robust}
     plain = run.smoothed[0]
     return {
         "simulator": simulator_name(problem.simulator),
         "identity": plain.execution.filing(plain.simulator).name,
         **{f"code of {k}": identity_of_function(f, k) for k, f in functions.items() if callable(f)},
+        **{f"code of {k}": identity_of_function(f, k) for k, f in others.items()},
         "seed": task.seed,
         "method": method.name,
         **_of_method(method, misfit),
@@ -60,6 +65,9 @@ def _of_method(method: Method, misfit: Misfit) -> dict[str, Any]:
         elif name == "surrogate" and value is not None:
             cheap = value if isinstance(value, Surrogate) else Surrogate(value)
             found[name] = [identity_of(as_simulator(cheap.simulator)), cheap.samples, cheap.weight]
+        elif name in _NAMED and isinstance(value, str) and not _is_ours(found_as := _NAMED[name](value)):
+            # A name is not enough: what it stands for may change.
+            found[name] = [value, identity_of_function(found_as, name)]
         elif name == "reuse":
             continue  # taken in once, and described by itself
         elif value is None or isinstance(value, bool | int | float | str | tuple | list | Mapping):
@@ -71,6 +79,20 @@ def _of_method(method: Method, misfit: Misfit) -> dict[str, Any]:
 
 def _of_blur(given: float | LinearMap, misfit: Misfit) -> Any:
     return given if isinstance(given, int | float) else _digest(given(_whitened(misfit.whiten, _probe(misfit))))
+
+
+# What is given by name, and may be somebody else's.
+_NAMED: dict[str, Callable[[str], Any]] = {
+    "distribution": get_distribution,
+    "points": get_points,
+    "covariate": get_covariate,
+}
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether a name says all of it."""
+    value = value.base if isinstance(value, Antithetic) else value
+    return type(value).__module__.partition(".")[0] == "bridge"
 
 
 def _probe(misfit: Misfit) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bridge.arrays import Array
 from bridge.errors import InputError
-from bridge.fitting.registry import Registry
+from bridge.registry import Registry
 
 # Of a residual, that the fit leaves.
 _LEAST_LEFT = 0.05
@@ -69,7 +69,9 @@ class RobustLoss(ABC):
         return k**2 * float(((self.weight(r) * r / left) ** 2).mean()), b
 
 
-ROBUST_LOSSES: Registry[RobustLoss] = Registry("robust loss", "bridge.robust_losses", or_else=", or (name, width)")
+ROBUST_LOSSES: Registry[RobustLoss] = Registry(
+    "robust loss", "bridge.robust_losses", RobustLoss, or_else=", or (name, width)"
+)
 register = ROBUST_LOSSES.register
 
 # Default widths are those at which the estimate of a mean keeps 95 % of its efficiency under Gaussian noise.

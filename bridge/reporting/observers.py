@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, final, runtime_checkable
 
+from bridge.checks import did_you_mean
 from bridge.errors import InputError
+from bridge.registry import Registry
 from bridge.reporting.lines import Lines, is_terminal
 from bridge.reporting.live import LiveView
 from bridge.reporting.result import FitResult, FitStep
@@ -29,7 +31,8 @@ class Observer(Protocol):
     """Who is told of a fit.
 
     `start` comes first; `max_steps` and `max_runs` are None where there is no such limit. `end` comes last, with None
-    where the fit ended by an exception.
+    where the fit ended by an exception. One with a name is derived from this class, takes no arguments that it must
+    have, and is made known by `bridge.register("name")`. `bridge.testing.ObserverContract` tests it.
     """
 
     def start(self, space: ParameterSpace, *, max_steps: int | None, max_runs: int | None, title: str) -> None: ...
@@ -39,6 +42,8 @@ class Observer(Protocol):
     def end(self, result: FitResult | None) -> None: ...
 
 
+# What has a name of its own, besides the choices.
+OBSERVERS: Registry[Observer] = Registry("observer", "bridge.observers", Observer)
 # A function of each step, or an observer, or the name of one.
 Watcher = Observer | Callable[[FitStep], Any] | str
 Watch = Watcher | Sequence[Watcher]
@@ -49,7 +54,8 @@ def watchers(watch: Watch) -> tuple[list[Observer], list[Callable[[FitStep], Any
 
     Args:
         watch: "auto", a live view where stderr is a terminal, silent elsewhere; "lines", a plain line now and then
-            wherever stderr goes; "off"; an observer; a function; or several.
+            wherever stderr goes; "off"; the name of a registered observer; an observer; a function;
+            or several.
 
     Raises:
         InputError: another word, or something that is none of these.
@@ -91,12 +97,22 @@ def make_observers(watch: Watch = "auto", *, root: bool = True) -> Observers:
 
 
 def view(choice: str) -> tuple[Observer, ...]:
-    """What "auto", "lines" and "off" stand for here. Raises InputError for another word."""
-    if choice not in CHOICES:
-        raise InputError(f"Unknown watch={choice!r}. Known: {', '.join(CHOICES)}, or observers.")
+    """What "auto", "lines", "off" or the name of a registered observer stands for here.
+
+    Raises:
+        InputError: another word.
+    """
     if choice == "lines":
         return (Lines(),)
-    return (LiveView(),) if choice == "auto" and is_terminal(sys.stderr) else ()
+    if choice in CHOICES:
+        return (LiveView(),) if choice == "auto" and is_terminal(sys.stderr) else ()
+    named = OBSERVERS.names()
+    if choice not in named:
+        known = [*CHOICES, *named]
+        raise InputError(
+            f"Unknown watch={choice!r}. Known: {', '.join(known)}, or observers.{did_you_mean(choice, known)}"
+        )
+    return (OBSERVERS.make(choice),)
 
 
 @final

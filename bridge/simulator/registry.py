@@ -1,8 +1,4 @@
-"""Finds simulators by name: ours, and those of other people's packages.
-
-A package announces its simulators through the entry-point group `bridge.simulators`; a script registers its own with
-the decorator. Nothing is imported before it is asked for.
-"""
+"""Finds simulators by name: ours, those of other people's packages, and what a Python file of one's own has."""
 
 from __future__ import annotations
 
@@ -11,48 +7,18 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from bridge.checks import did_you_mean
-from bridge.errors import InputError, SetupError
-from bridge.own_packages import DISTRIBUTION, check_not_hidden
-
-GROUP = "bridge.simulators"
-
-Factory = TypeVar("Factory", bound=Callable[..., Any])
-_registered: dict[str, Callable[..., Any]] = {}
-
-
-def register(name: str) -> Callable[[Factory], Factory]:
-    """Decorator: makes a class or factory available as `bridge.make(name, ...)`.
-
-    Raises:
-        InputError: the name is taken by another factory.
-    """
-
-    def decorate(factory: Factory) -> Factory:
-        taken = _registered.get(name)
-        if taken is not None and taken is not factory:
-            raise InputError(
-                f"Expected a new simulator name, got {name!r}, which {taken.__module__}.{taken.__qualname__} has. "
-                "Choose another name."
-            )
-        _registered[name] = factory
-        return factory
-
-    return decorate
-
-
-def _entry_points() -> dict[str, metadata.EntryPoint]:
-    return {point.name: point for point in metadata.entry_points(group=GROUP)}
+from bridge.errors import InputError
+from bridge.registry import SIMULATORS
 
 
 def list_simulators() -> list[str]:
     """Names that `make` knows, sorted."""
-    return sorted({*_registered, *_entry_points()})
+    return sorted(SIMULATORS.names())
 
 
 def find(name: str) -> Callable[..., Any]:
@@ -62,32 +28,8 @@ def find(name: str) -> Callable[..., Any]:
         InputError: unknown name; the message lists the known ones.
         SetupError: the name is known but its module cannot be imported.
     """
-    if is_file(name):
-        return from_file(name)
-    if name in _registered:
-        return _registered[name]
-    point = _entry_points().get(name)
-    if point is None:
-        known = ", ".join(list_simulators()) or "none (is the package installed? `pip install -e .`)"
-        meant = did_you_mean(name, list_simulators())
-        raise InputError(
-            f"Unknown simulator {name!r}. Known simulators: {known}.{meant} One of your own is named by its file: "
-            "mysim.py:function."
-        )
-    package = point.module.partition(".")[0]
-    if point.dist is not None and point.dist.name == DISTRIBUTION:
-        check_not_hidden(package)
-    try:
-        factory: Callable[..., Any] = point.load()
-    except (ImportError, AttributeError) as error:
-        ours = point.dist.name if point.dist is not None else "its distribution"
-        owners = sorted({owner for owner in metadata.packages_distributions().get(package, []) if owner != ours})
-        clash = f" The import name {package!r} is also installed by {', '.join(owners)}." if owners else ""
-        raise SetupError(
-            f"Simulator {name!r} of {ours} ({point.value}) cannot be imported: {error}.{clash} Install what is "
-            "missing, or use a separate environment."
-        ) from error
-    return factory
+    found: Callable[..., Any] = from_file(name) if is_file(name) else SIMULATORS.find(name)
+    return found
 
 
 def make(name: str, /, *args: Any, **options: Any) -> Any:

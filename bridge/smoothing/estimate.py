@@ -13,9 +13,9 @@ from scipy import stats
 
 from bridge.arrays import real_array
 from bridge.errors import InputError
-from bridge.estimators.covariates import resolve_covariate
 from bridge.estimators.points import Auto
 from bridge.estimators.scale import as_tensor, pull_back_scale, pull_back_theta
+from bridge.estimators.weights import resolve_covariate
 from bridge.evaluation.kept import Kept
 from bridge.evaluation.linear_forms import LinearForms
 from bridge.evaluation.streamed import Streamed
@@ -74,7 +74,8 @@ class Estimate:
         self.clipped_fraction = account.clipped_fraction
         self.streamed = evaluation.streamed
         strategy, nodes = evaluation.strategy, evaluation.problems[0].design.nodes
-        self.covariate, self.covariate_reason = resolve_covariate(strategy, nodes)
+        self._centring, self.covariate_reason = resolve_covariate(strategy, nodes)
+        self.covariate = self._centring.name
         self.points, self.points_reason = repr(strategy.points), "as asked"
         if isinstance(strategy.points, Auto):
             chosen, self.points_reason = strategy.points.choose(strategy.distribution, *nodes.eps.shape)
@@ -184,8 +185,7 @@ class Estimate:
             return self._rows_for(what)
         evaluation = self._evaluation
         nodes = evaluation.problems[0].design.nodes
-        plain = self.covariate in ("none", "f(x)", "loo", "mean", "block")
-        if nodes.block != 1 or not plain:
+        if nodes.block != 1 or self._centring.subtracts == "fit":
             raise InputError(
                 f"Expected replicates for a standard error with {self.points} and covariate {self.covariate!r}, whose "
                 "rows are not independent of each other: pass replicates=4 (or 8) to smooth, which splits num_samples "
@@ -234,9 +234,9 @@ class Estimate:
 
     def _centre_of_rows(self, evaluation: Kept, b: int) -> torch.Tensor:
         """What the covariate subtracts from each row: (m,)."""
-        if self.covariate == "none":
+        if self._centring.subtracts == "nothing":
             return torch.zeros_like(evaluation.value(b))
-        return evaluation.unperturbed(b) if self.covariate == "f(x)" else evaluation.mean_of_rows(b)
+        return evaluation.unperturbed(b) if self._centring.subtracts == "f(x)" else evaluation.mean_of_rows(b)
 
     def vjp_standard_error(self, v: torch.Tensor) -> torch.Tensor:
         """Of `vjp(v)`, (*batch, d): from replicates, else from independent rows. Collective under MPI."""
@@ -349,7 +349,7 @@ class Estimate:
             InputError: rows that depend on each other, streamed outputs, or a covariate other than loo or block.
         """
         evaluation = self._require_rows_for("the bias correction of the squared error")
-        if self.covariate not in ("loo", "block") or evaluation.strategy.forward != "smoothed":
+        if not self._centring.leaves_own_out or evaluation.strategy.forward != "smoothed":
             raise InputError(
                 "Expected covariate='loo' and a smoothed value for an unbiased squared error, got covariate "
                 f"{self.covariate!r} and a value that is {evaluation.strategy.forward}."

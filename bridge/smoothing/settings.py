@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, final
 
 from bridge.errors import InputError
+from bridge.estimators.covariates import Covariate
 from bridge.estimators.distributions import Distribution
 from bridge.estimators.points import PointSet
 from bridge.estimators.scale import ScaleLike
@@ -28,7 +29,7 @@ class Smoothing:
     scale: ScaleLike = 1.0
     distribution: str | Distribution = "gaussian"
     points: str | PointSet = "auto"
-    covariate: str = "auto"
+    covariate: str | Covariate = "auto"
     replicates: int = 1
     simulator_seeds: str = "common"
     surrogate: SurrogateLike = None

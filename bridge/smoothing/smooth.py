@@ -13,6 +13,7 @@ from bridge.checks import known_keywords
 from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.environment import step_limit
 from bridge.errors import InputError
+from bridge.estimators.covariates import Covariate
 from bridge.estimators.distributions import Distribution
 from bridge.estimators.points import PointSet
 from bridge.estimators.scale import ScaleLike, check_scale, parse_scale
@@ -42,7 +43,7 @@ def smooth(
     scale: ScaleLike = 1.0,
     distribution: str | Distribution = "gaussian",
     points: str | PointSet = "auto",
-    covariate: str = "auto",
+    covariate: str | Covariate = "auto",
     replicates: int = 1,
     simulator_seeds: str = "common",
     failures: str | Failures = "raise",
@@ -68,8 +69,8 @@ def smooth(
         points: auto, mc, qmc-latin, rqmc-latin, qmc-cartesian, rqmc-cartesian, sobol, qmc-net, rqmc-net, halton,
             orthogonal, or a `PointSet`. "auto" chooses by N, d and the distribution; `Estimate.points_reason` says why.
             "antithetic", or "antithetic-" before a name: pairs eps, -eps; symmetric densities and even N.
-        covariate: auto, none, f(x), loo, mean, block, regression, bq: see `bridge.estimators.covariates`; what "auto"
-            took, and why, is in `Estimate.covariate_reason`.
+        covariate: auto, none, f(x), loo, mean, block, regression, bq, or a `Covariate`: see
+            `bridge.estimators.covariates`; what "auto" took, and why, is in `Estimate.covariate_reason`.
         replicates: R independent parts of num_samples / R rows each, whose spread gives standard errors of any point
             set; 4 to 8 suit. With 1 only independent rows have standard errors.
         simulator_seeds: "common" hands all perturbations of a step the same seed (common random numbers), "independent"
@@ -79,8 +80,8 @@ def smooth(
             (retries, missing numbers, how many must succeed).
         surrogate: g, a cheap stand-in for f, or `bridge.Surrogate(g, samples, weight)`.
         on: where runs are evaluated: None for this process and the ranks of MPI, a number of workers, "process" for a
-            child process, any `concurrent.futures.Executor`; or `bridge.Ranks`, `bridge.Workers`, `bridge.Isolated`,
-            `bridge.Executor` with their settings.
+            child process, any `concurrent.futures.Executor` or the name of one; or `bridge.Ranks`, `bridge.Workers`,
+            `bridge.Isolated`, `bridge.Executor` with their settings.
         memory: what is kept of outputs: `bridge.Memory`, or a `bridge.Store` alone.
 
     Returns:
@@ -169,7 +170,7 @@ def smooth_loss(
     scale: ScaleLike = 1.0,
     distribution: str | Distribution = "gaussian",
     points: str | PointSet = "auto",
-    covariate: str = "auto",
+    covariate: str | Covariate = "auto",
     replicates: int = 1,
     simulator_seeds: str = "common",
     failures: str | Failures = "raise",

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from bridge.dispatch import Dispatcher
 from bridge.errors import InputError
+from bridge.estimators.covariates import AutoCovariate, LeaveOneOut
 from bridge.estimators.design import whole_number
 from bridge.estimators.scale import Form, LogScale, LowerTriangular, ScaleLike, as_tensor, parse_scale
 from bridge.estimators.strategy import Strategy
@@ -86,7 +87,7 @@ class SmoothedSimulator:
         s = self.strategy
         return (
             f"SmoothedSimulator({simulator_name(self.simulator)}, {s.distribution.name}, {s.points.name}, "
-            f"num_samples={s.num_samples}, covariate={s.covariate!r}, seed={s.seed})"
+            f"num_samples={s.num_samples}, covariate={s.covariate.name!r}, seed={s.seed})"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SmoothedSimulator:
@@ -256,8 +257,8 @@ class SmoothedSimulator:
         points="mc"; `covariate="auto"` is taken as leave-one-out. See `Estimate.squared_error`.
         """
         centred = self
-        if self.strategy.covariate == "auto":
-            centred = self.with_strategy(replace(self.strategy, covariate="loo"))
+        if isinstance(self.strategy.covariate, AutoCovariate):
+            centred = self.with_strategy(replace(self.strategy, covariate=LeaveOneOut()))
         given, tensor, _, _ = centred._prepare(theta, scale)
         estimate = centred.estimate(
             given.detach(), step, scale=scale, problem=problem, scale_gradient=tensor.requires_grad

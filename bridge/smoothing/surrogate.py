@@ -112,8 +112,11 @@ def make_stand_in(given: Surrogate, simulator: Simulator, strategy: Strategy) ->
         )
     if strategy.missing == "ignore":
         raise InputError("Expected missing='raise' with a surrogate, got 'ignore': both need the same numbers.")
-    if strategy.covariate == "bq":
-        raise InputError("Expected a covariate other than 'bq' with a surrogate: its weights depend on the outputs.")
+    if strategy.covariate.needs_outputs:
+        raise InputError(
+            f"Expected a covariate other than {strategy.covariate.name!r} with a surrogate: its weights depend on the "
+            "outputs."
+        )
     fine, coarse = simulator.space, surrogate.space
     if fine is not None and coarse is not None:
         _check_space(fine, coarse)

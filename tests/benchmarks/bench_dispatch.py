@@ -94,8 +94,8 @@ def exact(gradients: bool, seconds: float = 1e-3, n: int = 64) -> None:
     import torch
 
     import bridge
-    from bridge.estimators.covariates import make_weights
     from bridge.estimators.design import make_design
+    from bridge.estimators.weights import make_weights
     from bridge.evaluation.execution import Tolerance
     from bridge.evaluation.kernels import accumulate
     from bridge.evaluation.layout import Layout

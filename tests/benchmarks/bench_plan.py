@@ -48,8 +48,8 @@ def machine_numbers() -> dict[str, float]:
 
     import bridge
     from bridge.dispatch import get_dispatcher
-    from bridge.estimators.covariates import make_weights
     from bridge.estimators.design import make_design
+    from bridge.estimators.weights import make_weights
 
     dispatcher = get_dispatcher()
 

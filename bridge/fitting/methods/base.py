@@ -22,10 +22,10 @@ from bridge.evaluation.failures import Failures, Raise
 from bridge.evaluation.memory import Memory
 from bridge.evaluation.places import Place, Ranks
 from bridge.fitting.problem import FitProblem
-from bridge.fitting.registry import Registry
 from bridge.fitting.reuse import Source
 from bridge.fitting.stop import Stop
 from bridge.fitting.uncertainty import Stated
+from bridge.registry import Registry
 from bridge.reporting.result import FitEnd, FitStep
 from bridge.smoothing.smoothed import SmoothedSimulator
 
@@ -89,7 +89,7 @@ class Method(ABC):
         """
 
 
-METHODS: Registry[Method] = Registry("method", "bridge.methods")
+METHODS: Registry[Method] = Registry("method", "bridge.methods", Method)
 
 
 def register(name: str) -> Any:

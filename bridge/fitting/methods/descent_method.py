@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from bridge.arrays import Array
 from bridge.checks import as_whole, is_whole
 from bridge.errors import InputError
+from bridge.estimators.covariates import Covariate
 from bridge.estimators.distributions import Distribution
 from bridge.estimators.points import PointSet
 from bridge.fitting.blur import make_blur_schedule
@@ -40,7 +41,7 @@ class DescentMethod(Method):
     tolerance: float = 0.01
     distribution: str | Distribution = "gaussian"
     points: str | PointSet = "auto"
-    covariate: str = "auto"
+    covariate: str | Covariate = "auto"
     replicates: int = 1
     simulator_seeds: str = "common"
     surrogate: SurrogateLike = None

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import bridge
 from bridge.dispatch import TreeSum, transfers
-from bridge.estimators.covariates import make_weights
 from bridge.estimators.design import make_design
 from bridge.estimators.distributions import get_distribution
 from bridge.estimators.points import get_points
 from bridge.estimators.strategy import default_leaf_size, make_strategy
+from bridge.estimators.weights import make_weights
 from bridge.testing import Quadrature, assert_mean, mean_differs
 
 A = np.array([[0.9, -0.4], [0.3, 0.8]])
@@ -136,7 +136,7 @@ def test_weights_against_a_loop_over_blocks():
 
 def test_cartesian_has_one_point_in_each_cell_and_names_the_nearest_feasible_numbers():
     rng = np.random.default_rng(0)
-    u = get_points("rqmc-cartesian", False).uniform(27, 3, rng)
+    u = get_points("rqmc-cartesian").uniform(27, 3, rng)
     assert len(set(map(tuple, np.floor(u * 3).astype(int)))) == 27
     assert len(np.unique(u[:, 0])) == 27  # not a product of jittered axes
     with pytest.raises(bridge.BridgeError, match="27 and 64"):
@@ -170,7 +170,7 @@ def test_orthogonal_directions_are_gaussian_in_any_number(n, d):
     """Also where the last rotation is used in part: blocks of d orthogonal rows, each row N(0, I) by itself."""
     rng = np.random.default_rng(n)
     sets = np.stack(
-        [get_points("orthogonal", False).nodes(get_distribution("gaussian"), n, d, rng).eps for _ in range(4000)]
+        [get_points("orthogonal").nodes(get_distribution("gaussian"), n, d, rng).eps for _ in range(4000)]
     )
     assert sets.shape == (4000, n, d)
     for start in range(0, n, d):
@@ -199,7 +199,7 @@ def test_few_directions_of_many_parameters_factorise_a_slim_matrix(monkeypatch):
     assert estimate.jacobian().shape == (1, 10_000)
     assert shapes == [(10_000, 64)]
     gaussian, cauchy = get_distribution("gaussian"), get_distribution("cauchy")
-    auto = get_points("auto", False)
+    auto = get_points("auto")
     # What would take longer than a second is left to points that are made at once.
     assert auto.choose(gaussian, 3000, 2000)[0].name == "sobol"
     assert auto.choose(gaussian, 1500, 5000)[0].name == "latin"

@@ -639,7 +639,7 @@ def test_auto_says_what_it_took_and_why():
 
 def test_a_job_file_and_the_command_line_take_them(tmp_path, capsys):
     from bridge.cli.main import main
-    from bridge.simulator.registry import register
+    from bridge.registry import register
 
     @register("test-fit-methods-decay")
     def make():
