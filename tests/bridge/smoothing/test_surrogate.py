@@ -41,7 +41,10 @@ def stand_in(simulator=STEPS, samples=64, weight=1.0):
     return bridge.Surrogate(simulator, samples, weight)
 
 
-def smooth(simulator=WAVES, *, surrogate=stand_in(), seed=0, num_samples=16, points="mc", **settings):
+STAND_IN = stand_in()
+
+
+def smooth(simulator=WAVES, *, surrogate=STAND_IN, seed=0, num_samples=16, points="mc", **settings):
     return bridge.smooth(
         simulator, seed=seed, num_samples=num_samples, scale=SCALE, points=points, surrogate=surrogate, **settings
     )
