@@ -144,8 +144,7 @@ class Strategy:
     """How the images are smoothed; `scale` is the distribution's that does as the Gaussian's 1 does."""
 
     distribution: str = "gaussian"
-    points: str = "orthogonal"
-    antithetic: bool = True
+    points: str = "antithetic-orthogonal"
     scale: float = 1.0
 
 
@@ -164,8 +163,16 @@ def random_poses(centre: Array, count: int, rng: np.random.Generator, with_centr
 def smoothing(task: Task, seed: int, budget: int, strategy: Strategy = Strategy()) -> Array:
     """Random poses, the best few, Gauss-Newton from each on the smoothed Jacobian, until one has arrived."""
     coarse, fine = (
-        bridge.smooth(Pooled(task, block), seed=seed, num_samples=SAMPLES, distribution=strategy.distribution, points=strategy.points, on=bridge.Ranks(comm=task.comm)) for block in (4, 2)
-    )  # fmt: skip
+        bridge.smooth(
+            Pooled(task, block),
+            seed=seed,
+            num_samples=SAMPLES,
+            distribution=strategy.distribution,
+            points=strategy.points,
+            on=bridge.Ranks(task.comm),
+        )
+        for block in (4, 2)
+    )
     unit = strategy.scale * UNIT
 
     def step(pose: Array, scale: float, fits: bool, number: int) -> Array:

@@ -267,7 +267,13 @@ class Search:
             cost = 2 * dimension
             if self.heap.renders + cost > self.budget:
                 break
-            smoothed = bridge.smooth(Together(self.heap, poses, colours), seed=self.seed, num_samples=cost, points="antithetic-orthogonal", on=bridge.Ranks(leaf_size=12))  # fmt: skip
+            smoothed = bridge.smooth(
+                Together(self.heap, poses, colours),
+                seed=self.seed,
+                num_samples=cost,
+                points="antithetic-orthogonal",
+                on=bridge.Ranks(leaf_size=12),
+            )
             estimate = smoothed.estimate(torch.zeros(dimension, dtype=torch.float64), step=self.step, scale=scale)
             residual = self.target - estimate.value.numpy()
             columns = estimate.jacobian().numpy().reshape(*residual.shape, -1, 6)[..., colours[active], :]

@@ -240,8 +240,8 @@ def smoothed(task: Problem, seed: int, steps: int = STEPS, samples: int = SAMPLE
         task.target,
         task.start,
         seed=seed,
-        variance=task.variance,
         method=bridge.GaussNewton(steps=steps, num_samples=samples, scale=SCALES),
+        variance=task.variance,
     )
     return Found(result.parameters, result.standard_error, result.num_evaluations)
 

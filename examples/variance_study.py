@@ -100,7 +100,7 @@ class Cell:
             num_samples=n,
             distribution=self.distribution,
             scale=p.scale,
-            points=self.points,
+            points=f"antithetic-{self.points}" if self.antithetic else self.points,
             covariate=self.covariate,
             on=bridge.Ranks(leaf_size=n),
         )

@@ -320,9 +320,9 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", default="1,2,4,...,4096", help="which (default: 1,2,4,...,4096)")
     parser.add_argument("--cv", type=float, default=0.0, help="standard deviation / mean of the cost (default: 0)")
     parser.add_argument("--batch", type=int, default=1, help="parameter vectors of one call (default: 1)")
-    parser.add_argument("--leaf-size", type=int, help="as in bridge.smooth")
+    parser.add_argument("--leaf-size", type=int, help="as in bridge.Ranks")
     parser.add_argument(
-        "--schedule", default="auto", choices=("auto", "static", "dynamic"), help="as in bridge.smooth (default: auto)"
+        "--schedule", default="auto", choices=("auto", "static", "dynamic"), help="as in bridge.Ranks (default: auto)"
     )
     parser.add_argument("--float64", action="store_true", help="outputs of 8 bytes a number, not 4")
     parser.add_argument("--failing", type=float, default=0.0, help="probability that an evaluation fails (default: 0)")

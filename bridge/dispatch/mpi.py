@@ -161,7 +161,7 @@ class MPIDispatcher(Dispatcher):
         self._each = ranks_per_evaluation
         if self.size % ranks_per_evaluation:
             raise errors.InputError(
-                f"Expected ranks_per_evaluation to divide the number of ranks, {self.size}, got {ranks_per_evaluation}."
+                f"Expected per_evaluation to divide the number of ranks, {self.size}, got {ranks_per_evaluation}."
             )
         self._group: Any = None
         self._leaders: Any = self._comm

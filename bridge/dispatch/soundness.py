@@ -109,7 +109,7 @@ def describe_unusable(library: str, why: str) -> str:
         f"Expected an MPI whose one-sided operations work, got {library}: {why}. Rows would be lost or done twice, and "
         "results wrong without a word, so nothing is started. Use another MPI: a newer one of the site's modules; or, "
         "on one machine, the wheels (`pip install mpi4py mpich` in an environment of its own, and that environment's "
-        "mpirun). Without a launcher, one process works with any, and workers=N uses N cores."
+        "mpirun). Without a launcher, one process works with any, and on=N uses N cores."
     )
 
 
@@ -118,5 +118,5 @@ def describe_lost(units: int, missing: int, twice: int, library: str) -> str:
     return (
         f"Expected each of {units} units of rows to be evaluated once, got {missing} that nobody has evaluated and "
         f"{twice} that were evaluated more than once. The one-sided operations of the MPI library are at fault "
-        f"({library}): use another one, or one process with workers=N."
+        f"({library}): use another one, or one process with on=N."
     )

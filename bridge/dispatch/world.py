@@ -59,7 +59,7 @@ def get_dispatcher(comm: Intracomm | None = None, ranks_per_evaluation: int = 1)
         limit_threads()
     led = any(world.driver is not None for world in _worlds.values())
     if led and (comm is not None or ranks_per_evaluation > 1):
-        raise InputError("Expected neither comm nor ranks_per_evaluation where one rank drives the others.")
+        raise InputError("Expected bridge.Ranks without comm and per_evaluation where one rank drives the others.")
     if comm is not None:
         from bridge.dispatch.mpi import MPIDispatcher
 
@@ -76,7 +76,7 @@ def get_dispatcher(comm: Intracomm | None = None, ranks_per_evaluation: int = 1)
             _exit_by_code()
         else:
             raise InputError(
-                f"Expected several ranks for ranks_per_evaluation={ranks_per_evaluation}, got one process. Start the "
+                f"Expected several ranks for per_evaluation={ranks_per_evaluation}, got one process. Start the "
                 f"script as `mpirun -n {ranks_per_evaluation} python script.py`, or with a multiple of that."
             )
     return _worlds[ranks_per_evaluation]

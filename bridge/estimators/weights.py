@@ -77,18 +77,18 @@ def survivors(strategy: Strategy, nodes: Nodes, good: NDArray[np.bool_], why: st
     """Which rows count, once those that failed are dropped: (num_rows,). A pair goes as a whole.
 
     Raises:
-        EvaluationError: fewer than `min_ok` of the rows are left, or the unperturbed one is lost and has a weight.
+        EvaluationError: fewer than `at_least` of the rows are left, or the unperturbed one is lost and has a weight.
     """
     n, valid = strategy.num_samples, in_pairs(strategy, nodes, good)
     left = int(valid[:n].sum())
     if not enough(strategy, valid):
         raise EvaluationError(
-            f"Expected at least {strategy.min_ok:.0%} of {n} rows to succeed (min_ok), and two, got {left} (first "
+            f"Expected at least {strategy.min_ok:.0%} of {n} rows to succeed (at_least), and two, got {left} (first "
             f"failure: {why}). Bound the parameters to where the simulator works, or use a smaller scale."
         )
     if strategy.extra_row and not valid[n]:
         raise EvaluationError(
-            f"Expected the unperturbed run to succeed, as covariate='f(x)' and forward='unsmoothed' need it, got a "
+            f"Expected the unperturbed run to succeed, as covariate='f(x)' and straight_through() need it, got a "
             f"failure: {why}."
         )
     return valid

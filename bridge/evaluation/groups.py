@@ -70,7 +70,7 @@ def agree_on_failures(task: Task, failures: Mapping[int, Failure]) -> tuple[NDAr
     least = 1 - num_failed / good.size
     if least < tolerance.min_ok:
         raise EvaluationError(
-            f"Expected at least {tolerance.min_ok:.0%} of the runs to succeed (min_ok), got {least:.0%}: "
+            f"Expected at least {tolerance.min_ok:.0%} of the runs to succeed (at_least), got {least:.0%}: "
             f"{num_failed} of {good.size} runs of {simulator_name(task.simulator)!r} failed ({counts}). "
             f"One of them: {why}"
         )

@@ -130,8 +130,8 @@ def spilled(F: torch.Tensor) -> torch.Tensor:
         copy = torch.from_file(name, shared=True, size=F.numel(), dtype=F.dtype).reshape(F.shape)
     except OSError as error:
         raise EvaluationError(
-            f"Expected room for {size / 1e6:.1f} MB of outputs beyond memory_megabytes in {tempfile.gettempdir()}, "
-            f"got: {error}. Set TMPDIR to a larger local disk, or raise memory_megabytes."
+            f"Expected room for {size / 1e6:.1f} MB of outputs beyond bridge.Memory(rank_mb=...) in "
+            f"{tempfile.gettempdir()}, got: {error}. Set TMPDIR to a larger local disk, or raise rank_mb."
         ) from error
     finally:
         os.close(descriptor)

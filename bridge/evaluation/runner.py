@@ -345,7 +345,7 @@ class Runner:
                 why = f"{self._name_row(out, i)}: NaN or infinite"
                 nan = torch.isnan(F[i])
                 if self._tolerance.missing == "raise" and bool(nan.any()) and not bool(nan.all()):
-                    why += " (missing='ignore' takes single NaN for numbers that an output lacks)"
+                    why += " (bridge.Drop(missing='ignore') takes single NaN for numbers that an output lacks)"
                 self.failures.setdefault(first + i, Failure("non-finite", why))
             # A weight of zero does not undo a NaN.
             F[bad] = self._tolerance.filling
@@ -356,8 +356,8 @@ class Runner:
             f"Expected finite outputs from simulator {self.name!r}, got "
             f"{int((~(F[row].abs() < largest)).sum())} of {F.shape[1]} numbers {what} in row {out.start + row} "
             f"({self._name_row(out, row)}) on {socket.gethostname()}. Bound the parameters to where the simulator "
-            'works; if NaN are numbers that it did not get to, pass missing="ignore"; if failing has nothing to do '
-            'with the parameters, drop such rows with failures="drop".'
+            'works; if NaN are numbers that it did not get to, give failures=bridge.Raise(missing="ignore"); if '
+            'failing has nothing to do with the parameters, drop such rows with failures="drop".'
         )
 
     def _name_row(self, out: Rows, row: int) -> str:

@@ -265,6 +265,6 @@ class Streamed(Evaluated):
         like = self._known.like
         size = len(self.problems) * self.strategy.num_rows * self.num_outputs * like.element_size() / 1e6
         return InputError(
-            f"Expected kept outputs for {what}, got streamed ones: pass keep_megabytes={int(size) + 1} "
+            f"Expected kept outputs for {what}, got streamed ones. Give memory=bridge.Memory(keep_mb={int(size) + 1}) "
             "(over all ranks)."
         )

@@ -61,17 +61,19 @@ def _changes(workload: Workload) -> list[tuple[str, Workload]]:
     """What could be changed to use more ranks, in the words of `bridge.smooth`."""
     n = workload.num_samples
     sizes = [size for size in (1, 2, 4, 8, 16) if size < workload.unit_rows]
-    changes = [(f"leaf_size={size}", replace(workload, leaf_size=size)) for size in sizes]
+    changes = [(f"on=bridge.Ranks(leaf_size={size})", replace(workload, leaf_size=size)) for size in sizes]
     if workload.streamed:
         needed = workload.evaluations * workload.num_outputs * workload.bytes_per_number
         megabytes = math.ceil(needed / 1e6)
         kept = replace(workload, keep_bytes=1e6 * megabytes)
-        changes.append((f"keep_megabytes={megabytes} (over all ranks)", kept))
+        changes.append((f"memory=bridge.Memory(keep_mb={megabytes}) (over all ranks)", kept))
         if sizes:
-            changes.append((f"keep_megabytes={megabytes} and leaf_size=1", replace(kept, leaf_size=1)))
+            both = f"memory=bridge.Memory(keep_mb={megabytes}) and on=bridge.Ranks(leaf_size=1)"
+            changes.append((both, replace(kept, leaf_size=1)))
     if workload.cv > 0 and not workload.dynamic:
-        changes.append(("schedule='dynamic'", replace(workload, schedule="dynamic")))
-    changes.append((f"num_samples={4 * n} and leaf_size=1", replace(workload, num_samples=4 * n, leaf_size=1)))
+        changes.append(("on=bridge.Ranks(schedule='dynamic')", replace(workload, schedule="dynamic")))
+    more = f"num_samples={4 * n} and on=bridge.Ranks(leaf_size=1)"
+    changes.append((more, replace(workload, num_samples=4 * n, leaf_size=1)))
     changes.append((f"a batch of {4 * workload.batch} parameter vectors", replace(workload, batch=4 * workload.batch)))
     return changes
 

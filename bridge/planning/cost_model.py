@@ -92,7 +92,7 @@ class Workload:
     Attributes:
         cost_s: mean time of one evaluation [s]. cv: its coefficient of variation; times are lognormal.
         num_samples: N. num_outputs: m. dimension: d. batch: parameter vectors of one call.
-        leaf_size: rows of a unit, as in `bridge.smooth`. schedule: as there. keep_bytes: as keep_megabytes there.
+        leaf_size: rows of a unit, as in `bridge.Ranks`. schedule: as there. keep_bytes: as `bridge.Memory(keep_mb=)`.
         bytes_per_number: of an output: 4 or 8.
         failure_probability: of one evaluation, which is then repeated.
         node_mtbf_s: mean time between failures of one node [s]; None for nodes that never fail.

@@ -161,7 +161,7 @@ class FunctionSimulator:
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> Any:
         if self.parallel:
-            raise InputError(f"Expected smooth(..., ranks_per_evaluation=...) for {self.name!r}, which is parallel.")
+            raise InputError(f"Expected on=bridge.Ranks(per_evaluation=...) for {self.name!r}, which is parallel.")
         # What several ranks run together is not run again on the word of one of them.
         if self.watch.done or isinstance(self.function, _With) or len(inputs) == 0:
             return self._outputs(inputs, seeds)
@@ -231,7 +231,7 @@ def as_simulator(
         repeatable: f is known to give the same again, so that its first row is not run once more to see whether it does
             (see `bridge.simulator.repeatability`).
         parallel: the function is an MPI program itself: its last argument is the communicator (mpi4py) of the ranks
-            that call it together, see `ranks_per_evaluation` of `bridge.smooth`; the first rank's result counts.
+            that call it together, see `bridge.Ranks(per_evaluation=...)`; the first rank's result counts.
         identity: a text under which evaluations are filed; change it whenever outputs do. Needed where what the
             function uses cannot be seen (an open file, a connection), see docs/reuse.md.
 

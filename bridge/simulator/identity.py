@@ -96,8 +96,8 @@ class Filing:
             raise InputError(
                 f"Expected a simulator of which all can be seen, so that its evaluations can be filed, got {error}. "
                 "Give it an identity, a text that you change whenever its outputs change: bridge.as_simulator(f, "
-                'identity="engine 2.1, mesh B"), or an attribute `identity`; or do without store=, reuse= and '
-                "directory=."
+                'identity="engine 2.1, mesh B"), or an attribute `identity`; or do without a store, '
+                "reuse and run=."
             ) from error
         self.name = _became.get(self._now, self._now)
 

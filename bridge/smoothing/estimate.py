@@ -38,7 +38,7 @@ class Estimate:
     """Value, Jacobian and products with it, standard errors, covariance and median, at one vector or at a batch.
 
     Attributes:
-        value: (*batch, *output_shape), the smoothed value E[f(x + L eps)], or f(x) with forward="unsmoothed".
+        value: (*batch, *output_shape), the smoothed value E[f(x + L eps)], or f(x) with `straight_through()`.
         num_evaluations: simulator runs, the unperturbed row included. num_cached: those of them that were found in the
             store, and so not carried out.
         num_surrogate_evaluations: runs of the surrogate; num_surrogate_failed: those of them that failed.

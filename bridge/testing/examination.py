@@ -155,9 +155,8 @@ class _Examination:
         if moved:
             words = f"It goes to {Path.cwd()}. Give programs their directory instead (cwd=)."
         elif left:
-            words = (
-                f"It leaves {', '.join(left[:3])}: several runs at once may meet there. See own_directory= of smooth."
-            )
+            words = f"It leaves {', '.join(left[:3])}: several runs at once may meet there. "
+            words += "See bridge.Workers(own_directory=)."
         self.tell("the working directory", not (moved or left), words)
         os.chdir(folder)
 

@@ -4,7 +4,7 @@
 #
 #     RANKS=8 ./loop.sh            # nohup ./loop.sh > fit.log &   if you log out
 
-export RUN=${RUN:-runs/fit}  # the program's: bridge.fit(..., directory=os.environ["RUN"])
+export RUN=${RUN:-runs/fit}  # the program's: bridge.fit(..., run=os.environ["RUN"])
 SCRIPT=${SCRIPT:-fit.py}
 export BRIDGE_THREADS=${THREADS:-1} OMP_NUM_THREADS=${THREADS:-1}
 . ./outcome.sh

@@ -13,7 +13,7 @@
 # The last four: start again if a host fails, and where the exit code is 75; and five minutes before the end the job is
 # told to stop. GPUs: `#BSUB -gpu "num=4"`; ranks of a node take turns.
 
-export RUN=${RUN:-runs/fit}  # the program's: bridge.fit(..., directory=os.environ["RUN"])
+export RUN=${RUN:-runs/fit}  # the program's: bridge.fit(..., run=os.environ["RUN"])
 SCRIPT=${SCRIPT:-fit.py}
 CONTAINER=()  # (apptainer exec --bind "$PWD" bridge.sif)
 export BRIDGE_THREADS=${THREADS:-1} OMP_NUM_THREADS=${THREADS:-1}

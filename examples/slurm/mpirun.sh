@@ -12,7 +12,7 @@
 # B: the signal comes to this script, three minutes before the end, and `await` hands it on to mpirun, which tells the
 # ranks. GPUs: `#SBATCH --gpus-per-node=4`; ranks of a node take turns.
 
-export RUN=${RUN:-runs/fit}  # the program's: bridge.fit(..., directory=os.environ["RUN"])
+export RUN=${RUN:-runs/fit}  # the program's: bridge.fit(..., run=os.environ["RUN"])
 SCRIPT=${SCRIPT:-fit.py}
 CONTAINER=()  # (apptainer exec --bind "$PWD" bridge.sif)
 export BRIDGE_THREADS=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}

@@ -9,7 +9,7 @@
 # GPUs: `select=2:ncpus=16:mpiprocs=4:ngpus=4`; ranks of a node take turns.
 
 cd "$PBS_O_WORKDIR" || exit 2
-export RUN=${RUN:-runs/fit}  # the program's: bridge.fit(..., directory=os.environ["RUN"])
+export RUN=${RUN:-runs/fit}  # the program's: bridge.fit(..., run=os.environ["RUN"])
 SCRIPT=${SCRIPT:-fit.py}
 CONTAINER=()  # (apptainer exec --bind "$PWD" bridge.sif)
 export BRIDGE_THREADS=${THREADS:-1} OMP_NUM_THREADS=${THREADS:-1}

@@ -12,11 +12,11 @@
 # The last three: one log for all starts; the job may start again; and three minutes before the end all tasks are told
 # to stop. Let that be longer than one evaluation. GPUs: `#SBATCH --gpus-per-task=1`; each rank then sees its own.
 
-export RUN=${RUN:-runs/fit}  # the program's: bridge.fit(..., directory=os.environ["RUN"])
+export RUN=${RUN:-runs/fit}  # the program's: bridge.fit(..., run=os.environ["RUN"])
 SCRIPT=${SCRIPT:-fit.py}
 CONTAINER=()  # (apptainer exec --bind "$PWD" bridge.sif)
 export BRIDGE_THREADS=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-export TMPDIR=${SLURM_TMPDIR:-/tmp}  # on the node's own disk: runs of external programs, outputs beyond memory_megabytes
+export TMPDIR=${SLURM_TMPDIR:-/tmp}  # on the node's own disk: runs of external programs, outputs beyond rank_mb
 . ./outcome.sh
 
 # How srun and MPI find each other: pmix for Open MPI, pmi2 for MPICH and Intel (`srun --mpi=list`). If one rank is

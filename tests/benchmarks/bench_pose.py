@@ -34,12 +34,12 @@ from pose_of_a_teapot import ARRIVED, SAMPLES, SCREENED, SPREAD, SUCCESS_DEG, UN
 # Scales at which the densities have the standard deviation of a Gaussian of scale 1, or (Cauchy) its quartiles.
 STRATEGIES = {
     "gaussian": Strategy(),
-    "gaussian-latin": Strategy(points="rqmc-latin"),
-    "logistic": Strategy("logistic", "rqmc-latin", scale=0.5513),
-    "gumbel": Strategy("gumbel", "rqmc-latin", antithetic=False, scale=0.7797),
-    "cauchy": Strategy("cauchy", "rqmc-latin", scale=0.6745),
-    "laplace": Strategy("laplace", "rqmc-latin", scale=0.7071),
-    "triangular": Strategy("triangular", "qmc-latin", scale=2.449),
+    "gaussian-latin": Strategy(points="antithetic-rqmc-latin"),
+    "logistic": Strategy("logistic", "antithetic-rqmc-latin", scale=0.5513),
+    "gumbel": Strategy("gumbel", "rqmc-latin", scale=0.7797),
+    "cauchy": Strategy("cauchy", "antithetic-rqmc-latin", scale=0.6745),
+    "laplace": Strategy("laplace", "antithetic-rqmc-latin", scale=0.7071),
+    "triangular": Strategy("triangular", "antithetic-qmc-latin", scale=2.449),
 }
 ROUND = SCREENED + pose_example.STARTS * (pose_example.STEPS * SAMPLES + 1)  # renders of a round
 ADAM_SAMPLES = 16

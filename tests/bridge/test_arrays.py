@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,20 @@ def of_surrogate(simulator: Any) -> list[Any]:
     return [estimate.value, estimate.jacobian()]
 
 
-def of_fit(method: str) -> Callable[[Any], list[Any]]:
+METHODS: dict[str, str | bridge.Method] = {
+    "kriging": "kriging",
+    "gauss-newton": bridge.GaussNewton(steps=2, num_samples=6),
+    "adam": bridge.Adam(steps=2, num_samples=6),
+    "natural": bridge.Natural(steps=2, num_samples=6),
+}
+
+
+def of_fit(method: str | bridge.Method) -> Callable[[Any], list[Any]]:
     def run(simulator: Any) -> list[Any]:
-        more = {"max_runs": 14} if method == "kriging" else {"steps": 2, "num_samples": 6}
-        result = bridge.fit(simulator, np.full((2, 3), 150.0), [0.3, 0.5], seed=0, method=method, variance=1.0, **more)
+        stop = 14 if method == "kriging" else None
+        result = bridge.fit(
+            simulator, np.full((2, 3), 150.0), [0.3, 0.5], seed=0, method=method, variance=1.0, stop=stop
+        )
         return [result.parameters, result.loss, result.output]
 
     return run
@@ -98,7 +109,7 @@ PATHS: dict[str, Callable[[Any], list[Any]]] = {
     "smooth_loss": of_smooth_loss,
     "squared_error": of_squared_error,
     "surrogate": of_surrogate,
-    **{f"fit {name}": of_fit(name) for name in ("kriging", "gauss-newton", "adam", "natural")},
+    **{f"fit {name}": of_fit(method) for name, method in METHODS.items()},
 }
 
 
@@ -140,15 +151,15 @@ def test_numbers_are_the_same_whatever_holds_them(
         np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("where", [{}, {"workers": 2}, {"isolate": "process"}])
-def test_other_processes_hand_over_the_same_numbers(where: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("on", [None, 2, "process"])
+def test_other_processes_hand_over_the_same_numbers(on: Any, tmp_path: Path) -> None:
     def simulate(x: np.ndarray) -> Any:
         y = levels(x)
         return [torch.tensor(row, requires_grad=True) for row in y] if x[0] > 0.3 else y.astype(">u2")
 
     store = bridge.Store(tmp_path / "store", above_s=0.0)
     for _ in range(2):  # the second time out of the store
-        got = bridge.smooth(simulate, seed=0, num_samples=8, scale=0.1, memory=store, **where).estimate(THETA)
+        got = bridge.smooth(simulate, seed=0, num_samples=8, scale=0.1, memory=store, on=on).estimate(THETA)
         want = bridge.smooth(levels, seed=0, num_samples=8, scale=0.1).estimate(THETA)
         assert torch.allclose(got.value, want.value, rtol=1e-13)
         assert torch.allclose(got.jacobian(), want.jacobian(), rtol=1e-10)
@@ -275,9 +286,9 @@ def test_losses_may_return_the_same_memory() -> None:
 def test_losses_of_no_number_are_told(loss: Any, said: str) -> None:
     with pytest.raises(bridge.InputError, match=said):
         bridge.smooth_loss(levels, loss, seed=0, num_samples=4, scale=0.1)(THETA)
-    for method in ("adam", "natural"):
+    for method in (bridge.Adam(steps=1, num_samples=4), bridge.Natural(steps=1, num_samples=4)):
         with pytest.raises(bridge.InputError, match=said):
-            bridge.fit(levels, np.zeros((2, 3)), [0.3, 0.5], seed=0, steps=1, num_samples=4, method=method, misfit=lambda y, t: loss(y))  # fmt: skip
+            bridge.fit(levels, np.zeros((2, 3)), [0.3, 0.5], seed=0, method=method, misfit=lambda y, t: loss(y))
 
 
 def test_bytes_do_not_wrap_in_losses() -> None:
@@ -302,9 +313,17 @@ def test_float32_outputs_lose_nothing_in_sums(keep: float, samples: int) -> None
         return narrow(X).astype(np.float64)
 
     got, want = (
-        bridge.smooth(bridge.as_simulator(f, vectorized=True), seed=0, num_samples=samples, scale=0.1, points="mc", covariate="loo", memory=bridge.Memory(keep_mb=keep)).estimate(THETA)
+        bridge.smooth(
+            bridge.as_simulator(f, vectorized=True),
+            seed=0,
+            num_samples=samples,
+            scale=0.1,
+            points="mc",
+            covariate="loo",
+            memory=bridge.Memory(keep_mb=keep),
+        ).estimate(THETA)
         for f in (narrow, wide)
-    )  # fmt: skip
+    )
     assert got.streamed == (keep == 0 and samples > 3)
     assert torch.allclose(got.value, want.value, rtol=1e-13, atol=0)
     assert torch.allclose(got.jacobian(), want.jacobian(), rtol=1e-5, atol=1e-4)
@@ -314,7 +333,14 @@ def test_float32_outputs_lose_nothing_in_sums(keep: float, samples: int) -> None
 
 def test_the_same_float32_number_from_all_runs_is_the_value() -> None:
     constant = np.full((100, 5), 123456.78, dtype=np.float32)
-    smoothed = bridge.smooth(bridge.as_simulator(lambda X: constant[: len(X)], vectorized=True), seed=0, num_samples=100, scale=0.1, points="mc", memory=bridge.Memory(keep_mb=0))  # fmt: skip
+    smoothed = bridge.smooth(
+        bridge.as_simulator(lambda X: constant[: len(X)], vectorized=True),
+        seed=0,
+        num_samples=100,
+        scale=0.1,
+        points="mc",
+        memory=bridge.Memory(keep_mb=0),
+    )
     estimate = smoothed.estimate(THETA)
     assert float((estimate.value - float(constant[0, 0])).abs().max()) <= 1e-10
     assert float(estimate.jacobian().abs().max()) <= 1e-3
@@ -338,39 +364,38 @@ def described(f: Callable[[np.ndarray], Any]) -> bridge.Simulator:
 
 
 CORRELATED = 0.0025 * np.exp(-np.abs(np.subtract.outer(np.arange(40), np.arange(40))))
-FORMS: dict[str, dict[str, Any]] = {
-    "a number": {"variance": 0.0025},
-    "of its shape": {"variance": np.linspace(0.001, 0.004, 40)},
-    "unknown": {},
-    "a covariance": {"variance": CORRELATED},
-    "robust": {"variance": 0.0025, "robust": "huber"},
-    "whitened": {"variance": 0.01, "whiten": lambda y: 2 * y},
-    "gauss-newton": {"variance": 0.0025, "method": "gauss-newton", "num_samples": 8},
-    "coarse": {"variance": 0.0025, "method": "gauss-newton", "num_samples": 8, "coarse": [2.0]},
+# How outputs are compared, and by which method.
+FORMS: dict[str, tuple[bridge.LeastSquares, str | bridge.Method]] = {
+    "a number": (bridge.LeastSquares(0.0025), "auto"),
+    "of its shape": (bridge.LeastSquares(np.linspace(0.001, 0.004, 40)), "auto"),
+    "unknown": (bridge.LeastSquares(), "auto"),
+    "a covariance": (bridge.LeastSquares(CORRELATED), "auto"),
+    "robust": (bridge.LeastSquares(0.0025, robust="huber"), "auto"),
+    "whitened": (bridge.LeastSquares(0.01, whiten=lambda y: 2 * y), "auto"),
+    "gauss-newton": (bridge.LeastSquares(0.0025), bridge.GaussNewton(num_samples=8)),
+    "blurred": (bridge.LeastSquares(0.0025), bridge.GaussNewton(num_samples=8, blur=[2.0])),
 }
 
 
-def selected(settings_: dict[str, Any]) -> dict[str, Any]:
-    chosen = dict(settings_)
-    variance = np.asarray(chosen.get("variance", 1.0))
+def selected(misfit: bridge.LeastSquares) -> bridge.LeastSquares:
+    variance = np.asarray(1.0 if misfit.variance is None else misfit.variance)
     if variance.ndim == 1:
-        chosen["variance"] = variance[~BAD]
-    if variance.ndim == 2:
-        chosen["variance"] = variance[~BAD][:, ~BAD]
-    return chosen
+        return replace(misfit, variance=variance[~BAD])
+    return replace(misfit, variance=variance[~BAD][:, ~BAD]) if variance.ndim == 2 else misfit
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_masked_counts_nowhere(form: str) -> None:
     spoiled = np.where(BAD, np.nan, NOISY)
     spoiled[12] = -99.0
-    got = bridge.fit(described(quadratic), np.ma.masked_array(spoiled, BAD), [0.0, 0, 0], seed=0, **FORMS[form])
-    other = bridge.fit(
-        described(quadratic), NOISY, [0.0, 0, 0], seed=0, misfit=bridge.LeastSquares(mask=BAD.tolist()), **FORMS[form]
-    )
-    want = bridge.fit(
-        described(lambda p: quadratic(p)[~BAD]), NOISY[~BAD], [0.0, 0, 0], seed=0, **selected(FORMS[form])
-    )
+    misfit, method = FORMS[form]
+
+    def fitted(f: Any, target: Any, misfit: bridge.LeastSquares) -> bridge.FitResult:
+        return bridge.fit(described(f), target, [0.0, 0, 0], seed=0, method=method, misfit=misfit)
+
+    got = fitted(quadratic, np.ma.masked_array(spoiled, BAD), misfit)
+    other = fitted(quadratic, NOISY, replace(misfit, mask=BAD.tolist()))
+    want = fitted(lambda p: quadratic(p)[~BAD], NOISY[~BAD], selected(misfit))
     assert got.parameters.tolist() == other.parameters.tolist()
     assert got.standard_error is not None
     np.testing.assert_allclose(got.parameters, want.parameters, atol=0.1 * want.standard_error.min())
@@ -385,11 +410,11 @@ def test_infinite_variance_and_zeros_of_a_map_are_no_data() -> None:
     spoiled = np.where(BAD, 50.0, NOISY)
     weights = torch.as_tensor(np.where(BAD, 0.0, 1.0))
     results = [
-        bridge.fit(described(quadratic), spoiled, [0.0, 0, 0], seed=0, **more)
-        for more in (
-            {"mask": BAD, "variance": 0.0025},
-            {"variance": np.where(BAD, np.inf, 0.0025)},
-            {"whiten": lambda y: y * weights, "variance": 0.0025},
+        bridge.fit(described(quadratic), spoiled, [0.0, 0, 0], seed=0, misfit=misfit)
+        for misfit in (
+            bridge.LeastSquares(0.0025, mask=BAD),
+            bridge.LeastSquares(np.where(BAD, np.inf, 0.0025)),
+            bridge.LeastSquares(0.0025, whiten=lambda y: y * weights),
         )
     ]
     for result in results[1:]:
@@ -424,10 +449,8 @@ def test_a_loss_of_ones_own_gets_nothing_of_what_is_masked() -> None:
         return ((y - t) ** 2).mean()
 
     masked = np.ma.masked_array(np.where(BAD, 1e20, NOISY), BAD)
-    for method in ("adam", "natural"):
-        bridge.fit(
-            described(quadratic), masked, [0.0, 0, 0], seed=0, steps=2, num_samples=4, method=method, misfit=loss
-        )
+    for method in (bridge.Adam(steps=2, num_samples=4), bridge.Natural(steps=2, num_samples=4)):
+        bridge.fit(described(quadratic), masked, [0.0, 0, 0], seed=0, method=method, misfit=loss)
     assert seen
     assert all(float(y) == float(t) == 0 for y, t in seen)
 
@@ -479,19 +502,18 @@ def lacking(x: np.ndarray) -> np.ndarray:
     [
         {"points": "mc", "covariate": "loo"},
         {"covariate": "regression"},
-        {"points": "mc", "antithetic": True},
+        {"points": "antithetic-mc"},
         {"points": "mc", "covariate": "f(x)"},
         {},
     ],
 )
 def test_each_number_is_estimated_from_the_runs_that_have_it(how: dict[str, Any]) -> None:
-    common: dict[str, Any] = {"seed": 0, "num_samples": 64, "scale": 0.1, "min_ok": 0.2, **how}
-    whole = bridge.smooth(lacking, failures=bridge.Raise(missing="ignore"), **common).estimate(
-        THETA, scale_gradient=True
-    )
+    common: dict[str, Any] = {"seed": 0, "num_samples": 64, "scale": 0.1, **how}
+    failures = bridge.Drop(at_least=0.2, missing="ignore")
+    whole = bridge.smooth(lacking, failures=failures, **common).estimate(THETA, scale_gradient=True)
     t = torch.tensor([0.3, 0.2], dtype=torch.float64)
     for j in range(4):
-        one = bridge.smooth(lambda x, j=j: lacking(x)[j], failures="drop", **common).estimate(
+        one = bridge.smooth(lambda x, j=j: lacking(x)[j], failures=bridge.Drop(at_least=0.2), **common).estimate(
             THETA, scale_gradient=True
         )
         v = torch.zeros(4, dtype=torch.float64)
@@ -529,7 +551,7 @@ def test_infinite_numbers_and_nothing_at_all_stay_failures() -> None:
         )
         with pytest.raises(bridge.EvaluationError, match="NaN or infinite"):
             smoothed(THETA)
-    with pytest.raises(bridge.EvaluationError, match='missing="ignore"'):
+    with pytest.raises(bridge.EvaluationError, match=r'failures=bridge\.Raise\(missing="ignore"\)'):
         bridge.smooth(lacking, seed=0, num_samples=64, scale=0.1)(THETA)
     with pytest.raises(bridge.InputError, match="Unknown missing='drop'"):
         bridge.smooth(lacking, seed=0, num_samples=64, scale=0.1, failures=bridge.Raise(missing="drop"))
@@ -563,9 +585,12 @@ def short(p: np.ndarray) -> np.ndarray:
     return y
 
 
-@pytest.mark.parametrize("method", ["kriging", "gauss-newton", "natural"])
-def test_fits_of_outputs_that_lack_numbers(method: str) -> None:
-    more: dict[str, Any] = {"max_runs": 90} if method == "kriging" else {"num_samples": 12}
+@pytest.mark.parametrize(
+    "method",
+    ["kriging", bridge.GaussNewton(num_samples=12), bridge.Natural(num_samples=12)],
+    ids=["kriging", "gauss-newton", "natural"],
+)
+def test_fits_of_outputs_that_lack_numbers(method: str | bridge.Method) -> None:
     result = bridge.fit(
         described(short),
         NOISY,
@@ -574,7 +599,7 @@ def test_fits_of_outputs_that_lack_numbers(method: str) -> None:
         variance=0.0025,
         failures=bridge.Raise(missing="ignore"),
         method=method,
-        **more,
+        stop=90 if method == "kriging" else None,
     )
     there = ~np.isnan(result.output)
     exact = np.linalg.lstsq(np.stack([X, X, X**2], axis=1)[there] ** [0, 1, 1], NOISY[there], rcond=None)[0]
@@ -590,8 +615,8 @@ def test_fits_of_outputs_that_lack_numbers(method: str) -> None:
     assert (result.standard_error > 0.7 * error).all()
 
 
-@pytest.mark.parametrize("method", ["kriging", "natural"])
-def test_no_run_looks_better_for_what_it_lacks(method: str) -> None:
+@pytest.mark.parametrize("method", [bridge.Kriging(), bridge.Natural(num_samples=16)], ids=["kriging", "natural"])
+def test_no_run_looks_better_for_what_it_lacks(method: bridge.Method) -> None:
     def escapes(p: np.ndarray) -> np.ndarray:
         """Where a is too large, all that tells so is lacking."""
         y = quadratic(p)
@@ -600,7 +625,6 @@ def test_no_run_looks_better_for_what_it_lacks(method: str) -> None:
         return y
 
     start = [1.6, 1.5, 0.0]
-    more: dict[str, Any] = {} if method == "kriging" else {"num_samples": 16}
     result = bridge.fit(
         described(escapes),
         NOISY,
@@ -609,7 +633,6 @@ def test_no_run_looks_better_for_what_it_lacks(method: str) -> None:
         variance=0.0025,
         failures=bridge.Raise(missing="ignore"),
         method=method,
-        **more,
     )
     assert math.isclose(result.parameters[0], 1.0, abs_tol=0.1)
     assert not np.isnan(result.output).any()
@@ -628,10 +651,20 @@ def test_what_a_covariance_cannot_do_is_told() -> None:
 
 
 def test_runs_that_lack_numbers_are_kept_and_taken_up(tmp_path: Path) -> None:
-    def go(directory: str, **more: Any) -> bridge.FitResult:
-        return bridge.fit(described(short), NOISY, [0.5, 1.0, 0.0], seed=0, variance=0.0025, failures=bridge.Raise(missing="ignore"), stop=bridge.Stop(runs=40), run=tmp_path / directory, **more)  # fmt: skip
+    def go(directory: str, method: str | bridge.Method = "auto") -> bridge.FitResult:
+        return bridge.fit(
+            described(short),
+            NOISY,
+            [0.5, 1.0, 0.0],
+            seed=0,
+            method=method,
+            variance=0.0025,
+            failures=bridge.Raise(missing="ignore"),
+            stop=40,
+            run=tmp_path / directory,
+        )
 
     first = go("a")
-    again = go("b", reuse=tmp_path / "a")
+    again = go("b", bridge.Kriging(reuse=tmp_path / "a"))
     assert again.num_reused == first.num_evaluations
     assert again.loss <= 1.01 * first.loss

@@ -389,8 +389,8 @@ def f(x):
 
 simulator = bridge.as_simulator(f, bounds=[(-1, 1), (-1, 1)], natural_scale=[0.1, 0.1])
 target = np.floor(50 * np.exp(-((grid[:, None] - 0.3) ** 2 + (grid + 0.2) ** 2) / 0.1))
-settings = {"seed": 0, "method": "adam", "steps": 5, "num_samples": 16}
-result = bridge.fit(simulator, target, [0.0, 0.1], directory=os.environ["RUN"], **settings)
+method = bridge.Adam(steps=5, num_samples=16)
+result = bridge.fit(simulator, target, [0.0, 0.1], seed=0, method=method, run=os.environ["RUN"])
 digest = hashlib.sha256(repr(result.history[-1].parameters).encode())
 digest.update(result.parameters.tobytes() + result.standard_error.tobytes() + result.output.tobytes())
 digest = digest.hexdigest()

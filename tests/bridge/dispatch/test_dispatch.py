@@ -33,17 +33,21 @@ def uneven(x):
 def batched(x):
     return np.tanh(x @ A[:, :40])
 
-settings = {"seed": 0, "schedule": schedule, "workers": workers or None}
+def on(**more):
+    ranks = bridge.Ranks(schedule=schedule, **more)
+    return bridge.Workers(workers, ranks=ranks) if workers else ranks
+
+streams = bridge.Memory(keep_mb=0)
 theta = torch.tensor([[0.1, 0.4], [0.5, 0.6]], dtype=torch.float64, requires_grad=True)
 digest = hashlib.sha256()
 for n, more in (
     (24, {"points": "mc"}),
-    (48, {"keep_megabytes": 0, "covariate": "f(x)"}),
-    (128, {"keep_megabytes": 0}),
-    (96, {"keep_megabytes": 0, "leaf_size": 1, "covariate": "f(x)"}),
-    (24, {"points": "mc", "memory_megabytes": 0.001}),
+    (48, {"memory": streams, "covariate": "f(x)"}),
+    (128, {"memory": streams}),
+    (96, {"memory": streams, "on": on(leaf_size=1), "covariate": "f(x)"}),
+    (24, {"points": "mc", "memory": bridge.Memory(rank_mb=0.001)}),
 ):
-    smoothed = bridge.smooth(uneven, num_samples=n, **settings, **more)
+    smoothed = bridge.smooth(uneven, seed=0, num_samples=n, **{"on": on(), **more})
     y = smoothed(theta, step=n)
     (gradient,) = torch.autograd.grad((y**2).sum(), theta)
     e = smoothed.estimate(theta[0].detach())
@@ -52,7 +56,7 @@ for n, more in (
         results += [e.median(3), e.covariance(), e.median_jacobian(3)]
     for t in results:
         digest.update(t.detach().numpy().tobytes())
-smoothed = bridge.smooth(bridge.as_simulator(batched, vectorized=True), num_samples=300, **settings)
+smoothed = bridge.smooth(bridge.as_simulator(batched, vectorized=True), seed=0, num_samples=300, on=on())
 for step in range(2):
     digest.update(smoothed(theta.detach(), step=step).numpy().tobytes())
 if bridge.is_root():
@@ -173,7 +177,7 @@ try:
     bridge.smooth(lambda x: np.nan * x, seed=0)(theta)
 except bridge.BridgeError as error:
     digest.update(type(error).__name__.encode())
-result = bridge.fit(f, f(np.array([0.3, 0.2])), [0.0, 0.0], seed=0, steps=5, directory="run")
+result = bridge.fit(f, f(np.array([0.3, 0.2])), [0.0, 0.0], seed=0, method=bridge.Kriging(rounds=5), run="run")
 digest.update(result.parameters.tobytes())
 print("digest", digest.hexdigest())
 """
@@ -206,7 +210,8 @@ def parallel(x, comm):
 each = int(sys.argv[1])
 simulator = bridge.as_simulator(parallel, parallel=True)
 smoothed = bridge.smooth(
-    simulator, seed=0, num_samples=64, points="mc", ranks_per_evaluation=each, failures="drop", schedule="dynamic"
+    simulator, seed=0, num_samples=64, points="mc", failures="drop",
+    on=bridge.Ranks(per_evaluation=each, schedule="dynamic"),
 )
 e = smoothed.estimate(torch.zeros(2, dtype=torch.float64))
 jacobian = e.jacobian()

@@ -23,7 +23,8 @@ digest = hashlib.sha256()
 for keep in (40, 0):
     for n, covariate, leaf in ((5, "auto", None), (64, "f(x)", None), (200, "loo", None), (99, "mean", 7)):
         smoothed = bridge.smooth(
-            f, seed=0, num_samples=n, keep_megabytes=keep, covariate=covariate, leaf_size=leaf, points="rqmc-latin"
+            f, seed=0, num_samples=n, covariate=covariate, points="rqmc-latin",
+            on=bridge.Ranks(leaf_size=leaf), memory=bridge.Memory(keep_mb=keep),
         )
         y = smoothed(theta, step=n, scale=matrix)
         gradients = torch.autograd.grad((y**2).sum(), (theta, matrix))
@@ -38,7 +39,7 @@ for keep in (40, 0):
             digest.update(t.detach().numpy().tobytes())
 # Large outputs are streamed in leaves of several units, which ranks share; small ones transposed, for sorts.
 for n, kwargs in ((16, {}), (40, {"replicates": 4}), (96, {"covariate": "f(x)"}), (256, {})):
-    smoothed = bridge.smooth(f, seed=0, num_samples=n, keep_megabytes=0, **kwargs)
+    smoothed = bridge.smooth(f, seed=0, num_samples=n, memory=bridge.Memory(keep_mb=0), **kwargs)
     e = smoothed.estimate(theta, step=n)
     assert e.streamed
     digest.update(e.jacobian().numpy().tobytes())
@@ -85,35 +86,42 @@ bounds = [(-1, 1), (-1, 1), (0.05, 1)]
 sim = bridge.as_simulator(f, names=["a", "b", "w"], bounds=bounds, natural_scale=[0.1, 0.1, 0.05])
 target = f([0.3, -0.2, 0.3])
 digest = hashlib.sha256()
-for method, steps in (("adam", 60), ("gauss-newton", 12), ("kriging", 12)):
-    result = bridge.fit(sim, target, {"a": 0.0, "b": 0.1, "w": 0.4}, seed=0, method=method, steps=steps)
+for method in (bridge.Adam(steps=60), bridge.GaussNewton(steps=12), bridge.Kriging(rounds=12)):
+    result = bridge.fit(sim, target, {"a": 0.0, "b": 0.1, "w": 0.4}, seed=0, method=method)
     digest.update(json.dumps([h.parameters for h in result.history]).encode())
     digest.update(result.parameters.tobytes() + result.standard_error.tobytes() + result.output.tobytes())
     assert np.abs(result.parameters - [0.3, -0.2, 0.3]).max() < 0.01, result
 variance, start = 4.0, [[0.0, 0.1, 0.4], [0.2, 0.0, 0.3], [0.5, -0.5, 0.3]]
+robust = lambda name: bridge.LeastSquares(robust=name)
+few = {"steps": 4, "num_samples": 6}
 for settings in (
-    {"method": "natural", "robust": "huber"},
-    {"optimiser": "AdamW", "coarse": [2]},
-    {"method": "gauss-newton", "coarse": [2], "robust": "cauchy", "prior": {"w": (0.3, 0.1)}, "stop_at_error": 0.1},
-    {"method": "kriging", "robust": "huber", "stop_at_error": 0.01, "max_runs": 24},
+    {"method": bridge.Natural(**few), "misfit": robust("huber")},
+    {"method": bridge.Torch(optimiser="AdamW", blur=[2], **few)},
+    {"method": bridge.GaussNewton(blur=[2], **few), "misfit": robust("cauchy"), "prior": {"w": (0.3, 0.1)},
+     "stop": bridge.Stop(error=0.1)},
+    {"method": bridge.Kriging(rounds=4, round_size=6), "misfit": robust("huber"),
+     "stop": bridge.Stop(error=0.01, runs=24)},
 ):
-    result = bridge.fit(sim, target, start, seed=0, variance=variance, steps=4, num_samples=6, **settings)
+    result = bridge.fit(sim, target, start, seed=0, variance=variance, **settings)
     digest.update(json.dumps([(h.parameters, h.standard_error) for h in result.history]).encode())
     digest.update(result.parameters.tobytes() + result.covariance.tobytes() + result.output.tobytes())
 def scalar(x):  # not a number beyond a wall: outputs that do not count
     return np.array([np.sum((x - 0.3) ** 2 * [1, 10]) if x[0] < 0.9 else np.nan])
-result = bridge.fit(scalar, [0.0], [0.6, 0.5], seed=0, loss=lambda y, t: y.sum(), max_runs=30, num_samples=3)
+result = bridge.fit(
+    scalar, [0.0], [0.6, 0.5], seed=0, method=bridge.TrustRegion(round_size=3), misfit=lambda y, t: y.sum(), stop=30
+)
 assert result.method == "trust-region" and np.abs(result.parameters - 0.3).max() < 1e-3, result
 digest.update(json.dumps([(h.parameters, h.num_failed) for h in result.history]).encode() + result.output.tobytes())
 gaps = lambda x: np.where(np.arange(4) * x[0] > 1.2, np.nan, np.append(x, [x @ x, x[0] * x[1]])).astype(np.float32)
 theta = torch.tensor([0.45, 0.5], dtype=torch.float64, requires_grad=True)
-smoothed = bridge.smooth(gaps, seed=0, num_samples=48, scale=0.1, missing="ignore", min_ok=0.2)
+smoothed = bridge.smooth(gaps, seed=0, num_samples=48, scale=0.1, failures=bridge.Drop(at_least=0.2, missing="ignore"))
 torch.nansum(smoothed(theta) ** 2).backward()
 digest.update(theta.grad.numpy().tobytes() + smoothed.estimate(theta.detach()).jacobian().numpy().tobytes())
-result = bridge.fit(gaps, [0.4, 0.5, 0.41, 0.2], [0.7, 0.3], seed=0, max_runs=20, missing="ignore", variance=1e-4)
+lacking = bridge.Raise(missing="ignore")
+result = bridge.fit(gaps, [0.4, 0.5, 0.41, 0.2], [0.7, 0.3], seed=0, stop=20, failures=lacking, variance=1e-4)
 digest.update(result.parameters.tobytes() + result.output.tobytes())
 walled = bridge.as_simulator(lambda x: np.append(x, np.nan if x[0] < 0.2 else 1.0), natural_scale=[0.3, 0.3])
-result = bridge.fit(walled, [1.0, 1.0, 1.0], [0.5, 0.5], seed=0, method="adam", num_samples=8, steps=6)
+result = bridge.fit(walled, [1.0, 1.0, 1.0], [0.5, 0.5], seed=0, method=bridge.Adam(num_samples=8, steps=6))
 assert result.num_failed > 0
 digest.update(json.dumps([(h.parameters, h.num_failed) for h in result.history]).encode())
 if bridge.is_root():

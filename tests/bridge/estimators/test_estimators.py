@@ -16,7 +16,7 @@ from bridge.dispatch import TreeSum, transfers
 from bridge.estimators.design import make_design
 from bridge.estimators.distributions import get_distribution
 from bridge.estimators.points import get_points
-from bridge.estimators.strategy import default_leaf_size, make_strategy
+from bridge.estimators.strategy import default_leaf_size
 from bridge.estimators.weights import make_weights
 from bridge.testing import Quadrature, assert_mean, mean_differs
 
@@ -71,12 +71,12 @@ def test_antithetic_pairs_are_unbiased_in_x_and_in_the_scale(name):
     """Whole pairs are left out: the literal LOO would be N/(N-1) too large in x and 0.86 of the truth in L at N = 8."""
     scale = torch.diagonal(L).clone()
     _, jacobian, dL, v = truths(name, scale)
-    estimate = replicated(name, scale, 8, points="mc", antithetic=True, covariate="block")
+    estimate = replicated(name, scale, 8, points="antithetic-mc", covariate="block")
     strong = jacobian.abs() > 0.25
     assert_mean(estimate.jacobian()[:, strong], jacobian[strong])
     samples = estimate.vjp_scale(v.expand(REPLICATES, 2))
     assert not mean_differs(samples, dL)
-    literal = replicated(name, scale, 8, points="mc", antithetic=True, covariate="loo")
+    literal = replicated(name, scale, 8, points="antithetic-mc", covariate="loo")
     np.testing.assert_allclose(literal.jacobian(), estimate.jacobian() * 8 / 7, rtol=1e-9, atol=1e-12)
 
 
@@ -103,9 +103,11 @@ def test_triangular_with_latin_midpoints_is_within_its_known_bias():
 
 
 def test_f_of_x_equals_none_where_the_scores_sum_to_zero():
-    for kwargs in ({"antithetic": True, "points": "mc"}, {"points": "qmc-latin"}):
+    for points in ("antithetic-mc", "qmc-latin"):
         a, b = (
-            bridge.smooth(VECTORIZED, seed=1, num_samples=16, scale=0.3, covariate=c, **kwargs).estimate(X).jacobian()
+            bridge.smooth(VECTORIZED, seed=1, num_samples=16, scale=0.3, points=points, covariate=c)
+            .estimate(X)
+            .jacobian()
             for c in ("none", "f(x)")
         )
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
@@ -120,10 +122,7 @@ def test_mean_is_loo_short_by_the_factor_of_theory():
 
 
 def test_weights_against_a_loop_over_blocks():
-    strategy = make_strategy(
-        seed=3, num_samples=12, distribution="gaussian", points="mc", antithetic=True, covariate="auto",
-        forward="smoothed", simulator_seeds="common", leaf_size=None, replicates=1, failures="raise",
-    )  # fmt: skip
+    strategy = bridge.smooth(VECTORIZED, seed=3, num_samples=12, points="antithetic-mc").strategy
     nodes = make_design(strategy, 0, 0, 3).nodes
     F = np.random.default_rng(0).normal(size=12)
     G = (nodes.score[:, :, None] * nodes.eps[:, None, :] - np.eye(3)).reshape(12, 9)
@@ -148,10 +147,10 @@ def test_cartesian_has_one_point_in_each_cell_and_names_the_nearest_feasible_num
 )
 def test_points_lie_in_the_open_cube_and_depend_on_the_key_alone(points, n, d, antithetic):
     n += n % 2 if antithetic else 0
-    strategy = make_strategy(
-        seed=n, num_samples=n, distribution="gaussian", points=points, antithetic=antithetic, covariate="none",
-        forward="smoothed", simulator_seeds="independent", leaf_size=None, replicates=1, failures="raise",
-    )  # fmt: skip
+    name = f"antithetic-{points}" if antithetic else points
+    strategy = bridge.smooth(
+        VECTORIZED, seed=n, num_samples=n, points=name, covariate="none", simulator_seeds="independent"
+    ).strategy
     one, two = make_design(strategy, 4, 2, d), make_design(strategy, 4, 2, d)
     assert np.isfinite(one.nodes.eps).all()
     assert one.nodes.eps.shape == (n, d)

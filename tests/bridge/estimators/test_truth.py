@@ -51,7 +51,7 @@ def test_one_dimension_smooth_function(name, keep):
         truth = (w[:, None] * f(at[:, None])).sum(0)
         truth_x = (w[:, None] * slope(at)).sum(0)
         truth_g = (w[:, None] * slope(at) * np.where(np.isfinite(e), e, 0)[:, None]).sum(0)
-    smoothed = smooth_exactly(f, 1, name, Quadrature(60), keep_megabytes=keep)
+    smoothed = smooth_exactly(f, 1, name, Quadrature(60), memory=bridge.Memory(keep_mb=keep))
     theta = torch.tensor([X], dtype=torch.float64, requires_grad=True)
     gamma = torch.tensor(GAMMA, dtype=torch.float64, requires_grad=True)
     y = smoothed(theta, scale=gamma)

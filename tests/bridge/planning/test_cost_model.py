@@ -302,7 +302,10 @@ def test_the_advice_names_a_number_that_holds_and_what_to_change():
     assert "Up to 32 rank(s)" in said
     assert "32 units of 32 row(s)" in said
     changed = Workload(cost_s=0.05, num_samples=1024, num_outputs=160_000, leaf_size=1, keep_bytes=656e6)
-    assert f"keep_megabytes=656 and leaf_size=1, up to {most_ranks(changed, machine)}" in said
+    assert (
+        f"memory=bridge.Memory(keep_mb=656) and on=bridge.Ranks(leaf_size=1), up to {most_ranks(changed, machine)}"
+        in said
+    )
     fast = Workload(cost_s=1e-6, num_outputs=160_000)
     assert most_ranks(fast, machine) == 0
     assert "Not even one rank" in advise(fast, machine)

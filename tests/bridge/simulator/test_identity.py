@@ -349,15 +349,20 @@ def test_a_fit_goes_on_though_its_simulator_has_counted(tmp_path: Path) -> None:
     def die(_: Any) -> None:
         raise Killed
 
-    settings = {"seed": 0, "variance": 1e-4, "directory": tmp_path / "run", "every_s": 0.0, "max_runs": 12}
+    def fitted(f: Any, run: bridge.Run | None, watch: Any = "off") -> bridge.FitResult:
+        return bridge.fit(f, [3.0], [0.5], seed=0, variance=1e-4, stop=12, run=run, watch=watch)
+
+    def run() -> bridge.Run:
+        return bridge.Run(tmp_path / "run", every_s=0.0)
+
     with pytest.raises(Killed):
-        bridge.fit(f, [3.0], [0.5], watch=die, **settings)
-    result = bridge.fit(f, [3.0], [0.5], **settings)
-    alone = bridge.fit(stateful(), [3.0], [0.5], **{**settings, "directory": None})
+        fitted(f, run(), die)
+    result = fitted(f, run())
+    alone = fitted(stateful(), None)
     assert result.history == alone.history
     f.setting["gain"] = 4.0
     with pytest.raises(InputError, match="identity was 'f-"):
-        bridge.fit(f, [3.0], [0.5], **settings)
+        fitted(f, run())
 
 
 # --- what cannot be seen ------------------------------------------------------------------------------------------
@@ -396,7 +401,8 @@ def test_what_cannot_be_seen_is_named_where_it_is_and_needs_an_identity(make: An
     for function, path in ((f, f"closure variable 'thing' of f: .*{words}"), (deep, where)):
         with pytest.raises(InputError, match=path + ".*identity="):
             bridge.smooth(function, seed=0, memory=Store(tmp_path / "store"))
-    for asked in ({"directory": tmp_path / "run"}, {"reuse": Store(tmp_path / "store")}):
+    reused = bridge.Kriging(reuse=Store(tmp_path / "store"))
+    for asked in ({"run": tmp_path / "run"}, {"method": reused}):
         with pytest.raises(InputError, match=f"closure variable 'thing' of f: .*{words}"):
             bridge.fit(f, [1.0], [0.0], seed=0, **asked)
     assert not (tmp_path / "run").exists()
@@ -627,21 +633,31 @@ def test_another_loss_or_map_is_another_fit(tmp_path: Path) -> None:
     def optimiser(rate: float) -> Any:
         return lambda parameters: torch.optim.SGD(parameters, lr=rate)
 
-    least = {"method": "gauss-newton"}
+    def least(**settings: Any) -> dict[str, Any]:
+        return {"method": bridge.GaussNewton(**few), "misfit": bridge.LeastSquares(**settings)}
+
+    few = {"steps": 2, "num_samples": 4}
+    own = bridge.TrustRegion(rounds=2, round_size=4)
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        ({"loss": loss(2.0)}, {"loss": loss(3.0)}),
-        ({"whiten": doubled([2.0]), **least}, {"whiten": doubled([3.0]), **least}),
-        ({"coarse": [doubled([2.0])], **least}, {"coarse": [doubled([3.0])], **least}),
-        ({"optimiser": optimiser(0.1)}, {"optimiser": optimiser(0.2)}),
-        ({"variance": 1.0, "robust": "huber", **least}, {"variance": 1.0, "robust": "cauchy", **least}),
+        ({"method": own, "misfit": loss(2.0)}, {"method": own, "misfit": loss(3.0)}),
+        (least(whiten=doubled([2.0])), least(whiten=doubled([3.0]))),
+        (
+            {"method": bridge.GaussNewton(blur=[doubled([2.0])], **few)},
+            {"method": bridge.GaussNewton(blur=[doubled([3.0])], **few)},
+        ),
+        (
+            {"method": bridge.Torch(optimiser=optimiser(0.1), **few)},
+            {"method": bridge.Torch(optimiser=optimiser(0.2), **few)},
+        ),
+        (least(variance=1.0, robust="huber"), least(variance=1.0, robust="cauchy")),
     ]
     for number, (first, second) in enumerate(pairs):
-        settings = {"seed": 0, "steps": 2, "num_samples": 4, "directory": tmp_path / str(number)}
-        done = bridge.fit(f, [1.0, 1.0], [0.5], **settings, **first)
-        again = bridge.fit(f, [1.0, 1.0], [0.5], **settings, **first)
+        run = tmp_path / str(number)
+        done = bridge.fit(f, [1.0, 1.0], [0.5], seed=0, run=run, **first)
+        again = bridge.fit(f, [1.0, 1.0], [0.5], seed=0, run=run, **first)
         assert again.history == done.history
         with pytest.raises(InputError, match="Expected the settings of the run"):
-            bridge.fit(f, [1.0, 1.0], [0.5], **settings, **second)
+            bridge.fit(f, [1.0, 1.0], [0.5], seed=0, run=run, **second)
     lock = threading.Lock()
     with pytest.raises(InputError, match=r"Expected loss= of which all can be seen.*closure variable 'lock'"):
         bridge.fit(f, [1.0, 1.0], [0.5], seed=0, misfit=lambda y, t: y.sum() * (lock is lock), run=tmp_path / "l")

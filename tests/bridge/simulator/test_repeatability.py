@@ -91,7 +91,7 @@ def seeds_itself_late(x):
 
 
 @pytest.mark.parametrize("f", [seeds_itself, throws_away])
-@pytest.mark.parametrize("budget", [{"max_runs": 12}, {"method": "gauss-newton", "steps": 2}])
+@pytest.mark.parametrize("budget", [{"stop": 12}, {"method": bridge.GaussNewton(steps=2)}])
 def test_a_generator_that_outputs_do_not_depend_on_is_no_matter(f, budget):
     with warnings.catch_warnings():
         warnings.simplefilter("error", NotRepeatableWarning)
@@ -134,10 +134,10 @@ def test_fits_that_count_their_runs_make_none_more():
         bridge.fit(ACCIDENTS["numpy's global generator"], [1.0, 2.0], START, seed=0, stop=bridge.Stop(runs=12))
 
 
-@pytest.mark.parametrize("how", [{"workers": 3}, {"isolate": "process"}])
-def test_functions_in_other_processes_are_noticed_too(how):
+@pytest.mark.parametrize("on", [3, "process"])
+def test_functions_in_other_processes_are_noticed_too(on):
     with pytest.warns(UserWarning, match="gives other numbers when its first row is run again"):
-        bridge.smooth(ACCIDENTS["a generator of its own"], seed=0, num_samples=16, scale=0.1, **how).estimate(START)
+        bridge.smooth(ACCIDENTS["a generator of its own"], seed=0, num_samples=16, scale=0.1, on=on).estimate(START)
 
 
 def test_a_seed_that_is_not_all_is_noticed():
@@ -190,8 +190,8 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_are_left_in_peace(name):
-    missing = {"failures": "drop", "min_ok": 0.0} if name == "with NaN" else {}
-    smoothed = bridge.smooth(FUNCTIONS[name], seed=0, num_samples=8, scale=0.1, **missing)
+    failures = bridge.Drop(at_least=0.0) if name == "with NaN" else "raise"
+    smoothed = bridge.smooth(FUNCTIONS[name], seed=0, num_samples=8, scale=0.1, failures=failures)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if name == "with NaN":

@@ -179,7 +179,7 @@ def test_a_study_recommends_what_is_best_on_a_smooth_simulator(tmp_path):
     assert result.num_evaluations == count <= 4000
     by_name = {(r.strategy, r.distribution, r.factor): r for r in result.rows}
     assert by_name["sobol + regression", "gaussian", 1.0].runs < 0.1 * by_name["mc + loo", "gaussian", 1.0].runs
-    assert result.recommended.strategy in ("sobol + regression", "auto")
+    assert result.best.strategy in ("sobol + regression", "auto")
     # The prediction holds: with that many runs the error is 10 % or less.
     row = by_name["mc + loo", "gaussian", 1.0]
     smoothed = bridge.smooth(simulator, seed=1, num_samples=int(row.runs), points="mc", covariate="loo", scale=0.3)
@@ -189,7 +189,7 @@ def test_a_study_recommends_what_is_best_on_a_smooth_simulator(tmp_path):
     error = float((jacobians - exact).square().sum(dim=(1, 2)).mean().sqrt() / exact.norm())
     assert 0.06 < error < 0.16
     # What it recommends can be used as it stands.
-    bridge.smooth(simulator, seed=0, **result.settings)(X)
+    bridge.smooth(simulator, result.recommended, seed=0)(X)
     assert "| mc + loo | gaussian | 1 |" in result.table()
     assert len(result.csv().splitlines()) == 1 + len(result.rows)
     assert result.draw(tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")

@@ -11,7 +11,6 @@ import torch
 import bridge
 from bridge.errors import EvaluationError, InputError
 from bridge.estimators.distributions import get_distribution
-from bridge.estimators.strategy import make_strategy
 from bridge.simulator.protocol import BlockStructure
 from bridge.smoothing.median import median_statistic
 from bridge.testing import Quadrature, assert_mean
@@ -55,7 +54,7 @@ def test_hessian_with_a_scale_matrix_that_is_not_symmetric(name):
     def f(x):
         return np.sin(x @ A + 0.3)
 
-    smoothed = exact(f, 2, name, 16, scale=torch.as_tensor(MATRIX), keep_megabytes=1e4)
+    smoothed = exact(f, 2, name, 16, scale=torch.as_tensor(MATRIX), memory=bridge.Memory(keep_mb=1e4))
     nodes = exact(f, 2, name, 16, scale=torch.as_tensor(MATRIX)).strategy
     rule = nodes.points.nodes(nodes.distribution, nodes.num_samples, 2, np.random.default_rng(0))
     value = np.sum(rule.weight * f(X2.numpy() + rule.eps @ MATRIX.T))
@@ -72,16 +71,15 @@ def test_hessian_from_random_rows_is_unbiased():
     A = np.array([0.9, -0.7])
     sim = bridge.as_simulator(lambda x: np.sin(x @ A + 0.3), vectorized=True)
     truth = -np.sin(X2.numpy() @ A + 0.3) * np.exp(-0.5 * 0.25 * A @ A) * np.outer(A, A)
-    for name, more in (("mc", {}), ("mc", {"antithetic": True})):
+    for points in ("mc", "antithetic-mc"):
         smoothed = bridge.smooth(
             sim,
             seed=1,
             num_samples=16,
             scale=0.5,
-            points=name,
+            points=points,
             covariate="block",
             on=bridge.Ranks(leaf_size=16),
-            **more,
         )
         batch = X2.expand(1500, 2)
         hessian = torch.func.hessian(lambda t, b: smoothed(t, problem=b))  # noqa: B023
@@ -91,7 +89,7 @@ def test_hessian_from_random_rows_is_unbiased():
 
 def test_second_derivatives_need_rows():
     smoothed = bridge.smooth(lambda x: np.full(50, x.sum()), seed=0, num_samples=16, memory=bridge.Memory(keep_mb=0))
-    with pytest.raises(InputError, match="keep_megabytes=1"):
+    with pytest.raises(InputError, match=r"memory=bridge\.Memory\(keep_mb=1\)"):
         torch.autograd.functional.hessian(lambda t: smoothed(t).sum(), X2)
 
 
@@ -200,7 +198,17 @@ def test_intervals_cover(points, replicates, covariate):
     sim = bridge.as_simulator(lambda x: np.sin(x @ A.T + 0.3), vectorized=True)
     phase, damp = X2.numpy() @ A.T + 0.3, np.exp(-0.5 * 0.25 * np.sum(A * A, axis=1))
     truth, jacobian = np.sin(phase) * damp, (np.cos(phase) * damp)[:, None] * A
-    smoothed = bridge.smooth(sim, seed=4, num_samples=64, scale=0.5, points=points, replicates=replicates, covariate=covariate, on=bridge.Ranks(leaf_size=64), memory=bridge.Memory(keep_mb=1e4))  # fmt: skip
+    smoothed = bridge.smooth(
+        sim,
+        seed=4,
+        num_samples=64,
+        scale=0.5,
+        points=points,
+        replicates=replicates,
+        covariate=covariate,
+        on=bridge.Ranks(leaf_size=64),
+        memory=bridge.Memory(keep_mb=1e4),
+    )
     e = smoothed.estimate(X2.expand(2000, 2))
     v = torch.tensor([1.0, -0.5], dtype=torch.float64).expand(2000, 2)
     shares = [
@@ -253,10 +261,7 @@ def test_regression_falls_back_where_rows_are_too_few():
 
 def test_orthogonal_blocks():
     rng = np.random.default_rng(0)
-    strategy = make_strategy(
-        seed=0, num_samples=12, replicates=1, distribution="gaussian", points="orthogonal", antithetic=True,
-        covariate="auto", forward="smoothed", simulator_seeds="common", failures="raise", leaf_size=None,
-    )  # fmt: skip
+    strategy = bridge.smooth(lambda x: x, seed=0, num_samples=12, points="antithetic-orthogonal").strategy
     nodes = strategy.points.nodes(strategy.distribution, 12, 3, rng)
     first = nodes.eps[0:6:2]
     np.testing.assert_allclose(first @ first.T, np.diag(np.sum(first**2, axis=1)), atol=1e-12)
@@ -321,7 +326,8 @@ def test_failures_are_dropped_by_new_weights(how, antithetic):
             return np.full(2, np.nan)
         return np.sin(x)
 
-    kwargs = {"seed": 0, "num_samples": 16, "points": "mc", "antithetic": antithetic, "covariate": "block"}
+    points = "antithetic-mc" if antithetic else "mc"
+    kwargs = {"seed": 0, "num_samples": 16, "points": points, "covariate": "block"}
     e = bridge.smooth(bridge.as_simulator(f, repeatable=True), failures="drop", **kwargs).estimate(X2)
     assert e.num_failed == 2
     nodes = bridge.smooth(np.sin, **kwargs).estimate(X2)._evaluation.problems[0].design.nodes
@@ -362,7 +368,7 @@ def test_block_structure_gives_exact_zeros_and_less_noise(keep):
 
     structure = BlockStructure([*range(10), -1], range(10))
     theta = torch.cat([torch.linspace(-0.3, 0.3, 10), torch.ones(1)]).double()
-    kwargs = {"seed": 0, "num_samples": 64, "scale": 0.2, "keep_megabytes": keep, "covariate": "block"}
+    kwargs = {"seed": 0, "num_samples": 64, "scale": 0.2, "memory": bridge.Memory(keep_mb=keep), "covariate": "block"}
     plain = bridge.smooth(f, **kwargs)
     blocks = bridge.smooth(bridge.as_simulator(f, structure=structure), **kwargs)
     J, S = plain.estimate(theta).jacobian(), blocks.estimate(theta).jacobian()

@@ -37,15 +37,16 @@ def truth(x=X, scale=SCALE):
     return np.sin(phase) * damping, (np.cos(phase) * damping)[:, None] * A
 
 
-def smooth(simulator=WAVES, *, surrogate=STEPS, surrogate_samples=64, seed=0, num_samples=16, points="mc", **settings):
+def stand_in(simulator=STEPS, samples=64, weight=1.0):
+    return bridge.Surrogate(simulator, samples, weight)
+
+
+STAND_IN = stand_in()
+
+
+def smooth(simulator=WAVES, *, surrogate=STAND_IN, seed=0, num_samples=16, points="mc", **settings):
     return bridge.smooth(
-        simulator,
-        seed=seed,
-        num_samples=num_samples,
-        scale=SCALE,
-        points=points,
-        surrogate=bridge.Surrogate(surrogate, samples=surrogate_samples),
-        **settings,
+        simulator, seed=seed, num_samples=num_samples, scale=SCALE, points=points, surrogate=surrogate, **settings
     )
 
 
@@ -72,7 +73,7 @@ T = torch.tensor([1.0, -2.0], dtype=torch.float64)
 def test_any_weight_is_unbiased(weight, covariate, settings):
     """1,000 and 2,000 independent problems of a batch; the surrogate's own mean is far off, so that it must cancel."""
     smoothed = smooth(
-        surrogate_samples=32, covariate=covariate, surrogate_weight=weight, on=bridge.Ranks(leaf_size=16), **settings
+        surrogate=stand_in(samples=32, weight=weight), covariate=covariate, on=bridge.Ranks(leaf_size=16), **settings
     )
     estimate = smoothed.estimate(X.expand(1000 if weight == "auto" else 2000, 2))
     value, jacobian = truth()
@@ -108,10 +109,10 @@ def test_a_stochastic_simulator_and_its_surrogate_share_common_seeds():
         return np.sin(x @ A.T) + 100 * np.random.default_rng(seed).normal()
 
     f = bridge.as_simulator(noisy, seeded=True)
-    one = smooth(f, surrogate=f, covariate="loo").estimate(X.expand(50, 2))
-    calm = smooth(WAVES, surrogate=WAVES, covariate="loo").estimate(X.expand(50, 2))
+    one = smooth(f, surrogate=stand_in(f), covariate="loo").estimate(X.expand(50, 2))
+    calm = smooth(WAVES, surrogate=stand_in(WAVES), covariate="loo").estimate(X.expand(50, 2))
     torch.testing.assert_close(one.jacobian(), calm.jacobian(), rtol=1e-9, atol=1e-9)
-    apart = smooth(f, surrogate=f, covariate="loo", simulator_seeds="independent").estimate(X.expand(50, 2))
+    apart = smooth(f, surrogate=stand_in(f), covariate="loo", simulator_seeds="independent").estimate(X.expand(50, 2))
     assert (apart.jacobian() - calm.jacobian()).abs().mean() > 1
 
 
@@ -121,15 +122,15 @@ def test_a_stochastic_simulator_and_its_surrogate_share_common_seeds():
 @pytest.mark.parametrize("keep", [24.0, 0.0], ids=["kept", "streamed"])
 @pytest.mark.parametrize("replicates", [1, 4])
 def test_a_surrogate_of_zero_and_a_weight_of_zero_change_no_bit(keep, replicates):
-    settings = {"keep_megabytes": keep, "replicates": replicates, "num_samples": 32}
+    settings = {"memory": bridge.Memory(keep_mb=keep), "replicates": replicates, "num_samples": 32}
     plain = bridge.smooth(WAVES, seed=0, scale=SCALE, points="mc", **settings)
     expected = everything(plain.estimate(X, scale_gradient=True), V, T)
-    for smoothed in (smooth(surrogate=ZERO, **settings), smooth(surrogate_weight=0.0, **settings)):
+    for smoothed in (smooth(surrogate=stand_in(ZERO), **settings), smooth(surrogate=stand_in(weight=0.0), **settings)):
         estimate = smoothed.estimate(X, scale_gradient=True)
         assert estimate.streamed == (keep == 0)
         for got, want in zip(everything(estimate, V, T), expected, strict=True):
             assert torch.equal(got, want)
-    auto = smooth(surrogate=bridge.Surrogate(ZERO, weight="auto"), **{**settings, "replicates": 4}).estimate(X)
+    auto = smooth(surrogate=stand_in(ZERO, weight="auto"), **{**settings, "replicates": 4}).estimate(X)
     assert torch.equal(auto.surrogate_weight, torch.zeros(4, dtype=torch.float64))
 
 
@@ -138,7 +139,7 @@ def test_the_simulator_as_its_own_surrogate_gives_the_further_rows_alone(keep):
     """f - f is exactly zero: the estimate is that of M rows, whatever N rows are."""
     many, few = (
         smooth(
-            surrogate=WAVES,
+            surrogate=stand_in(WAVES),
             num_samples=n,
             covariate="block",
             on=bridge.Ranks(leaf_size=1),
@@ -158,13 +159,13 @@ def test_the_simulator_as_its_own_surrogate_gives_the_further_rows_alone(keep):
 def test_it_is_the_sum_of_its_parts():
     """T_N[f] - alpha T_N[g] + alpha T_M[g], each of them an estimate of its own."""
     for weight in (1.0, 0.3):
-        whole = smooth(surrogate_weight=weight).estimate(X, scale_gradient=True)
+        whole = smooth(surrogate=stand_in(weight=weight)).estimate(X, scale_gradient=True)
         f, g = (
             bridge.smooth(s, seed=0, num_samples=16, scale=SCALE, points="mc").estimate(X, scale_gradient=True)
             for s in (WAVES, STEPS)
         )
         # With f = 0 and alpha = -1 what is left is T_N[g] - T_M[g].
-        bracket = smooth(ZERO, surrogate_weight=-1.0).estimate(X, scale_gradient=True)
+        bracket = smooth(ZERO, surrogate=stand_in(weight=-1.0)).estimate(X, scale_gradient=True)
         parts = zip(*(everything(e, V, T) for e in (whole, f, g, bracket)), strict=True)
         for got, fine, own, difference in parts:
             torch.testing.assert_close(got, fine - weight * difference, rtol=1e-12, atol=1e-13)
@@ -173,7 +174,7 @@ def test_it_is_the_sum_of_its_parts():
 
 @pytest.mark.parametrize("weight", [1.0, "auto"])
 def test_autograd_gives_what_the_estimate_gives(weight):
-    smoothed = smooth(surrogate_weight=weight, replicates=4)
+    smoothed = smooth(surrogate=stand_in(weight=weight), replicates=4)
     x = X.clone().requires_grad_()
     scale = torch.full((2,), SCALE, dtype=torch.float64, requires_grad=True)
     estimate = smoothed.estimate(X, 3, scale_gradient=True)
@@ -192,7 +193,7 @@ def test_autograd_gives_what_the_estimate_gives(weight):
 
 @pytest.mark.parametrize("weight", [0.5, "auto"])
 def test_a_batch_is_its_problems(weight):
-    smoothed = smooth(surrogate_weight=weight, replicates=4)
+    smoothed = smooth(surrogate=stand_in(weight=weight), replicates=4)
     thetas = torch.stack([X, X + 0.3, X - 1])
     batch = smoothed.estimate(thetas)
     for b in range(3):
@@ -211,17 +212,17 @@ def test_second_derivatives(distribution):
     hessians = [
         torch.func.hessian(lambda x, s=s: s(x) @ V)(X)
         for s in (
-            smooth(surrogate=WAVES, **settings),
-            smooth(surrogate=WAVES, num_samples=32, **settings),
+            smooth(surrogate=stand_in(WAVES), **settings),
+            smooth(surrogate=stand_in(WAVES), num_samples=32, **settings),
             smooth(**settings),
-            smooth(surrogate_weight=0.0, **settings),
+            smooth(surrogate=stand_in(weight=0.0), **settings),
             bridge.smooth(WAVES, seed=0, num_samples=16, scale=SCALE, points="mc", **settings),
         )
     ]
     assert torch.equal(hessians[0], hessians[1])
     assert torch.equal(hessians[3], hessians[4])
     assert not torch.allclose(hessians[2], hessians[4])
-    auto = smooth(surrogate_weight="auto", **settings)
+    auto = smooth(surrogate=stand_in(weight="auto"), **settings)
     assert torch.isfinite(torch.func.hessian(lambda x: auto(x) @ V)(X)).all()
 
 
@@ -256,7 +257,7 @@ def test_the_variance_is_that_of_the_difference_and_that_of_the_further_rows():
         (difference * score[:, None]).var(axis=0) / n + weight**2 * (g * score[:, None]).var(axis=0) / m,
     ]
     smoothed = smooth(
-        num_samples=n, surrogate_samples=m, covariate="none", surrogate_weight=weight, on=bridge.Ranks(leaf_size=64)
+        num_samples=n, surrogate=stand_in(samples=m, weight=weight), covariate="none", on=bridge.Ranks(leaf_size=64)
     )
     estimate = smoothed.estimate(X.expand(2000, 2))
     got = [estimate.value.numpy().var(axis=0), estimate.jacobian().numpy()[:, :, 0].var(axis=0)]
@@ -276,12 +277,10 @@ def test_auto_finds_the_weight_of_least_variance_and_leaves_a_useless_surrogate_
     def unrelated(x):
         return np.stack([np.sin(40 * x[:, 0]), np.cos(50 * x[:, 1]), np.sin(60 * x.sum(axis=1))], axis=1)
 
-    settings = {"num_samples": 64, "surrogate_samples": 512, "replicates": 8, "leaf_size": 64}
+    settings = {"num_samples": 64, "replicates": 8, "on": bridge.Ranks(leaf_size=64)}
     found = {}
     for name, g in (("quarter", quarter), ("unrelated", unrelated)):
-        smoothed = smooth(
-            surrogate=bridge.Surrogate(bridge.as_simulator(g, vectorized=True), weight="auto"), **settings
-        )
+        smoothed = smooth(surrogate=stand_in(bridge.as_simulator(g, vectorized=True), 512, "auto"), **settings)
         estimate = smoothed.estimate(X.expand(80, 2))
         error = (estimate.jacobian() - torch.as_tensor(truth()[1])).square().mean().sqrt()
         found[name] = (float(estimate.surrogate_weight.mean()), float(error))
@@ -294,7 +293,7 @@ def test_auto_finds_the_weight_of_least_variance_and_leaves_a_useless_surrogate_
     assert abs(found["unrelated"][0]) < 0.05
     assert found["unrelated"][1] < 1.1 * error
     # As a surrogate with a weight of one it does the harm that "auto" avoids.
-    one = smooth(surrogate=bridge.as_simulator(unrelated, vectorized=True), **settings)
+    one = smooth(surrogate=stand_in(bridge.as_simulator(unrelated, vectorized=True), 512), **settings)
     worse = (one.estimate(X.expand(80, 2)).jacobian() - torch.as_tensor(truth()[1])).square().mean().sqrt()
     assert worse > 1.5 * error
 
@@ -305,8 +304,7 @@ def test_intervals_cover(weight, points):
     smoothed = smooth(
         num_samples=64,
         replicates=8,
-        surrogate_samples=256,
-        surrogate_weight=weight,
+        surrogate=stand_in(samples=256, weight=weight),
         points=points,
         covariate="block",
         on=bridge.Ranks(leaf_size=64),
@@ -329,7 +327,7 @@ def test_intervals_cover(weight, points):
 def test_an_accuracy_is_reached_with_fewer_runs():
     settings = {"num_samples": 16, "covariate": "block"}
     good = bridge.as_simulator(lambda x: waves(x) + 0.02 * np.round(x.sum(axis=1))[:, None], vectorized=True)
-    with_one = smooth(surrogate=bridge.Surrogate(good, samples=1024), **settings)
+    with_one = smooth(surrogate=stand_in(good, samples=1024), **settings)
     plain = bridge.smooth(WAVES, seed=0, scale=SCALE, points="mc", **settings)
     cheap, dear = (s.estimate_to(X, relative_error=0.04, budget=20_000) for s in (with_one, plain))
     assert cheap.reached
@@ -351,7 +349,7 @@ def test_runs_are_counted_apart_and_never_differentiated():
 
         return bridge.as_simulator(run, repeatable=True)
 
-    smoothed = smooth(counting("fine", waves), surrogate=counting("coarse", steps))
+    smoothed = smooth(counting("fine", waves), surrogate=stand_in(counting("coarse", steps)))
     estimate = smoothed.estimate(X.expand(3, 2))
     estimate.jacobian()
     assert calls == {"fine": 3 * 16, "coarse": 3 * (16 + 64)}
@@ -374,11 +372,11 @@ def test_a_store_tells_the_two_apart_though_they_have_one_name(tmp_path):
             return self.function(inputs)
 
     fine, coarse = Named(waves), Named(steps)
-    expected = smooth(fine, surrogate=coarse).estimate(X).jacobian()
+    expected = smooth(fine, surrogate=stand_in(coarse)).estimate(X).jacobian()
     before = (fine.calls, coarse.calls)
     store = bridge.Store(tmp_path, above_s=0.0)
     for _ in range(2):
-        assert torch.equal(smooth(fine, surrogate=coarse, memory=store).estimate(X).jacobian(), expected)
+        assert torch.equal(smooth(fine, surrogate=stand_in(coarse), memory=store).estimate(X).jacobian(), expected)
     assert (fine.calls, coarse.calls) == (2 * before[0], 2 * before[1])
     # The simulator's own runs are found without the surrogate as well.
     bridge.smooth(fine, seed=0, num_samples=16, scale=SCALE, points="mc", memory=store).estimate(X)
@@ -392,8 +390,8 @@ def test_failures_of_the_surrogate():
         return steps(x[None])[0]
 
     with pytest.raises(EvaluationError, match="no mesh"):
-        smooth(surrogate=fragile)(X)
-    estimate = smooth(surrogate=fragile, failures="drop", covariate="block").estimate(X.expand(200, 2))
+        smooth(surrogate=stand_in(fragile))(X)
+    estimate = smooth(surrogate=stand_in(fragile), failures="drop", covariate="block").estimate(X.expand(200, 2))
     assert estimate.num_failed == 0
     assert estimate.num_surrogate_failed > 400
     # What fails of the surrogate fails in both of its parts: the estimate stays that of the simulator.
@@ -402,8 +400,8 @@ def test_failures_of_the_surrogate():
 
 
 def test_it_runs_in_processes_of_its_own():
-    expected = smooth(_plain_waves, surrogate=_plain_steps).estimate(X)
-    estimate = smooth(_plain_waves, surrogate=_plain_steps, on="process").estimate(X)
+    expected = smooth(_plain_waves, surrogate=stand_in(_plain_steps)).estimate(X)
+    estimate = smooth(_plain_waves, surrogate=stand_in(_plain_steps), on="process").estimate(X)
     assert torch.equal(estimate.jacobian(), expected.jacobian())
 
 
@@ -421,21 +419,22 @@ def _plain_steps(x):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"surrogate_weight": "auto"}, "replicates=8"),
-        ({"surrogate_weight": "auto", "replicates": 2}, "at least 4 replicates"),
-        ({"surrogate_weight": "best"}, "a number or 'auto'"),
-        ({"surrogate_weight": np.nan}, "finite surrogate_weight"),
-        ({"surrogate_samples": 0}, "surrogate_samples"),
-        ({"surrogate_samples": 66, "replicates": 4}, "multiple of replicates=4"),
-        ({"forward": "unsmoothed"}, "forward='smoothed'"),
+        ({"surrogate": stand_in(weight="auto")}, "replicates=8"),
+        ({"surrogate": stand_in(weight="auto"), "replicates": 2}, "at least 4 replicates"),
+        ({"surrogate": stand_in(weight="best")}, "a number or 'auto'"),
+        ({"surrogate": stand_in(weight=np.nan)}, "finite weight of the surrogate"),
+        ({"surrogate": stand_in(samples=0)}, "samples of the surrogate"),
+        ({"surrogate": stand_in(samples=66), "replicates": 4}, "multiple of replicates=4"),
         ({"covariate": "bq"}, "other than 'bq'"),
-        ({"points": "rqmc-cartesian", "num_samples": 16, "surrogate_samples": 63}, "63|64"),
+        ({"points": "rqmc-cartesian", "num_samples": 16, "surrogate": stand_in(samples=63)}, "63|64"),
     ],
 )
 def test_settings_are_refused(settings, message):
     two = bridge.as_simulator(waves, vectorized=True, names=("a", "b"))
     with pytest.raises(InputError, match=message):
         smooth(two, **settings)
+    with pytest.raises(InputError, match=r"no surrogate for straight_through\(\)"):
+        smooth(two).straight_through()
 
 
 def test_other_parameters_bounds_and_outputs_are_refused():
@@ -444,19 +443,19 @@ def test_other_parameters_bounds_and_outputs_are_refused():
 
     fine = simulator(bounds=[(-1, 1), (-1, 1)])
     with pytest.raises(InputError, match=r"same parameters .* a, b, got a, c"):
-        smooth(fine, surrogate=simulator(("a", "c")))
+        smooth(fine, surrogate=stand_in(simulator(("a", "c"))))
     with pytest.raises(InputError, match="widen the surrogate's"):
-        smooth(fine, surrogate=simulator(bounds=[(-1, 1), (-1, 0.5)]))
+        smooth(fine, surrogate=stand_in(simulator(bounds=[(-1, 1), (-1, 0.5)])))
     with pytest.raises(InputError, match=r"shape \(3,\) from the surrogate .* got \(4,\)"):
-        smooth(fine, surrogate=simulator(shape=(4,)))
+        smooth(fine, surrogate=stand_in(simulator(shape=(4,))))
     # One that is only known once it has run, before the simulator has.
     runs = []
     dear = bridge.as_simulator(lambda x: runs.append(1) or waves(x[None])[0], output_shape=(3,))
     with pytest.raises(InputError, match=r"got \(2,\)"):
-        smooth(dear, surrogate=lambda x: waves(x[None])[0, :2])(X)
+        smooth(dear, surrogate=stand_in(lambda x: waves(x[None])[0, :2]))(X)
     assert not runs
     with pytest.raises(InputError, match=r"got \(2,\)"):
-        smooth(surrogate=lambda x: waves(x[None])[0, :2])(X)
+        smooth(surrogate=stand_in(lambda x: waves(x[None])[0, :2]))(X)
 
 
 def test_what_needs_rows_is_refused():
@@ -492,8 +491,8 @@ digest = hashlib.sha256()
 for keep in (40, 0):
     for weight, replicates in ((1.0, 1), (0.7, 4), ("auto", 4)):
         smoothed = bridge.smooth(
-            fine, seed=0, num_samples=16, replicates=replicates, keep_megabytes=keep, surrogate=coarse,
-            surrogate_samples=96, surrogate_weight=weight,
+            fine, seed=0, num_samples=16, replicates=replicates, memory=bridge.Memory(keep_mb=keep),
+            surrogate=bridge.Surrogate(coarse, samples=96, weight=weight),
         )
         y = smoothed(theta, step=2, scale=matrix)
         gradients = torch.autograd.grad((y**2).sum(), (theta, matrix))

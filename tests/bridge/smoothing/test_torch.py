@@ -358,10 +358,10 @@ def through_a_file(module):
     [
         (copy.deepcopy, {}),
         (through_a_file, {}),
-        (copy.deepcopy, {"workers": 1}),
-        (lambda x: pickle.loads(pickle.dumps(x)), {"isolate": "process"}),
+        (copy.deepcopy, {"on": 1}),
+        (lambda x: pickle.loads(pickle.dumps(x)), {"on": "process"}),
     ],
-    ids=["copy", "file", "copy of workers", "pickle of isolate"],
+    ids=["copy", "file", "copy of workers", "pickle of a process"],
 )
 def test_copies_are_whole_and_by_themselves(how, settings):
     module = Module(**settings)
