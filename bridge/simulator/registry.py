@@ -53,10 +53,9 @@ def check_arguments(name: str, factory: Callable[..., Any], args: tuple[Any, ...
         signature.bind(*args, **options)
     except TypeError as error:
         known = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        said = str(error) if str(error).startswith("got ") else f"got: {error}"
         meant = next((words for word in options if word not in known and (words := did_you_mean(word, known))), "")
-        raise InputError(
-            f"Expected the arguments of {name!r}, got: {error}. Known: {', '.join(known)}.{meant}"
-        ) from error
+        raise InputError(f"Expected the arguments of {name!r}, {said}. Known: {', '.join(known)}.{meant}") from error
 
 
 # --- files of one's own -------------------------------------------------------------------------------------------

@@ -382,14 +382,14 @@ def test_info_and_study_take_a_simulator_from_a_file(folder, capsys):
         (("stop = 12", "workers = 2"), 'Give on = { name = "workers", number = ... }.'),
         (
             ("stop = 12", "stop = { rums = 12 }"),
-            "Expected the arguments of 'stop', got: got an unexpected keyword argument 'rums'",
+            "Expected the arguments of 'stop', got an unexpected keyword argument 'rums'",
         ),
         (("stop = 12", "stop = { rums = 12 }"), "Did you mean 'runs'?"),
         (("stop = 12", "stop = { runs = 1 }"), "Expected runs of at least 2, got 1."),
         (("stop = 12", 'method = { name = "adm" }'), "Did you mean 'adam'?"),
         (
             ("stop = 12", 'method = { name = "adam", rounds = 3 }'),
-            "arguments of 'method', got: got an unexpected keyword argument 'rounds'",
+            "arguments of 'method', got an unexpected keyword argument 'rounds'",
         ),
         (("stop = 12", 'on = { name = "threads" }'), "one of ranks, process, workers in on, got 'threads'"),
         (("file = ", "fil = "), "Unknown setting 'fil' in [target]"),

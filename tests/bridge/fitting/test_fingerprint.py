@@ -20,15 +20,21 @@ def simulate(x):
     return np.array([np.exp(-x[0]), x[0] * x[1], np.sin(x[1])])
 
 
-def fit(folder, at=None, **settings):
+def fit(folder, at=None, robust=None, **settings):
     def die(record):
         if record.step == at:
             raise Killed
 
     return bridge.fit(
-        simulate, simulate([0.5, 0.3]), [0.2, 0.6], seed=0, method="adam", steps=3, num_samples=8, variance=0.1,
-        directory=folder, on_step=die, every_s=0.0, **settings,
-    )  # fmt: skip
+        simulate,
+        simulate([0.5, 0.3]),
+        [0.2, 0.6],
+        seed=0,
+        method=bridge.Adam(steps=3, num_samples=8, **settings),
+        misfit=bridge.LeastSquares(variance=0.1, robust=robust),
+        run=bridge.Run(folder, every_s=0.0),
+        watch=die,
+    )
 
 
 def density(power):

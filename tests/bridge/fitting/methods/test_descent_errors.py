@@ -76,10 +76,10 @@ def test_intervals_along_a_valley_hold_from_any_start_or_are_not_stated(apart, w
     assert 0.90 < np.mean(inside) < 0.98 or len(inside) < 0.15 * count
 
 
-SGD = {"method": "torch", "optimiser": "SGD", "learning_rate": 0.03}
+SGD = bridge.Torch(steps=60, num_samples=8, optimiser="SGD", learning_rate=0.03)
 
 
-@pytest.mark.parametrize("method", [{"method": "adam"}, SGD], ids=["adam", "torch"])
+@pytest.mark.parametrize("method", [bridge.Adam(steps=60, num_samples=8), SGD], ids=["adam", "torch"])
 def test_fits_state_no_error_along_a_valley_that_they_have_not_gone_down(method):
     """Outputs tell the second parameter by itself, but hardly: in natural units alone it is a valley."""
     t = np.linspace(0, 1, 25)
@@ -89,7 +89,7 @@ def test_fits_state_no_error_along_a_valley_that_they_have_not_gone_down(method)
 
     y = f(np.array([1.0, 0.0])) + 0.02 * np.random.default_rng(1).normal(size=25)
     simulator = bridge.as_simulator(f, names=["high", "low"], natural_scale=[0.1, 1.0])
-    result = bridge.fit(simulator, y, [0.7, 0.5], seed=0, variance=4e-4, steps=60, num_samples=8, **method)
+    result = bridge.fit(simulator, y, [0.7, 0.5], seed=0, variance=4e-4, method=method)
     assert np.isfinite(result.standard_error[0])
     assert np.isnan(result.standard_error[1])
     assert any("along the valley" in w for w in result.warnings)

@@ -13,7 +13,7 @@ from scipy import integrate, stats
 import bridge
 from bridge.errors import InputError
 from bridge.fitting.blur import make_blur, make_blur_schedule, stage_at
-from bridge.fitting.methods.first_order import TorchMover, make_optimiser
+from bridge.fitting.methods.first_order import Mover, make_optimiser
 from bridge.fitting.methods.natural import LossAndSquare, natural_step
 from bridge.fitting.misfit import Misfit
 from bridge.fitting.normal import leverages, of_robust
@@ -286,7 +286,7 @@ def test_a_prior_in_a_fit_with_block_structure():
 
 def test_an_optimiser_gets_the_gradient_and_its_rate_follows_the_scale():
     make = make_optimiser(lambda p: torch.optim.SGD(p, lr=0.5), 1.0, 2)
-    mover = TorchMover(make, (2, 2), first=2.0)
+    mover = Mover(make, (2, 2), first=2.0)
     x, g = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 0.0], [0.0, -1.0]])
     np.testing.assert_allclose(mover.move(x, g, 2.0, 1.0), x - 0.5 * g)
     np.testing.assert_allclose(mover.move(x, g, 1.0, 1.0), x - 0.25 * g)
