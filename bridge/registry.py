@@ -27,7 +27,8 @@ class Registry(Generic[Kind]):
         what: one of them is, in words. group: of entry points, by which packages announce theirs.
         kind: the base class that all have in common; None where there is none.
         called: what a name is called in errors. plural: what the known ones are called there.
-        or_else, hint: what else may be given, at the end of the list of names and of the error.
+        or_else, hint: what else may be given, at the end of the list of names and of the error. if_none: the list where
+            there are no names.
     """
 
     _all: ClassVar[list[Registry[Any]]] = []
@@ -42,10 +43,11 @@ class Registry(Generic[Kind]):
         plural: str = "",
         or_else: str = "",
         hint: str = "",
+        if_none: str = "none",
     ) -> None:
         self.what, self.group, self.kind = what, group, kind
         self._called, self._plural = called or what, f" {plural}" if plural else ""
-        self._or_else, self._hint = or_else, hint
+        self._or_else, self._hint, self._if_none = or_else, hint, if_none
         self._registered: dict[str, Callable[..., Kind]] = {}
         Registry._all.append(self)
 
@@ -133,7 +135,7 @@ class Registry(Generic[Kind]):
     def unknown(self, name: Any) -> InputError:
         """The error of a name that is not known."""
         known = self.names()
-        listed = ", ".join(known) or "none (is the package installed? `pip install -e .`)"
+        listed = ", ".join(known) or self._if_none
         return InputError(
             f"Unknown {self._called} {name!r}. Known{self._plural}: {listed}{self._or_else}."
             f"{did_you_mean(str(name), known)}{self._hint}"
@@ -173,10 +175,19 @@ SIMULATORS: Registry[Any] = Registry(
     "bridge.simulators",
     plural="simulators",
     hint=" One of your own is named by its file: mysim.py:function.",
+    if_none="none (is the package installed? `pip install -e .`)",
 )
 
 # Defined here since its kind is nobody's of ours: a script's own executor need not import anything that has a registry.
-EXECUTORS: Registry[Executor] = Registry("executor", "bridge.executors", Executor, called="on=", or_else=", process")
+EXECUTORS: Registry[Executor] = Registry(
+    "executor",
+    "bridge.executors",
+    Executor,
+    called="on=",
+    or_else=", process",
+    hint=" A number of workers is given as one, on=8; an executor itself, or by its name.",
+    if_none="no names of executors",
+)
 
 
 def register(name: str) -> Callable[[Member], Member]:

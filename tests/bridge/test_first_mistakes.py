@@ -171,7 +171,7 @@ MISTAKES = {
     "text as a stop": (of_fit(stop="100"), "bridge.Stop(runs=, seconds=, error=) or a number of runs as stop="),
     "text as seconds": (lambda: bridge.Stop(seconds="9"), "Expected positive seconds, got '9'."),
     "text as a number of workers": (lambda: bridge.Workers("4"), "Expected a positive integer of workers, got '4'."),
-    "text as workers": (of_smooth(sines, on="4"), "Expected a number of workers, 'process', an executor"),
+    "text as workers": (of_smooth(sines, on="4"), "A number of workers is given as one, on=8"),
     "a path as memory": (of_smooth(sines, memory="runs"), "bridge.Memory(...) or a bridge.Store as memory, got 'runs'"),
     "a path as store": (lambda: bridge.Memory(store="runs"), "Give store=bridge.Store('runs')."),
     "a number as run": (of_fit(run=3), "Expected the directory of a run as a path, got 3."),
