@@ -111,16 +111,16 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="job file (TOML); examples/demo.toml is one")
     parser.add_argument("-o", "--output", help="directory for the results, in place of the file's")
     parser.add_argument(
-        "--progress",
-        default="auto",
-        choices=("auto", "lines", "off"),
-        help="a live view on a terminal (auto, the default); lines for logs; off",
+        "--watch",
+        metavar="WHAT",
+        action="append",
+        default=[],
+        help="auto, a live view on a terminal (the default); lines, for logs; off; jsonl:FILE, one JSON object a step; "
+        "tensorboard:DIRECTORY; or the name of an observer of your own; may be repeated",
     )
     parser.add_argument("--method", help="in place of the file's: auto, kriging, gauss-newton, adam, ...")
     parser.add_argument("--max-runs", type=int, metavar="N", help="simulator runs to spend, in place of the file's")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress: --progress off")
-    parser.add_argument("--jsonl", metavar="FILE", help="one JSON object a step, while it runs")
-    parser.add_argument("--tensorboard", metavar="DIRECTORY", help="scalars for TensorBoard, while it runs")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress: --watch off")
     parser.add_argument(
         "--reuse",
         metavar="DIRECTORY",
@@ -137,15 +137,14 @@ def _fit(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from bridge.cli.job import load_job
-    from bridge.reporting.observers import view
-    from bridge.reporting.recorders import JSONLines, TensorBoard
+    from bridge.reporting.observers import CHOICES, view
     from bridge.storage.run import correct_status
 
-    observers: list[Observer] = list(view("off" if options.quiet else options.progress))
-    if options.jsonl:
-        observers.append(JSONLines(options.jsonl))
-    if options.tensorboard:
-        observers.append(TensorBoard(options.tensorboard))
+    choices = [
+        *(["off"] if options.quiet else ["auto"] if not set(options.watch) & set(CHOICES) else []),
+        *options.watch,
+    ]
+    observers = [observer for choice in choices for observer in view(choice)]
     job = load_job(options.file, options.output)
     job = replace(job, settings={**job.settings, **_in_place(job.settings, options)})
     code = 1

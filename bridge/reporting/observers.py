@@ -54,8 +54,8 @@ def watchers(watch: Watch) -> tuple[list[Observer], list[Callable[[FitStep], Any
 
     Args:
         watch: "auto", a live view where stderr is a terminal, silent elsewhere; "lines", a plain line now and then
-            wherever stderr goes; "off"; the name of a registered observer; an observer; a function;
-            or several.
+            wherever stderr goes; "off"; the name of a registered observer, with its first argument after a colon
+            ("jsonl:steps.jsonl", "tensorboard:runs"); an observer; a function; or several.
 
     Raises:
         InputError: another word, or something that is none of these.
@@ -99,20 +99,30 @@ def make_observers(watch: Watch = "auto", *, root: bool = True) -> Observers:
 def view(choice: str) -> tuple[Observer, ...]:
     """What "auto", "lines", "off" or the name of a registered observer stands for here.
 
+    Args:
+        choice: a name may have the observer's first argument after a colon: "jsonl:steps.jsonl".
+
     Raises:
-        InputError: another word.
+        InputError: another word, or an observer that needs an argument and has none.
     """
     if choice == "lines":
         return (Lines(),)
     if choice in CHOICES:
         return (LiveView(),) if choice == "auto" and is_terminal(sys.stderr) else ()
     named = OBSERVERS.names()
-    if choice not in named:
+    name, colon, argument = choice.partition(":")
+    if name not in named:
         known = [*CHOICES, *named]
         raise InputError(
             f"Unknown watch={choice!r}. Known: {', '.join(known)}, or observers.{did_you_mean(choice, known)}"
         )
-    return (OBSERVERS.make(choice),)
+    kind = OBSERVERS.find(name)
+    try:
+        return (kind(argument) if colon else kind(),)
+    except TypeError as error:
+        raise InputError(
+            f"Expected what the observer {name!r} needs, such as {name}:FILE, got {choice!r}: {error}."
+        ) from error
 
 
 @final

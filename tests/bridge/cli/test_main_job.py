@@ -55,7 +55,7 @@ def test_the_command_recovers_and_writes_everything(job_file, tmp_path, capsys):
     import mrcfile
 
     out = tmp_path / "out"
-    assert main(["fit", str(job_file), "-o", str(out), "--progress", "lines"]) == 0
+    assert main(["fit", str(job_file), "-o", str(out), "--watch", "lines"]) == 0
     printed = capsys.readouterr()
     assert "defocus_um" in printed.out
     assert "step" in printed.err
