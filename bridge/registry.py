@@ -133,9 +133,10 @@ class Registry(Generic[Kind]):
     def unknown(self, name: Any) -> InputError:
         """The error of a name that is not known."""
         known = self.names()
-        listed = ", ".join(known) or "none (is the package installed? `pip install -e .`)"
+        nothing = "" if self._or_else else "none (is the package installed? `pip install -e .`)"
+        listed = (", ".join(known) or nothing) + self._or_else
         return InputError(
-            f"Unknown {self._called} {name!r}. Known{self._plural}: {listed}{self._or_else}."
+            f"Unknown {self._called} {name!r}. Known{self._plural}: {listed.removeprefix(', ')}."
             f"{did_you_mean(str(name), known)}{self._hint}"
         )
 

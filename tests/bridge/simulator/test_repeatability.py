@@ -274,5 +274,5 @@ def test_processes_have_working_directories_of_their_own(tmp_path):
     smoothed.simulator.close()
     assert not list((tmp_path / "scratch").iterdir())
     assert not Path("result.txt").exists()
-    with pytest.raises(bridge.InputError, match="own_directory"):
-        bridge.smooth(writes_a_file, seed=0, on=bridge.Isolated(own_directory=True))
+    with pytest.raises(bridge.InputError, match=r"on=bridge\.Workers\(8, own_directory=\.\.\.\)"):
+        bridge.smooth(writes_a_file, seed=0, own_directory=True)
