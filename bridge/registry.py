@@ -135,9 +135,9 @@ class Registry(Generic[Kind]):
     def unknown(self, name: Any) -> InputError:
         """The error of a name that is not known."""
         known = self.names()
-        listed = ", ".join(known) or self._if_none
+        listed = (", ".join(known) or self._if_none) + self._or_else
         return InputError(
-            f"Unknown {self._called} {name!r}. Known{self._plural}: {listed}{self._or_else}."
+            f"Unknown {self._called} {name!r}. Known{self._plural}: {listed.removeprefix(', ')}."
             f"{did_you_mean(str(name), known)}{self._hint}"
         )
 

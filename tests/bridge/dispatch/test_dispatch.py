@@ -113,7 +113,8 @@ def test_idle_ranks_take_rows_off_busy_ones(run_ranks):
         share = {}
         for schedule in ("static", "dynamic"):
             began.clear()
-            smoothed = bridge.smooth(f, seed=0, num_samples=16, scale=1e-3, schedule=schedule, leaf_size=1)
+            ranks = bridge.Ranks(schedule=schedule, leaf_size=1)
+            smoothed = bridge.smooth(f, seed=0, num_samples=16, scale=1e-3, on=ranks)
             smoothed(theta)
             share[schedule] = len(began)
         # By one rank: a launcher may put what two write on one line.
@@ -235,7 +236,7 @@ def test_a_parallel_simulator_needs_ranks():
     simulator = bridge.as_simulator(lambda x, comm: x, parallel=True)
     with pytest.raises(InputError, match="mpirun -n 2"):
         bridge.smooth(simulator, seed=0, on=bridge.Ranks(per_evaluation=2))
-    with pytest.raises(InputError, match="ranks_per_evaluation"):
+    with pytest.raises(InputError, match=r"on=bridge\.Ranks\(per_evaluation=\.\.\.\)"):
         bridge.smooth(simulator, seed=0)(torch.zeros(1))
     with pytest.raises(InputError, match="schedule"):
         bridge.smooth(lambda x: x, seed=0, on=bridge.Ranks(schedule="random"))

@@ -171,7 +171,7 @@ def test_ranks_have_children_of_their_own_which_may_use_mpi(run_ranks):
             os.abort()
         return np.array([x.sum(), MPI.COMM_WORLD.Get_size()])
 
-    smoothed = bridge.smooth(f, seed=3, num_samples=16, points="mc", failures="drop", isolate="process")
+    smoothed = bridge.smooth(f, seed=3, num_samples=16, points="mc", failures="drop", on="process")
     e = smoothed.estimate(torch.tensor([0.3, -0.2], dtype=torch.float64))
     jacobian = e.jacobian()
     if bridge.is_root():
