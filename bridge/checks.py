@@ -16,14 +16,24 @@ T = TypeVar("T")
 # What others call it: those of our words that may be meant, in the order in which they are looked for.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("iterations", "n_steps", "num_steps", "nsteps", "n_iter", "niter", "num_iterations", "max_iter", "maxiter",
-         "max_iterations", "max_steps", "epochs"),
+        (
+            "iterations",
+            "n_steps",
+            "num_steps",
+            "nsteps",
+            "n_iter",
+            "niter",
+            "num_iterations",
+            "max_iter",
+            "maxiter",
+            "max_iterations",
+            "max_steps",
+            "epochs",
+        ),
         ("steps",),
     ),
     **dict.fromkeys(("lr", "rate", "step_size"), ("learning_rate",)),
-    **dict.fromkeys(
-        ("n_samples", "samples", "nsamples", "n", "batch_size", "population", "popsize"), ("num_samples",)
-    ),
+    **dict.fromkeys(("n_samples", "samples", "nsamples", "n", "batch_size", "population", "popsize"), ("num_samples",)),
     **dict.fromkeys(
         ("max_evals", "max_evaluations", "maxfun", "maxfev", "n_calls", "num_runs", "runs"), ("max_runs", "budget")
     ),
@@ -44,7 +54,7 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("lower", "upper", "limits", "ranges"), ("bounds",)),
     **dict.fromkeys(("parameter_names", "params", "parameters"), ("names",)),
     **dict.fromkeys(("batched", "vectorised", "vectorize"), ("vectorized",)),
-}  # fmt: skip
+}
 _PLACES = {
     "workers": "on=bridge.Workers(8), or on=8",
     **dict.fromkeys(("timeout_s", "own_directory"), "on=bridge.Workers(8, {}=...), or on=bridge.Isolated({}=...)"),

@@ -209,9 +209,12 @@ def exit_wave(layout: Layout, image: int, copy: int) -> NDArray[np.complex64]:
     for k in sorted(set(number.tolist()), reverse=True):  # the electrons come from above
         mine, middle = number == k, (k + 0.5) * SLICE
         part = Specimen.from_atoms(
-            atoms.positions[mine], atoms.atomic_numbers[mine], weights=atoms.weights[mine],
-            b_factors=atoms.b_factors[mine], hydrogens=atoms.hydrogens[mine],
-        )  # fmt: skip
+            atoms.positions[mine],
+            atoms.atomic_numbers[mine],
+            weights=atoms.weights[mine],
+            b_factors=atoms.b_factors[mine],
+            hydrogens=atoms.hydrogens[mine],
+        )
         potential = cryoet.projected_potential(part, (box, box), step, solvent=not layout.thresholded)
         if layout.thresholded:
             within = dry[np.floor(dry[:, 2] / SLICE) == k, 1::-1] / step + box // 2
@@ -363,9 +366,9 @@ class Misfit:
                 basis = torch.cat((basis, orthonormal(contrast[None])))
                 residual = without(basis, residual)
             slopes = without(basis, slopes)
-            blocks.append((
-                dot(slopes[:, None], slopes).numpy(), dot(slopes, residual).numpy(), float(dot(residual, residual))
-            ))  # fmt: skip
+            blocks.append(
+                (dot(slopes[:, None], slopes).numpy(), dot(slopes, residual).numpy(), float(dot(residual, residual)))
+            )
         return tuple(np.array(part) for part in zip(*blocks, strict=True))  # type: ignore[return-value]
 
 
@@ -410,9 +413,12 @@ class Alignment:
 
 
 def align(
-    layout: Layout, target: Array, first: Array, seed: int,
+    layout: Layout,
+    target: Array,
+    first: Array,
+    seed: int,
     schedule: Sequence[tuple[int, float]] = SCHEDULE,
-) -> Alignment:  # fmt: skip
+) -> Alignment:
     """Gauss-Newton on the smoothed Jacobian, a few columns for all parameters, coarse to fine."""
     finest, larger = (layout.series(larger=k) for k in (1, 2))
     k, spread, samples = layout.kinds, layout.spread(START), layout.runs_a_step
@@ -637,9 +643,18 @@ def compare(
         error = theta - true
         of_own = [] if own is None else by_kind(layout, error / own)
         results.append(
-            Errors(name, seed, runs, rounds, time.process_time() - began, by_kind(layout, error),
-                   by_kind(layout, limit), by_kind(layout, error / limit), of_own)
-        )  # fmt: skip
+            Errors(
+                name,
+                seed,
+                runs,
+                rounds,
+                time.process_time() - began,
+                by_kind(layout, error),
+                by_kind(layout, limit),
+                by_kind(layout, error / limit),
+                of_own,
+            )
+        )
         arrays[name] = theta
         if bridge.is_root():
             print(results[-1].line(), flush=True)
@@ -688,8 +703,9 @@ def summary(results: Sequence[Errors]) -> str:
         mine = [r for r in results if r.method == name]
         parts = []
         for k, (kind, unit, factor) in enumerate(PRINTED[: len(mine[0].rms)]):
-            rms, bound, ratio = (np.sqrt(np.mean([getattr(r, f)[k] ** 2 for r in mine])) for f in ("rms", "bound",
-                                                                                                  "ratio"))  # fmt: skip
+            rms, bound, ratio = (
+                np.sqrt(np.mean([getattr(r, f)[k] ** 2 for r in mine])) for f in ("rms", "bound", "ratio")
+            )
             worst = max(r.ratio[k] for r in mine)
             parts.append(f"{kind} {factor * rms:.3g} / {factor * bound:.3g} {unit} = {ratio:.2f} ({worst:.2f})")
         cpu, runs = np.median([r.cpu_s for r in mine]), np.mean([r.runs for r in mine])

@@ -19,9 +19,13 @@ Array = NDArray[np.float64]
 
 
 def draw(
-    scheme: tuple[float, ...], pixel: float, optics: Microscope, arrays: dict[str, Array], models: dict[str, Array],
+    scheme: tuple[float, ...],
+    pixel: float,
+    optics: Microscope,
+    arrays: dict[str, Array],
+    models: dict[str, Array],
     folder: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Draws all three.
 
     Args:

@@ -60,9 +60,14 @@ class Camera:
         kind = {"raster": RasterSimulator, "pyrender": PyrenderSimulator}[backend]
         lamp = {"light_azimuth_deg": 40.0, "light_elevation_deg": 30.0}
         self.simulator = kind(
-            teapot(3), size=(SIZE, SIZE), outputs="rgb", camera="se3", lens=18.0, colour=(1, 1, 1),
+            teapot(3),
+            size=(SIZE, SIZE),
+            outputs="rgb",
+            camera="se3",
+            lens=18.0,
+            colour=(1, 1, 1),
             fixed={"shift_x": 0.0, "shift_y": 0.0, **lamp},
-        )  # fmt: skip
+        )
         self.space = self.simulator.space
 
     def sharp(self, rows: Array) -> NDArray[np.float32]:
@@ -90,11 +95,17 @@ def network(seed: int) -> nn.Module:
     """From (n, 1, 16, 16) to (n, 4), a pose in units of `REACH`."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 4),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256, 32),
+        nn.ReLU(),
+        nn.Linear(32, 4),
+    )
 
 
 def read_poses(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -198,9 +209,14 @@ def separable_cma(net: nn.Module, camera: Camera, seed: int, budget: int) -> Ite
 
     settings = CMA
     options = {
-        "popsize": settings.population, "CMA_diagonal": True, "seed": seed + 1, "verbose": -9, "tolfun": 0.0,
-        "tolflatfitness": 10**9, "tolstagnation": 10**9,
-    }  # fmt: skip
+        "popsize": settings.population,
+        "CMA_diagonal": True,
+        "seed": seed + 1,
+        "verbose": -9,
+        "tolfun": 0.0,
+        "tolflatfitness": 10**9,
+        "tolstagnation": 10**9,
+    }
     search = cma.CMAEvolutionStrategy(parameters_to_vector(net.parameters()).tolist(), settings.sigma, options)
     cost = settings.batch * (1 + settings.population)
     for step in range(budget // cost):

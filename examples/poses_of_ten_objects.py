@@ -88,9 +88,17 @@ def objects() -> list[tuple[str, Any, pose_metrics.Symmetry]]:
         ("flag", _bar(((0.3, 2.4, 0.3), (0, 0, 0)), ((1.0, 0.7, 0.2), (0.6, 0.8, 0))), pose_metrics.Symmetry()),
     ]
     palette = [
-        [0.9, 0.9, 0.9], [0.9, 0.2, 0.2], [0.2, 0.8, 0.2], [0.3, 0.4, 1.0], [0.9, 0.8, 0.1],
-        [0.1, 0.8, 0.8], [0.9, 0.3, 0.9], [1.0, 0.55, 0.1], [0.55, 0.35, 0.2], [0.55, 0.6, 0.3],
-    ]  # fmt: skip
+        [0.9, 0.9, 0.9],
+        [0.9, 0.2, 0.2],
+        [0.2, 0.8, 0.2],
+        [0.3, 0.4, 1.0],
+        [0.9, 0.8, 0.1],
+        [0.1, 0.8, 0.8],
+        [0.9, 0.3, 0.9],
+        [1.0, 0.55, 0.1],
+        [0.55, 0.35, 0.2],
+        [0.55, 0.6, 0.3],
+    ]
     for (_, mesh, _), colour in zip(found, palette, strict=True):
         mesh.vertices -= mesh.bounds.mean(axis=0)
         mesh.vertices *= RADIUS / np.linalg.norm(mesh.vertices, axis=1).max()
@@ -115,9 +123,12 @@ class Heap:
         self.count = len(meshes)
         self.diameters = np.array([pose_metrics.diameter(m.vertices) for m in meshes])
         options: dict[str, Any] = {
-            "size": (SIZE, SIZE), "lens": HALF_ANGLE_DEG, "fixed": {"distance": DISTANCE}, "normalise": False,
+            "size": (SIZE, SIZE),
+            "lens": HALF_ANGLE_DEG,
+            "fixed": {"distance": DISTANCE},
+            "normalise": False,
             "background_depth": DISTANCE + 1,
-        }  # fmt: skip
+        }
         kind = {"raster": RasterSimulator, "pyrender": PyrenderSimulator}[backend]
         self.simulator = kind(meshes, outputs=("rgb", "depth", "mask"), vary="objects", **options)
         masks = RasterSimulator(meshes, outputs="mask", vary="objects", **options)
@@ -357,9 +368,13 @@ def strategy(size: int, settings: Settings, seed: list[int], separable: bool = F
     import cma
 
     options = {
-        "popsize": settings.popsize, "seed": int(np.random.default_rng(seed).integers(1, 2**31)), "verbose": -9,
-        "CMA_diagonal": separable, "tolfun": 1e-9, "tolx": 1e-3,
-    }  # fmt: skip
+        "popsize": settings.popsize,
+        "seed": int(np.random.default_rng(seed).integers(1, 2**31)),
+        "verbose": -9,
+        "CMA_diagonal": separable,
+        "tolfun": 1e-9,
+        "tolx": 1e-3,
+    }
     return cma.CMAEvolutionStrategy(np.zeros(size), settings.sigma, options)
 
 

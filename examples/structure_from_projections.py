@@ -89,9 +89,16 @@ class Projections:
             settings: dict[str, Any] = {"bounds": {**limits, "x_angstrom": (-30, 30), "y_angstrom": (-30, 30)}}
             if first is None:
                 first = CryoET(
-                    specimen, SHAPE, PIXEL, LENS, Detector(DOSE, dqe=1.0), names, mode=mode,  # type: ignore[arg-type]
-                    deformation=BENDING, **settings,
-                )  # fmt: skip
+                    specimen,
+                    SHAPE,
+                    PIXEL,
+                    LENS,
+                    Detector(DOSE, dqe=1.0),
+                    names,
+                    mode=mode,  # type: ignore[arg-type]
+                    deformation=BENDING,
+                    **settings,
+                )
             images.append(first.replace(**settings))
         return cls(tuple(images))
 
@@ -321,8 +328,11 @@ def picture(task: Problem, found: Found, least: Array, path: Path) -> None:
             axis.set_xticks([])
             axis.set_yticks([])
         line[0].set_ylabel(name)
-    left.suptitle(f"{number} images of {DOSE:g} e/angstrom$^2$, {PIXEL:g} angstrom a pixel; grey: $\\pm$3 (counts) or "
-                  "0.7 standard deviations of the noise", fontsize=9)  # fmt: skip
+    left.suptitle(
+        f"{number} images of {DOSE:g} e/angstrom$^2$, {PIXEL:g} angstrom a pixel; grey: $\\pm$3 (counts) or "
+        "0.7 standard deviations of the noise",
+        fontsize=9,
+    )
     upper, lower = right.subplots(2, 1, height_ratios=(1, 1.6))
     place = np.arange(MODES)
     error = found.standard_error[:MODES] if found.standard_error is not None else least[:MODES]
@@ -397,8 +407,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (options.output / f"seed_{seed}.json").write_text(json.dumps(lines, indent=1) + "\n")
             for method in ("start", *options.methods):
                 r = lines[method]
-                print(f"seed {seed} {method:8s} errors in bounds: amplitudes {r['amplitudes']:6.2f}, poses "
-                      f"{r['poses']:6.2f}, largest {r['largest']:6.2f}; {r['runs']} runs", flush=True)  # fmt: skip
+                print(
+                    f"seed {seed} {method:8s} errors in bounds: amplitudes {r['amplitudes']:6.2f}, poses "
+                    f"{r['poses']:6.2f}, largest {r['largest']:6.2f}; {r['runs']} runs",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -48,8 +48,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy = directory / "source" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, copy)
-    pip("wheel", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", directory / "dist",
-        directory / "source", cwd=directory)  # fmt: skip
+    pip(
+        "wheel",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        directory / "dist",
+        directory / "source",
+        cwd=directory,
+    )
     (built,) = (directory / "dist").glob("*.whl")
     return built
 

@@ -36,10 +36,19 @@ def made(name: str, seed: int = 3) -> problems.Problem:
 
 # Sums of squares at the starts, as Moré, Garbow and Hillstrom, and Moré and Wild, have them.
 AT_START = {
-    "rosenbrock": 24.2, "helical-valley": 2500.0, "powell-singular": 215.0, "freudenstein-roth": 400.5,
-    "bard": 41.6817, "box": 1031.154, "brown-dennis": 7926693.3, "osborne-2": 2.093420, "bdqrtic": 904.0,
-    "cube": 56.5, "watson": 16.43083, "chebyquad": 0.04642817,
-}  # fmt: skip
+    "rosenbrock": 24.2,
+    "helical-valley": 2500.0,
+    "powell-singular": 215.0,
+    "freudenstein-roth": 400.5,
+    "bard": 41.6817,
+    "box": 1031.154,
+    "brown-dennis": 7926693.3,
+    "osborne-2": 2.093420,
+    "bdqrtic": 904.0,
+    "cube": 56.5,
+    "watson": 16.43083,
+    "chebyquad": 0.04642817,
+}
 
 
 @pytest.mark.parametrize("name", more_wild.FUNCTIONS)
@@ -284,11 +293,22 @@ def test_kalman_inversion_solves_a_linear_problem_in_a_few_rounds() -> None:
         return inputs[:, :3] @ np.array([[1.0, 2, 0], [0, 1, 1], [1, 0, -1], [2, 1, 1]]).T
 
     space = problem.simulator.space
-    simulator = replace(problem.simulator, function=linear, seeded=False, output_shape=(4,),
-                        space=replace(space, parameters=space.parameters[:3]))  # fmt: skip
+    simulator = replace(
+        problem.simulator,
+        function=linear,
+        seeded=False,
+        output_shape=(4,),
+        space=replace(space, parameters=space.parameters[:3]),
+    )
     truth = np.array([0.3, -0.2, 0.4])
-    one = replace(problem, simulator=simulator, target=linear(truth[None])[0], start=np.zeros(3), least=None,
-                  distance=lambda inputs, outputs: np.abs(inputs - truth).max(axis=1))  # fmt: skip
+    one = replace(
+        problem,
+        simulator=simulator,
+        target=linear(truth[None])[0],
+        start=np.zeros(3),
+        least=None,
+        distance=lambda inputs, outputs: np.abs(inputs - truth).max(axis=1),
+    )
     counter = Counter(one, 0, 120)
     with pytest.raises(SpentError):
         peers.kalman(counter, 0)
@@ -305,8 +325,11 @@ def test_a_race_goes_on_where_it_ended(tmp_path: Path, capsys: pytest.CaptureFix
     run.main([*command, "--seeds", "0:1"])
     first = run.read(journal)
     assert [(x["problem"], x["solver"]) for x in first] == [
-        ("disc", "random"), ("disc", "ensemble Kalman"), ("bard:smooth", "random"), ("bard:smooth", "ensemble Kalman"),
-    ]  # fmt: skip
+        ("disc", "random"),
+        ("disc", "ensemble Kalman"),
+        ("bard:smooth", "random"),
+        ("bard:smooth", "ensemble Kalman"),
+    ]
     assert all(not x["error"] and (x["runs"] == 240) == (x["spent"] != "solved") for x in first)
     assert "solved" in {x["spent"] for x in first}
     assert [x["rounds"] for x in first] == [1, 3, 1, 4]  # of twelve members, until it is solved
@@ -317,8 +340,9 @@ def test_a_race_goes_on_where_it_ended(tmp_path: Path, capsys: pytest.CaptureFix
     assert "5 to run, 3 in the journal" in capsys.readouterr().out
     again = run.read(journal)
     assert [(x["problem"], x["solver"], x["seed"]) for x in again[3:5]] == [
-        ("bard:smooth", "ensemble Kalman", 0), ("disc", "random", 1),
-    ]  # fmt: skip
+        ("bard:smooth", "ensemble Kalman", 0),
+        ("disc", "random", 1),
+    ]
     assert again[3]["way"] == first[3]["way"]
     assert len(again) == 8
 
@@ -343,10 +367,22 @@ def test_dear_solvers_and_problems_have_fewer_seeds() -> None:
 
 def line(solver: str, problem: str, seed: int, way: list[tuple[int, int, float]], **changes: Any) -> dict[str, Any]:
     return {
-        "solver": solver, "problem": problem, "seed": seed, "way": way, "criterion": "loss", "tau": 1e-3, "least": None,
-        "start": 100.0, "dimension": 1, "group": "published", "own_cpu_s": 0.5, "version": "", "spent": "", "error": "",
+        "solver": solver,
+        "problem": problem,
+        "seed": seed,
+        "way": way,
+        "criterion": "loss",
+        "tau": 1e-3,
+        "least": None,
+        "start": 100.0,
+        "dimension": 1,
+        "group": "published",
+        "own_cpu_s": 0.5,
+        "version": "",
+        "spent": "",
+        "error": "",
         **changes,
-    }  # fmt: skip
+    }
 
 
 def test_the_test_of_more_and_wild_takes_the_least_that_any_solver_met() -> None:

@@ -31,8 +31,13 @@ def test_missing_opengl_fails_where_it_is_required(required: str, status: int, o
             *(sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider"),
             *("-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path / "test_small.py"),
         ],
-        env=environment, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+    )
     assert done.returncode == status, done.stdout + done.stderr
     # The loader's own words say why.
     assert f"no OpenGL: {hidden}/libEGL.so.1: " in done.stdout

@@ -19,12 +19,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 _KERNEL = "one compiled loop over pixels: numba inlines it, and its parts share twenty arrays"
-_STEPS = "steps that are to become functions of their own"
 
 # File:function -> its lines of code, at most, and why.
 FUNCTIONS = {
-    "adapters/render/raster_kernels.py:_shade": (70, _KERNEL),
-    "bridge/fitting/methods/descent_errors.py:of_descent": (68, _STEPS),
+    "adapters/render/raster_kernels.py:_shade": (92, _KERNEL),
+    "adapters/render/raster_kernels.py:render": (94, _KERNEL),
     "bridge/simulator/bytecode.py:_Stack.step": (63, "one case an instruction of Python's machine"),
 }
 
@@ -33,14 +32,16 @@ _ONE = "one subject, read from top to bottom"
 
 # File -> its lines, at most, and why.
 FILES = {
-    "adapters/render/cameras.py": (510, _ONE),
+    "adapters/render/cameras.py": (514, _ONE),
     "adapters/render/pyrender_compat.py": (464, "what one version of pyrender gets wrong, each with its remedy"),
+    "adapters/render/raster_kernels.py": (539, "compiled loops, and their arguments, one a line"),
     "bridge/dispatch/mpi.py": (575, "the only file that may import mpi4py"),
     "bridge/fitting/methods/kriging_search.py": (522, _ROOMS),
     "bridge/planning/cost_model.py": (460, _ONE),
     "simulators/cryoet/formats/structure.py": (546, "PDB and mmCIF files, and all that is odd in them"),
     "simulators/cryoet/simulator.py": (469, _ONE),
     "simulators/cryoet/specimen/potential.py": (527, _ONE),
+    "simulators/cryoet/temsim/potential.py": (455, "a table of published coefficients, and what is made of it"),
     "simulators/cryoet/tilt/series.py": (513, _ONE),
 }
 

@@ -134,9 +134,13 @@ def start(what: str, ranks: int, scratch: Path, names: Sequence[str]) -> None:
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [*command, "--child", what, str(ranks), str(scratch), json.dumps(list(names))],
-            env={**os.environ, **more}, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=scratch,
+            env={**os.environ, **more},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            cwd=scratch,
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             status: int | None = process.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:

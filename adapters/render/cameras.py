@@ -220,10 +220,14 @@ def _camera_parameters(camera: str, lens: Lens | str | None, radius: float) -> l
             parameters.append((distance, float(np.log(DISTANCE * radius))))
         return parameters
     parameters = [
-        (Parameter(f"rotation_{axis}_deg", degree, natural_scale=10.0, description=f"about the camera's {axis} axis"),
-         0.0)
+        (
+            Parameter(
+                f"rotation_{axis}_deg", degree, natural_scale=10.0, description=f"about the camera's {axis} axis"
+            ),
+            0.0,
+        )
         for axis in "xyz"
-    ]  # fmt: skip
+    ]
     for axis, scale in (("x", 0.1), ("y", 0.1), ("z", 0.4)):
         text = f"of the scene along the camera's {axis} axis"
         shift = Parameter(f"shift_{axis}", "", -200 * radius, 200 * radius, scale * radius, description=text)

@@ -234,9 +234,23 @@ def _clip(a, b, c, camera, lens, perspective, near, polygon, other):
 
 @_compiled
 def _draw(
-    faces, cull, camera, screen, visible, all_visible, lens, perspective, near, deep, covered, best, owner,
-    candidates, polygon, other,
-):  # fmt: skip
+    faces,
+    cull,
+    camera,
+    screen,
+    visible,
+    all_visible,
+    lens,
+    perspective,
+    near,
+    deep,
+    covered,
+    best,
+    owner,
+    candidates,
+    polygon,
+    other,
+):
     """Draws all faces of one view: with `deep` into `best` and `owner` (see `_fill`), else into `covered`."""
     fx, fy, cx, cy = lens[0], lens[1], lens[2], lens[3]
     column, row, depth = screen[0], screen[1], camera[2]
@@ -323,10 +337,32 @@ def _normal(wa, wb, wc, a, b, c, camera, normals, matrix):
 
 @_compiled
 def _shade(
-    faces, face_object, normals, colours, camera, matrices, lens, perspective, best, owner,
-    headlight, light, intensity, painted, factors, ambient, background, background_depth,
-    silhouette, mask, depth, normal, rgb, rgba, image,
-):  # fmt: skip
+    faces,
+    face_object,
+    normals,
+    colours,
+    camera,
+    matrices,
+    lens,
+    perspective,
+    best,
+    owner,
+    headlight,
+    light,
+    intensity,
+    painted,
+    factors,
+    ambient,
+    background,
+    background_depth,
+    silhouette,
+    mask,
+    depth,
+    normal,
+    rgb,
+    rgba,
+    image,
+):
     """Fills the channels of one view from what is seen in each pixel; a channel number of -1 is not wanted."""
     height, width = best.shape
     for i in range(height):
@@ -397,10 +433,33 @@ def _shade(
 
 @_compiled
 def render(
-    positions, start, normals, colours, faces, face_object, cull,
-    matrices, lenses, perspective, nears, headlight, lights, intensities, painted, factors,
-    ambient, background, background_depth, silhouette, mask, depth, normal, rgb, rgba, images,
-):  # fmt: skip
+    positions,
+    start,
+    normals,
+    colours,
+    faces,
+    face_object,
+    cull,
+    matrices,
+    lenses,
+    perspective,
+    nears,
+    headlight,
+    lights,
+    intensities,
+    painted,
+    factors,
+    ambient,
+    background,
+    background_depth,
+    silhouette,
+    mask,
+    depth,
+    normal,
+    rgb,
+    rgba,
+    images,
+):
     """Renders k views into `images` (k, channels, height, width) float32, which is filled throughout.
 
     Args:
@@ -433,12 +492,48 @@ def render(
         else:
             image[silhouette] = 0
         _draw(
-            faces, cull, camera, screen, visible, all_visible, lens, perspective, near, deep, image[max(silhouette, 0)],
-            best, owner, candidates, polygon, other,
-        )  # fmt: skip
+            faces,
+            cull,
+            camera,
+            screen,
+            visible,
+            all_visible,
+            lens,
+            perspective,
+            near,
+            deep,
+            image[max(silhouette, 0)],
+            best,
+            owner,
+            candidates,
+            polygon,
+            other,
+        )
         if deep:
             _shade(
-                faces, face_object, normals, colours, camera, matrices[r], lens, perspective, best, owner,
-                headlight, lights[r], intensities[r], painted, factors[r], ambient, background, background_depth,
-                silhouette, mask, depth, normal, rgb, rgba, image,
-            )  # fmt: skip
+                faces,
+                face_object,
+                normals,
+                colours,
+                camera,
+                matrices[r],
+                lens,
+                perspective,
+                best,
+                owner,
+                headlight,
+                lights[r],
+                intensities[r],
+                painted,
+                factors[r],
+                ambient,
+                background,
+                background_depth,
+                silhouette,
+                mask,
+                depth,
+                normal,
+                rgb,
+                rgba,
+                image,
+            )

@@ -72,9 +72,10 @@ _ONLY_IF: Mapping[tuple[str, str], tuple[str, Value]] = {
     **{("geometry", k): ("gen_tilt_data", True) for k in ("theta_start", "theta_incr", "tilt_axis")},
     **{("geometry", k): ("geom_errors", "random") for k in ("tilt_err", "align_err_rot", "align_err_tr")},
     **{("electronbeam", k): ("gen_dose", True) for k in ("total_dose", "dose_per_im", "dose_sd")},
-    **{("optics", k): ("gen_defocus", True) for k in
-       ("defocus_nominal", "defocus_syst_error", "defocus_nonsyst_error")},
-}  # fmt: skip
+    **{
+        ("optics", k): ("gen_defocus", True) for k in ("defocus_nominal", "defocus_syst_error", "defocus_nonsyst_error")
+    },
+}
 
 
 @final

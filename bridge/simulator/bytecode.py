@@ -18,8 +18,18 @@ _WRITERS = frozenset({"append", "appendleft", "add", "extend", "insert", "update
 _NO_EFFECT = frozenset(
     {"RESUME", "NOP", "CACHE", "EXTENDED_ARG", "COPY_FREE_VARS", "MAKE_CELL", "KW_NAMES", "PRECALL", "NOT_TAKEN"}
 )
-_POPS = {"COMPARE_OP": 2, "UNARY_NEGATIVE": 1, "UNARY_NOT": 1, "UNARY_INVERT": 1, "TO_BOOL": 1,
-         "BINARY_SLICE": 3, "FORMAT_SIMPLE": 1, "CONVERT_VALUE": 1, "FORMAT_WITH_SPEC": 2, "GET_ITER": 1}  # fmt: skip
+_POPS = {
+    "COMPARE_OP": 2,
+    "UNARY_NEGATIVE": 1,
+    "UNARY_NOT": 1,
+    "UNARY_INVERT": 1,
+    "TO_BOOL": 1,
+    "BINARY_SLICE": 3,
+    "FORMAT_SIMPLE": 1,
+    "CONVERT_VALUE": 1,
+    "FORMAT_WITH_SPEC": 2,
+    "GET_ITER": 1,
+}
 _BUILDS = {"BUILD_TUPLE": 1, "BUILD_LIST": 1, "BUILD_SET": 1, "BUILD_STRING": 1, "BUILD_SLICE": 1, "BUILD_MAP": 2}
 # Attributes through which all others can be had.
 _ALL_OF_IT = frozenset({"__dict__", "__getattribute__", "__getattr__", "__dir__"})

@@ -35,10 +35,15 @@ from bridge.simulator.protocol import IdentityParts
 
 # What has its content somewhere else, though some of it may look as if it could be seen.
 _WORDS: dict[type, str] = {
-    io.IOBase: "an open file", socket.socket: "a socket", types.GeneratorType: "a generator", threading.local: "a "
-    "thread's own variables", ctypes.CDLL: "a library loaded by ctypes", subprocess.Popen: "a running program",
-    type(threading.Lock()): "a lock", type(threading.RLock()): "a lock",
-}  # fmt: skip
+    io.IOBase: "an open file",
+    socket.socket: "a socket",
+    types.GeneratorType: "a generator",
+    threading.local: "a thread's own variables",
+    ctypes.CDLL: "a library loaded by ctypes",
+    subprocess.Popen: "a running program",
+    type(threading.Lock()): "a lock",
+    type(threading.RLock()): "a lock",
+}
 
 
 def see_builtin(walk: Walk, value: Any) -> None:

@@ -30,8 +30,11 @@ def content_digest(path: str | os.PathLike[str]) -> str:
         number, total = number + 1, total + size
         if number > _MOST_FILES or total > _MOST_BYTES:
             raise OSError(f"more than {_MOST_FILES} files or {_MOST_BYTES:.0e} bytes")
-        state.update(f"{os.path.relpath(file, path)}\0{content() if callable(content) else content}\0".encode(
-            "utf-8", "surrogateescape"))  # fmt: skip
+        state.update(
+            f"{os.path.relpath(file, path)}\0{content() if callable(content) else content}\0".encode(
+                "utf-8", "surrogateescape"
+            )
+        )
     return state.hexdigest()
 
 

@@ -30,8 +30,21 @@ from bridge.simulator.packages import owner_of
 
 _POINTER = struct.calcsize("P")
 _WRITES = frozenset({"write_text", "write_bytes", "mkdir", "touch", "unlink", "rmdir"})
-COUNTED = (int, float, complex, list, dict, set, collections.deque, collections.Counter, collections.defaultdict,
-            np.ndarray, np.float64, np.int64, type(None))  # fmt: skip
+COUNTED = (
+    int,
+    float,
+    complex,
+    list,
+    dict,
+    set,
+    collections.deque,
+    collections.Counter,
+    collections.defaultdict,
+    np.ndarray,
+    np.float64,
+    np.int64,
+    type(None),
+)
 
 
 def in_c(kind: type) -> bool:
@@ -67,16 +80,29 @@ OF_MODULES = _words(
 BYPASSES: dict[int, str] = {
     id(value): name
     for name, value in {
-        "eval": eval, "exec": exec, "globals": globals, "__import__": __import__, "sys.modules": sys.modules,
-        "sys._getframe": sys._getframe, "inspect.currentframe": inspect.currentframe, "inspect.stack": inspect.stack,
-        "gc.get_objects": gc.get_objects, "gc.get_referrers": gc.get_referrers, "gc.get_referents": gc.get_referents,
-        "importlib.import_module": importlib.import_module, "importlib.__import__": importlib.__import__,
-        "importlib.reload": importlib.reload, "importlib.util": importlib.util,
-        "importlib.machinery": importlib.machinery, "runpy": runpy, "runpy.run_path": runpy.run_path,
-        "runpy.run_module": runpy.run_module, "inspect.getmodule": inspect.getmodule,
+        "eval": eval,
+        "exec": exec,
+        "globals": globals,
+        "__import__": __import__,
+        "sys.modules": sys.modules,
+        "sys._getframe": sys._getframe,
+        "inspect.currentframe": inspect.currentframe,
+        "inspect.stack": inspect.stack,
+        "gc.get_objects": gc.get_objects,
+        "gc.get_referrers": gc.get_referrers,
+        "gc.get_referents": gc.get_referents,
+        "importlib.import_module": importlib.import_module,
+        "importlib.__import__": importlib.__import__,
+        "importlib.reload": importlib.reload,
+        "importlib.util": importlib.util,
+        "importlib.machinery": importlib.machinery,
+        "runpy": runpy,
+        "runpy.run_path": runpy.run_path,
+        "runpy.run_module": runpy.run_module,
+        "inspect.getmodule": inspect.getmodule,
         "pkgutil.resolve_name": pkgutil.resolve_name,
     }.items()
-}  # fmt: skip
+}
 # Names of attributes that do the same.
 HIDDEN = _words("__globals__ __builtins__ __subclasses__ f_globals f_locals f_builtins f_back")
 # What is said about functions and classes, and the names by which code looks at it.

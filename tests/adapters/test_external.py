@@ -239,8 +239,12 @@ def test_missing_output_lists_what_is_there(make: Any, scratch: Path) -> None:
 @pytest.mark.parametrize(
     ("output", "program", "said"),
     [
-        ("out.npy", "import numpy; numpy.save('o.npy', numpy.ones(4)); "
-                    "open('out.npy', 'wb').write(open('o.npy', 'rb').read()[:-9])", "ValueError"),
+        (
+            "out.npy",
+            "import numpy; numpy.save('o.npy', numpy.ones(4)); "
+            "open('out.npy', 'wb').write(open('o.npy', 'rb').read()[:-9])",
+            "ValueError",
+        ),
         ("out.npy", "open('out.npy', 'wb')", "EOFError"),
         ("out.npy", "import numpy; numpy.save('out.npy', numpy.array([None] * 4), allow_pickle=True)", "pickle"),
         ("out.npy", "import numpy; numpy.save('out.npy', numpy.ones(4) * 1j)", "complex"),
@@ -251,7 +255,7 @@ def test_missing_output_lists_what_is_there(make: Any, scratch: Path) -> None:
         ("out.txt", "open('out.txt', 'w').write('1 2 3')", r"shape \(4,\), got \(3,\)"),
     ],
     ids=["cut short", "empty npy", "objects", "complex", "strings", "ragged", "words", "empty text", "half"],
-)  # fmt: skip
+)
 def test_unreadable_output(make: Any, output: str, program: str, said: str) -> None:
     with pytest.raises(OutputError, match=said):
         make(program, output=output)(X, SEEDS)
@@ -312,11 +316,22 @@ def test_a_parameter_that_no_text_has_is_told() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"timeout_s": "5"}, {"timeout_s": True}, {"timeout_s": float("nan")}, {"threads": "2"}, {"threads": 1.5},
-        {"kill_grace_s": "1"}, {"kill_grace_s": None}, {"keep_at_most": "3"}, {"keep_at_most": 1.5}, {"scratch": 5},
-        {"env": None}, {"env": ["A"]}, {"argv": None}, {"argv": 3},
+        {"timeout_s": "5"},
+        {"timeout_s": True},
+        {"timeout_s": float("nan")},
+        {"threads": "2"},
+        {"threads": 1.5},
+        {"kill_grace_s": "1"},
+        {"kill_grace_s": None},
+        {"keep_at_most": "3"},
+        {"keep_at_most": 1.5},
+        {"scratch": 5},
+        {"env": None},
+        {"env": ["A"]},
+        {"argv": None},
+        {"argv": 3},
     ],
-)  # fmt: skip
+)
 def test_settings_of_another_type_are_refused_in_words(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"Expected .*{next(iter(settings))}"):
         Profile(**{"argv": ("echo",)} | settings)

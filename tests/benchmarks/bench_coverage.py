@@ -112,9 +112,12 @@ class Draw(NamedTuple):
         start = np.clip(start, *np.array(bounds).T)
         simulator = bridge.as_simulator(
             self.model.function if function is None else function,
-            names=[f"p{i}" for i in range(len(truth))], natural_scale=natural, bounds=bounds, vectorized=True,
+            names=[f"p{i}" for i in range(len(truth))],
+            natural_scale=natural,
+            bounds=bounds,
+            vectorized=True,
             seeded=seeded,
-        )  # fmt: skip
+        )
         return Problem(simulator, target, truth, start, self.sigma**2 if variance is None else variance)
 
 
@@ -264,9 +267,14 @@ def refit(cell: str, given: bool, method: str, number: int) -> dict[str, Any]:
     few = {"gauss-newton": bridge.GaussNewton(num_samples=8), "adam": bridge.Adam(num_samples=8)}
     begin = time.perf_counter()
     result = bridge.fit(
-        problem.simulator, problem.target, problem.start, seed=number, variance=problem.variance if given else None,
-        method=few.get(method, method), stop=bridge.Stop(runs=60 if method == "kriging" else None),
-    )  # fmt: skip
+        problem.simulator,
+        problem.target,
+        problem.start,
+        seed=number,
+        variance=problem.variance if given else None,
+        method=few.get(method, method),
+        stop=bridge.Stop(runs=60 if method == "kriging" else None),
+    )
     seconds = time.perf_counter() - begin
     error = np.full(len(problem.truth), np.nan) if result.standard_error is None else result.standard_error
     lower, upper = result.interval(0.95)
@@ -274,12 +282,18 @@ def refit(cell: str, given: bool, method: str, number: int) -> dict[str, Any]:
     away = np.where(stated, result.parameters - problem.truth, np.nan) / np.where(stated, error, 1)
     inside = (lower <= problem.truth) & (problem.truth <= upper)
     return {
-        "cell": cell, "given": given, "method": method, "number": number,
+        "cell": cell,
+        "given": given,
+        "method": method,
+        "number": number,
         "z": [round(float(z), 4) if np.isfinite(z) else None for z in away],
         "inside": [bool(x) if ok else None for x, ok in zip(inside, stated, strict=True)],
-        "silent": bool((~stated).any() and not result.warnings), "runs": result.num_evaluations,
-        "stop": result.stop_reason, "seconds": round(seconds, 3), "warnings": list(result.warnings),
-    }  # fmt: skip
+        "silent": bool((~stated).any() and not result.warnings),
+        "runs": result.num_evaluations,
+        "stop": result.stop_reason,
+        "seconds": round(seconds, 3),
+        "warnings": list(result.warnings),
+    }
 
 
 def _one(task: tuple[str, bool, str, int]) -> dict[str, Any]:
@@ -310,11 +324,14 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     if silent := sum(r["silent"] for r in fine):
         wrong_.append(f"{silent} silent")
     return {
-        "refits": len(records), "coverage": coverage, "unstated": 1 - len(stated) / max(len(inside), 1),
-        "rms": float(np.sqrt(np.mean(z**2))) if len(z) else np.nan, "wrong": "; ".join(wrong_),
+        "refits": len(records),
+        "coverage": coverage,
+        "unstated": 1 - len(stated) / max(len(inside), 1),
+        "rms": float(np.sqrt(np.mean(z**2))) if len(z) else np.nan,
+        "wrong": "; ".join(wrong_),
         "seconds": float(np.mean([r["seconds"] for r in fine])) if fine else np.nan,
         "runs": float(np.median([r["runs"] for r in fine])) if fine else np.nan,
-    }  # fmt: skip
+    }
 
 
 def table(records: list[dict[str, Any]], wide: bool = False) -> str:

@@ -96,13 +96,15 @@ PROBLEMS = {
     "box": Problem(box, [18, 29, 9, 11, 0.3], [3, 3, 2, 2, 0.3], box(BOX)),
     "noisy": Problem(noisy, [1, 2.5, 0], [0.5, 0.5, 0.3], exponential([2, 1.2, 0.5]), exponential),
     "peaks": Problem(
-        peaks, [0.6, 3.1, 0.9, 0.9, 4.3, 0.5, 1.2, 8.2, 0.7], [0.3, 0.4, 0.2] * 3,
+        peaks,
+        [0.6, 3.1, 0.9, 0.9, 4.3, 0.5, 1.2, 8.2, 0.7],
+        [0.3, 0.4, 0.2] * 3,
         peaks(PEAKS) + 0.03 * RNG.normal(size=120),
     ),
     "many": Problem(many, [0] * 48, [1] * 48, many(MANY)),
     "helix": Problem(helix, [-1, 0.1, 0], [0.5, 0.5, 2], np.zeros(3)),
     "stairs": Problem(stairs, [1, 2, 0.5, 0.8], [0.5, 0.5, 0.4, 0.4], stairs([2, 1.2, 1, 0.2])),
-}  # fmt: skip
+}
 DEFAULT = bridge.GaussNewton()
 METHODS = {
     "default": DEFAULT,

@@ -256,9 +256,14 @@ def draw(rows: list[Any], machine: Any) -> None:
     for colour, cost in zip(colours[::2], (0.01, 0.1, 10.0), strict=True):
         for leaf, style in ((1, "-"), (None, ":")):
             workload = Workload(
-                cost_s=cost, num_samples=n, num_outputs=160_000, dimension=D, cv=0.2, leaf_size=leaf,
+                cost_s=cost,
+                num_samples=n,
+                num_outputs=160_000,
+                dimension=D,
+                cv=0.2,
+                leaf_size=leaf,
                 keep_bytes=1e10 if leaf else 24e6,
-            )  # fmt: skip
+            )
             predicted = [predict(workload, Machine(), r).efficiency for r in ranks]
             label = f"a run of {seconds(cost)}" if leaf else None
             axes[1].plot(ranks, predicted, style, color=colour, label=label, lw=1.5 if leaf else 1.0)

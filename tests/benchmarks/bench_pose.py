@@ -167,9 +167,13 @@ def adam(task: Task, seed: int, budget: int, strategy: Strategy, loss: str, raw:
     )
     simulator = bridge.as_simulator(images, bounds=bounds, natural_scale=unit.tolist(), vectorized=True)
     smoothed = bridge.smooth(
-        simulator, seed=seed, num_samples=ADAM_SAMPLES, distribution=strategy.distribution,
-        points="qmc-latin" if strategy.points == "qmc-latin" else "rqmc-latin", covariate="loo",
-    )  # fmt: skip
+        simulator,
+        seed=seed,
+        num_samples=ADAM_SAMPLES,
+        distribution=strategy.distribution,
+        points="qmc-latin" if strategy.points == "qmc-latin" else "rqmc-latin",
+        covariate="loo",
+    )
     half = np.rad2deg(np.arctan(np.exp(pose[0] - pose[3])))
     first = torch.from_numpy(np.array([pose[1], pose[2], np.exp(pose[3]), half]) if raw else pose)
     target, units = torch.from_numpy(task.target), torch.from_numpy(unit)

@@ -124,8 +124,13 @@ def nelder_mead(race: Race, z: Array, seed: int, size: float = 0.2) -> None:
 
     for rng in fresh(seed):
         simplex = np.vstack((z, z + size * np.diag(np.where(z < 0.5, 1.0, -1.0))))
-        minimize(race.one, z, method="Nelder-Mead", bounds=[(0, 1)] * len(z),
-                 options={"initial_simplex": simplex, "xatol": 1e-5, "fatol": 1e-3, "maxfev": 10**6})  # fmt: skip
+        minimize(
+            race.one,
+            z,
+            method="Nelder-Mead",
+            bounds=[(0, 1)] * len(z),
+            options={"initial_simplex": simplex, "xatol": 1e-5, "fatol": 1e-3, "maxfev": 10**6},
+        )
         z = rng.random(len(z))
 
 
@@ -159,8 +164,14 @@ def adam(race: Race, z: Array, seed: int, first: float = 1.0, last: float = 0.1,
     for step in range(steps):
         scale = first * (last / first) ** (step / max(steps - 1, 1))
         optimiser.param_groups[0]["lr"] = rate * scale
-        smoothed = bridge.smooth(simulator, seed=seed, num_samples=samples, scale=torch.from_numpy(scale * unit),
-                                 points="rqmc-cartesian", covariate="loo")  # fmt: skip
+        smoothed = bridge.smooth(
+            simulator,
+            seed=seed,
+            num_samples=samples,
+            scale=torch.from_numpy(scale * unit),
+            points="rqmc-cartesian",
+            covariate="loo",
+        )
         optimiser.zero_grad()
         loss = problem.residual(smoothed(theta * torch.from_numpy(unit), step=step)).square().sum() / 2
         loss.backward()
@@ -229,19 +240,36 @@ def race(arguments: argparse.Namespace) -> None:
                 seeds = range(REPETITIONS) if method == "random" else seeds
                 hits = []
                 for seed in seeds:
-                    answers = experiment.recover(problem, seed, budget) if method == "ours" else run(
-                        method, problem, seed, budget, kind == "helped")  # fmt: skip
+                    answers = (
+                        experiment.recover(problem, seed, budget)
+                        if method == "ours"
+                        else run(method, problem, seed, budget, kind == "helped")
+                    )
                     hit, true = (experiment.found_after(answers, at, names) for at in (aim, truth))
                     last = dict(zip(names, answers[-1].parameters.tolist(), strict=True))
-                    rows.append([arguments.simulator, target, method, kind, seed, hit.runs if hit else "",
-                                 hit.rounds if hit else "", int(hit is not None), int(true is not None),
-                                 *(f"{last[n]:.5g}" if n in last else "" for n in TRUTH)])  # fmt: skip
+                    rows.append(
+                        [
+                            arguments.simulator,
+                            target,
+                            method,
+                            kind,
+                            seed,
+                            hit.runs if hit else "",
+                            hit.rounds if hit else "",
+                            int(hit is not None),
+                            int(true is not None),
+                            *(f"{last[n]:.5g}" if n in last else "" for n in TRUTH),
+                        ]
+                    )
                     hits.append(hit)
                 found = sorted(h.runs for h in hits if h)
                 middle = f"median {np.median([h.runs if h else np.inf for h in hits]):g} runs, " if hits else ""
                 rounds = [h.rounds if h else np.inf for h in hits]
-                print(f"{arguments.simulator:8} {target:6} {method:12} {kind:7} {len(found)} of {len(hits)}: {middle}"
-                      f"{np.median(rounds):g} rounds; {found}", flush=True)  # fmt: skip
+                print(
+                    f"{arguments.simulator:8} {target:6} {method:12} {kind:7} {len(found)} of {len(hits)}: {middle}"
+                    f"{np.median(rounds):g} rounds; {found}",
+                    flush=True,
+                )
                 if arguments.out:
                     write(Path(arguments.out) / f"race_{arguments.simulator}_{arguments.parameters}.csv", rows)
 
@@ -372,10 +400,13 @@ def draw_fit(problem: Problem, clean: Problem, start: Array, end: Array, path: P
         ", ".join(f"{n.split('_')[0]} {v:.3g}" for n, v in zip(names, theta, strict=True)) for theta in (start, end)
     ]
     panels = (
-        ("target, with noise", noisy), ("the same, blurred by 2 pixels", blurred(noisy)),
-        (f"start\n{told[0]}", first), (f"fit\n{told[1]}", last),
-        ("start - target, blurred", blurred(first - noisy)), ("fit - target, blurred", blurred(last - noisy)),
-    )  # fmt: skip
+        ("target, with noise", noisy),
+        ("the same, blurred by 2 pixels", blurred(noisy)),
+        (f"start\n{told[0]}", first),
+        (f"fit\n{told[1]}", last),
+        ("start - target, blurred", blurred(first - noisy)),
+        ("fit - target, blurred", blurred(last - noisy)),
+    )
     for axis, (title, image) in zip(axes.ravel(), panels, strict=False):
         middle, width = float(np.median(image)), 3 * float(image.std())
         if "blurred" in title:
@@ -415,8 +446,9 @@ def draw_valley(problem: Problem, seeds: range, path: Path) -> None:
     figure.colorbar(drawn, ax=left, label="log10(1 + loss), in units of the noise")
     for kind, colour, settings in (("ours", "white", None), ("bobyqa", "red", "plain")):
         for k, seed in enumerate(seeds):
-            answers = experiment.recover(problem, seed, 300) if settings is None else run(
-                kind, problem, seed, 300, False)  # fmt: skip
+            answers = (
+                experiment.recover(problem, seed, 300) if settings is None else run(kind, problem, seed, 300, False)
+            )
             points = np.array([a.parameters[:2] for a in answers])
             left.plot(*points.T, "-o", ms=3, lw=0.8, color=colour, label=None if k else kind)
     left.plot(300, 3, "*", ms=16, color="magenta", label="truth")

@@ -51,9 +51,12 @@ def blocks(images: int) -> None:
     names = [f"{kind}[{t}]" for kind in KINDS for t in range(images)] + ["tilt_axis_deg"]
     scheme = TiltScheme.uniform(-40.0, 40.0, 80.0 / (images - 1))
     series = TiltSeries(
-        [Particle(Specimen.helix(60), 60.0, -40.0, 50.0, 25.0, 60.0, -40.0)], scheme, (48, 48), parameters=names,
+        [Particle(Specimen.helix(60), 60.0, -40.0, 50.0, 25.0, 60.0, -40.0)],
+        scheme,
+        (48, 48),
+        parameters=names,
         mode="smooth",
-    )  # fmt: skip
+    )
     theta, d = torch.from_numpy(series.reference), len(names)
     exact = torch.func.jacfwd(series.image)(theta)
     unit = np.append(np.repeat([5.0, 5.0, 0.3], images), 0.5)

@@ -80,8 +80,9 @@ def test_a_program_ends_with_the_process_that_has_started_it(tmp_path, sent, how
     (tmp_path / "script.py").write_text(SCRIPT)
     job = subprocess.Popen(
         [sys.executable, *launcher, str(tmp_path / "script.py"), str(tmp_path), how],
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         wait_for(lambda: len(numbers(tmp_path)) == 3)
         assert any(map(alive, numbers(tmp_path)))

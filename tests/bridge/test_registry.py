@@ -78,9 +78,14 @@ def install(tmp_path, monkeypatch):
 def test_each_kind_has_its_group():
     groups = {registry.group: registry for registry in Registry._all}
     for registry, kind in (
-        (DISTRIBUTIONS, "distributions"), (POINT_SETS, "point_sets"), (COVARIATES, "covariates"), (METHODS, "methods"),
-        (ROBUST_LOSSES, "robust_losses"), (OBSERVERS, "observers"), (SIMULATORS, "simulators"),
-    ):  # fmt: skip
+        (DISTRIBUTIONS, "distributions"),
+        (POINT_SETS, "point_sets"),
+        (COVARIATES, "covariates"),
+        (METHODS, "methods"),
+        (ROBUST_LOSSES, "robust_losses"),
+        (OBSERVERS, "observers"),
+        (SIMULATORS, "simulators"),
+    ):
         assert groups[f"bridge.{kind}"] is registry
 
 

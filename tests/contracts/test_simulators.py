@@ -99,7 +99,7 @@ class Misshapen:
             {"its_space_holds_the_inputs"},
         ),
     ],
-)  # fmt: skip
+)
 def test_what_is_broken_is_told(broken, tests, tmp_path):
     inputs = ((0.3, 0.5), (0.1, 0.4), (0.2, 0.3))
     assert tests <= failing(SimulatorContract, tmp_path, made=broken, inputs=inputs, elsewhere=False)

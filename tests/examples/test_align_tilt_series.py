@@ -53,9 +53,10 @@ def test_columns_hold_all_of_the_jacobian(example: ModuleType, layout: Any) -> N
 
 def test_gain_offset_and_background_vanish(example: ModuleType) -> None:
     random = torch.Generator().manual_seed(0)
-    model, slopes = torch.rand(2, 32, 32, generator=random, dtype=torch.float64), torch.rand(
-        2, 4, 32, 32, generator=random, dtype=torch.float64
-    )  # fmt: skip
+    model, slopes = (
+        torch.rand(2, 32, 32, generator=random, dtype=torch.float64),
+        torch.rand(2, 4, 32, 32, generator=random, dtype=torch.float64),
+    )
     u = torch.linspace(-1, 1, 32, dtype=torch.float64)
     target = 50 + 3.0 * model + 2.0 * u - 5.0 * u[:, None]
     misfit = example.Misfit(target.numpy(), 1)
@@ -141,15 +142,20 @@ def test_astigmatism_is_found(example: ModuleType, layout: Any) -> None:
 
 @pytest.mark.parametrize(("option", "kinds"), [("--gain=1", 4), ("--astigmatism", 5)])
 def test_the_options_of_the_command_line(
-    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    option: str, kinds: int,
-) -> None:  # fmt: skip
+    example: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    kinds: int,
+) -> None:
     """With noise, in units of the Cramer-Rao bounds; with a gain of 1 expected counts are rounded to electrons."""
     arguments = ["--images=3", "--size=64", "--pixel=8", "--subunits=98", "--single", "--targets=20:21"]
     monkeypatch.setattr("sys.argv", ["align", *arguments, option, f"--output={tmp_path / 'errors.json'}"])
     layouts = []
-    monkeypatch.setattr(example, "align", lambda layout, *rest, inner=example.align: (
-        layouts.append(layout) or inner(layout, *rest)))  # fmt: skip
+    monkeypatch.setattr(
+        example, "align", lambda layout, *rest, inner=example.align: layouts.append(layout) or inner(layout, *rest)
+    )
     example.main()
     assert {(layout.gain, layout.astigmatic) for layout in layouts} == {(1.0, False) if kinds == 4 else (1000.0, True)}
     start, *_, found, _ = json.loads((tmp_path / "errors.json").read_text())

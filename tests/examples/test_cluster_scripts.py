@@ -27,10 +27,15 @@ LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "PMI2_", "OMPI_", "HYDI_", "MPI_LOCAL", "
 
 # What the batch systems set for a job, as far as the scripts look at it.
 JOB = {
-    "SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1",
-    "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3",
-    "PBS_JOBID": "77.server", "LSB_JOBID": "77", "LSB_DJOB_NUMPROC": "2",
-}  # fmt: skip
+    "SLURM_JOB_ID": "77",
+    "SLURM_NTASKS": "2",
+    "SLURM_CPUS_PER_TASK": "1",
+    "SLURM_ARRAY_JOB_ID": "70",
+    "SLURM_ARRAY_TASK_ID": "3",
+    "PBS_JOBID": "77.server",
+    "LSB_JOBID": "77",
+    "LSB_DJOB_NUMPROC": "2",
+}
 
 # Launchers: options up to the command, which $STUB_LAUNCH starts on real ranks, or as one process if it is empty.
 LAUNCHER = """#!/bin/bash

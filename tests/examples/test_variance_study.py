@@ -21,14 +21,20 @@ def cell(name, distribution="gaussian", points="mc", antithetic=False, covariate
 def test_there_are_447_published_cells():
     cells = [*study.published("sorting"), *study.published("paths")]
     assert len(cells) == len(set(cells)) == 447
-    count = {(p, g): sum((c.problem, c.distribution == "gumbel") == (p, g) for c in cells) for p, g in
-             {(c.problem, c.distribution == "gumbel") for c in cells}}  # fmt: skip
+    count = {
+        (p, g): sum((c.problem, c.distribution == "gumbel") == (p, g) for c in cells)
+        for p, g in {(c.problem, c.distribution == "gumbel") for c in cells}
+    }
     assert count == {
-        ("sorting 3", False): 5 * 24, ("sorting 3", True): 12,
-        ("sorting 5", False): 5 * 21, ("sorting 5", True): 12,
-        ("paths 8", False): 5 * 18, ("paths 8", True): 9,
-        ("paths 12", False): 5 * 18, ("paths 12", True): 9,
-    }  # fmt: skip
+        ("sorting 3", False): 5 * 24,
+        ("sorting 3", True): 12,
+        ("sorting 5", False): 5 * 21,
+        ("sorting 5", True): 12,
+        ("paths 8", False): 5 * 18,
+        ("paths 8", True): 9,
+        ("paths 12", False): 5 * 18,
+        ("paths 12", True): 9,
+    }
     for c in cells:
         assert c.feasible_size(256) is not None
 
@@ -77,9 +83,10 @@ def test_the_committed_results_are_whole_and_reproducible():
         if c.points == "auto":
             c = study.Cell("sorting 5", "gumbel", *study.BEYOND["auto"], "auto")
         (known,) = (
-            r for r in everything
+            r
+            for r in everything
             if (r.problem, r.distribution, r.strategy, r.n) == (c.problem, c.distribution, c.name, 64)
-        )  # fmt: skip
+        )
         assert study.measure(c, 64, known.repetitions).rms == pytest.approx(known.rms, rel=1e-5)
 
 

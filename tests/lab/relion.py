@@ -17,17 +17,33 @@ IMAGES = np.arange(3 * 10 * 13, dtype=np.float32).reshape(3, 10, 13)
 
 
 def series(
-    shape: tuple[int, int] = (10, 13), axis: float = 85.3, shifts: Any = SHIFTS, poses: np.ndarray = POSES,
-    x_tilt: float = 1.5, direction: float = 30.5,
-) -> TiltSeries:  # fmt: skip
-    microscope = {"voltage_kv": 200.0, "cs_mm": 1.4, "amplitude_contrast": 0.1,
-                  "astigmatism_um": 0.125, "astigmatism_angle_deg": direction}  # fmt: skip
+    shape: tuple[int, int] = (10, 13),
+    axis: float = 85.3,
+    shifts: Any = SHIFTS,
+    poses: np.ndarray = POSES,
+    x_tilt: float = 1.5,
+    direction: float = 30.5,
+) -> TiltSeries:
+    microscope = {
+        "voltage_kv": 200.0,
+        "cs_mm": 1.4,
+        "amplitude_contrast": 0.1,
+        "astigmatism_um": 0.125,
+        "astigmatism_angle_deg": direction,
+    }
     return TiltSeries(
         [Particle(BEAD, *pose) for pose in poses.tolist()],
-        TiltScheme((-40.0, 2.0, 44.0), (2, 0, 1)), shape, 4.5, microscope, Detector(dose_e_per_angstrom2=3.5),
-        [f"defocus_um[{t}]" for t in range(3)], tilt_axis_deg=axis, x_tilt_deg=x_tilt,
-        pre_tilt_deg=-3.0, shifts_angstrom=np.asarray(shifts).tolist(),
-    )  # fmt: skip
+        TiltScheme((-40.0, 2.0, 44.0), (2, 0, 1)),
+        shape,
+        4.5,
+        microscope,
+        Detector(dose_e_per_angstrom2=3.5),
+        [f"defocus_um[{t}]" for t in range(3)],
+        tilt_axis_deg=axis,
+        x_tilt_deg=x_tilt,
+        pre_tilt_deg=-3.0,
+        shifts_angstrom=np.asarray(shifts).tolist(),
+    )
 
 
 def edit(path: Path, old: str, new: str) -> None:

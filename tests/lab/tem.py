@@ -92,9 +92,16 @@ def at(simulator: TEMSimulator, seed: int = 0, **values: float) -> np.ndarray[An
 
 
 def expected(
-    x: float, y: float, angles: tuple[float, float, float] = (10, 40, 20), *, kv: float = 200, defocus: float = 5,
-    focal: float = 2.75, mu: float = 0.02, dose: float = 6000,
-) -> np.ndarray[Any, Any]:  # fmt: skip
+    x: float,
+    y: float,
+    angles: tuple[float, float, float] = (10, 40, 20),
+    *,
+    kv: float = 200,
+    defocus: float = 5,
+    focal: float = 2.75,
+    mu: float = 0.02,
+    dose: float = 6000,
+) -> np.ndarray[Any, Any]:
     """The stand-in's formula once more, for one untilted particle."""
     # R_z(psi) R_x(theta) R_z(phi) (0, 0, 1)
     theta, psi = np.deg2rad(angles[1:])

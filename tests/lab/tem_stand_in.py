@@ -38,35 +38,84 @@ RULES: dict[str, dict[str, tuple[str, float, float, object]]] = {
     | {"log_file": ("s", 0, 0, None), "rand_seed": ("i", -INF, INF, None)},
     "sample": {k: ("d", 0, INF, REQ) for k in ("diameter", "thickness_center", "thickness_edge")}
     | {k: (*REAL, 0.0) for k in ("offset_x", "offset_y")},
-    "particle": {"source": ("s", 0, 0, REQ), "use_imag_pot": ("b", 0, 0, True), "famp": ("d", 0, 1, None),
-        "use_defocus_corr": ("b", 0, 0, False), "voxel_size": ("d", 0.01, 10, None), "add_hydrogen": ("b", 0, 0, True),
-        "map_file_format": ("s", 0, 0, "mrc"), "smoothness": ("d", 0, 10, None), "make_positive": ("b", 0, 0, None)}
-    | {k: ("l", 1, 1000, None) for k in ("nx", "ny", "nz")} | {k: (*REAL, None) for k in ("contrast_re", "contrast_im")}
-    | {k: ("s", 0, 0, None) for k in ("map_file_re_in", "map_file_im_in", "map_file_re_out", "map_file_im_out",
-                                      "pdb_file_in", "pdb_transf_file_in", "map_file_byte_order", "map_axis_order")},
-    "particleset": {"particle_type": ("s", 0, 0, REQ), "particle_coords": ("s", 0, 0, None),
-                    "coord_file_in": ("s", 0, 0, None), "num_particles": ("l", 0, 1e6, None)},
-    "geometry": {"gen_tilt_data": ("b", 0, 0, REQ), "ntilts": ("l", 1, 1e6, None), "tilt_axis": (*REAL, 0.0),
-                 "geom_errors": ("s", 0, 0, REQ)}
+    "particle": {
+        "source": ("s", 0, 0, REQ),
+        "use_imag_pot": ("b", 0, 0, True),
+        "famp": ("d", 0, 1, None),
+        "use_defocus_corr": ("b", 0, 0, False),
+        "voxel_size": ("d", 0.01, 10, None),
+        "add_hydrogen": ("b", 0, 0, True),
+        "map_file_format": ("s", 0, 0, "mrc"),
+        "smoothness": ("d", 0, 10, None),
+        "make_positive": ("b", 0, 0, None),
+    }
+    | {k: ("l", 1, 1000, None) for k in ("nx", "ny", "nz")}
+    | {k: (*REAL, None) for k in ("contrast_re", "contrast_im")}
+    | {
+        k: ("s", 0, 0, None)
+        for k in (
+            "map_file_re_in",
+            "map_file_im_in",
+            "map_file_re_out",
+            "map_file_im_out",
+            "pdb_file_in",
+            "pdb_transf_file_in",
+            "map_file_byte_order",
+            "map_axis_order",
+        )
+    },
+    "particleset": {
+        "particle_type": ("s", 0, 0, REQ),
+        "particle_coords": ("s", 0, 0, None),
+        "coord_file_in": ("s", 0, 0, None),
+        "num_particles": ("l", 0, 1e6, None),
+    },
+    "geometry": {
+        "gen_tilt_data": ("b", 0, 0, REQ),
+        "ntilts": ("l", 1, 1e6, None),
+        "tilt_axis": (*REAL, 0.0),
+        "geom_errors": ("s", 0, 0, REQ),
+    }
     | {k: (*REAL, None) for k in ("theta_start", "theta_incr")}
     | {k: ("s", 0, 0, None) for k in ("tilt_mode", "geom_file_in", "error_file_in")}
     | {k: ("d", 0, INF, 0.0) for k in ("tilt_err", "align_err_rot", "align_err_tr")},
-    "electronbeam": {"acc_voltage": ("d", 1, 1e4, REQ), "energy_spread": ("d", 0, INF, REQ),
-                     "gen_dose": ("b", 0, 0, REQ), "total_dose": ("d", 0, INF, None),
-                     "dose_per_im": ("d", 0, INF, None),
-                     "dose_sd": ("d", 0, 1, 0.0), "dose_file_in": ("s", 0, 0, None)},
-    "optics": {"magnification": ("d", 1, INF, REQ), "gen_defocus": ("b", 0, 0, REQ), "defocus_nominal": (*REAL, None),
-               "defocus_syst_error": ("d", 0, INF, 0.0), "defocus_nonsyst_error": ("d", 0, INF, 0.0),
-               "defocus_file_in": ("s", 0, 0, None), "cs": (*REAL, REQ), "cc": (*REAL, REQ),
-               "aperture": ("d", 0, INF, REQ),
-               "focal_length": ("d", 0.01, INF, REQ), "cond_ap_angle": ("d", 0, INF, REQ)},
-    "detector": {"det_pix_x": ("l", 1, 1e4, REQ), "det_pix_y": ("l", 1, 1e4, REQ), "padding": ("l", 0, 1000, 20),
-                 "pixel_size": ("d", 0.01, 1000, REQ), "gain": ("d", 0, INF, REQ), "dqe": ("d", 0.01, 1, REQ),
-                 "use_quantization": ("b", 0, 0, REQ), "image_file_out": ("s", 0, 0, REQ)}
+    "electronbeam": {
+        "acc_voltage": ("d", 1, 1e4, REQ),
+        "energy_spread": ("d", 0, INF, REQ),
+        "gen_dose": ("b", 0, 0, REQ),
+        "total_dose": ("d", 0, INF, None),
+        "dose_per_im": ("d", 0, INF, None),
+        "dose_sd": ("d", 0, 1, 0.0),
+        "dose_file_in": ("s", 0, 0, None),
+    },
+    "optics": {
+        "magnification": ("d", 1, INF, REQ),
+        "gen_defocus": ("b", 0, 0, REQ),
+        "defocus_nominal": (*REAL, None),
+        "defocus_syst_error": ("d", 0, INF, 0.0),
+        "defocus_nonsyst_error": ("d", 0, INF, 0.0),
+        "defocus_file_in": ("s", 0, 0, None),
+        "cs": (*REAL, REQ),
+        "cc": (*REAL, REQ),
+        "aperture": ("d", 0, INF, REQ),
+        "focal_length": ("d", 0.01, INF, REQ),
+        "cond_ap_angle": ("d", 0, INF, REQ),
+    },
+    "detector": {
+        "det_pix_x": ("l", 1, 1e4, REQ),
+        "det_pix_y": ("l", 1, 1e4, REQ),
+        "padding": ("l", 0, 1000, 20),
+        "pixel_size": ("d", 0.01, 1000, REQ),
+        "gain": ("d", 0, INF, REQ),
+        "dqe": ("d", 0.01, 1, REQ),
+        "use_quantization": ("b", 0, 0, REQ),
+        "image_file_out": ("s", 0, 0, REQ),
+    }
     | {k: ("d", 0, 1, REQ) for k in ("mtf_a", "mtf_b", "mtf_c")}
-    | {k: ("d", 0, INF, REQ) for k in ("mtf_alpha", "mtf_beta")} | {k: ("d", 0, 10, 1.0) for k in ("mtf_p", "mtf_q")}
+    | {k: ("d", 0, INF, REQ) for k in ("mtf_alpha", "mtf_beta")}
+    | {k: ("d", 0, 10, 1.0) for k in ("mtf_p", "mtf_q")}
     | {k: ("s", 0, 0, None) for k in ("image_file_format", "image_axis_order", "image_file_byte_order")},
-}  # fmt: skip
+}
 options = {k: v for k, _, v in (a[2:].partition("=") for a in sys.argv[1:-1])}
 log_path: Path | None = None
 
@@ -207,8 +256,11 @@ def particle_maps(block: dict[str, object], voltage: float) -> float:
 
 def turned(matrix: list[list[float]], axis: str, degrees: float) -> list[list[float]]:
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    r = {"z": [[c, -s, 0], [s, c, 0], [0, 0, 1]], "x": [[1, 0, 0], [0, c, -s], [0, s, c]],
-         "y": [[c, 0, s], [0, 1, 0], [-s, 0, c]]}[axis]  # fmt: skip
+    r = {
+        "z": [[c, -s, 0], [s, c, 0], [0, 0, 1]],
+        "x": [[1, 0, 0], [0, c, -s], [0, s, c]],
+        "y": [[c, 0, s], [0, 1, 0], [-s, 0, c]],
+    }[axis]
     return [[sum(matrix[i][k] * r[k][j] for k in range(3)) for j in range(3)] for i in range(3)]
 
 

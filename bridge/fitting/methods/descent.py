@@ -260,16 +260,8 @@ class Descent(MethodRun):
         stated: Stated | None = None
         if estimates:
             values, jacobians = (torch.cat(of) for of in zip(*estimates, strict=True))
-            step_noise = (2.0 if repeats else 1.0) if self.newton else 0.0
-            past = np.array([p[best] for p in [*self.past, self._x]])
-            try:
-                with np.errstate(all="ignore"):
-                    stated = of_descent(
-                        self.misfit, values, jacobians, self._x[best], self.natural, self.known_noise, step_noise, past,
-                        (outputs[best], outputs[-1]), last=self.schedule.last, longest=self.newton * self.schedule.last,
-                        start=ends[-1],
-                    )  # fmt: skip
-            except (np.linalg.LinAlgError, ArithmeticError, ValueError):
+            stated = self._errors(best, values, jacobians, repeats, (outputs[best], outputs[-1]), ends[-1])
+            if stated is None:
                 said.append("No standard errors: the numbers of the Jacobian at the end are too large or too small.")
         worse = self._worse(float(losses[best]), outputs[[best, -1]], ends[[best, -1]])
         if worse:
@@ -296,6 +288,40 @@ class Descent(MethodRun):
             ends=tuple(FitEnd(self.starts[i], x, loss, steps) for i, x, loss, steps in sorted(table, key=_number)),
             noise=noise,
         )
+
+    def _errors(
+        self,
+        best: int,
+        values: torch.Tensor,
+        jacobians: torch.Tensor,
+        repeats: bool,
+        outputs: tuple[NDArray[Any], NDArray[Any]],
+        start: Array,
+    ) -> Stated | None:
+        """Errors where the best start has come to, of independent estimates there; None where numerics fail.
+
+        Args:
+            repeats: whether the last estimate was made for this alone. outputs: of the simulator at the end and at the
+                start. start: (d,).
+        """
+        try:
+            with np.errstate(all="ignore"):
+                return of_descent(
+                    self.misfit,
+                    values,
+                    jacobians,
+                    self._x[best],
+                    self.natural,
+                    self.known_noise,
+                    (2.0 if repeats else 1.0) if self.newton else 0.0,
+                    np.array([p[best] for p in [*self.past, self._x]]),
+                    outputs,
+                    last=self.schedule.last,
+                    longest=self.newton * self.schedule.last,
+                    start=start,
+                )
+        except (np.linalg.LinAlgError, ArithmeticError, ValueError):
+            return None
 
     def _noise(self, one: NDArray[Any], other: NDArray[Any]) -> float:
         """Variance of one run over that of the target, averaged over outputs, of two runs at the same place."""

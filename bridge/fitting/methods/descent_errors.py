@@ -65,22 +65,16 @@ def of_descent(
     residuals = np.stack([misfit.residual(v).numpy() for v in values])
     there = ~np.isnan(residuals).any(axis=0)  # outputs may lack numbers
     residuals = residuals[:, there]
-    r, R = residuals.mean(axis=0), len(values)
+    r, R, prior = residuals.mean(axis=0), len(values), misfit.prior
     normal = normal_of([misfit.jacobian(J, natural).numpy()[there] for J in jacobians])
     jitter = float(((residuals - r) ** 2).mean()) / (R - 1) if R > 1 else 0.0
     information = normal.information(step_noise)
-    prior = misfit.prior
     slope = normal.mean.T @ r if misfit.robust is None else normal.mean.T @ (misfit.robust.weight(r) * r)
     metric = information + prior.information
     step = -finite_inverse(metric) @ (slope + prior(z)[1])
-    first = np.inf
-    if len(outputs) > 1 and np.isfinite(outputs[1]).all():
-        first = float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
+    first = _first_residual(misfit, outputs)
     exact = is_exact(r, first)
     stairs = _staircase([y for y in outputs if np.isfinite(y).all()], exact, misfit, normal, there, last)
-    bias = None
-    if len(outputs) and np.isfinite(outputs[0]).all():
-        bias = r - misfit.residual(torch.as_tensor(outputs[0])).numpy()[there]
     noise = np.sqrt(step_noise * jitter * np.diag(finite_inverse(metric))).max(initial=0.0)
     cut = cut_short(noise / longest) if noise > 0 else 1.0
     newton = bool(step_noise) or past is None
@@ -99,7 +93,7 @@ def of_descent(
         step=step if past is not None else None,
         jitter=jitter * (1 + step_noise),
         wander=wander,
-        bias=bias,
+        bias=_bias(misfit, outputs, r, there),
         within=3 * (1 + step_noise) * within,
         first=first,
         spread=target_spread(misfit),
@@ -113,10 +107,28 @@ def of_descent(
         stated = _along_valleys(stated, evidence, prior.information, z - start)
     # Or the least it may be: else those fits would state errors whose residuals happen to be large, and too large ones.
     own = 1.0 if known else max(float(r @ r) / chdtri(len(r), _OWN) - jitter, 0.0)
-    why = stairs.why() or (_NOISE if not newton and jitter > _TOO_NOISY * own and not exact else "")
+    return _withheld(stated, stairs.why() or (_NOISE if not newton and jitter > _TOO_NOISY * own and not exact else ""))
+
+
+def _withheld(stated: Stated, why: str) -> Stated:
+    """The same without errors, where there is a reason."""
     if not why:
         return stated
-    return replace(stated, covariance=np.full_like(information, np.nan), notes=(Note(NoteKind.NONE, why),))
+    return replace(stated, covariance=np.full_like(stated.covariance, np.nan), notes=(Note(NoteKind.NONE, why),))
+
+
+def _first_residual(misfit: Misfit, outputs: Sequence[NDArray[np.float64]]) -> float:
+    """The root of the mean squared residual of the simulator itself at the start; infinite where it is not known."""
+    if len(outputs) < 2 or not np.isfinite(outputs[1]).all():
+        return np.inf
+    return float(np.sqrt(np.mean(misfit.residual(torch.as_tensor(outputs[1])).numpy() ** 2)))
+
+
+def _bias(misfit: Misfit, outputs: Sequence[NDArray[np.float64]], r: Array, there: NDArray[np.bool_]) -> Array | None:
+    """What smoothing changes of the residuals at the end; None where the simulator's own are not known."""
+    if not len(outputs) or not np.isfinite(outputs[0]).all():
+        return None
+    return np.asarray(r - misfit.residual(torch.as_tensor(outputs[0])).numpy()[there])
 
 
 class _Staircase(NamedTuple):

@@ -230,10 +230,13 @@ class QuadraticSearch:
         for begin in (np.zeros(len(g)), -np.sign(g) * radius, newton):
             begin = np.clip(begin, lower, upper)
             found = minimize(
-                model, begin / radius, jac=True, method="L-BFGS-B",
+                model,
+                begin / radius,
+                jac=True,
+                method="L-BFGS-B",
                 bounds=list(zip(lower / radius, upper / radius, strict=True)),
                 options={"maxiter": 200, "ftol": 1e-15, "gtol": 1e-12},
-            )  # fmt: skip
+            )
             for s in (np.clip(found.x * radius, lower, upper), begin):
                 after = model(s / radius)[0]
                 if np.isfinite(after) and after < value:

@@ -23,8 +23,14 @@ from bridge.arrays import Array
 from bridge.errors import InputError
 
 _NUMBERS = (
-    "PixelSpacing", "TiltAngle", "RotationAngle", "ExposureDose", "PriorRecordDose", "Defocus", "TargetDefocus",
-)  # fmt: skip
+    "PixelSpacing",
+    "TiltAngle",
+    "RotationAngle",
+    "ExposureDose",
+    "PriorRecordDose",
+    "Defocus",
+    "TargetDefocus",
+)
 _DOSES = ("ExposureDose", "PriorRecordDose")
 _TITLE = "Tilt axis angle"
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -222,16 +228,18 @@ def read_mdoc(path: Path) -> Mdoc:
     if not sections:
         raise InputError(f"Expected sections [ZValue = 0], [ZValue = 1], ... in {str(path)!r}, got none.")
     z = sorted(sections)
-    return Mdoc(path, tuple(z), tuple(sections[k].numbers for k in z), tuple(sections[k].time for k in z), titled,
-                serial_em)  # fmt: skip
+    return Mdoc(
+        path, tuple(z), tuple(sections[k].numbers for k in z), tuple(sections[k].time for k in z), titled, serial_em
+    )
 
 
 def _seconds(text: str) -> float | None:
     """A time from SerialEM's 25-Mar-21 17:00:46 and 2021-Mar-25 17:00:46, or in ISO's 2021-03-25T17:00:46.5."""
     match = re.fullmatch(
         r"(\d{1,4})[-/. ](\w{1,9})[-/. ](\d{1,4})[\sT]+(\d{1,2}):(\d{2}):(\d{2}(?:[.,]\d+)?)\s*(AM|PM)?\D*",
-        text.strip(), re.IGNORECASE | re.ASCII,
-    )  # fmt: skip
+        text.strip(),
+        re.IGNORECASE | re.ASCII,
+    )
     if match is None:
         return None
     first, middle, last, hour, minute, second, half = match.groups()

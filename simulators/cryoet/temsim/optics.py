@@ -85,10 +85,15 @@ class Optics:
 
     def __post_init__(self) -> None:
         limits = {
-            "voltage_kv": (1.0, 1e4), "energy_spread_ev": (0.0, 1e3), "defocus_um": (-100.0, 100.0),
-            "cs_mm": (-100.0, 100.0), "cc_mm": (-100.0, 100.0), "aperture_um": (0.0, 1e4),
-            "focal_length_mm": (0.01, 1e3), "cond_ap_angle_mrad": (0.0, 100.0),
-        }  # fmt: skip
+            "voltage_kv": (1.0, 1e4),
+            "energy_spread_ev": (0.0, 1e3),
+            "defocus_um": (-100.0, 100.0),
+            "cs_mm": (-100.0, 100.0),
+            "cc_mm": (-100.0, 100.0),
+            "aperture_um": (0.0, 1e4),
+            "focal_length_mm": (0.01, 1e3),
+            "cond_ap_angle_mrad": (0.0, 100.0),
+        }
         for name, (lower, upper) in limits.items():
             check_range("Optics", name, getattr(self, name), lower, upper)
 

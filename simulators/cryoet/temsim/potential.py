@@ -45,19 +45,34 @@ _LOWEST_KV, _HIGHEST_KV, _NODES = 1.0, 1e4, 9
 # Hydrogens on the atoms of a residue, besides one on N (none in proline) and one on CA (two in glycine). Isoleucine
 # has CG1 and CG2 exchanged in v1.3, which counts here; nucleotides are those named by a letter alone.
 _SIDE_CHAINS = {
-    "ALA": "CB3", "ARG": "CB2 CG2 CD2 NE1 NH12 NH22", "ASN": "CB2 ND22", "ASP": "CB2", "CYS": "CB2 SG1",
-    "GLN": "CB2 CG2 NE22", "GLU": "CB2 CG2", "HIS": "CB2 ND11 CD21 CE11", "ILE": "CB1 CG13 CG22 CD13",
-    "LEU": "CB2 CG1 CD13 CD23", "LYS": "CB2 CG2 CD2 CE2 NZ3", "MET": "CB2 CG2 CE3",
-    "PHE": "CB2 CD11 CD21 CE11 CE21 CZ1", "PRO": "CB2 CG2 CD2", "SER": "CB2 OG1", "THR": "CB1 OG11 CG23",
-    "TRP": "CB2 CD11 NE11 CE31 CZ21 CZ31 CH21", "TYR": "CB2 CD11 CD21 CE11 CE21 OH1", "VAL": "CB1 CG13 CG23",
-    "A": "C5'2 C4'1 C3'1 C2'1 O2'1 C1'1 C81 N62 C21", "G": "C5'2 C4'1 C3'1 C2'1 O2'1 C1'1 C81 N11 N22",
+    "ALA": "CB3",
+    "ARG": "CB2 CG2 CD2 NE1 NH12 NH22",
+    "ASN": "CB2 ND22",
+    "ASP": "CB2",
+    "CYS": "CB2 SG1",
+    "GLN": "CB2 CG2 NE22",
+    "GLU": "CB2 CG2",
+    "HIS": "CB2 ND11 CD21 CE11",
+    "ILE": "CB1 CG13 CG22 CD13",
+    "LEU": "CB2 CG1 CD13 CD23",
+    "LYS": "CB2 CG2 CD2 CE2 NZ3",
+    "MET": "CB2 CG2 CE3",
+    "PHE": "CB2 CD11 CD21 CE11 CE21 CZ1",
+    "PRO": "CB2 CG2 CD2",
+    "SER": "CB2 OG1",
+    "THR": "CB1 OG11 CG23",
+    "TRP": "CB2 CD11 NE11 CE31 CZ21 CZ31 CH21",
+    "TYR": "CB2 CD11 CD21 CE11 CE21 OH1",
+    "VAL": "CB1 CG13 CG23",
+    "A": "C5'2 C4'1 C3'1 C2'1 O2'1 C1'1 C81 N62 C21",
+    "G": "C5'2 C4'1 C3'1 C2'1 O2'1 C1'1 C81 N11 N22",
     "C": "C5'2 C4'1 C3'1 C2'1 O2'1 C1'1 N42 C51 C61",
-    "DA": "C5'2 C4'1 C3'1 C2'2 C1'1 C81 N62 C21", "DG": "C5'2 C4'1 C3'1 C2'2 C1'1 C81 N11 N22",
-    "DC": "C5'2 C4'1 C3'1 C2'2 C1'1 N42 C51 C61", "DT": "C5'2 C4'1 C3'1 C2'2 C1'1 N31 C73 C61",
-}  # fmt: skip
-_HYDROGENS = {
-    name: {item[:-1]: int(item[-1]) for item in items.split()} for name, items in _SIDE_CHAINS.items()
-}  # fmt: skip
+    "DA": "C5'2 C4'1 C3'1 C2'2 C1'1 C81 N62 C21",
+    "DG": "C5'2 C4'1 C3'1 C2'2 C1'1 C81 N11 N22",
+    "DC": "C5'2 C4'1 C3'1 C2'2 C1'1 N42 C51 C61",
+    "DT": "C5'2 C4'1 C3'1 C2'2 C1'1 N31 C73 C61",
+}
+_HYDROGENS = {name: {item[:-1]: int(item[-1]) for item in items.split()} for name, items in _SIDE_CHAINS.items()}
 
 
 def riding_hydrogens(residue: str, atom: str) -> int:
@@ -211,8 +226,11 @@ class Maps:
         points = (specimen.positions - (low + 0.5 * (extent - (shape - 1) * voxel))) / voxel
         potential, densities = np.zeros(tuple(shape)), {}
         smallest = _SMALLEST_B * voxel**2
-        for z in sorted({1, *specimen.atomic_numbers.tolist()} if specimen.hydrogens.any() else
-                        set(specimen.atomic_numbers.tolist())):  # fmt: skip
+        for z in sorted(
+            {1, *specimen.atomic_numbers.tolist()}
+            if specimen.hydrogens.any()
+            else set(specimen.atomic_numbers.tolist())
+        ):
             number = specimen.weights * ((specimen.atomic_numbers == z) + (z == 1) * specimen.hydrogens)
             here = np.flatnonzero(number)
             a, b = (np.array(values) for values in peng_coefficients(z))

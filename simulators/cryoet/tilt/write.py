@@ -159,16 +159,28 @@ def _mdoc(name: str, series: TiltSeries, values: Mapping[str, float]) -> str:
 def _star(block: str, columns: Sequence[str], rows: Sequence[Sequence[str | int | float]]) -> str:
     lines = [f"data_{block}", "", "loop_"]
     lines += [f"_{column} #{i}" for i, column in enumerate(columns, start=1)]
-    lines += ["\t".join(v if isinstance(v, str) else f"{v:.6f}" if isinstance(v, float) else str(v) for v in row)
-              for row in rows]  # fmt: skip
+    lines += [
+        "\t".join(v if isinstance(v, str) else f"{v:.6f}" if isinstance(v, float) else str(v) for v in row)
+        for row in rows
+    ]
     return "\n" + "\n".join(lines) + "\n\n"
 
 
 def _series_star(name: str, series: TiltSeries, values: Mapping[str, float]) -> str:
-    columns = ["rlnTomoName", "rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast",
-               "rlnMicrographOriginalPixelSize", "rlnTomoTiltSeriesPixelSize", "rlnTomoHand", "rlnTomoSizeX",
-               "rlnTomoSizeY", "rlnTomoSizeZ", "rlnTomoImportFractionalDose",
-               "rlnTomoTiltSeriesStarFile"]  # fmt: skip
+    columns = [
+        "rlnTomoName",
+        "rlnVoltage",
+        "rlnSphericalAberration",
+        "rlnAmplitudeContrast",
+        "rlnMicrographOriginalPixelSize",
+        "rlnTomoTiltSeriesPixelSize",
+        "rlnTomoHand",
+        "rlnTomoSizeX",
+        "rlnTomoSizeY",
+        "rlnTomoSizeZ",
+        "rlnTomoImportFractionalDose",
+        "rlnTomoTiltSeriesStarFile",
+    ]
     pixel = float(series.pixel_size_angstrom)
     rows, columns_ = series.output_shape[1:]
     heights = [abs(values[f"z_angstrom[{i}]"]) for i in range(len(series.particles))]
@@ -191,26 +203,52 @@ def _series_star(name: str, series: TiltSeries, values: Mapping[str, float]) -> 
 
 
 def _tilts_star(name: str, series: TiltSeries, values: Mapping[str, float]) -> str:
-    columns = ["rlnMicrographName", "rlnTomoNominalStageTiltAngle", "rlnMicrographPreExposure", "rlnDefocusU",
-               "rlnDefocusV", "rlnDefocusAngle", "rlnTomoXTilt", "rlnTomoYTilt", "rlnTomoZRot", "rlnTomoXShiftAngst",
-               "rlnTomoYShiftAngst"]  # fmt: skip
+    columns = [
+        "rlnMicrographName",
+        "rlnTomoNominalStageTiltAngle",
+        "rlnMicrographPreExposure",
+        "rlnDefocusU",
+        "rlnDefocusV",
+        "rlnDefocusAngle",
+        "rlnTomoXTilt",
+        "rlnTomoYTilt",
+        "rlnTomoZRot",
+        "rlnTomoXShiftAngst",
+        "rlnTomoYShiftAngst",
+    ]
     images = series.output_shape[0]
     astigmatism = 1e4 * values["astigmatism_um"]
     table: list[list[str | int | float]] = []
     for t in range(images):
         defocus = 1e4 * values[f"defocus_um[{t}]"]
         table.append(
-            [f"{t + 1}@{name}.mrc", float(series.nominal_deg[t]), float(_prior(series, values, t)),
-             defocus + astigmatism, defocus - astigmatism, values["astigmatism_angle_deg"], values["x_tilt_deg"],
-             values[f"tilt_deg[{t}]"] + values["pre_tilt_deg"], values["tilt_axis_deg"],
-             values[f"shift_x_angstrom[{t}]"], values[f"shift_y_angstrom[{t}]"]]
-        )  # fmt: skip
+            [
+                f"{t + 1}@{name}.mrc",
+                float(series.nominal_deg[t]),
+                float(_prior(series, values, t)),
+                defocus + astigmatism,
+                defocus - astigmatism,
+                values["astigmatism_angle_deg"],
+                values["x_tilt_deg"],
+                values[f"tilt_deg[{t}]"] + values["pre_tilt_deg"],
+                values["tilt_axis_deg"],
+                values[f"shift_x_angstrom[{t}]"],
+                values[f"shift_y_angstrom[{t}]"],
+            ]
+        )
     return _star(name, columns, table)
 
 
 def _particles_star(name: str, series: TiltSeries, values: Mapping[str, float]) -> str:
-    columns = ["rlnTomoName", "rlnCenteredCoordinateXAngst", "rlnCenteredCoordinateYAngst",
-               "rlnCenteredCoordinateZAngst", "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]  # fmt: skip
+    columns = [
+        "rlnTomoName",
+        "rlnCenteredCoordinateXAngst",
+        "rlnCenteredCoordinateYAngst",
+        "rlnCenteredCoordinateZAngst",
+        "rlnAngleRot",
+        "rlnAngleTilt",
+        "rlnAnglePsi",
+    ]
     keys = ("x_angstrom", "y_angstrom", "z_angstrom", "particle_rot_deg", "particle_tilt_deg", "particle_psi_deg")
     table: list[list[str | int | float]] = [
         [name, *(values[f"{key}[{i}]"] for key in keys)] for i in range(len(series.particles))

@@ -115,8 +115,10 @@ def test_the_log_camera_sees_the_same(lens: Any) -> None:
     raw, log = RasterSimulator(**options), RasterSimulator(camera="turntable-log", **options)
     azimuth, elevation, distance = 40.0, -20.0, 3.0
     if lens is None:
-        rows = ([azimuth, elevation, distance, 15],
-                [np.log(distance * np.tan(np.deg2rad(15))), elevation, azimuth, np.log(distance)])  # fmt: skip
+        rows = (
+            [azimuth, elevation, distance, 15],
+            [np.log(distance * np.tan(np.deg2rad(15))), elevation, azimuth, np.log(distance)],
+        )
     elif lens == 20.0:
         rows = ([azimuth, elevation, distance], [elevation, azimuth, np.log(distance)])
     else:
@@ -132,8 +134,13 @@ def test_the_tangent_of_rigid_motions_is_its_formula() -> None:
     base = turntable_pose(30.0, 20.0, 5.0)
     simulator = RasterSimulator(camera="se3", base_pose=base, normalise=True)
     assert simulator.space.names == (
-        "rotation_x_deg", "rotation_y_deg", "rotation_z_deg", "shift_x", "shift_y", "shift_z",
-    )  # fmt: skip
+        "rotation_x_deg",
+        "rotation_y_deg",
+        "rotation_z_deg",
+        "shift_x",
+        "shift_y",
+        "shift_z",
+    )
     rows = rng.normal(size=(6, 6)) * [40, 40, 40, 0.2, 0.2, 0.2]
     rows[0] = 0
     found = simulator.object_to_camera(rows)
@@ -158,8 +165,9 @@ def test_the_tangent_of_rigid_motions_is_its_formula() -> None:
 
 def test_objects_move_about_their_own_centres() -> None:
     box = trimesh.creation.box((0.6, 0.2, 0.2)).apply_translation((1, 0, 0))
-    simulator = RasterSimulator([box, ball(-1, 0, 0, radius=0.2)], vary="objects", normalise=False, outputs="mask",
-                                size=(HEIGHT, WIDTH))  # fmt: skip
+    simulator = RasterSimulator(
+        [box, ball(-1, 0, 0, radius=0.2)], vary="objects", normalise=False, outputs="mask", size=(HEIGHT, WIDTH)
+    )
     assert simulator.space.dimension == 12
     assert simulator.space.names[6:9] == ("object1_rotation_x_deg", "object1_rotation_y_deg", "object1_rotation_z_deg")
     still = render(simulator, np.zeros(12))[0]
@@ -206,14 +214,20 @@ def test_groups_are_varied_in_the_order_given_and_fixed_values_leave() -> None:
         vary=("light", "camera", "colours"), fixed={"distance": 3.0, "light_intensity": 0.7, "object0_green": 0.1}
     )
     assert simulator.space.names == (
-        "light_azimuth_deg", "light_elevation_deg", "azimuth_deg", "elevation_deg", "half_angle_deg",
-        "object0_red", "object0_blue",
-    )  # fmt: skip
+        "light_azimuth_deg",
+        "light_elevation_deg",
+        "azimuth_deg",
+        "elevation_deg",
+        "half_angle_deg",
+        "object0_red",
+        "object0_blue",
+    )
     full = RasterSimulator(vary=("light", "camera", "colours"), outputs="rgb")
     part = RasterSimulator(
-        vary=("light", "camera", "colours"), outputs="rgb",
+        vary=("light", "camera", "colours"),
+        outputs="rgb",
         fixed={"distance": 3.0, "light_intensity": 0.7, "object0_green": 0.1},
-    )  # fmt: skip
+    )
     a = render(full, [20, 30, 0.7, 40, 10, 3, 20, 0.5, 0.1, 0.9])
     assert np.array_equal(a, render(part, [20, 30, 40, 10, 20, 0.5, 0.9]))
     # Without the camera among the inputs it stands where it stands by default.
@@ -229,12 +243,22 @@ def test_every_parameter_has_a_unit_bounds_where_needed_and_a_scale_that_shows()
             simulator = RasterSimulator(
                 camera=camera, lens=lens, vary=("camera", "objects", "light", "colours"), outputs=("silhouette", "rgb")
             )
-            start = np.array([
-                {"distance": 4, "log_distance": np.log(4), "half_angle_deg": 20, "log_half_height": np.log(1.5),
-                 "half_height": 1.5, "light_intensity": 1, "object0_red": 0.8, "object0_green": 0.8,
-                 "object0_blue": 0.8}.get(name, 0.0)
-                for name in simulator.space.names
-            ])  # fmt: skip
+            start = np.array(
+                [
+                    {
+                        "distance": 4,
+                        "log_distance": np.log(4),
+                        "half_angle_deg": 20,
+                        "log_half_height": np.log(1.5),
+                        "half_height": 1.5,
+                        "light_intensity": 1,
+                        "object0_red": 0.8,
+                        "object0_green": 0.8,
+                        "object0_blue": 0.8,
+                    }.get(name, 0.0)
+                    for name in simulator.space.names
+                ]
+            )
             assert simulator.space.describe_outside(start) == ""
             image = render(simulator, start)
             for i, parameter in enumerate(simulator.space.parameters):

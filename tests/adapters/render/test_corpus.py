@@ -357,9 +357,21 @@ def named_abroad(seed: int, folder: Path) -> Odd:
 
 
 CORPUS: list[tuple[Callable[..., Odd], int]] = [
-    (inverted, 6), (mixed, 5), (holed, 3), (room, 6), (within, 2), (far_away, 8), (small_before_large, 4), (concave, 9),
-    (counted_back, 3), (graph, 8), (nanometres, 1), (degenerate, 4), (written, 8), (named_abroad, 3),
-]  # fmt: skip
+    (inverted, 6),
+    (mixed, 5),
+    (holed, 3),
+    (room, 6),
+    (within, 2),
+    (far_away, 8),
+    (small_before_large, 4),
+    (concave, 9),
+    (counted_back, 3),
+    (graph, 8),
+    (nanometres, 1),
+    (degenerate, 4),
+    (written, 8),
+    (named_abroad, 3),
+]
 CASES = [pytest.param(make, seed, id=f"{make.__name__}-{seed}") for make, count in CORPUS for seed in range(count)]
 
 
@@ -369,9 +381,14 @@ def build(make: Callable[..., Odd], seed: int, folder: Path) -> Odd:
 
 def agree(scene: Odd, renderer: Any) -> None:
     simulator = renderer(
-        scene.mesh, size=(SIZE, SIZE), outputs=("mask", "depth"), camera="se3", lens=scene.lens, base_pose=scene.pose,
+        scene.mesh,
+        size=(SIZE, SIZE),
+        outputs=("mask", "depth"),
+        camera="se3",
+        lens=scene.lens,
+        base_pose=scene.pose,
         normalise=False,
-    )  # fmt: skip
+    )
     number, depth = simulator(np.zeros((1, 6)), np.zeros(1, np.uint64))[0]
     true_number, true_depth = cast(scene)
     both, either = (number > 0) & (true_number > 0), (number > 0) | (true_number > 0)

@@ -99,9 +99,10 @@ def test_adi_does_not_see_symmetries_and_is_never_above_add() -> None:
     assert (metrics.adi(CUBE, first, second) <= metrics.add(CUBE, first, second) + 1e-12).all()
     brute = [
         np.linalg.norm((CUBE @ p[:3, :3].T + p[:3, 3])[:, None] - (CUBE @ q[:3, :3].T + q[:3, 3]), axis=2)
-        .min(axis=1).mean()
+        .min(axis=1)
+        .mean()
         for p, q in zip(first, second, strict=True)
-    ]  # fmt: skip
+    ]
     assert metrics.adi(CUBE, first, second) == pytest.approx(np.array(brute))
 
 

@@ -382,10 +382,14 @@ def test_scenes_keep_their_transforms(tmp_path: Path) -> None:
         ("broken.ply", b"ply\nformat nonsense 1.0\n", "readable|triangles"),
         ("notes.txt", b"hello", "readable"),
         ("empty.obj", b"# nothing\n", "readable|triangles"),
-        ("points.ply", b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nproperty float y\n"
-                       b"property float z\nend_header\n0 0 0\n", "triangles"),
+        (
+            "points.ply",
+            b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nproperty float y\n"
+            b"property float z\nend_header\n0 0 0\n",
+            "triangles",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_mesh_files(name: str, content: bytes | None, said: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if content is not None:

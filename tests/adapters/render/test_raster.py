@@ -186,9 +186,15 @@ def test_inside_a_box_every_wall_is_where_it_is(position: tuple[float, float, fl
     pose[:3, 3] = position
     # The tangent of half the angle is 3: most of the view are side walls that begin behind the camera.
     simulator = RasterSimulator(
-        box, size=(size, size), outputs=("depth", "silhouette"), lens=float(np.rad2deg(np.arctan(3))), camera="se3",
-        base_pose=pose, normalise=False, two_sided=True,
-    )  # fmt: skip
+        box,
+        size=(size, size),
+        outputs=("depth", "silhouette"),
+        lens=float(np.rad2deg(np.arctan(3))),
+        camera="se3",
+        base_pose=pose,
+        normalise=False,
+        two_sided=True,
+    )
     depth, covered = render(simulator, np.zeros(6))[0]
     u, v = pixel_directions(size, np.rad2deg(np.arctan(3)))
     x, y, z = position
@@ -214,9 +220,14 @@ def test_a_floor_under_the_camera_reaches_to_the_horizon_and_not_above() -> None
     pose = np.eye(4)
     pose[:3, 3] = (0, height, 0)
     simulator = RasterSimulator(
-        floor, size=(size, size), outputs=("depth", "silhouette"), camera="se3", lens=45.0, base_pose=pose,
+        floor,
+        size=(size, size),
+        outputs=("depth", "silhouette"),
+        camera="se3",
+        lens=45.0,
+        base_pose=pose,
         normalise=False,
-    )  # fmt: skip
+    )
     depth, covered = render(simulator, np.zeros(6))[0]
     _, v = pixel_directions(size, 45.0)
     with np.errstate(divide="ignore"):
@@ -243,9 +254,14 @@ def test_projections_far_outside_the_image_are_cut_without_overflow() -> None:
     mesh = trimesh.Trimesh([[-1e4, -1, -0.02], [1e4, -1, -0.02], [0, 1e4, -1e4]], [[0, 1, 2]], process=False)
     for lens in (0.01, 45.0, 89.9):
         simulator = RasterSimulator(
-            mesh, size=(33, 33), camera="se3", lens=lens, base_pose=np.eye(4), normalise=False,
+            mesh,
+            size=(33, 33),
+            camera="se3",
+            lens=lens,
+            base_pose=np.eye(4),
+            normalise=False,
             outputs=("silhouette", "depth"),
-        )  # fmt: skip
+        )
         covered, depth = render(simulator, np.zeros(6))[0]
         # The plane y + 1 = -(z + 0.02) (1e4 + 1) / (1e4 - 0.02) holds the triangle: solve for the depth at each pixel.
         u, v = pixel_directions(33, lens)

@@ -45,7 +45,7 @@ def lab(tmp_path: Path) -> Lab:
         ({"dialect": "2.0"}, r"v1\.3, phase-plate"),
         ({"angles": "xyx"}, "zxz, zyz"),
     ],
-)  # fmt: skip
+)
 def test_arguments_are_checked_at_once(lab: Lab, options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         lab.make(**options)
@@ -88,7 +88,7 @@ def test_arguments_are_checked_at_once(lab: Lab, options: dict[str, Any], said: 
         ({"particle " + "n" * 50: {}}, "at most 49"),
         ({"detector second": {**DETECTOR, **MTF, "det_pix_x": 12}}, r"one size.*\(16, 12\), \(16, 24\)"),
     ],
-)  # fmt: skip
+)
 def test_a_deck_that_the_program_would_refuse_is_refused_before(lab: Lab, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         lab.make(deck=tables(**changes))

@@ -103,9 +103,12 @@ def test_a_series_has_an_axis_of_images_and_parameters_of_single_ones(lab: Lab) 
     before = at(simulator)
     np.testing.assert_allclose(before[1], expected(1.5, -2.0), rtol=2e-6)
     for name, value, image in (
-        ("shift_x_nm[2]", 2.0, 2), ("defocus_um[0]", 3.0, 0), ("dose_e_per_nm2[1]", 500.0, 1),
-        ("tilt_deg[1]", 30.0, 1), ("image_rotation_deg[0]", 40.0, 0),
-    ):  # fmt: skip
+        ("shift_x_nm[2]", 2.0, 2),
+        ("defocus_um[0]", 3.0, 0),
+        ("dose_e_per_nm2[1]", 500.0, 1),
+        ("tilt_deg[1]", 30.0, 1),
+        ("image_rotation_deg[0]", 40.0, 0),
+    ):
         after = at(simulator, **{name: value})
         changed = [bool((after[t] != before[t]).any()) for t in range(3)]
         assert changed == [t == image for t in range(3)], name
@@ -124,11 +127,18 @@ def test_tables_by_keys_and_by_files_are_the_same_series(lab: Lab) -> None:
     (lab.folder / "defoci").write_text("3 1\n5\n5\n5\n")
     (lab.folder / "errors").write_text("3 5\n0 0 0 0 0\n0 0 0 0 0\n0 0 0 0 0\n")
     from_files = tables(
-        geometry={"gen_tilt_data": False, "geom_file_in": "tilts", "ntilts": 3, "geom_errors": "file",
-                  "error_file_in": "errors", "theta_start": None, "theta_incr": None},
+        geometry={
+            "gen_tilt_data": False,
+            "geom_file_in": "tilts",
+            "ntilts": 3,
+            "geom_errors": "file",
+            "error_file_in": "errors",
+            "theta_start": None,
+            "theta_incr": None,
+        },
         electronbeam={"gen_dose": False, "dose_file_in": "doses", "dose_per_im": None},
         optics={"gen_defocus": False, "defocus_file_in": "defoci", "defocus_nominal": None},
-    )  # fmt: skip
+    )
     simulator = lab.make(("x_nm", "defocus_um[2]"), deck=from_files)
     np.testing.assert_allclose(at(simulator), plain, rtol=1e-6)
     assert at(simulator, **{"defocus_um[2]": 1.0})[2].min() > plain[2].min()

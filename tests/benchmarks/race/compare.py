@@ -48,12 +48,16 @@ def main(arguments: list[str] | None = None) -> None:
     for path in options.journals:
         mine = found[f"{path}:{OURS}"]
         difference, low, high = area_difference(mine, peer)
-        rows.append([
-            str(path), str(len(common(mine, first))), f"{area(mine):.3f}",
-            f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]",
-            *(f"{median_ratio(mine, peer, of):.2f}" for of in ("runs", "rounds")),
-            *(ratio(mine, first, of) for of in ("runs", "rounds")),
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(path),
+                str(len(common(mine, first))),
+                f"{area(mine):.3f}",
+                f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]",
+                *(f"{median_ratio(mine, peer, of):.2f}" for of in ("runs", "rounds")),
+                *(ratio(mine, first, of) for of in ("runs", "rounds")),
+            ]
+        )
     head = [
         "journal",
         "instances",

@@ -151,8 +151,17 @@ def effort(lines: list[Line]) -> str:
             sum(test) for test in zip(*((x["spent"] == "time", bool(x["error"])) for x in mine), strict=True)
         )
         versions = sorted({line["version"] for line in mine if line["version"]})
-        rows.append([solver, ", ".join(versions) or "own", str(len(mine)), show(float(np.median(own))),
-                     show(float(own.max())), str(cut), str(failed)])  # fmt: skip
+        rows.append(
+            [
+                solver,
+                ", ".join(versions) or "own",
+                str(len(mine)),
+                show(float(np.median(own))),
+                show(float(own.max())),
+                str(cut),
+                str(failed),
+            ]
+        )
     head = ["solver", "version", "instances", "own CPU [s]: median", "most", "cut at 60 s", "ended by an error"]
     return table(head, rows)
 
@@ -168,9 +177,17 @@ def write_rows(lines: list[Line], found: Hits, path: Path) -> None:
             for solver in order(found):
                 of = list(chosen(found, [name])[solver].values())
                 if of:
-                    out.writerow([name, solver, len(of), sum(np.isfinite(h.runs) for h in of), *(
-                        f"{np.median([getattr(h, what) for h in of]):g}" for what in ("runs", "rounds")),
-                        f"{np.mean([h.area for h in of]):.4f}", f"{np.median(cpu[name, solver]):.3g}"])  # fmt: skip
+                    out.writerow(
+                        [
+                            name,
+                            solver,
+                            len(of),
+                            sum(np.isfinite(h.runs) for h in of),
+                            *(f"{np.median([getattr(h, what) for h in of]):g}" for what in ("runs", "rounds")),
+                            f"{np.mean([h.area for h in of]):.4f}",
+                            f"{np.median(cpu[name, solver]):.3g}",
+                        ]
+                    )
 
 
 def draw(found: Hits, path: Path) -> None:
@@ -194,13 +211,25 @@ def draw(found: Hits, path: Path) -> None:
         some = chosen(found, names)
         for solver in order(found):
             if some[solver]:
-                axis.plot(at, profile(some[solver], at, by_rounds), color=colours[solver], label=solver,
-                          lw=2.4 if solver == OURS else 1.2, drawstyle="steps-post")  # fmt: skip
+                axis.plot(
+                    at,
+                    profile(some[solver], at, by_rounds),
+                    color=colours[solver],
+                    label=solver,
+                    lw=2.4 if solver == OURS else 1.2,
+                    drawstyle="steps-post",
+                )
         axis.set(title=title, xlabel=label, ylabel="share solved", xscale="log", ylim=(0, 1), xlim=(at[0], at[-1]))
     axis = axes[1, 1]
     for solver in order(found):
-        axis.plot(factors, performance(found, solver, factors), color=colours[solver], drawstyle="steps-post",
-                  label=solver, lw=2.4 if solver == OURS else 1.2)  # fmt: skip
+        axis.plot(
+            factors,
+            performance(found, solver, factors),
+            color=colours[solver],
+            drawstyle="steps-post",
+            label=solver,
+            lw=2.4 if solver == OURS else 1.2,
+        )
     axis.set(
         title="all: performance profile", xlabel="runs / those of the fastest", xscale="log", ylim=(0, 1), xlim=(1, 30)
     )

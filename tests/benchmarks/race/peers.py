@@ -54,8 +54,15 @@ def pycma(counter: Counter, seed: int) -> None:
         "verbose": -9,
         "maxfevals": 10**9,
     }
-    cma.fmin2(None, counter.start, 1.0, options, restarts=99, bipop=True,
-              parallel_objective=lambda points: counter.losses(np.array(points)).tolist())  # fmt: skip
+    cma.fmin2(
+        None,
+        counter.start,
+        1.0,
+        options,
+        restarts=99,
+        bipop=True,
+        parallel_objective=lambda points: counter.losses(np.array(points)).tolist(),
+    )
 
 
 def cmaes(counter: Counter, seed: int) -> None:
@@ -108,9 +115,15 @@ def dfols(counter: Counter, seed: int) -> None:
     _seeded(seed)
     counter.design = counter.dimension + 1
     package.solve(
-        lambda z: counter.residuals(z)[0], counter.start, bounds=(counter.lower, counter.upper), maxfun=counter.budget,
-        rhobeg=_radius(counter), objfun_has_noise=counter.problem.noisy, do_logging=False, user_params=RESTARTS,
-    )  # fmt: skip
+        lambda z: counter.residuals(z)[0],
+        counter.start,
+        bounds=(counter.lower, counter.upper),
+        maxfun=counter.budget,
+        rhobeg=_radius(counter),
+        objfun_has_noise=counter.problem.noisy,
+        do_logging=False,
+        user_params=RESTARTS,
+    )
 
 
 def bobyqa(counter: Counter, seed: int) -> None:
@@ -119,9 +132,15 @@ def bobyqa(counter: Counter, seed: int) -> None:
     _seeded(seed)
     counter.design = 2 * counter.dimension + 1
     package.solve(
-        counter.loss, counter.start, bounds=(counter.lower, counter.upper), maxfun=counter.budget,
-        rhobeg=_radius(counter), objfun_has_noise=counter.problem.noisy, do_logging=False, user_params=RESTARTS,
-    )  # fmt: skip
+        counter.loss,
+        counter.start,
+        bounds=(counter.lower, counter.upper),
+        maxfun=counter.budget,
+        rhobeg=_radius(counter),
+        objfun_has_noise=counter.problem.noisy,
+        do_logging=False,
+        user_params=RESTARTS,
+    )
 
 
 def xnes(counter: Counter, seed: int) -> None:
@@ -129,9 +148,14 @@ def xnes(counter: Counter, seed: int) -> None:
     evotorch = _need("evotorch", "evotorch")
     algorithms, torch = _need("evotorch.algorithms", "evotorch"), _need("torch", "torch")
     problem = evotorch.Problem(
-        "min", lambda x: torch.as_tensor(counter.losses(x.numpy())), solution_length=counter.dimension,
-        initial_bounds=(-1.0, 1.0), dtype=torch.float64, vectorized=True, seed=seed,
-    )  # fmt: skip
+        "min",
+        lambda x: torch.as_tensor(counter.losses(x.numpy())),
+        solution_length=counter.dimension,
+        initial_bounds=(-1.0, 1.0),
+        dtype=torch.float64,
+        vectorized=True,
+        seed=seed,
+    )
     search = algorithms.XNES(problem, stdev_init=1.0, center_init=torch.as_tensor(counter.start))
     while True:
         search.step()

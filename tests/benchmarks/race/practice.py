@@ -48,10 +48,16 @@ def biggs(x: Array) -> Array:
 
 
 def wood(x: Array) -> Array:
-    return np.array([
-        10 * (x[1] - x[0] ** 2), 1 - x[0], 90**0.5 * (x[3] - x[2] ** 2), 1 - x[2], 10**0.5 * (x[1] + x[3] - 2),
-        (x[1] - x[3]) / 10**0.5,
-    ])  # fmt: skip
+    return np.array(
+        [
+            10 * (x[1] - x[0] ** 2),
+            1 - x[0],
+            90**0.5 * (x[3] - x[2] ** 2),
+            1 - x[2],
+            10**0.5 * (x[1] + x[3] - 2),
+            (x[1] - x[3]) / 10**0.5,
+        ]
+    )
 
 
 def trigonometric(x: Array) -> Array:
@@ -150,8 +156,19 @@ def rectangle(seed: int) -> Problem:
     start = within(space, truth + space.natural_scale * rng.uniform(-2, 2, 4))
     target = image(truth[None])[0] + 0.3 * rng.standard_normal((48, 48))
     simulator = FunctionSimulator(image, space, (48, 48), vectorized=True)
-    return Problem("rectangle", "simulators", seed, simulator, target, 0.09, start,
-                   near(truth, np.array([0.4, 0.4, 0.4, 0.05])), "fixed", truth=truth, noisy_target=True)  # fmt: skip
+    return Problem(
+        "rectangle",
+        "simulators",
+        seed,
+        simulator,
+        target,
+        0.09,
+        start,
+        near(truth, np.array([0.4, 0.4, 0.4, 0.05])),
+        "fixed",
+        truth=truth,
+        noisy_target=True,
+    )
 
 
 def decays(seed: int) -> Problem:
@@ -174,8 +191,20 @@ def decays(seed: int) -> Problem:
     target, variance = clean(truth[None])[0] + 0.005 * rng.standard_normal(30), 2 * 0.005**2
     loss = half_squares(clean, clean(truth[None])[0], variance)
     simulator = FunctionSimulator(noisy, space, (30,), vectorized=True, seeded=True)
-    return Problem("decays", "simulators", seed, simulator, target, variance, start, lambda z, y: loss(z, y) / 4,
-                   "fixed", truth=truth, noisy=True, noisy_target=True)  # fmt: skip
+    return Problem(
+        "decays",
+        "simulators",
+        seed,
+        simulator,
+        target,
+        variance,
+        start,
+        lambda z, y: loss(z, y) / 4,
+        "fixed",
+        truth=truth,
+        noisy=True,
+        noisy_target=True,
+    )
 
 
 def infections(theta: Array, seed: int | None) -> Array:
@@ -204,8 +233,20 @@ def epidemic(seed: int) -> Problem:
         lambda inputs, seeds: rows_of(infections, inputs, seeds), space, (80,), vectorized=True, seeded=True
     )
     loss = half_squares(lambda inputs: np.stack([infections(x, None) for x in inputs]), clean, variance)
-    return Problem("epidemic", "simulators", seed, simulator, infections(truth, 9 * 10**6 + seed), variance, start,
-                   lambda z, y: loss(z, y) / 1.5, "fixed", truth=truth, noisy=True, noisy_target=True)  # fmt: skip
+    return Problem(
+        "epidemic",
+        "simulators",
+        seed,
+        simulator,
+        infections(truth, 9 * 10**6 + seed),
+        variance,
+        start,
+        lambda z, y: loss(z, y) / 1.5,
+        "fixed",
+        truth=truth,
+        noisy=True,
+        noisy_target=True,
+    )
 
 
 def tone(seed: int) -> Problem:
@@ -223,8 +264,19 @@ def tone(seed: int) -> Problem:
     target = wave(truth[None])[0] + 0.1 * rng.standard_normal(40)
     loss = half_squares(wave, wave(truth[None])[0], 0.01)
     simulator = FunctionSimulator(wave, space, (40,), vectorized=True)
-    return Problem("tone", "simulators", seed, simulator, target, 0.01, start, lambda z, y: loss(z, y) / 3, "fixed",
-                   truth=truth, noisy_target=True)  # fmt: skip
+    return Problem(
+        "tone",
+        "simulators",
+        seed,
+        simulator,
+        target,
+        0.01,
+        start,
+        lambda z, y: loss(z, y) / 3,
+        "fixed",
+        truth=truth,
+        noisy_target=True,
+    )
 
 
 def stairs(seed: int) -> Problem:
@@ -239,16 +291,28 @@ def stairs(seed: int) -> Problem:
     truth = np.array([0.5604, 0.5344, 0.5142, 0.4982, 0.4849, 0.4734, 0.463, 0.4528, 0.4423, 0.4308])
     space = space_of([f"x{i}" for i in range(10)], "", -3, 3, 0.2, "staircase")
     simulator = FunctionSimulator(chain, space, (19,), vectorized=True)
-    return Problem("stairs", "simulators", seed, simulator, np.zeros(19), 1.0, truth + rng.uniform(-1, 1, 10),
-                   near(truth, 0.1), "fixed", truth=truth)  # fmt: skip
+    return Problem(
+        "stairs",
+        "simulators",
+        seed,
+        simulator,
+        np.zeros(19),
+        1.0,
+        truth + rng.uniform(-1, 1, 10),
+        near(truth, 0.1),
+        "fixed",
+        truth=truth,
+    )
 
 
-ELLIPSOIDS = np.array([
-    # middle, half axes
-    [0, 0, 0, 1.0, 0.7, 0.55],
-    [1.1, 0.3, 0.1, 0.5, 0.2, 0.2],
-    [-0.9, 0.5, -0.3, 0.3, 0.45, 0.2],
-])  # fmt: skip
+ELLIPSOIDS = np.array(
+    [
+        # middle, half axes
+        [0, 0, 0, 1.0, 0.7, 0.55],
+        [1.1, 0.3, 0.1, 0.5, 0.2, 0.2],
+        [-0.9, 0.5, -0.3, 0.3, 0.45, 0.2],
+    ]
+)
 
 
 def body(seed: int) -> Problem:
@@ -279,8 +343,18 @@ def body(seed: int) -> Problem:
         return np.asarray(np.rad2deg(off.magnitude()) / 5)
 
     simulator = FunctionSimulator(image, space, (48, 48), vectorized=True)
-    return Problem("body", "simulators", seed, simulator, image(truth[None])[0], 1.0, within(space, start), distance,
-                   "fixed", truth=truth)  # fmt: skip
+    return Problem(
+        "body",
+        "simulators",
+        seed,
+        simulator,
+        image(truth[None])[0],
+        1.0,
+        within(space, start),
+        distance,
+        "fixed",
+        truth=truth,
+    )
 
 
 def spectrum(seed: int) -> Problem:
@@ -292,15 +366,31 @@ def spectrum(seed: int) -> Problem:
         high, place, wide = (inputs[:, k : k + 3, None] for k in (0, 3, 6))
         return np.asarray((np.exp(high) / (1 + ((t - place) / np.exp(wide)) ** 2)).sum(axis=1))
 
-    space = space_of([f"x{i}" for i in range(9)], "", [-3] * 3 + [0] * 3 + [-3] * 3, [3] * 3 + [10] * 3 + [2] * 3,
-                     [0.2] * 3 + [0.3] * 3 + [0.2] * 3)  # fmt: skip
+    space = space_of(
+        [f"x{i}" for i in range(9)],
+        "",
+        [-3] * 3 + [0] * 3 + [-3] * 3,
+        [3] * 3 + [10] * 3 + [2] * 3,
+        [0.2] * 3 + [0.3] * 3 + [0.2] * 3,
+    )
     truth = np.concatenate([rng.uniform(-0.5, 0.5, 3), rng.uniform([1, 4, 7], [3, 6, 9]), rng.uniform(-1, 0, 3)])
     start = within(space, truth + space.natural_scale * rng.normal(0, 3, 9))
     target = lines(truth[None])[0] + 0.02 * rng.standard_normal(60)
     loss = half_squares(lines, lines(truth[None])[0], 0.02**2)
     simulator = FunctionSimulator(lines, space, (60,), vectorized=True)
-    return Problem("spectrum", "simulators", seed, simulator, target, 0.02**2, start, lambda z, y: loss(z, y) / 9,
-                   "fixed", truth=truth, noisy_target=True)  # fmt: skip
+    return Problem(
+        "spectrum",
+        "simulators",
+        seed,
+        simulator,
+        target,
+        0.02**2,
+        start,
+        lambda z, y: loss(z, y) / 9,
+        "fixed",
+        truth=truth,
+        noisy_target=True,
+    )
 
 
 SIMULATORS: dict[str, Callable[[int], Problem]] = {

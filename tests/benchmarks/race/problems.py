@@ -37,9 +37,20 @@ def published(name: str, variant: str, seed: int) -> Problem:
     distance = half_squares(clean, np.zeros(m), 1.0)
     # The least sum of absolute values is another one, unless all residuals vanish.
     least = None if variant == "nonsmooth" and function.minimum > 0 else function.minimum
-    return Problem(f"{name}:{variant}", "published", seed, simulator, np.zeros(m), 1.0, start, distance, "loss",
-                   least=least, elsewhere=function.elsewhere,
-                   noisy=variant in ("deterministic", "stochastic"))  # fmt: skip
+    return Problem(
+        f"{name}:{variant}",
+        "published",
+        seed,
+        simulator,
+        np.zeros(m),
+        1.0,
+        start,
+        distance,
+        "loss",
+        least=least,
+        elsewhere=function.elsewhere,
+        noisy=variant in ("deterministic", "stochastic"),
+    )
 
 
 SIMULATORS: dict[str, Callable[[int], Problem]] = {

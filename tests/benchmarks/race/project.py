@@ -72,8 +72,19 @@ def _microscope(parameters: int, seed: int) -> Problem:
         return (np.abs(np.stack([made.simulator.parameters(u) for u in inputs]) - aim) / tolerance).max(axis=1)
 
     target = simulator.white(made.target.numpy())
-    return Problem(f"microscope-{parameters}", "simulators", seed, simulator, target, 1.0, start, distance,
-                   "fixed", truth=truth, noisy_target=parameters == 2)  # fmt: skip
+    return Problem(
+        f"microscope-{parameters}",
+        "simulators",
+        seed,
+        simulator,
+        target,
+        1.0,
+        start,
+        distance,
+        "fixed",
+        truth=truth,
+        noisy_target=parameters == 2,
+    )
 
 
 def microscope_2(seed: int) -> Problem:
@@ -111,8 +122,18 @@ def teapot(seed: int) -> Problem:
     def distance(inputs: Array, outputs: NDArray[Any]) -> Array:
         return np.hypot(inputs[:, 1], inputs[:, 2]) / example.SUCCESS_DEG
 
-    return Problem("teapot", "simulators", seed, Silhouettes(task, space), task.target, 1.0, within(space, task.start),
-                   distance, "fixed", truth=task.truth)  # fmt: skip
+    return Problem(
+        "teapot",
+        "simulators",
+        seed,
+        Silhouettes(task, space),
+        task.target,
+        1.0,
+        within(space, task.start),
+        distance,
+        "fixed",
+        truth=task.truth,
+    )
 
 
 @lru_cache(maxsize=1)
@@ -163,5 +184,18 @@ def tilt_series(seed: int) -> Problem:
     def distance(inputs: Array, outputs: NDArray[Any]) -> Array:
         return np.array([0.5 * ((y - clean) ** 2).sum() / spread**2 for y in outputs])
 
-    return Problem("tilt-series", "simulators", seed, Tilts(series, space), target, spread**2, start, distance, "loss",
-                   tau=0.01, truth=truth, noisy_target=True, runs_a_dimension=20)  # fmt: skip
+    return Problem(
+        "tilt-series",
+        "simulators",
+        seed,
+        Tilts(series, space),
+        target,
+        spread**2,
+        start,
+        distance,
+        "loss",
+        tau=0.01,
+        truth=truth,
+        noisy_target=True,
+        runs_a_dimension=20,
+    )

@@ -73,13 +73,27 @@ def run_one(name: str, solver: Solver, seed: int) -> dict[str, Any]:
     outputs = problem.simulator(problem.start[None], np.zeros(1, dtype=np.uint64))
     way = [(run, number, float(f"{value:.12g}")) for run, number, value in counter.way()]
     return {
-        "problem": name, "solver": "", "seed": seed, "version": solver.version, "group": problem.group,
-        "dimension": problem.dimension, "budget": problem.budget, "allowed": budget, "criterion": problem.criterion,
-        "tau": problem.tau, "least": problem.least, "start": float(problem.distance(problem.start[None], outputs)[0]),
-        "runs": counter.runs, "rounds": len(counter.ends) or counter.rounds, "way": way,
-        "own_cpu_s": round(own, 4), "simulator_cpu_s": round(counter.simulator_cpu_s, 4),
-        "wall_s": round(time.monotonic() - begin, 3), "spent": counter.spent, "error": error,
-    }  # fmt: skip
+        "problem": name,
+        "solver": "",
+        "seed": seed,
+        "version": solver.version,
+        "group": problem.group,
+        "dimension": problem.dimension,
+        "budget": problem.budget,
+        "allowed": budget,
+        "criterion": problem.criterion,
+        "tau": problem.tau,
+        "least": problem.least,
+        "start": float(problem.distance(problem.start[None], outputs)[0]),
+        "runs": counter.runs,
+        "rounds": len(counter.ends) or counter.rounds,
+        "way": way,
+        "own_cpu_s": round(own, 4),
+        "simulator_cpu_s": round(counter.simulator_cpu_s, 4),
+        "wall_s": round(time.monotonic() - begin, 3),
+        "spent": counter.spent,
+        "error": error,
+    }
 
 
 def _work(task: tuple[str, str, int]) -> dict[str, Any]:

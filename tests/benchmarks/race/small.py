@@ -26,8 +26,19 @@ def disc(seed: int) -> Problem:
     start = within(space, truth + rng.uniform(-1, 1, 3) * [10, 10, 4])
     target = image(truth[None])[0] + 0.3 * rng.standard_normal((64, 64))
     simulator = FunctionSimulator(image, space, (64, 64), vectorized=True)
-    return Problem("disc", "simulators", seed, simulator, target, 0.09, start, near(truth, 0.5), "fixed", truth=truth,
-                   noisy_target=True)  # fmt: skip
+    return Problem(
+        "disc",
+        "simulators",
+        seed,
+        simulator,
+        target,
+        0.09,
+        start,
+        near(truth, 0.5),
+        "fixed",
+        truth=truth,
+        noisy_target=True,
+    )
 
 
 def noisy_sines(seed: int) -> Problem:
@@ -46,8 +57,20 @@ def noisy_sines(seed: int) -> Problem:
     target = np.sin(w @ truth + b) + 0.02 * rng.standard_normal(20)
     simulator = FunctionSimulator(sines, space, (20,), vectorized=True, seeded=True)
     # Noise of the run and of the target.
-    return Problem("noisy-sines", "simulators", seed, simulator, target, 2 * 0.02**2, start, near(truth, 0.03),
-                   "fixed", truth=truth, noisy=True, noisy_target=True)  # fmt: skip
+    return Problem(
+        "noisy-sines",
+        "simulators",
+        seed,
+        simulator,
+        target,
+        2 * 0.02**2,
+        start,
+        near(truth, 0.03),
+        "fixed",
+        truth=truth,
+        noisy=True,
+        noisy_target=True,
+    )
 
 
 def staircase(seed: int) -> Problem:
@@ -62,8 +85,18 @@ def staircase(seed: int) -> Problem:
     space = space_of([f"x{i}" for i in range(d)], "", -3, 3, 0.2, "staircase")
     start = truth + rng.uniform(-0.8, 0.8, d)
     simulator = FunctionSimulator(valleys, space, (2 * d - 1,), vectorized=True)
-    return Problem("staircase", "simulators", seed, simulator, np.zeros(2 * d - 1), 1.0, start, near(truth, 0.1),
-                   "fixed", truth=truth)  # fmt: skip
+    return Problem(
+        "staircase",
+        "simulators",
+        seed,
+        simulator,
+        np.zeros(2 * d - 1),
+        1.0,
+        start,
+        near(truth, 0.1),
+        "fixed",
+        truth=truth,
+    )
 
 
 TIMES, LEAPS = 30, 5  # observations, and steps of tau-leaping between them
@@ -121,6 +154,17 @@ def predators(seed: int) -> Problem:
     variance = 2 * float(np.mean((populations(np.tile(truth, (20, 1)), again) - clean) ** 2))
     simulator = FunctionSimulator(populations, space, (2 * TIMES,), vectorized=True, seeded=True)
     loss = half_squares(lambda inputs: populations(inputs, None), clean, variance)
-    return Problem("predators", "simulators", seed, simulator, target, variance, start,
-                   lambda inputs, outputs: loss(inputs, outputs) / 4, "fixed", truth=truth, noisy=True,
-                   noisy_target=True)  # fmt: skip
+    return Problem(
+        "predators",
+        "simulators",
+        seed,
+        simulator,
+        target,
+        variance,
+        start,
+        lambda inputs, outputs: loss(inputs, outputs) / 4,
+        "fixed",
+        truth=truth,
+        noisy=True,
+        noisy_target=True,
+    )

@@ -198,8 +198,11 @@ def of_distribution(name, directory):
     if launcher is None or not found:
         pytest.skip(f"no {name} of the distribution")
     library = found[0]
-    environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-                   "OMPI_MCA_rmaps_base_oversubscribe": "1"}  # fmt: skip
+    environment = {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    }
     if name == "mpich":
         # Debian's name of it is not the one the wheel asks for.
         library = directory / "libmpi.so.12"
@@ -221,8 +224,12 @@ def test_mpis_of_debian_12_are_refused(tmp_path, name, command):
     def run(*arguments, **more):
         return subprocess.run(
             [launcher, "-n", "2", sys.executable, *arguments],
-            env=kept | environment | more, cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+            env=kept | environment | more,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
 
     done = run("-c", "from mpi4py import MPI; print(MPI.Get_library_version().split(chr(10))[0])")
     if not ("Open MPI v4.1.4" in done.stdout or ("MPICH" in done.stdout and "4.0.2" in done.stdout)):

@@ -270,9 +270,13 @@ def test_natural_scales_that_nobody_has_said():
         found.natural_scale, [1.0, 1e-6 * 0.1 * np.log(1e4), 100.0, 4.0, 1.0, 0.2, 3.0], rtol=1e-12
     )
     assert sources == {
-        "width": "the bounds", "decades": "the bounds", "positive": "the bounds", "free": "the start",
-        "zero": "the first runs alone, since the start is 0", "believed": "the prior",
-    }  # fmt: skip
+        "width": "the bounds",
+        "decades": "the bounds",
+        "positive": "the bounds",
+        "free": "the start",
+        "zero": "the first runs alone, since the start is 0",
+        "believed": "the prior",
+    }
     np.testing.assert_array_equal(space.natural_scale, [1, 1, 1, 1, 1, 1, 3])  # of smoothing
     same, nothing = with_scales(space, start, {}, {}, guess=False)
     np.testing.assert_array_equal(same.natural_scale, space.natural_scale)

@@ -390,12 +390,24 @@ def shifted(theta, by):
 def test_the_identity_is_what_can_be_seen_of_a_simulator():
     one = np.ones(3)
     different = [
-        linear, two, np.sin, scaled(1.0), scaled(2.0), scaled(one), scaled(2 * one), lambda t: t + 1, lambda t: t + 2,
-        functools.partial(shifted, by=1), functools.partial(shifted, by=2), Lens(1.0, one), Lens(2.0, one),
-        Lens(1.0, 2 * one), bridge.smooth_loss(linear, torch.sum, seed=0).simulator,
+        linear,
+        two,
+        np.sin,
+        scaled(1.0),
+        scaled(2.0),
+        scaled(one),
+        scaled(2 * one),
+        lambda t: t + 1,
+        lambda t: t + 2,
+        functools.partial(shifted, by=1),
+        functools.partial(shifted, by=2),
+        Lens(1.0, one),
+        Lens(2.0, one),
+        Lens(1.0, 2 * one),
+        bridge.smooth_loss(linear, torch.sum, seed=0).simulator,
         bridge.smooth_loss(linear, torch.mean, seed=0).simulator,
         bridge.smooth_loss(two, torch.sum, seed=0).simulator,
-    ]  # fmt: skip
+    ]
     identities = [identity_of(as_simulator(f)) for f in different]
     assert len(set(identities)) == len(different)
     assert identities == [identity_of(as_simulator(f)) for f in different]
@@ -418,9 +430,13 @@ def test_the_identity_is_the_same_in_every_process():
     program += "print(t.identity_of(t.Lens(1.0, t.A)), t.identity_of(t.as_simulator(t.within)))"
     environment = {**os.environ, "PYTHONHASHSEED": "17"}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[3],
-        env=environment, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[3],
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [identity_of(Lens(1.0, A)), identity_of(as_simulator(within))]
 

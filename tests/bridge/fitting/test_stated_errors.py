@@ -148,9 +148,15 @@ def descents(lag, wander, slope_noise, count=400):
         end = least + lag * rng.normal()
         step = np.array([least - end + slope_noise * rng.normal()])
         evidence = Evidence(
-            normal_of([J]), J.T @ J, J @ [end] - e, (m,), step=step, wander=np.array([[wander**2]]),
-            jitter=25 * slope_noise**2, newton=False,
-        )  # fmt: skip
+            normal_of([J]),
+            J.T @ J,
+            J @ [end] - e,
+            (m,),
+            step=step,
+            wander=np.array([[wander**2]]),
+            jitter=25 * slope_noise**2,
+            newton=False,
+        )
         error = np.sqrt(evidence.stated(np.zeros((1, 1)), True, None).covariance[0, 0])
         away.append(end / error)
     away = np.array(away)
@@ -252,8 +258,10 @@ def test_a_simulator_as_noisy_as_its_target_has_finite_errors():
         start, target = truth + 0.2 * rng.normal(size=3), clean(truth) + 0.05 * rng.normal(size=25)
         simulator = bridge.as_simulator(
             lambda x, s: clean(x) + 0.05 * np.random.default_rng(s).normal(size=25),
-            names=["a", "b", "c"], natural_scale=[0.3] * 3, seeded=True,
-        )  # fmt: skip
+            names=["a", "b", "c"],
+            natural_scale=[0.3] * 3,
+            seeded=True,
+        )
         result = bridge.fit(simulator, target, start, seed=seed, method="kriging", variance=0.05**2)
         assert not any("do not depend" in w for w in result.warnings)
         z += list((result.parameters - truth) / result.standard_error)

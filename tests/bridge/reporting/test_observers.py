@@ -77,10 +77,20 @@ def test_the_live_view_says_what_there_is_to_know():
     )
     frame, everything = screen(records, max_runs=10_000)
     for words in (
-        "step 5 of 10", "at most 5.0 s left", "loss 0.4", "gradient ±25 %", "320 of 10,000 runs", "64 runs/s",
+        "step 5 of 10",
+        "at most 5.0 s left",
+        "loss 0.4",
+        "gradient ±25 %",
+        "320 of 10,000 runs",
+        "64 runs/s",
         "3 failed",
-        "defocus_um", "5.7000", "± 0.0075", "um", "trust region halved", "ended early",
-    ):  # fmt: skip
+        "defocus_um",
+        "5.7000",
+        "± 0.0075",
+        "um",
+        "trust region halved",
+        "ended early",
+    ):
         assert words in (frame if words != "at most 5.0 s left" else everything), (words, frame)
     assert "[red]?[2Jx" in frame  # neither markup nor an escape sequence
     assert "\x1b[2Jx" not in everything
@@ -216,8 +226,14 @@ def test_numbers_as_people_write_them():
     assert format_value(1.23456789e-9, 1e-12) == "1.2346e-09"
     assert format_value(2.0) == "2"
     assert [format_duration(s) for s in (0, 9.96, 59.6, 200, 7500, 97200, math.inf)] == [
-        "0.0 s", "10 s", "1 min", "3 min 20 s", "2 h 5 min", "1 d 3 h", "?",
-    ]  # fmt: skip
+        "0.0 s",
+        "10 s",
+        "1 min",
+        "3 min 20 s",
+        "2 h 5 min",
+        "1 d 3 h",
+        "?",
+    ]
     assert gauge(0.0, Parameter("x", "", 0.0, 1.0), 5) == "●───┤"
     assert gauge(0.5, Parameter("x", "", 0.0, 1.0), 5) == "├─●─┤"
     assert gauge(0.5, Parameter("x"), 5) == ""

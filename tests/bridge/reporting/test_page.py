@@ -31,10 +31,18 @@ def make(target, names=("a", "b"), **changes):
     )
     target = np.asarray(target, dtype=float)
     fields = {
-        "space": space, "parameters": np.arange(1.0, d + 1), "start": np.zeros(d), "standard_error": np.full(d, 0.02),
-        "loss": 1e-3, "stop_reason": "converged", "history": history, "num_evaluations": 1234, "wall_s": 200.0,
-        "output": target + 0.5, "start_output": target - 1.0,
-    } | changes  # fmt: skip
+        "space": space,
+        "parameters": np.arange(1.0, d + 1),
+        "start": np.zeros(d),
+        "standard_error": np.full(d, 0.02),
+        "loss": 1e-3,
+        "stop_reason": "converged",
+        "history": history,
+        "num_evaluations": 1234,
+        "wall_s": 200.0,
+        "output": target + 0.5,
+        "start_output": target - 1.0,
+    } | changes
     return FitResult(**fields)
 
 
@@ -92,9 +100,16 @@ def pixels(image):
 def test_numbers_and_words(tmp_path):
     covariance = 4e-4 * np.array([[1.0, -0.98], [-0.98, 1.0]])
     result = make(
-        [1.0, 2.0], covariance=covariance, warnings=("b acts like a",), num_failed=7, num_reused=30,
-        num_cached=1000, num_surrogate=50, parameters=np.array([1.0, 5.0]), method="gauss-newton",
-    )  # fmt: skip
+        [1.0, 2.0],
+        covariance=covariance,
+        warnings=("b acts like a",),
+        num_failed=7,
+        num_reused=30,
+        num_cached=1000,
+        num_surrogate=50,
+        parameters=np.array([1.0, 5.0]),
+        method="gauss-newton",
+    )
     seen = page(result, [1.0, 2.0], tmp_path, title="My fit", settings={"seed": 3}, command="python -m bridge fit a b")
     assert (
         "The fit converged after 5 steps and 1,234 simulations (7 failed; 1,000 found in the store, 234 carried out; "
@@ -144,9 +159,17 @@ def test_noise_is_blurred_and_said_to_be(tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "images", "charts"),
-    [((), 0, 1), ((3, 4), 0, 1), ((100,), 0, 2), ((3, 50), 0, 2), ((7, 16, 16), 16, 1), ((16, 17, 3), 4, 1),
-     ((2, 3, 16, 16), 16, 1), ((1300, 640), 4, 1)],
-)  # fmt: skip
+    [
+        ((), 0, 1),
+        ((3, 4), 0, 1),
+        ((100,), 0, 2),
+        ((3, 50), 0, 2),
+        ((7, 16, 16), 16, 1),
+        ((16, 17, 3), 4, 1),
+        ((2, 3, 16, 16), 16, 1),
+        ((1300, 640), 4, 1),
+    ],
+)
 def test_outputs_of_any_shape(tmp_path, shape, images, charts):
     target = np.linspace(0, 1, int(np.prod(shape))).reshape(shape)
     seen = page(make(target), target, tmp_path)
@@ -181,9 +204,14 @@ def test_failed_runs_and_an_interrupted_fit(tmp_path):
     target = np.zeros((16, 16))
     nothing = np.full((16, 16), np.nan)
     result = make(
-        target, output=nothing, start_output=nothing, history=(), stop_reason="interrupted", standard_error=None,
+        target,
+        output=nothing,
+        start_output=nothing,
+        history=(),
+        stop_reason="interrupted",
+        standard_error=None,
         loss=np.nan,
-    )  # fmt: skip
+    )
     seen = page(result, target, tmp_path)
     assert "The fit was interrupted after 0 steps" in seen.text
     assert "The run at the fit failed" in seen.text

@@ -99,8 +99,14 @@ def test_files_count_by_what_is_in_them(name: str, tmp_path: Path) -> None:
     here = made(lab.files(tmp_path / "a"))
     assert here == made(lab.files(tmp_path / "b"))  # wherever they are
     path = tmp_path / "b" / name
-    path.write_text(path.read_text(encoding="utf-8").replace("20.00", "21.00").replace("10 40", "10 41").replace(
-        "cs = 2", "cs = 1").replace("echo", "echo "), encoding="utf-8")  # fmt: skip
+    path.write_text(
+        path.read_text(encoding="utf-8")
+        .replace("20.00", "21.00")
+        .replace("10 40", "10 41")
+        .replace("cs = 2", "cs = 1")
+        .replace("echo", "echo "),
+        encoding="utf-8",
+    )
     assert here != made(tmp_path / "b")
 
 
@@ -440,19 +446,38 @@ def test_an_identity_is_a_text_or_an_attribute() -> None:
 
 def program(folder: Path, **changes: Any) -> ExternalSimulator:
     given = {
-        "inputs": {"a.txt": "x = {a}\n", "b.txt": "y\n"}, "output": "out.txt", "arguments": ("--seed={seed}",),
-        "stdin": None, "read": None, "argv": ("engine", "-v", f"--table={folder / 'table'}"), "env": {"MODE": "1"},
-        "timeout_s": None, "threads": 1, "keep": "failed", "scratch": None, "output_shape": (1,), "names": ("a", "b"),
-        "kind": "continuous", "upper": 1.0, "identity": None,
-    } | changes  # fmt: skip
+        "inputs": {"a.txt": "x = {a}\n", "b.txt": "y\n"},
+        "output": "out.txt",
+        "arguments": ("--seed={seed}",),
+        "stdin": None,
+        "read": None,
+        "argv": ("engine", "-v", f"--table={folder / 'table'}"),
+        "env": {"MODE": "1"},
+        "timeout_s": None,
+        "threads": 1,
+        "keep": "failed",
+        "scratch": None,
+        "output_shape": (1,),
+        "names": ("a", "b"),
+        "kind": "continuous",
+        "upper": 1.0,
+        "identity": None,
+    } | changes
     template = TextTemplate(
-        inputs=given["inputs"], output=given["output"], arguments=given["arguments"], stdin=given["stdin"],
+        inputs=given["inputs"],
+        output=given["output"],
+        arguments=given["arguments"],
+        stdin=given["stdin"],
         read=given["read"],
-    )  # fmt: skip
+    )
     profile = Profile(
-        given["argv"], {"PATH": f"{folder}:{os.defpath}", **given["env"]}, given["timeout_s"], given["threads"],
-        given["keep"], given["scratch"],
-    )  # fmt: skip
+        given["argv"],
+        {"PATH": f"{folder}:{os.defpath}", **given["env"]},
+        given["timeout_s"],
+        given["threads"],
+        given["keep"],
+        given["scratch"],
+    )
     space = ParameterSpace(tuple(Parameter(n, upper=given["upper"], kind=given["kind"]) for n in given["names"]))
     return ExternalSimulator(template, profile, space, given["output_shape"], given["identity"])
 
@@ -470,19 +495,34 @@ def folder(tmp_path: Path) -> Path:
 def test_a_program_is_its_content_what_it_is_told_and_what_it_reads(folder: Path) -> None:
     base = identity_of(program(folder, env={"MODE": "1", "PATH": f"{folder}:/bin"}))
     changes: list[dict[str, Any]] = [
-        {"inputs": {"a.txt": "x = {a:.3f}\n", "b.txt": "y\n"}}, {"inputs": {"a.txt": "x = {a}\n"}},
-        {"output": "stdout.txt"}, {"arguments": ()}, {"stdin": "a.txt"}, {"read": lab.plain}, {"read": lab.closed},
-        {"argv": ("engine", "-q")}, {"argv": ("sh", "-v", f"--table={folder / 'table'}")},
-        {"env": {"MODE": "2", "PATH": f"{folder}:/bin"}}, {"env": {"MODE": "1", "PATH": f"{folder}:/usr"}},
-        {"output_shape": None}, {"names": ("b", "a")}, {"kind": "integer"}, {"identity": "engine 2"},
-    ]  # fmt: skip
+        {"inputs": {"a.txt": "x = {a:.3f}\n", "b.txt": "y\n"}},
+        {"inputs": {"a.txt": "x = {a}\n"}},
+        {"output": "stdout.txt"},
+        {"arguments": ()},
+        {"stdin": "a.txt"},
+        {"read": lab.plain},
+        {"read": lab.closed},
+        {"argv": ("engine", "-q")},
+        {"argv": ("sh", "-v", f"--table={folder / 'table'}")},
+        {"env": {"MODE": "2", "PATH": f"{folder}:/bin"}},
+        {"env": {"MODE": "1", "PATH": f"{folder}:/usr"}},
+        {"output_shape": None},
+        {"names": ("b", "a")},
+        {"kind": "integer"},
+        {"identity": "engine 2"},
+    ]
     common = {"env": {"MODE": "1", "PATH": f"{folder}:/bin"}}
     found = [identity_of(program(folder, **{**common, **change})) for change in changes]
     assert len({base, *found}) == len(changes) + 1
     same: list[dict[str, Any]] = [
-        {"inputs": {"b.txt": "y\n", "a.txt": "x = {a}\n"}}, {"timeout_s": 3.0}, {"threads": 2}, {"keep": "all"},
-        {"scratch": folder / "scratch"}, {"upper": 2.0}, {"env": {"PATH": f"{folder}:/bin", "MODE": "1"}},
-    ]  # fmt: skip
+        {"inputs": {"b.txt": "y\n", "a.txt": "x = {a}\n"}},
+        {"timeout_s": 3.0},
+        {"threads": 2},
+        {"keep": "all"},
+        {"scratch": folder / "scratch"},
+        {"upper": 2.0},
+        {"env": {"PATH": f"{folder}:/bin", "MODE": "1"}},
+    ]
     assert {identity_of(program(folder, **{**common, **change})) for change in same} == {base}
     for name in ("engine", "table"):
         (folder / name).write_text((folder / name).read_text(encoding="utf-8") + "\n", encoding="utf-8")
@@ -673,8 +713,11 @@ def test_identities_are_the_same_in_a_process_with_other_hashes_and_folders(tmp_
     environment = {**os.environ, "PYTHONHASHSEED": "17"}
     done = subprocess.run(
         [sys.executable, lab.__file__, str(tmp_path / "there")],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     there = json.loads(done.stdout)
     assert {name: value for name, value in there.items() if here[name] != value} == {}
@@ -746,7 +789,7 @@ HOLDERS = {
     "in its own place": "def f(t):\n    from pk import d\n    return d.g(t)",
     "its long name, handed on": "def k(m, t): return m.g(t)\ndef f(t):\n    import pk.a\n    return k(pk.a, t)",
     "what it makes up": "from pk import a\ndef f(t): return a.made_up * t",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("script", HOLDERS.values(), ids=HOLDERS)

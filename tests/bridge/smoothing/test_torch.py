@@ -218,9 +218,23 @@ def test_steps_may_be_any_kind_of_integer(step):
 
 @pytest.mark.parametrize(
     "step",
-    [-1, 0.5, 3.0, True, None, "3", float("nan"), float("inf"), 2**63, np.float64(3), torch.tensor(-1),
-     torch.tensor(3.0), torch.tensor([3]), torch.tensor(True)],
-)  # fmt: skip
+    [
+        -1,
+        0.5,
+        3.0,
+        True,
+        None,
+        "3",
+        float("nan"),
+        float("inf"),
+        2**63,
+        np.float64(3),
+        torch.tensor(-1),
+        torch.tensor(3.0),
+        torch.tensor([3]),
+        torch.tensor(True),
+    ],
+)
 @pytest.mark.parametrize("name", ["step", "problem"])
 def test_what_is_no_step_is_told(step, name):
     smoothed = smooth()

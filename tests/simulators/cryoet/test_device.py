@@ -104,17 +104,31 @@ def cloud() -> DensityMap:
 
 def micrograph(device: str, mode: str, **changes: Any) -> CryoET:
     names = ("defocus_um", "x_angstrom", "rotation_deg", "astigmatism_um")
-    settings = dict(shape=(24, 28), pixel_size_angstrom=4.0, parameters=names, mode=mode, margin_pixels=8,
-                    detector=Detector(mtf=0.4, dead_pixel_fraction=0.01, gain=50.0), device=device)  # fmt: skip
+    settings = dict(
+        shape=(24, 28),
+        pixel_size_angstrom=4.0,
+        parameters=names,
+        mode=mode,
+        margin_pixels=8,
+        detector=Detector(mtf=0.4, dead_pixel_fraction=0.01, gain=50.0),
+        device=device,
+    )
     return CryoET(**{"specimen": beads(), **settings, **changes})
 
 
 def tilts(device: str, mode: str, **changes: Any) -> TiltSeries:
     names = ("defocus_um", "z_angstrom[0]", "shift_x_angstrom[1]", "tilt_axis_deg")
     particles = [Particle(beads(), -20.0, 5.0, 0.0, 10.0, 20.0, 30.0), Particle(beads(), 30.0, -8.0, 40.0)]
-    settings = dict(scheme=TiltScheme((-30.0, 20.0), (1, 0)), shape=(24, 24), pixel_size_angstrom=6.0,
-                    parameters=names, mode=mode, margin_pixels=8, detector=Detector(gain=50.0),
-                    device=device)  # fmt: skip
+    settings = dict(
+        scheme=TiltScheme((-30.0, 20.0), (1, 0)),
+        shape=(24, 24),
+        pixel_size_angstrom=6.0,
+        parameters=names,
+        mode=mode,
+        margin_pixels=8,
+        detector=Detector(gain=50.0),
+        device=device,
+    )
     return TiltSeries(particles, **{**settings, **changes})
 
 

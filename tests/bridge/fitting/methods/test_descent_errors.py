@@ -23,9 +23,16 @@ def errors(J, start, end, noise, precision=0.0, about=0.01):
     past = end + about * np.array([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
     y, slopes = torch.as_tensor(J @ end), torch.as_tensor(J)
     stated = of_descent(
-        misfit, torch.stack([y, y]), torch.stack([slopes, slopes]), end, np.ones(2), True, past=past, start=start,
+        misfit,
+        torch.stack([y, y]),
+        torch.stack([slopes, slopes]),
+        end,
+        np.ones(2),
+        True,
+        past=past,
+        start=start,
         last=0.1,
-    )  # fmt: skip
+    )
     return np.sqrt(np.diag(stated.covariance)), [note.text for note in stated.notes]
 
 

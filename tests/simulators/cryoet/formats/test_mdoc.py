@@ -207,11 +207,16 @@ def test_two_orders(stack: Path) -> None:
         ((-2, -2.5, -3), None, [2.0, 2.5, 3.0], 0),
         ((-3, -3, -3), (-1, -1, -1), [3.0] * 3, 0),
         (None, (-3, -3.5, -4), [3.0, 3.5, 4.0], 0),
-        (None, (-3, 0, -4), None, 1), (None, (0.1, 0.2, 0.3), None, 1), (None, (-3, -3, 2), None, 1),
-        ((0, 0, 0), (-3, -3.5, -4), [3.0, 3.5, 4.0], 0), ((0, 0, 0), (0, 0, 0), None, 0), (None, None, None, 0),
-        ((3, 3, 3), None, None, 1), ((-3, 3, -3), (-3, -3, -3), None, 1),
+        (None, (-3, 0, -4), None, 1),
+        (None, (0.1, 0.2, 0.3), None, 1),
+        (None, (-3, -3, 2), None, 1),
+        ((0, 0, 0), (-3, -3.5, -4), [3.0, 3.5, 4.0], 0),
+        ((0, 0, 0), (0, 0, 0), None, 0),
+        (None, None, None, 0),
+        ((3, 3, 3), None, None, 1),
+        ((-3, 3, -3), (-3, -3, -3), None, 1),
     ],
-)  # fmt: skip
+)
 def test_defocus(stack: Path, targets: Any, lens: Any, expected: list[float] | None, words: int) -> None:
     sections = [
         {"PriorRecordDose": i, "TargetDefocus": targets and targets[i], "Defocus": lens and lens[i]} for i in range(3)
@@ -224,11 +229,16 @@ def test_defocus(stack: Path, targets: Any, lens: Any, expected: list[float] | N
 @pytest.mark.parametrize(
     ("exposure", "prior", "expected"),
     [
-        ((3, 3, 3), (0, 3, 6), [3.0] * 3), ((2, 3, 4), (0, 2, 5), [2.0, 3.0, 4.0]), (None, (0, 3, 6), [3.0] * 3),
-        (None, (5, 8, 11), [3.0] * 3), (None, (6, 0, 3), [3.0] * 3), ((0, 0, 0), (0, 3, 6), [3.0] * 3),
-        (None, (0, 3, 9), None), (None, (0, 3.001, 6), [3.0] * 3),
+        ((3, 3, 3), (0, 3, 6), [3.0] * 3),
+        ((2, 3, 4), (0, 2, 5), [2.0, 3.0, 4.0]),
+        (None, (0, 3, 6), [3.0] * 3),
+        (None, (5, 8, 11), [3.0] * 3),
+        (None, (6, 0, 3), [3.0] * 3),
+        ((0, 0, 0), (0, 3, 6), [3.0] * 3),
+        (None, (0, 3, 9), None),
+        (None, (0, 3.001, 6), [3.0] * 3),
     ],
-)  # fmt: skip
+)
 def test_doses(stack: Path, exposure: Any, prior: Any, expected: list[float] | None) -> None:
     sections = [{"ExposureDose": exposure and exposure[i], "PriorRecordDose": prior[i]} for i in range(3)]
     found = read_tilt_series(stack, mdoc=mdoc(stack.parent, *sections)).doses_e_per_angstrom2
@@ -257,9 +267,10 @@ def test_the_axis_is_told_where_it_is_a_guess(
 
 
 @given(
-    st.floats(-179, 179), st.lists(st.floats(0.5, 2.0), min_size=3, max_size=3),
+    st.floats(-179, 179),
+    st.lists(st.floats(0.5, 2.0), min_size=3, max_size=3),
     st.lists(st.floats(-9, 9), min_size=6, max_size=6),
-)  # fmt: skip
+)
 @settings(max_examples=30, deadline=None)
 def test_transformations_that_enlarge(
     tmp_path_factory: pytest.TempPathFactory, axis: float, sizes: list[float], moves: list[float]
@@ -286,10 +297,14 @@ def test_transformations_that_enlarge(
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ("1 0 0 -1 0 0", "mirror"), ("0 0 0 0 0 0", "magnifications of 0.000"), ("9 0 0 9 0 0", "9.000"),
-        ("1.2 0 0 0.9 0 0", "stretched"), ("1 0.3 0 1 0 0", "stretched"), ("0.99 0.14 -0.14 0.99 0 0", "turns of"),
+        ("1 0 0 -1 0 0", "mirror"),
+        ("0 0 0 0 0 0", "magnifications of 0.000"),
+        ("9 0 0 9 0 0", "9.000"),
+        ("1.2 0 0 0.9 0 0", "stretched"),
+        ("1 0.3 0 1 0 0", "stretched"),
+        ("0.99 0.14 -0.14 0.99 0 0", "turns of"),
     ],
-)  # fmt: skip
+)
 def test_transformations_that_distort(stack: Path, row: str, said: str) -> None:
     (stack.parent / "a.xf").write_text(f"1 0 0 1 0 0\n{row}\n1 0 0 1 0 0\n")
     file = mdoc(stack.parent, *({"PriorRecordDose": i} for i in range(3)))

@@ -29,10 +29,18 @@ REAL = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 7: "i4", 12: "f2"}
 
 
 def mrc(
-    data: np.ndarray, mode: int, order: str = "<", *, stamp: bytes | None = None, magic: bytes = b"MAP ",
-    extended: bytes = b"", kind: bytes = b"", words: dict[int, Any] | None = None, after: bytes = b"",
+    data: np.ndarray,
+    mode: int,
+    order: str = "<",
+    *,
+    stamp: bytes | None = None,
+    magic: bytes = b"MAP ",
+    extended: bytes = b"",
+    kind: bytes = b"",
+    words: dict[int, Any] | None = None,
+    after: bytes = b"",
     pixel: float = 2.5,
-) -> bytes:  # fmt: skip
+) -> bytes:
     """A file from its numbers alone; `words` are of the header, counted from 0."""
     nz, ny, nx = data.shape
     raw = bytearray(1024)
@@ -131,9 +139,11 @@ def test_any_machine_stamp(path: Path, stamp: bytes, order: str, mode: int) -> N
     """A wrong one is noted, whichever it is; sizes of 256 rows and columns make sense in both orders."""
     right = {"<": (b"\x44\x44", b"\x44\x41"), ">": (b"\x11\x11",)}[order]
     for shape, axes, pack in (
-        ((3, 5, 4), {}, bytes), ((2, 256, 256), {}, bytes), ((2, 3, 4), {16: 0, 17: 0, 18: 0}, bytes),
+        ((3, 5, 4), {}, bytes),
+        ((2, 256, 256), {}, bytes),
+        ((2, 3, 4), {16: 0, 17: 0, 18: 0}, bytes),
         ((2, 3, 4), {16: 0, 17: 0, 18: 0}, gzip.compress),
-    ):  # fmt: skip
+    ):
         data = numbers(REAL[mode], shape)
         path.write_bytes(pack(mrc(data, mode, order, stamp=stamp, words=axes)))
         found, said = quietly(lambda: read_stack(path))
@@ -144,16 +154,29 @@ def test_any_machine_stamp(path: Path, stamp: bytes, order: str, mode: int) -> N
 
 
 @given(
-    order=st.sampled_from(["<", ">"]), mode=st.sampled_from(sorted(REAL)), stamp=st.binary(min_size=2, max_size=2),
-    magic=st.sampled_from([b"MAP ", b"\0\0\0\0", b"MAP\0", b"map "]), extended=st.binary(max_size=40),
-    after=st.binary(max_size=40), shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
-    statistics=st.sampled_from([0.0, float("nan"), -1.0]), pack=st.sampled_from([bytes, gzip.compress, bz2.compress]),
-)  # fmt: skip
+    order=st.sampled_from(["<", ">"]),
+    mode=st.sampled_from(sorted(REAL)),
+    stamp=st.binary(min_size=2, max_size=2),
+    magic=st.sampled_from([b"MAP ", b"\0\0\0\0", b"MAP\0", b"map "]),
+    extended=st.binary(max_size=40),
+    after=st.binary(max_size=40),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
+    statistics=st.sampled_from([0.0, float("nan"), -1.0]),
+    pack=st.sampled_from([bytes, gzip.compress, bz2.compress]),
+)
 @settings(max_examples=60, deadline=None)
 def test_headers_that_are_odd_together(
-    tmp_path_factory: pytest.TempPathFactory, order: str, mode: int, stamp: bytes, magic: bytes, extended: bytes,
-    after: bytes, shape: tuple[int, int, int], statistics: float, pack: Any,
-) -> None:  # fmt: skip
+    tmp_path_factory: pytest.TempPathFactory,
+    order: str,
+    mode: int,
+    stamp: bytes,
+    magic: bytes,
+    extended: bytes,
+    after: bytes,
+    shape: tuple[int, int, int],
+    statistics: float,
+    pack: Any,
+) -> None:
     path = tmp_path_factory.mktemp("odd") / "a.mrc"
     data = numbers(REAL[mode], shape)
     words = {19: statistics, 20: statistics, 21: statistics, 54: statistics}
@@ -170,12 +193,18 @@ def test_headers_that_are_odd_together(
     ("words", "values", "said"),
     [
         ({}, "i1", 0),  # MRC2014
-        ({38: IMOD, 39: 0}, "u1", 0), ({38: IMOD, 39: 1}, "i1", 0), ({38: IMOD, 39: 2 + 4 + 8}, "u1", 0),
-        ({38: IMOD, 39: 1 + 8}, "i1", 0), ({38: IMOD + 1, 39: 0}, "i1", 0),
-        ({19: 0.0, 20: 255.0}, "u1", 1), ({19: 3.0, 20: 200.0}, "u1", 1), ({19: -128.0, 20: 127.0}, "i1", 0),
-        ({38: IMOD, 39: 1, 19: 0.0, 20: 255.0}, "i1", 0), ({19: float("nan"), 20: float("nan")}, "i1", 0),
+        ({38: IMOD, 39: 0}, "u1", 0),
+        ({38: IMOD, 39: 1}, "i1", 0),
+        ({38: IMOD, 39: 2 + 4 + 8}, "u1", 0),
+        ({38: IMOD, 39: 1 + 8}, "i1", 0),
+        ({38: IMOD + 1, 39: 0}, "i1", 0),
+        ({19: 0.0, 20: 255.0}, "u1", 1),
+        ({19: 3.0, 20: 200.0}, "u1", 1),
+        ({19: -128.0, 20: 127.0}, "i1", 0),
+        ({38: IMOD, 39: 1, 19: 0.0, 20: 255.0}, "i1", 0),
+        ({19: float("nan"), 20: float("nan")}, "i1", 0),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_bytes_are_signed_or_not(path: Path, words: dict[int, Any], values: str, said: int, order: str) -> None:
     data = numbers("u1")

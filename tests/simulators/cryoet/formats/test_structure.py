@@ -26,10 +26,20 @@ Reader = Callable[..., Specimen]
 
 
 def atom(
-    serial: int = 1, name: str = " CA ", residue: str = "ALA", chain: str = "A", number: object = 1,
-    place: Sequence[float] = (0, 0, 0), occupancy: object = 1.0, b: object = 20.0, element: str = " C",
-    altloc: str = " ", code: str = " ", record: str = "ATOM", segment: str = "    ",
-) -> str:  # fmt: skip
+    serial: int = 1,
+    name: str = " CA ",
+    residue: str = "ALA",
+    chain: str = "A",
+    number: object = 1,
+    place: Sequence[float] = (0, 0, 0),
+    occupancy: object = 1.0,
+    b: object = 20.0,
+    element: str = " C",
+    altloc: str = " ",
+    code: str = " ",
+    record: str = "ATOM",
+    segment: str = "    ",
+) -> str:
     """A line in the columns of version 3.3."""
     x, y, z = place
     share = occupancy if isinstance(occupancy, str) else f"{occupancy:6.2f}"
@@ -58,9 +68,11 @@ def quietly(read: Callable[[], Any]) -> tuple[Any, list[str]]:
 
 
 BACKBONE = [
-    atom(1, " N  ", element=" N", place=(0, 0, 3.8)), atom(2, " CA ", place=(1.5, 0.3, 3.8)),
-    atom(3, " C  ", place=(3, 0.6, 3.8)), atom(4, " O  ", element=" O", place=(4.5, 0.9, 3.8)),
-]  # fmt: skip
+    atom(1, " N  ", element=" N", place=(0, 0, 3.8)),
+    atom(2, " CA ", place=(1.5, 0.3, 3.8)),
+    atom(3, " C  ", place=(3, 0.6, 3.8)),
+    atom(4, " O  ", element=" O", place=(4.5, 0.9, 3.8)),
+]
 
 
 # --- the corpus ---------------------------------------------------------------------------------------------------
@@ -240,27 +252,57 @@ def test_an_assembly_of_shares(tmp_path: Path, read: Reader) -> None:
 
 
 BIOMT = [
-    "REMARK 350 BIOMOLECULE: 1", "REMARK 350 APPLY THE FOLLOWING TO CHAINS: A, B,",
+    "REMARK 350 BIOMOLECULE: 1",
+    "REMARK 350 APPLY THE FOLLOWING TO CHAINS: A, B,",
     "REMARK 350                    AND CHAINS: C",
     *(
-        f"REMARK 350   BIOMT{i}   {n}" + "".join(f" {(i == j) * (1 - 2 * (n == 2 and i < 3)):9.6f}" for j in (1, 2, 3))
-        + f"{30.0 * (n - 1) * (i == 1):15.5f}" for n in (1, 2) for i in (1, 2, 3)
+        f"REMARK 350   BIOMT{i}   {n}"
+        + "".join(f" {(i == j) * (1 - 2 * (n == 2 and i < 3)):9.6f}" for j in (1, 2, 3))
+        + f"{30.0 * (n - 1) * (i == 1):15.5f}"
+        for n in (1, 2)
+        for i in (1, 2, 3)
     ),
-]  # fmt: skip
+]
 OPERATORS = [
     *(f"_pdbx_struct_oper_list.matrix[{i}][{j}]" for i in (1, 2, 3) for j in (1, 2, 3)),
     *(f"_pdbx_struct_oper_list.vector[{i}]" for i in (1, 2, 3)),
 ]
-ATOMS_CIF = ["data_a", "loop_", *(f"_atom_site.{tag}" for tag in (
-    "group_PDB", "id", "type_symbol", "label_atom_id", "label_alt_id", "label_comp_id", "label_asym_id", "label_seq_id",
-    "Cartn_x", "Cartn_y", "Cartn_z", "occupancy", "B_iso_or_equiv")),
+ATOMS_CIF = [
+    "data_a",
+    "loop_",
+    *(
+        f"_atom_site.{tag}"
+        for tag in (
+            "group_PDB",
+            "id",
+            "type_symbol",
+            "label_atom_id",
+            "label_alt_id",
+            "label_comp_id",
+            "label_asym_id",
+            "label_seq_id",
+            "Cartn_x",
+            "Cartn_y",
+            "Cartn_z",
+            "occupancy",
+            "B_iso_or_equiv",
+        )
+    ),
     *(f"ATOM {i} C CA . ALA {c} 1 {i} 2 3 1 20" for i, c in enumerate("ABC")),
-    "HETATM 9 O O . HOH D . 5 5 5 1 20"]  # fmt: skip
+    "HETATM 9 O O . HOH D . 5 5 5 1 20",
+]
 TABLES = [
-    "_pdbx_struct_assembly.id 1", "_pdbx_struct_assembly.details other", "_pdbx_struct_assembly_gen.assembly_id 1",
-    "_pdbx_struct_assembly_gen.oper_expression 1,2", "_pdbx_struct_assembly_gen.asym_id_list A,B,C", "loop_",
-    "_pdbx_struct_oper_list.id", *OPERATORS, "1 1 0 0 0 1 0 0 0 1 0 0 0", "2 -1 0 0 0 -1 0 0 0 1 30 0 0",
-]  # fmt: skip
+    "_pdbx_struct_assembly.id 1",
+    "_pdbx_struct_assembly.details other",
+    "_pdbx_struct_assembly_gen.assembly_id 1",
+    "_pdbx_struct_assembly_gen.oper_expression 1,2",
+    "_pdbx_struct_assembly_gen.asym_id_list A,B,C",
+    "loop_",
+    "_pdbx_struct_oper_list.id",
+    *OPERATORS,
+    "1 1 0 0 0 1 0 0 0 1 0 0 0",
+    "2 -1 0 0 0 -1 0 0 0 1 30 0 0",
+]
 
 
 def specimen(folder: Path, lines: Sequence[str], **options: Any) -> tuple[Specimen, list[str]]:
@@ -423,22 +465,50 @@ def test_bytes_around_the_text(tmp_path: Path, read: Reader, end: str, mark: str
 @pytest.mark.parametrize(
     ("name", "residue", "element", "segment", "expected"),
     [
-        (" CA ", "ALA", " C", "    ", 6), (" CA ", "ALA", " c", "    ", 6), (" CA ", "ALA", "C ", "    ", 6),
-        (" CA ", "ALA", "", "    ", 6), ("CA  ", "ALA", "", "    ", 6), (" CA ", "ALA", "  ", "PROA", 6),
-        ("CA  ", " CA", "", "    ", 20), (" CA ", " CA", "", "    ", 20), ("CA  ", " CA", "ca", "    ", 20),
-        ("ZN  ", " ZN", "ZN", "    ", 30), ("ZN  ", " ZN", "zn", "    ", 30), ("ZN  ", " ZN", "Zn", "    ", 30),
-        (" ZN ", " ZN", "", "    ", 30), ("ZN  ", " ZN", "", "    ", 30), ("FE  ", "HEM", "", "    ", 26),
-        ("ZN  ", " ZN", "N ", "   Z", 30), ("ZN  ", " ZN", " ZN", "    ", 30), ("CL  ", " CL", " CL", "    ", 17),
-        ("CL  ", " CL", "CL1-", "    ", 17), (" O1 ", "SO4", " O1-", "    ", 8), (" N  ", "ALA", " N1+", "    ", 7),
-        ("CD  ", "LYS", "", "    ", 6), ("CD  ", " CD", "", "    ", 48), (" CD ", "LYS", "", "    ", 6),
-        ("HG  ", "SER", "", "    ", 1), ("HG11", "VAL", "", "    ", 1), ("1HG1", "VAL", "", "    ", 1),
-        (" D  ", "ALA", " D", "    ", 1), (" DA ", "ALA", "", "    ", 1), ("NE2 ", "GLN", "", "    ", 7),
-        ("SE  ", "MSE", "", "    ", 34), (" SD ", "MET", "", "    ", 16), (" SG ", "CYS", "", "    ", 16),
-        (" P  ", " DA", "", "    ", 15), (" C5'", "  A", "", "    ", 6), ("O5' ", "  G", "", "    ", 8),
-        (" C1 ", "LIG", "", "    ", 6), ("BR1 ", "LIG", "", "    ", 35), ("C1  ", "LIG", "", "    ", 6),
-        (" CA ", "ALA", "  70", "1CRN", 6), (" N  ", "ALA", "1234", "1CRN", 7), (" U  ", "IUM", " U", "    ", 92),
+        (" CA ", "ALA", " C", "    ", 6),
+        (" CA ", "ALA", " c", "    ", 6),
+        (" CA ", "ALA", "C ", "    ", 6),
+        (" CA ", "ALA", "", "    ", 6),
+        ("CA  ", "ALA", "", "    ", 6),
+        (" CA ", "ALA", "  ", "PROA", 6),
+        ("CA  ", " CA", "", "    ", 20),
+        (" CA ", " CA", "", "    ", 20),
+        ("CA  ", " CA", "ca", "    ", 20),
+        ("ZN  ", " ZN", "ZN", "    ", 30),
+        ("ZN  ", " ZN", "zn", "    ", 30),
+        ("ZN  ", " ZN", "Zn", "    ", 30),
+        (" ZN ", " ZN", "", "    ", 30),
+        ("ZN  ", " ZN", "", "    ", 30),
+        ("FE  ", "HEM", "", "    ", 26),
+        ("ZN  ", " ZN", "N ", "   Z", 30),
+        ("ZN  ", " ZN", " ZN", "    ", 30),
+        ("CL  ", " CL", " CL", "    ", 17),
+        ("CL  ", " CL", "CL1-", "    ", 17),
+        (" O1 ", "SO4", " O1-", "    ", 8),
+        (" N  ", "ALA", " N1+", "    ", 7),
+        ("CD  ", "LYS", "", "    ", 6),
+        ("CD  ", " CD", "", "    ", 48),
+        (" CD ", "LYS", "", "    ", 6),
+        ("HG  ", "SER", "", "    ", 1),
+        ("HG11", "VAL", "", "    ", 1),
+        ("1HG1", "VAL", "", "    ", 1),
+        (" D  ", "ALA", " D", "    ", 1),
+        (" DA ", "ALA", "", "    ", 1),
+        ("NE2 ", "GLN", "", "    ", 7),
+        ("SE  ", "MSE", "", "    ", 34),
+        (" SD ", "MET", "", "    ", 16),
+        (" SG ", "CYS", "", "    ", 16),
+        (" P  ", " DA", "", "    ", 15),
+        (" C5'", "  A", "", "    ", 6),
+        ("O5' ", "  G", "", "    ", 8),
+        (" C1 ", "LIG", "", "    ", 6),
+        ("BR1 ", "LIG", "", "    ", 35),
+        ("C1  ", "LIG", "", "    ", 6),
+        (" CA ", "ALA", "  70", "1CRN", 6),
+        (" N  ", "ALA", "1234", "1CRN", 7),
+        (" U  ", "IUM", " U", "    ", 92),
     ],
-)  # fmt: skip
+)
 def test_elements(
     tmp_path: Path, read: Reader, name: str, residue: str, element: str, segment: str, expected: int
 ) -> None:
@@ -473,8 +543,21 @@ def test_what_cannot_be_read_is_named_by_line(tmp_path: Path, read: Reader, line
         assert read(path, unknown_atoms="skip").num_atoms == 4
 
 
-CIF = ("id", "type_symbol", "label_atom_id", "label_alt_id", "label_comp_id", "label_asym_id", "label_entity_id",
-       "label_seq_id", "Cartn_x", "Cartn_y", "Cartn_z", "occupancy", "B_iso_or_equiv")  # fmt: skip
+CIF = (
+    "id",
+    "type_symbol",
+    "label_atom_id",
+    "label_alt_id",
+    "label_comp_id",
+    "label_asym_id",
+    "label_entity_id",
+    "label_seq_id",
+    "Cartn_x",
+    "Cartn_y",
+    "Cartn_z",
+    "occupancy",
+    "B_iso_or_equiv",
+)
 
 
 def cif(folder: Path, *rows: str, without: str = "") -> Path:
@@ -489,10 +572,12 @@ def cif(folder: Path, *rows: str, without: str = "") -> Path:
 @alike
 def test_columns_of_mmcif(tmp_path: Path, read: Reader) -> None:
     rows = [
-        "ATOM 1 N N . ALA A 1 1 0 0 0 1 20", "ATOM 2 c CA . ALA A 1 1 1 0 0 ? ?",
+        "ATOM 1 N N . ALA A 1 1 0 0 0 1 20",
+        "ATOM 2 c CA . ALA A 1 1 1 0 0 ? ?",
         "HETATM 3 ZN ZN . ZN B 2 . 2 0 0 1 20",
-        "HETATM 4 ? FE . HEM C 3 . 3 0 0 1 20", "HETATM 5 N N . DUM D 4 . 0 0 90 1 20",
-    ]  # fmt: skip
+        "HETATM 4 ? FE . HEM C 3 . 3 0 0 1 20",
+        "HETATM 5 N N . DUM D 4 . 0 0 90 1 20",
+    ]
     found, said = quietly(lambda: read(cif(tmp_path, *rows)))
     assert (found.atomic_numbers.tolist(), found.weights.tolist(), said) == ([7, 6, 30, 26], [1.0] * 4, [])
     assert found.b_factors.tolist() == [20, 0, 20, 20] or found.b_factors[1] >= 0
@@ -560,14 +645,16 @@ def test_dummies_are_not_atoms(tmp_path: Path, read: Reader, dummy: str) -> None
 def test_records_beside(tmp_path: Path) -> None:
     """Serials in base 36, anisotropy, breaks, remarks in other alphabets and lower case do no harm."""
     lines = [
-        "remark   1 M\u00fcller", "CRYST1   50.000   50.000   50.000  90.00  90.00  90.00 P 1           1",
+        "remark   1 M\u00fcller",
+        "CRYST1   50.000   50.000   50.000  90.00  90.00  90.00 P 1           1",
         atom("A0000", " N  ", element=" N"),
         f"ANISOU{'A0000':>5}  N   ALA A   1     2406   1892   1614    198    519   -328       N",
-        atom("*****", " C  ", place=(1, 0, 0)).replace("ATOM", "atom"), "TER",
+        atom("*****", " C  ", place=(1, 0, 0)).replace("ATOM", "atom"),
+        "TER",
         atom(9, " O  ", element=" O", number="A000", record="HETATM", place=(2, 0, 0)),
         atom(10, " O  ", "HOH", number=3, element=" O", record="HETATM", place=(3, 0, 0)),
         atom(11, " MW ", "HOH", number=3, element=" M"),
-    ]  # fmt: skip
+    ]
     assert Specimen.from_file(pdb(tmp_path, *lines)).atomic_numbers.tolist() == [7, 6, 8]
     # Water counts among the ice of TEM-simulator.
     assert read_structure(pdb(tmp_path, *lines[:-1])).atomic_numbers.tolist() == [7, 6, 8, 8]

@@ -181,8 +181,14 @@ def test_copies_deform_alike(protein: Specimen) -> None:
         copy = many.positions[i * n : (i + 1) * n]
         a, b = (np.linalg.norm(p[some[:, 0]] - p[some[:, 1]], axis=1) for p in (one.positions, copy))
         np.testing.assert_allclose(b, a, atol=1e-6)
-    mixed = Specimen(*(np.concatenate((getattr(s, k), getattr(s, k))) for s in (protein,) for k in (
-        "positions", "atomic_numbers", "weights", "b_factors", "hydrogens")), np.repeat([0, 1], n))  # fmt: skip
+    mixed = Specimen(
+        *(
+            np.concatenate((getattr(s, k), getattr(s, k)))
+            for s in (protein,)
+            for k in ("positions", "atomic_numbers", "weights", "b_factors", "hydrogens")
+        ),
+        np.repeat([0, 1], n),
+    )
     broken = mixed.transformed().positions.copy()
     broken[-1] += 1.0
     with pytest.raises(InputError, match="one rigid structure"):

@@ -65,10 +65,21 @@ def misfit(theirs: Any, ours: Any) -> list[float]:
 @pytest.mark.parametrize("angles", [(0, 0, 0), (0, 90, 0), (90, 90, 0)])
 def test_real_images_are_ours_where_axes_are_parallel(tmp_path: Path, angles: tuple[float, float, float]) -> None:
     cases: list[dict[str, float]] = [
-        {}, {"voltage_kv": 100}, {"voltage_kv": 300, "focal_length_mm": 3}, {"voltage_kv": 20}, {"voltage_kv": 1000},
-        {"focal_length_mm": 1}, {"focal_length_mm": 12}, {"aperture_um": 20}, {"defocus_um": 1}, {"defocus_um": -3},
-        {"z_nm": 120}, {"x_nm": -4.1, "y_nm": 2.2}, {"x_nm": 1.325}, {"defocus_um": 5.01},
-    ]  # fmt: skip
+        {},
+        {"voltage_kv": 100},
+        {"voltage_kv": 300, "focal_length_mm": 3},
+        {"voltage_kv": 20},
+        {"voltage_kv": 1000},
+        {"focal_length_mm": 1},
+        {"focal_length_mm": 12},
+        {"aperture_um": 20},
+        {"defocus_um": 1},
+        {"defocus_um": -3},
+        {"z_nm": 120},
+        {"x_nm": -4.1, "y_nm": 2.2},
+        {"x_nm": 1.325},
+        {"defocus_um": 5.01},
+    ]
     theirs, ours = both(tmp_path, angles, cases)
     # The program writes single precision, a rounding of 3e-8 of the mean; the contrast is 3e-3 of it.
     assert max(misfit(theirs, ours)) < 1e-4

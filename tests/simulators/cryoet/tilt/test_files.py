@@ -38,9 +38,16 @@ IMAGES = np.arange(3 * 10 * 13, dtype=np.float32).reshape(3, 10, 13)
 
 def series(shape: tuple[int, int] = (10, 13), axis: float = 85.3) -> TiltSeries:
     return TiltSeries(
-        [BEAD], TiltScheme((-40.0, 2.0, 44.0), (2, 0, 1)), shape, 4.5, {"defocus_um": 2.5},
-        Detector(dose_e_per_angstrom2=3.5), ("defocus_um[1]",), tilt_axis_deg=axis, shifts_angstrom=SHIFTS.tolist(),
-    )  # fmt: skip
+        [BEAD],
+        TiltScheme((-40.0, 2.0, 44.0), (2, 0, 1)),
+        shape,
+        4.5,
+        {"defocus_um": 2.5},
+        Detector(dose_e_per_angstrom2=3.5),
+        ("defocus_um[1]",),
+        tilt_axis_deg=axis,
+        shifts_angstrom=SHIFTS.tolist(),
+    )
 
 
 @pytest.fixture
@@ -99,7 +106,8 @@ DataMode = 1
 [T = SerialEM: Digitized on a Krios at München]
 
 [T =     Tilt axis angle = 85.3, binning = 1  spot = 8  camera = 2]
-""" + "".join(f"""
+""" + "".join(
+    f"""
 [ZValue = {t}]
 TiltAngle = {tilt}
 StagePosition = 20.7936 155.287
@@ -107,7 +115,9 @@ ExposureDose = 0
 RotationAngle = 175.3
 TargetDefocus = -4
 SubFramePath = D:\\Müller\\frames\\t_{t}.mrc
-""" for t, tilt in enumerate((-39.9981, 2.00099, 44.0003)))  # fmt: skip
+"""
+    for t, tilt in enumerate((-39.9981, 2.00099, 44.0003))
+)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "utf-8-sig"])
@@ -215,7 +225,7 @@ def test_an_unusual_y_axis_is_asked_about(folder: Path, how: str) -> None:
         ("t.mdoc", "angle = 85.3000, binning = 1", "angle =", "number in line 7"),
         ("t.xf", "\n", " 7\n", "6 numbers in line 1"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said(folder: Path, name: str, old: str, new: str, said: str) -> None:
     text = (folder / name).read_text()
     if (name, old) == ("t.xf", " "):

@@ -31,9 +31,12 @@ pytest.importorskip("gemmi", reason="the cryo-EM simulator needs gemmi")
 
 REPLICATES = 8
 CLUSTER = Specimen.from_atoms(
-    [[10, 0, 3], [-5, 8, 0], [0, -11, -4], [3, 3, 12], [-8, -3, 5]], [6, 8, 16, 7, 6], weights=[60, 40, 30, 50, 70],
-    b_factors=300.0, residues=Residues(np.arange(5), np.array(list("AAABB")), np.arange(5), np.ones(5, dtype=bool)),
-)  # fmt: skip
+    [[10, 0, 3], [-5, 8, 0], [0, -11, -4], [3, 3, 12], [-8, -3, 5]],
+    [6, 8, 16, 7, 6],
+    weights=[60, 40, 30, 50, 70],
+    b_factors=300.0,
+    residues=Residues(np.arange(5), np.array(list("AAABB")), np.arange(5), np.ones(5, dtype=bool)),
+)
 BENDING = Deformation(1, 40.0, [Domain(((3.0, 3.0, 12.0), (-5.0, 8.0, 0.0)), chain="B")], [1.0], [10.0])
 PIXEL = 4.0
 # Names, and the scale of the smoothing in natural units: an aperture's edge is a fiftieth of its radius wide.
@@ -50,9 +53,16 @@ GROUPS = {
 }
 # Settings at which every one of them acts, also on so coarse an image: an envelope that is felt.
 OPTICS = Microscope(
-    defocus_um=2.5, astigmatism_um=0.3, astigmatism_angle_deg=20.0, phase_shift_deg=30.0, energy_spread_ev=2.0,
-    cc_mm=4.0, convergence_mrad=0.1, cs_mm=5.0, b_factor_angstrom2=100.0,
-)  # fmt: skip
+    defocus_um=2.5,
+    astigmatism_um=0.3,
+    astigmatism_angle_deg=20.0,
+    phase_shift_deg=30.0,
+    energy_spread_ev=2.0,
+    cc_mm=4.0,
+    convergence_mrad=0.1,
+    cs_mm=5.0,
+    b_factor_angstrom2=100.0,
+)
 
 
 class Case(NamedTuple):
@@ -70,12 +80,22 @@ def case(request: pytest.FixtureRequest) -> Case:
     # Places that are not between two pixels in either image: there the box of a projection moves on by one.
     particles = [Particle(CLUSTER, 5.0, 2.0, 40.0, 10, 20, 30), Particle(CLUSTER, 17.0, -2.0, -60.0, 70, 80, 90)]
     series = TiltSeries(
-        particles, TiltScheme((-30.0, 20.0), (1, 0)), (24, 24), PIXEL, optics, Detector(dose_e_per_angstrom2=3.0),
-        names, mode="smooth", tilt_axis_deg=20.0, x_tilt_deg=3.0, pre_tilt_deg=4.0, margin_pixels=8,
+        particles,
+        TiltScheme((-30.0, 20.0), (1, 0)),
+        (24, 24),
+        PIXEL,
+        optics,
+        Detector(dose_e_per_angstrom2=3.0),
+        names,
+        mode="smooth",
+        tilt_axis_deg=20.0,
+        x_tilt_deg=3.0,
+        pre_tilt_deg=4.0,
+        margin_pixels=8,
         shifts_angstrom=[[-3.1, -3.0], [-3.0, 5.4]],
         bounds={n: (-40, 40) for n in names if n.startswith(("tilt_deg", "pre_tilt"))},
         deformation=BENDING if request.param == "structure" else Deformation(),
-    )  # fmt: skip
+    )
     box = bridge.as_simulator(
         lambda x: series.image(torch.as_tensor(x)).numpy(),
         names=names,

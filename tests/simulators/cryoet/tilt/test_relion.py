@@ -107,15 +107,26 @@ def relion_4(folder: Path) -> Path:
             + "".join(f" {tilts.columns[k][i]}" for k in ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle"))
             + f" 1.0 {tilts.columns['rlnMicrographPreExposure'][i]}"
         )
-    columns = [*(f"rlnTomoProj{k}" for k in "XYZW"), "rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle",
-               "rlnCtfScalefactor", "rlnMicrographPreExposure"]  # fmt: skip
+    columns = [
+        *(f"rlnTomoProj{k}" for k in "XYZW"),
+        "rlnDefocusU",
+        "rlnDefocusV",
+        "rlnDefocusAngle",
+        "rlnCtfScalefactor",
+        "rlnMicrographPreExposure",
+    ]
     head = {k: v[0] for k, v in series_.columns.items() if k != "rlnTomoTiltSeriesStarFile"}
     head |= {"rlnTomoTiltSeriesName": "t.mrc:mrc", "rlnTomoFrameCount": "3"}
     path = folder / "tomograms4.star"
     path.write_text(
-        "data_global\n\nloop_\n" + "".join(f"_{k}\n" for k in head) + " ".join(head.values())
-        + "\n\ndata_t\n\nloop_\n" + "".join(f"_{k}\n" for k in columns) + "\n".join(rows) + "\n"
-    )  # fmt: skip
+        "data_global\n\nloop_\n"
+        + "".join(f"_{k}\n" for k in head)
+        + " ".join(head.values())
+        + "\n\ndata_t\n\nloop_\n"
+        + "".join(f"_{k}\n" for k in columns)
+        + "\n".join(rows)
+        + "\n"
+    )
     return path
 
 
@@ -281,8 +292,11 @@ def test_exposures_and_order(project: Path) -> None:
     with pytest.raises(InputError, match="permutation"):
         read_relion_series(path, "a", order=[1, 1, 2])
     # An image taken out, and an exposure before the first.
-    tilts.write_text(TILTS.replace("\nimages/a_1.mrc   3.01  3.0", "\nimages/a_1.mrc   3.01  4.5").replace(
-        "\nimages/a_0.mrc   0.01  0.0", "\nimages/a_0.mrc   0.01  0.5"))  # fmt: skip
+    tilts.write_text(
+        TILTS.replace("\nimages/a_1.mrc   3.01  3.0", "\nimages/a_1.mrc   3.01  4.5").replace(
+            "\nimages/a_0.mrc   0.01  0.0", "\nimages/a_0.mrc   0.01  0.5"
+        )
+    )
     found = read_relion_series(path, "a")
     np.testing.assert_allclose(found.recorded.doses_e_per_angstrom2, [3.0, 4.0, 1.5])
     assert any("taken out" in line for line in found.assumed)
@@ -375,9 +389,13 @@ def test_orientations_at_extraction_are_composed(tmp_path: Path, own: tuple[floa
     # A = A_subtomogram A_particle; the origin is in the frame of the extracted box.
     extracted = (30.0, 90.0, -15.0) if own[1] else (25.0, 0.0, 40.0)
     origin = np.array([3.0, -7.0, 2.0])
-    columns = ["rlnTomoName", *(f"rlnCenteredCoordinate{a}Angst" for a in "XYZ"),
-               *(f"rlnTomoSubtomogram{a}" for a in ("Rot", "Tilt", "Psi")),
-               *(f"rlnAngle{a}" for a in ("Rot", "Tilt", "Psi")), *(f"rlnOrigin{a}Angst" for a in "XYZ")]  # fmt: skip
+    columns = [
+        "rlnTomoName",
+        *(f"rlnCenteredCoordinate{a}Angst" for a in "XYZ"),
+        *(f"rlnTomoSubtomogram{a}" for a in ("Rot", "Tilt", "Psi")),
+        *(f"rlnAngle{a}" for a in ("Rot", "Tilt", "Psi")),
+        *(f"rlnOrigin{a}Angst" for a in "XYZ"),
+    ]
     row = ["t", 1.0, 2.0, 3.0, *extracted, *own, *origin]
     text = "data_particles\n\nloop_\n" + "".join(f"_{c}\n" for c in columns) + " ".join(map(str, row)) + "\n\n"
     (tmp_path / "p.star").write_text(text)
@@ -393,10 +411,14 @@ def test_orientations_at_extraction_are_composed(tmp_path: Path, own: tuple[floa
 
 @pytest.mark.parametrize(
     ("column", "argument", "value"),
-    [("rlnTomoTiltSeriesPixelSize", "pixel_size_angstrom", 2.5), ("rlnTomoHand", "hand", -1),
-     ("rlnVoltage", "voltage_kv", 120.0), ("rlnSphericalAberration", "cs_mm", 0.5),
-     ("rlnAmplitudeContrast", "amplitude_contrast", 0.2)],
-)  # fmt: skip
+    [
+        ("rlnTomoTiltSeriesPixelSize", "pixel_size_angstrom", 2.5),
+        ("rlnTomoHand", "hand", -1),
+        ("rlnVoltage", "voltage_kv", 120.0),
+        ("rlnSphericalAberration", "cs_mm", 0.5),
+        ("rlnAmplitudeContrast", "amplitude_contrast", 0.2),
+    ],
+)
 def test_a_missing_column_is_asked_for(project: Path, column: str, argument: str, value: float) -> None:
     edit(project / "tomograms.star", column, "rlnOther")
     with pytest.raises(InputError, match=rf"{column} .*tomograms\.star.* {argument}="):
@@ -437,7 +459,7 @@ def test_a_missing_column_is_asked_for(project: Path, column: str, argument: str
         ("tilts/a.star", "33000  17.0\n\n", "33000  17", "end of a line"),  # cut off in the middle of a number
         ("tilts/a.star", TILTS[TILTS.index("images") :], "", "rows in data_a"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_a_series_is_said(project: Path, name: str, old: str, new: str, said: str) -> None:
     edit(project / name, old, new)
     with pytest.raises(InputError, match=f"(?s){said}"):
@@ -462,7 +484,7 @@ def test_what_is_wrong_with_a_series_is_said(project: Path, name: str, old: str,
         (CORNER[CORNER.index("a   110") :], "", "rows in data_particles"),
         ("\nb  1.1e2", "\nc  1.1e2", "Unknown rlnTomoName 'c'"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_particles_is_said(project: Path, old: str, new: str, said: str) -> None:
     edit(project / "particles.star", old, new)
     with pytest.raises(InputError, match=f"{said}") as caught:
@@ -528,9 +550,21 @@ def finite(found: RelionSeries | RelionParticles) -> bool:
     if isinstance(found, RelionParticles):
         return bool(np.isfinite(found.positions_angstrom).all() and np.isfinite(found.angles_deg).all())
     of = found.recorded
-    arrays = [found.voltage_kv, found.cs_mm, found.amplitude_contrast, found.x_tilt_deg, found.astigmatism_um,
-              found.astigmatism_angle_deg, found.exposures_e_per_angstrom2, found.nominal_deg, of.tilt_axis_deg,
-              of.shifts_angstrom, of.doses_e_per_angstrom2, of.defocus_um, of.pixel_size_angstrom]  # fmt: skip
+    arrays = [
+        found.voltage_kv,
+        found.cs_mm,
+        found.amplitude_contrast,
+        found.x_tilt_deg,
+        found.astigmatism_um,
+        found.astigmatism_angle_deg,
+        found.exposures_e_per_angstrom2,
+        found.nominal_deg,
+        of.tilt_axis_deg,
+        of.shifts_angstrom,
+        of.doses_e_per_angstrom2,
+        of.defocus_um,
+        of.pixel_size_angstrom,
+    ]
     return all(np.isfinite(array).all() for array in arrays if array is not None)
 
 

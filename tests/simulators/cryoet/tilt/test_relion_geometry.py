@@ -47,15 +47,26 @@ def remade(found: RelionSeries, particles: RelionParticles) -> TiltSeries:
     assert recorded.doses_e_per_angstrom2 is not None
     assert found.astigmatism_um is not None
     assert found.astigmatism_angle_deg is not None
-    microscope = {"voltage_kv": found.voltage_kv, "cs_mm": found.cs_mm, "amplitude_contrast": found.amplitude_contrast,
-                  "astigmatism_um": found.astigmatism_um[0],
-                  "astigmatism_angle_deg": found.astigmatism_angle_deg[0]}  # fmt: skip
+    microscope = {
+        "voltage_kv": found.voltage_kv,
+        "cs_mm": found.cs_mm,
+        "amplitude_contrast": found.amplitude_contrast,
+        "astigmatism_um": found.astigmatism_um[0],
+        "astigmatism_angle_deg": found.astigmatism_angle_deg[0],
+    }
     return TiltSeries(
-        particles.particles(BEAD), recorded.scheme, recorded.images.shape[1:], recorded.pixel_size_angstrom, microscope,
-        Detector(dose_e_per_angstrom2=recorded.doses_e_per_angstrom2[0]), [f"defocus_um[{t}]" for t in range(3)],
-        tilt_axis_deg=recorded.tilt_axis_deg, x_tilt_deg=found.x_tilt_deg, shifts_angstrom=recorded.shifts_angstrom,
+        particles.particles(BEAD),
+        recorded.scheme,
+        recorded.images.shape[1:],
+        recorded.pixel_size_angstrom,
+        microscope,
+        Detector(dose_e_per_angstrom2=recorded.doses_e_per_angstrom2[0]),
+        [f"defocus_um[{t}]" for t in range(3)],
+        tilt_axis_deg=recorded.tilt_axis_deg,
+        x_tilt_deg=found.x_tilt_deg,
+        shifts_angstrom=recorded.shifts_angstrom,
         mode="smooth",
-    )  # fmt: skip
+    )
 
 
 @given(st.floats(-179.0, 179.0), st.integers(8, 24), st.integers(8, 24), st.floats(-900.0, 900.0), st.floats(-9.0, 9.0))
@@ -157,9 +168,7 @@ def test_a_simulator_made_of_what_was_read_makes_the_same_images(
     assert expected.std() > 0.01
     behind = from_behind(shape) if hand == -1 else was
     write_tilt_series(tmp_path, "t", behind, expected[:, :, ::hand], DEFOCI)
-    found = read_relion_series(
-        tmp_path / "t_series.star", hand=hand, last_dose_e_per_angstrom2=3.5, centre="rounded"
-    )  # fmt: skip
+    found = read_relion_series(tmp_path / "t_series.star", hand=hand, last_dose_e_per_angstrom2=3.5, centre="rounded")
     particles = read_relion_particles(tmp_path / "t_particles.star")
     with_hand_1 = remade(found, particles)
     if hand == -1:

@@ -48,17 +48,23 @@ PIXEL = 8.0
 
 # Five beads of no symmetry, as small as a particle may be.
 CLUSTER = Specimen.from_atoms(
-    [[20, 0, 5], [-10, 15, 0], [0, -22, -8], [5, 5, 25], [-15, -5, 10]], [6, 8, 16, 7, 6], weights=[60, 40, 30, 50, 70],
+    [[20, 0, 5], [-10, 15, 0], [0, -22, -8], [5, 5, 25], [-15, -5, 10]],
+    [6, 8, 16, 7, 6],
+    weights=[60, 40, 30, 50, 70],
     b_factors=1500.0,
-)  # fmt: skip
+)
 ONE = (Particle(CLUSTER),)
 
 
 def make(particles: Any = ONE, **options: Any) -> TiltSeries:
     options = {
-        "scheme": TiltScheme.uniform(-40, 40, 40), "shape": (48, 56), "pixel_size_angstrom": PIXEL, "mode": "smooth",
-        "parameters": ("defocus_um",), "detector": Detector(dose_e_per_angstrom2=3.0, dqe=1.0),
-    } | options  # fmt: skip
+        "scheme": TiltScheme.uniform(-40, 40, 40),
+        "shape": (48, 56),
+        "pixel_size_angstrom": PIXEL,
+        "mode": "smooth",
+        "parameters": ("defocus_um",),
+        "detector": Detector(dose_e_per_angstrom2=3.0, dqe=1.0),
+    } | options
     return TiltSeries(particles=particles, **options)
 
 
@@ -113,7 +119,7 @@ def test_schemes_take_every_tilt_once(steps: int, step: float, group: int) -> No
         (lambda: TiltScheme.from_options({"uniform": [60]}), "arguments of uniform"),
         (lambda: TiltScheme.from_options(3), "int"),  # type: ignore[arg-type]
     ],
-)  # fmt: skip
+)
 def test_schemes_are_checked(make_it: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         make_it()
@@ -165,9 +171,14 @@ def test_particles_go_where_the_matrices_say() -> None:
     axis, x_tilt, pre_tilt = 35.0, 5.0, -8.0
     # In focus but for a little, so that a bead is a spot.
     series = make(
-        [Particle(BEAD, *place)], shifts_angstrom=shift, tilt_axis_deg=axis, x_tilt_deg=x_tilt, pre_tilt_deg=pre_tilt,
-        microscope=Microscope(defocus_um=0.3, cs_mm=0.0), shape=(64, 72),
-    )  # fmt: skip
+        [Particle(BEAD, *place)],
+        shifts_angstrom=shift,
+        tilt_axis_deg=axis,
+        x_tilt_deg=x_tilt,
+        pre_tilt_deg=pre_tilt,
+        microscope=Microscope(defocus_um=0.3, cs_mm=0.0),
+        shape=(64, 72),
+    )
     images = at(series)
     for t, tilt in enumerate((-40.0, 0.0, 40.0)):
         turn = Rotation.from_euler("ZYX", (axis, tilt + pre_tilt, x_tilt), degrees=True).as_matrix()
@@ -210,8 +221,11 @@ def test_euler_angles_are_relions() -> None:
 
 def test_height_is_defocus() -> None:
     # The envelope of convergence is that of the slab's middle.
-    options: dict[str, Any] = {"scheme": TiltScheme((0.0,), (0,)), "margin_pixels": 20,
-                               "microscope": Microscope(defocus_um=3.0, convergence_mrad=0.0)}  # fmt: skip
+    options: dict[str, Any] = {
+        "scheme": TiltScheme((0.0,), (0,)),
+        "margin_pixels": 20,
+        "microscope": Microscope(defocus_um=3.0, convergence_mrad=0.0),
+    }
     high = at(make([Particle(CLUSTER, z_angstrom=5000.0)], **options))
     middle = make([Particle(CLUSTER)], **options)
     assert float((high - at(middle, defocus_um=3.5)).abs().max()) < 1e-9 * float(high.abs().max())
@@ -277,9 +291,11 @@ def test_later_images_show_less() -> None:
 
 def test_an_images_noise_is_its_own() -> None:
     series = make(
-        parameters=("defocus_um[1]", "shift_x_angstrom[2]"), mode="hard", noise="full",
+        parameters=("defocus_um[1]", "shift_x_angstrom[2]"),
+        mode="hard",
+        noise="full",
         detector=Detector(dose_e_per_angstrom2=3.0, dqe=0.8, bits=None),
-    )  # fmt: skip
+    )
     inputs = series.reference + np.array([[0.0, 0.0], [0.5, 0.0], [0.0, 9.0]])
     images = series(inputs, np.full(3, 5, dtype=np.uint64))
     changed = (images != images[:1]).any(axis=(2, 3))
@@ -331,21 +347,38 @@ def test_what_is_common_is_that_of_the_images_without_their_own() -> None:
 
 
 VARIED = {
-    "defocus_um": 1e-4, "voltage_kv": 1e-2, "tilt_axis_deg": 1e-4, "x_tilt_deg": 1e-4, "pre_tilt_deg": 1e-4,
-    "thickness_angstrom": 1.0, "mean_free_path_angstrom": 1.0, "tilt_deg[0]": 1e-4, "shift_x_angstrom[1]": 1e-3,
-    "shift_y_angstrom[1]": 1e-3, "defocus_um[1]": 1e-4, "dose_e_per_angstrom2[0]": 1e-4, "x_angstrom[1]": 1e-3,
-    "y_angstrom[1]": 1e-3, "z_angstrom[1]": 1e-2, "particle_rot_deg[1]": 1e-4, "particle_tilt_deg[0]": 1e-4,
+    "defocus_um": 1e-4,
+    "voltage_kv": 1e-2,
+    "tilt_axis_deg": 1e-4,
+    "x_tilt_deg": 1e-4,
+    "pre_tilt_deg": 1e-4,
+    "thickness_angstrom": 1.0,
+    "mean_free_path_angstrom": 1.0,
+    "tilt_deg[0]": 1e-4,
+    "shift_x_angstrom[1]": 1e-3,
+    "shift_y_angstrom[1]": 1e-3,
+    "defocus_um[1]": 1e-4,
+    "dose_e_per_angstrom2[0]": 1e-4,
+    "x_angstrom[1]": 1e-3,
+    "y_angstrom[1]": 1e-3,
+    "z_angstrom[1]": 1e-2,
+    "particle_rot_deg[1]": 1e-4,
+    "particle_tilt_deg[0]": 1e-4,
     "particle_psi_deg[0]": 1e-4,
-}  # fmt: skip
+}
 
 
 def test_gradients_of_the_smooth_mode_are_exact() -> None:
     """Reverse mode against central differences, whose error is h^2, and against forward mode."""
     particles = [Particle(CLUSTER, 5.0, 3.0, 200.0, 10, 20, 30), Particle(CLUSTER, 60.0, -30.0, -100.0, 70, 80, 90)]
     series = make(
-        particles, parameters=tuple(VARIED), scheme=TiltScheme((-30.0, 20.0), (1, 0)), shape=(24, 24),
-        bounds={"tilt_deg[0]": (-40, 0), "pre_tilt_deg": (-10, 10)}, tilt_axis_deg=20.0,
-    )  # fmt: skip
+        particles,
+        parameters=tuple(VARIED),
+        scheme=TiltScheme((-30.0, 20.0), (1, 0)),
+        shape=(24, 24),
+        bounds={"tilt_deg[0]": (-40, 0), "pre_tilt_deg": (-10, 10)},
+        tilt_axis_deg=20.0,
+    )
     random = torch.Generator().manual_seed(0)
     cotangent = torch.randn(series.output_shape, generator=random, dtype=torch.float64)
     theta = torch.from_numpy(series.reference).requires_grad_()
@@ -385,11 +418,15 @@ def test_smoothed_gradients_of_the_black_box_agree_where_the_structure_lets_them
 def test_a_series_is_written_for_other_programs(tmp_path: Path) -> None:
     axis, pre_tilt = 85.0, 5.0
     series = make(
-        [Particle(CLUSTER, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0)], scheme={"dose_symmetric": [40, 20]},
-        tilt_axis_deg=axis, pre_tilt_deg=pre_tilt, x_tilt_deg=1.5, parameters=("shift_x_angstrom[1]", "defocus_um[4]"),
+        [Particle(CLUSTER, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0)],
+        scheme={"dose_symmetric": [40, 20]},
+        tilt_axis_deg=axis,
+        pre_tilt_deg=pre_tilt,
+        x_tilt_deg=1.5,
+        parameters=("shift_x_angstrom[1]", "defocus_um[4]"),
         shape=(47, 56),
         mode="hard",
-    )  # fmt: skip
+    )
     theta = np.array([16.0, 2.5])
     images = series(theta[None], SEED)[0]
     files = write_tilt_series(tmp_path / "new", "ts_01", series, images, theta)
@@ -470,9 +507,12 @@ def test_stacks_are_read_as_they_were_written(tmp_path: Path) -> None:
 def test_it_is_made_from_plain_data() -> None:
     series = TiltSeries(
         particles=[{"specimen": {"helix": True, "num_subunits": 5}, "x_angstrom": 10.0}, {"specimen": "helix"}],
-        scheme={"uniform": [-20, 20, 20]}, shape=[32, 40], microscope={"defocus_um": 2.0},
-        detector={"dose_e_per_angstrom2": 2.0}, parameters=["x_angstrom[0]", "defocus_um"],
-    )  # fmt: skip
+        scheme={"uniform": [-20, 20, 20]},
+        shape=[32, 40],
+        microscope={"defocus_um": 2.0},
+        detector={"dose_e_per_angstrom2": 2.0},
+        parameters=["x_angstrom[0]", "defocus_um"],
+    )
     assert series.output_shape == (3, 32, 40)
     assert series.reference.tolist() == [10.0, 2.0]
     assert [p.unit for p in series.space.parameters] == ["angstrom", "um"]
@@ -509,7 +549,7 @@ def test_every_name_is_a_parameter() -> None:
         ({"margin_pixels": -1}, "margin_pixels"),
         ({"shape": (2, 2)}, "shape"),
     ],
-)  # fmt: skip
+)
 def test_settings_are_checked(options: dict[str, Any], said: str) -> None:
     particles = options.pop("particles", [Particle(CLUSTER)])
     with pytest.raises(InputError, match=said):

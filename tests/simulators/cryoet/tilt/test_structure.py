@@ -34,10 +34,16 @@ BENDING = Deformation(1, 30.0, [HINGE])
 def series(mode: str = "smooth", **changes) -> TiltSeries:
     settings = dict(
         particles=[Particle(clamp(), -40.0, 10.0, 0.0, 10.0, 20.0, 30.0), Particle(clamp(), 50.0, -20.0, 40.0)],
-        scheme=TiltScheme((-40.0, 0.0, 40.0), (1, 0, 2)), shape=(40, 48), pixel_size_angstrom=5.0, parameters=NAMES,
-        mode=mode, bounds={"mode_angstrom[0]": (-2.5, 2.5), "domain_deg[0]": (-35.0, 35.0)},
-        deformation=BENDING, margin_pixels=8, detector=Detector(gain=100.0, bits=None),
-    )  # fmt: skip
+        scheme=TiltScheme((-40.0, 0.0, 40.0), (1, 0, 2)),
+        shape=(40, 48),
+        pixel_size_angstrom=5.0,
+        parameters=NAMES,
+        mode=mode,
+        bounds={"mode_angstrom[0]": (-2.5, 2.5), "domain_deg[0]": (-35.0, 35.0)},
+        deformation=BENDING,
+        margin_pixels=8,
+        detector=Detector(gain=100.0, bits=None),
+    )
     return TiltSeries(**{**settings, **changes})
 
 
@@ -134,13 +140,16 @@ def test_structure_and_projections_are_computed_when_they_change_alone(monkeypat
 
 # An arm opened by 15 degrees; wanted are its angle and the particle's place, from 40 electrons an angstrom^2.
 OPENING = dict(
-    particles=[Particle(clamp(), 0.0, 0.0, 0.0, 10.0, 20.0, 30.0)], shape=(28, 28), deformation=Deformation(
-        domains=[HINGE]), parameters=("domain_deg[0]", "x_angstrom[0]", "y_angstrom[0]"),
-    detector=Detector(dose_e_per_angstrom2=40.0, gain=100.0, bits=None), bounds={"domain_deg[0]": (-35.0, 35.0)},
+    particles=[Particle(clamp(), 0.0, 0.0, 0.0, 10.0, 20.0, 30.0)],
+    shape=(28, 28),
+    deformation=Deformation(domains=[HINGE]),
+    parameters=("domain_deg[0]", "x_angstrom[0]", "y_angstrom[0]"),
+    detector=Detector(dose_e_per_angstrom2=40.0, gain=100.0, bits=None),
+    bounds={"domain_deg[0]": (-35.0, 35.0)},
     # The place is known a hundred times better than the angle in the usual units; with them smoothing moves the image
     # by so much that what is left of that hides the angle.
     natural_scale={"domain_deg[0]": 5.0, "x_angstrom[0]": 1.0, "y_angstrom[0]": 1.0},
-)  # fmt: skip
+)
 
 
 def opened(mode: str, seed: int) -> tuple[TiltSeries, np.ndarray, np.ndarray]:
