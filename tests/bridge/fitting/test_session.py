@@ -26,8 +26,12 @@ def own_loss(output, target):
 WALL = 2.1
 
 
-def walled(theta):  # no numbers beyond a wall, which the first steps cross
-    return np.where(theta[0] > WALL, np.nan, decay(theta))
+def walled(theta, wall=WALL):  # no numbers beyond a wall, which the first steps cross
+    return np.where(theta[0] > wall, np.nan, decay(theta))
+
+
+def walled_near(theta):
+    return walled(theta, 1.75)
 
 
 def noisy(theta, seed):
@@ -133,6 +137,31 @@ def test_a_session_goes_on_after_any_interruption(method, tmp_path):
         bridge.FitSession(SPACE, TARGET, START, seed=1, method=method).load(tmp_path / "session.npz")
     with pytest.raises(InputError, match=r"a file that FitSession\.save has written, got .*nothing"):
         begun().load(tmp_path / "nothing.npz")
+
+
+def test_a_session_goes_on_in_the_middle_of_a_step_that_is_tried_again():
+    def begun():
+        return bridge.FitSession(SPACE, TARGET, START, seed=0, method=method)
+
+    method = bridge.Adam(steps=6, num_samples=16, scale=(1.0, 0.1), learning_rate=1.0)
+    session = begun()
+    while not session.done:
+        points = session.ask()
+        session.tell(points, [walled_near(p) for p in points])
+        saved, session = session.to_dict(), begun()  # as in another process
+        session.restore(saved)
+    simulator = bridge.as_simulator(walled_near, names=SPACE.names, natural_scale=list(SPACE.natural_scale))
+    result = bridge.fit(simulator, TARGET, START, seed=0, method=method)
+    assert any("half of the step is taken back" in record.note for record in result.history)
+    assert_same(session.result, result)
+
+
+def test_what_is_masked_needs_no_number():
+    mask = np.arange(25) == 4
+    target = np.where(mask, np.nan, TARGET)
+    session = bridge.FitSession(SPACE, target, START, seed=0, method=KRIGING, mask=mask)
+    assert carried_out(session) == len(session.history) + 2  # and the best and the start, whose outputs are not kept
+    assert_same(session.result, bridge.fit(SIMULATOR, target, START, seed=0, method=KRIGING, mask=mask))
 
 
 def test_in_any_order_and_what_is_refused():
