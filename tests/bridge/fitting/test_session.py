@@ -159,9 +159,10 @@ def test_a_session_goes_on_in_the_middle_of_a_step_that_is_tried_again():
 def test_what_is_masked_needs_no_number():
     mask = np.arange(25) == 4
     target = np.where(mask, np.nan, TARGET)
-    session = bridge.FitSession(SPACE, target, START, seed=0, method=KRIGING, mask=mask)
+    misfit = bridge.LeastSquares(mask=mask)
+    session = bridge.FitSession(SPACE, target, START, seed=0, method=KRIGING, misfit=misfit)
     assert carried_out(session) == len(session.history) + 2  # and the best and the start, whose outputs are not kept
-    assert_same(session.result, bridge.fit(SIMULATOR, target, START, seed=0, method=KRIGING, mask=mask))
+    assert_same(session.result, bridge.fit(SIMULATOR, target, START, seed=0, method=KRIGING, misfit=misfit))
 
 
 def test_in_any_order_and_what_is_refused():
