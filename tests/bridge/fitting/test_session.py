@@ -257,6 +257,7 @@ import sys
 
 thoughts = []
 learns = OnePlusLambdaRun.tell
+OnePlusLambda.identity = "with a list that grows, of which no result depends"
 OnePlusLambdaRun.tell = lambda self, step, answer: thoughts.append(step) or learns(self, step, answer)
 X = np.linspace(0, 3, 25)
 
