@@ -279,6 +279,20 @@ def require_tolerance(tolerance: Any) -> None:
     require("a tolerance of 0 or more", is_number(tolerance) and tolerance >= 0, tolerance)
 
 
+def as_reach(scale: Any) -> float:
+    """How far from the start a first round looks, natural units; 1 of None.
+
+    Raises:
+        InputError: it is no positive number: nothing shrinks from a first to a last one.
+    """
+    require(
+        "one positive scale, that of the first round",
+        scale is None or isinstance(scale, Mapping) or is_number(scale),
+        scale,
+    )
+    return as_widths(scale, (1.0, 1.0))[0]
+
+
 def as_widths(scale: Any, default: tuple[float, float]) -> tuple[float, float]:
     """First and last scale, of a number or a pair; the default of None.
 

@@ -19,7 +19,7 @@ from bridge.fitting.methods.base import (
     MethodResult,
     ModelRun,
     StepReport,
-    as_widths,
+    as_reach,
     error_targets,
     register,
     require,
@@ -68,7 +68,7 @@ class Kriging(Method):
 
     rounds: int | None = None
     round_size: int | None = None
-    scale: float | tuple[float, float] | None = None
+    scale: float | None = None
     restarts: int = 10
     tolerance: float = 0.1
     reuse: Source | Sequence[Source] = ()
@@ -83,18 +83,19 @@ class Kriging(Method):
         require("at least one round", self.rounds is None or is_whole(self.rounds, 1), self.rounds)
         require("at least one run a round", self.round_size is None or is_whole(self.round_size, 1), self.round_size)
         require_tolerance(self.tolerance)
+        as_reach(self.scale)
         require("restarts of 0 or more", is_whole(self.restarts, 0), self.restarts)
 
     def start(self, task: FitTask) -> KrigingRun:
         problem = task.problem
         plain = plain_simulator(problem.simulator, task.seed, task.failures, task.place, task.memory)
         d, starts, misfit = problem.free.dimension, problem.free_starts, problem.misfit
-        batch, widths = max(6, d // 2 + 1), as_widths(self.scale, (1.0, 1.0))
+        batch, reach = max(6, d // 2 + 1), as_reach(self.scale)
         search = KrigingSearch(
             starts[0],
             problem.lower,
             problem.upper,
-            spread=widths[0],
+            spread=reach,
             seed=int(task.seed or 0),
             batch=self.round_size or batch,
             later=self.round_size or 3 * batch // 2,
@@ -117,7 +118,7 @@ class Kriging(Method):
             starts,
             error_targets(task),
             limit=self.rounds,
-            described={"scale": list(widths)},
+            described={"scale": reach},
         )
 
 

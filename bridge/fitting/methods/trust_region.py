@@ -10,7 +10,7 @@ import numpy as np
 
 from bridge.arrays import Array
 from bridge.checks import as_whole, is_whole
-from bridge.fitting.methods.base import FitTask, Method, StepReport, as_widths, register, require, require_tolerance
+from bridge.fitting.methods.base import FitTask, Method, StepReport, as_reach, register, require, require_tolerance
 from bridge.fitting.methods.quadratic_search import QuadraticSearch
 from bridge.fitting.methods.requests import RunOutputs, Runs
 from bridge.fitting.methods.search import SearchRun
@@ -31,7 +31,7 @@ class TrustRegion(Method):
 
     rounds: int | None = None
     round_size: int | None = None
-    scale: float | tuple[float, float] | None = None
+    scale: float | None = None
     tolerance: float = 1e-6
 
     keeps_runs: ClassVar[bool] = True
@@ -42,6 +42,7 @@ class TrustRegion(Method):
         require("at least one round", self.rounds is None or is_whole(self.rounds, 1), self.rounds)
         require("at least one run a round", self.round_size is None or is_whole(self.round_size, 1), self.round_size)
         require_tolerance(self.tolerance)
+        as_reach(self.scale)
 
     def start(self, task: FitTask) -> TrustRegionRun:
         return TrustRegionRun(task, self)
@@ -53,13 +54,13 @@ class TrustRegionRun(SearchRun):
 
     def __init__(self, task: FitTask, method: TrustRegion) -> None:
         super().__init__(task, method, limit=method.rounds)
-        widths = as_widths(method.scale, (1.0, 1.0))
-        self.described = {"scale": list(widths)}
+        reach = as_reach(method.scale)
+        self.described = {"scale": reach}
         self.search = search = QuadraticSearch(
             self.start,
             self.problem.lower,
             self.problem.upper,
-            spread=widths[0],
+            spread=reach,
             seed=self.seed,
             batch=method.round_size or max(2, len(self.start) // 4),
             tolerance=method.tolerance,

@@ -164,3 +164,11 @@ def test_a_name_is_taken_once():
     with pytest.raises(InputError, match=r"Expected a new name of a method, got 'kriging', which .*Kriging has"):
         register("kriging")(RandomSearch)
     assert METHODS.find("kriging") is Kriging
+
+
+@pytest.mark.parametrize("kind", [bridge.Kriging, bridge.TrustRegion])
+def test_a_method_without_a_schedule_has_one_scale(kind):
+    assert kind(scale=2).scale == 2
+    for wrong in ((1.0, 0.1), [1.0], -1.0, 0, "wide"):
+        with pytest.raises(InputError, match="positive scale"):
+            kind(scale=wrong)
