@@ -8,11 +8,11 @@ import pytest
 
 from bridge.testing import ExecutorContract
 from tests.contracts.failing import failing
+from tests.lab.ranks import OnForkedRanks
 
 
-class TestThreads(ExecutorContract):
-    ranks = (2,)
-
+@pytest.mark.mpi
+class TestThreads(OnForkedRanks, ExecutorContract):
     def make(self):
         return ThreadPoolExecutor(3)
 
