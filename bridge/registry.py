@@ -186,7 +186,7 @@ EXECUTORS: Registry[Executor] = Registry(
     called="on=",
     or_else=", process",
     hint=" A number of workers is given as one, on=8; an executor itself, or by its name.",
-    if_none="no names of executors",
+    if_none="",
 )
 
 
