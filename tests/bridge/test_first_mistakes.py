@@ -118,7 +118,7 @@ MISTAKES = {
     "scale of others": (of_smooth(NAMED, scale={"width_nm": 1.0}), "got none for angle_deg"),
     "scale as a text": (of_smooth(sines, scale="0.1"), "Expected a scale that is a number, (2,) or (2, 2), got '0.1'."),
     "scale of a fit by name": (
-        of_fit(method=bridge.Kriging(scale={"width_nm": 0.1})),
+        lambda: bridge.Kriging(scale={"width_nm": 0.1}),
         "bridge.as_simulator(f, natural_scale={'width_nm': 0.1})",
     ),
     "three scales of a fit": (of_fit(method=bridge.Adam(scale=(1, 2, 3))), "a number or (first, last), got (1, 2, 3)"),
