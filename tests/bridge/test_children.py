@@ -42,7 +42,7 @@ deck = (deck % (folder, folder)).replace("{what}", "echo $! > %s/far;" % folder)
 template = TextTemplate(inputs={"run.sh": deck}, output="stdout.txt")
 space = ParameterSpace((Parameter("x", "", 0, 9),))
 s = ExternalSimulator(template, Profile(("sh", "run.sh"), scratch=folder / "scratch"), space, ())
-bridge.fit(s, 1.0, [5.0], seed=0, max_runs=20, **eval(sys.argv[2]))
+bridge.fit(s, 1.0, [5.0], seed=0, stop=20, on=eval(sys.argv[2]))
 """
 
 
@@ -68,12 +68,12 @@ def numbers(folder):
 @pytest.mark.parametrize(
     ("sent", "how", "launcher"),
     [
-        (signal.SIGTERM, "{}", []),
-        (signal.SIGKILL, "{}", []),
-        (signal.SIGKILL, "{'workers': 2}", []),
-        (signal.SIGTERM, "{'isolate': 'process'}", []),
-        (signal.SIGTERM, "{}", ["-m", "bridge", "run"]),
-        (signal.SIGKILL, "{'workers': 2}", ["-m", "bridge", "run"]),
+        (signal.SIGTERM, "None", []),
+        (signal.SIGKILL, "None", []),
+        (signal.SIGKILL, "2", []),
+        (signal.SIGTERM, "'process'", []),
+        (signal.SIGTERM, "None", ["-m", "bridge", "run"]),
+        (signal.SIGKILL, "2", ["-m", "bridge", "run"]),
     ],
 )
 def test_a_program_ends_with_the_process_that_has_started_it(tmp_path, sent, how, launcher):
