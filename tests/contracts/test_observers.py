@@ -152,5 +152,7 @@ def test_an_observer_is_watched_by_its_name():
 
     finally:
         del OBSERVERS._registered["test-notes"]
-    with pytest.raises(InputError, match=r"Unknown watch='test-notes'\. Known: auto, lines, off, jsonl, tensorboard, or observers"):
+    with pytest.raises(
+        InputError, match=r"Unknown watch='test-notes'\. Known: auto, lines, off, jsonl, tensorboard, or observers"
+    ):
         view("test-notes")
