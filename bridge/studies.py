@@ -91,6 +91,9 @@ class StudyResult:
     left_out: Mapping[str, str]
     num_evaluations: int
 
+    def __str__(self) -> str:
+        return self.table()
+
     def table(self) -> str:
         """The candidates as a Markdown table, best first, and the recommendation."""
         lines = [

@@ -227,7 +227,9 @@ def _settings(table: Mapping[str, Any], path: Path) -> dict[str, Any]:
     made = dict(table)
     try:
         if isinstance(given := table.get("method"), dict):
-            made["method"] = _made("method", METHODS.find(given.get("name", "auto")), given)
+            if "name" not in given:
+                raise InputError(f"Expected name = one of {', '.join(METHODS.all())} in method, got none.")
+            made["method"] = _made("method", METHODS.find(given["name"]), given)
         for key, kinds in _NAMED.items():
             if isinstance(given := table.get(key), dict):
                 name = str(given.get("name"))
@@ -236,6 +238,8 @@ def _settings(table: Mapping[str, Any], path: Path) -> dict[str, Any]:
                 made[key] = _made(key, kinds[name], given)
         for key, kind in _TABLES.items():
             if isinstance(given := table.get(key), dict):
+                if isinstance(given.get("mask"), str):
+                    raise InputError(f"Expected the file of a mask in [target]: mask = {json.dumps(given['mask'])}.")
                 made[key] = _made(key, kind, given)
     except InputError as error:
         raise InputError(f"In [fit] of {path}: {error}") from error

@@ -44,7 +44,7 @@ def fingerprint(task: FitTask, method: Method, run: MethodRun) -> dict[str, Any]
         "max_runs": task.stop.runs,
         "prior": [prior.information.tolist(), prior.mean.tolist()],
         "robust": repr(misfit.robust),
-        "variance": _digest(misfit.variance),
+        "variance": _digest(misfit.variance) if problem.known_noise else None,  # else it is ones
         "whiten": _digest(_whitened(misfit.whiten, _probe(misfit))),
         "failures": repr(task.failures),
         "leaf_size": task.place.ranks.leaf_size,

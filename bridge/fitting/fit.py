@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from bridge.arrays import real_array
-from bridge.checks import is_number, known_keywords
+from bridge.checks import is_number, is_whole, known_keywords
 from bridge.errors import InputError
 from bridge.evaluation.failures import Failures, make_failures
 from bridge.evaluation.memory import Memory, make_memory
@@ -28,6 +28,7 @@ from bridge.reporting.observers import Observers, Watch, watchers
 from bridge.reporting.result import FitResult
 from bridge.simulator.function import counts_runs
 from bridge.simulator.protocol import Simulator
+from bridge.smoothing.smoothed import SmoothedSimulator
 from bridge.storage.run import Run
 from bridge.storage.store import Store
 
@@ -178,6 +179,13 @@ def prepare(
     Raises:
         InputError: something is unknown, of the wrong shape, or contradicts something else.
     """
+    if isinstance(simulator, SmoothedSimulator):
+        raise InputError(
+            "Expected a function or a Simulator, got a smoothed one: a fit would have its bias, and smooths by itself. "
+            "Give the simulator; settings of the smoothing are those of a method: method=bridge.Adam(num_samples=...)."
+        )
+    if is_whole(seed, 2**64):
+        raise InputError(f"Expected a seed below 2**64, got {seed}.")
     target = _as_numbers(target)
     _check_kinds(target, start, variance, fixed, tied)
     tolerated = make_failures(failures)

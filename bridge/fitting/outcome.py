@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bridge.fitting.goodness import Goodness, goodness_of, unexplained
@@ -16,6 +17,9 @@ from bridge.fitting.problem import FitProblem
 from bridge.reporting.result import FitEnd, FitResult, FitStep
 from bridge.simulator.space import ParameterSpace
 
+# A run at the end that is so much worse than the one at the start is not so by its noise; less than this part of the
+# target is rounding.
+_FAR_WORSE, _EXACT = 1.5, 1e-6
 _LEFT_OUT = (
     "The fit was interrupted: what it would run at its end, for errors and outputs, is left out, and the loss is that "
     "of the smoothed output. With the same run= it goes on where it was."
@@ -85,7 +89,25 @@ def _goodness(problem: FitProblem, end: MethodResult) -> tuple[Goodness, tuple[s
     target = misfit.target.numpy()
     if misfit.masked is not None:
         target = np.where(misfit.masked.numpy(), np.nan, target)
-    return good, unexplained(good, end.output - target, end.start_output - target)
+    said = unexplained(good, end.output - target, end.start_output - target)
+    return good, (*_worse_than_the_start(problem, end, good.loss, target), *said)
+
+
+def _worse_than_the_start(
+    problem: FitProblem, end: MethodResult, loss: float, target: NDArray[np.float64]
+) -> tuple[str, ...]:
+    """Where the run at the end misses by far more than that at the start: more than noise and rounding make of it."""
+    misfit, miss = problem.misfit, end.output - target
+    if not misfit.usable(end.start_output[None]).all() or np.nanmax(np.abs(miss)) < _EXACT * np.nanmax(np.abs(target)):
+        return ()
+    at_start = misfit.value_there(torch.as_tensor(np.asarray(end.start_output, dtype=np.float64)), end.start)
+    if not loss > _FAR_WORSE * at_start:
+        return ()
+    return (
+        f"The start fits better than what was found: its loss is {at_start:.4g}, that of the parameters {loss:.4g}. "
+        "The first scale may be too wide: give bounds or natural scales (bridge.as_simulator), a smaller scale= to the "
+        "method, or more runs.",
+    )
 
 
 def cut_short(work: MethodRun, problem: FitProblem, history: Sequence[FitStep]) -> MethodResult:

@@ -252,7 +252,11 @@ def as_simulator(
             )
         return function
     if not callable(function):
-        hint = f" bridge.make({function!r}, ...) makes the one of that name." if isinstance(function, str) else ""
+        hint = ""
+        if isinstance(function, str):
+            file, _, name = function.partition(".py:")
+            hint = f" bridge.make({function!r}, ...) makes the one of that name."
+            hint = f" Give the function itself: from {file.replace('/', '.')} import {name}." if name else hint
         raise InputError(f"Expected a function or a Simulator, got {type(function).__name__}.{hint}")
     if inspect.isclass(function):
         raise InputError(f"Expected a function or a Simulator, got the class {function.__name__}. Make an instance.")

@@ -3,8 +3,8 @@
 Noise that does not come from the seed makes every promise void: results then depend on the number of ranks and on what
 ran before, and cannot be resumed. So the first row of a plain function is run once more, after others have been run.
 Functions of which a run takes longer than a second are not run twice, nor are those of fits that count every run
-(`max_runs=`, `directory=`), of studies, or of what has a store: there a counter, a file or a generator of its own is
-not seen. Of these it is seen whether they draw from a global generator, and one that does is run once more for that,
+(`bridge.Stop(runs=...)`, `run=`), of studies, or of what has a store: there a counter, a file or a generator of its own
+is not seen. Of these it is seen whether they draw from a global generator, and one that does is run once more for that,
 where a run takes less than a second. `bridge check` looks closer.
 """
 

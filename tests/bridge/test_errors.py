@@ -176,6 +176,14 @@ def test_fit_checks_its_arguments():
         ({"variance": -1.0}, "positive, finite variance"),
         ({"method": bridge.Adam(scale=(1.0, 0.0))}, "positive scales"),
         ({"seed": None}, "Expected a seed"),
+        ({"seed": 2**64}, r"a seed below 2\*\*64"),
+        ({"simulator": bridge.smooth(sim, seed=0)}, "got a smoothed one.*Give the simulator"),
+        ({"simulator": "ode.py:decay"}, "from ode import decay"),
+        ({"min_ok": 0.5}, r"bridge.Drop\(at_least=...\)"),
+        ({"starts": 4}, r"start=bridge.Starts\("),
+        ({"target_error": 0.1}, r"stop=bridge.Stop\(error=...\)"),
+        ({"checkpoint": "a"}, r"run=bridge.Run\("),
+        ({"ranks": 2}, r"on=bridge.Ranks\("),
     ):
         with pytest.raises(InputError, match=words):
-            bridge.fit(sim, **{**good, **change})
+            bridge.fit(**{"simulator": sim, **good, **change})

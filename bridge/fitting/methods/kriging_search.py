@@ -247,16 +247,14 @@ class KrigingSearch:
         good = np.flatnonzero(~self.runs.failed)
         if len(good) < 2:
             return False
-        squared = np.diag(self.runs.gram)[good]
-        least = 1e-24 * max(float(squared.max()), 1e-300)
-        apart = squared[:, None] + squared[None] - 2 * self.runs.gram[np.ix_(good, good)]
-        if float(np.max(apart)) <= least:
+        outputs = self.runs.residuals[good]  # not by G, in which rows of two rounds differ by rounding
+        least = 1e-24 * max(float(np.nansum(outputs**2, axis=1).max()), 1e-300)
+        if _apart(outputs) <= least:
             factor, what = 10.0, "too small, or the simulator is constant there: nothing changes"
         else:
             others = good[good > 0]
             last = others[others >= len(self.runs.rows) - len(self.points)]
-            pairs = apart[np.ix_(np.searchsorted(good, last), np.searchsorted(good, last))]
-            if len(last) < 3 or self.runs.failed[0] or float(np.max(pairs)) > least:
+            if len(last) < 3 or self.runs.failed[0] or _apart(self.runs.residuals[last]) > least:
                 return False
             factor, what = 0.25, "too large: all of its runs give the same output, the start another"
         if self.runs.round > _RESCALINGS:
@@ -514,6 +512,11 @@ class KrigingSearch:
         self.promise = None if saved["promise"] is None else (saved["promise"][0], saved["promise"][1])
         self.ends = [(float(loss), np.asarray(z)) for loss, z in saved["ends"]]
         self.path = [(int(rows), float(loss)) for rows, loss in saved["path"]]
+
+
+def _apart(outputs: Array) -> float:
+    """The largest squared distance of rows (n, m) from the first one; numbers that are lacking do not count."""
+    return float(np.nansum((outputs - outputs[0]) ** 2, axis=1).max())
 
 
 def _of_loss(model: GaussianProcess, unit: Array) -> GaussianProcess:

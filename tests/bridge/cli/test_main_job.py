@@ -82,6 +82,8 @@ def test_the_command_recovers_and_writes_everything(job_file, tmp_path, capsys):
         (("target.mrc", "missing.mrc"), "missing.mrc"),
         (('name = "cryoet"', 'name = "cryo"'), "Known simulators"),
         (("steps = 24", "stepz = 24"), "stepz"),
+        (('name = "gauss-newton", ', ""), "Expected name = one of auto, kriging, .* in method, got none"),
+        (("[fit]", '[fit]\nmisfit = { mask = "m.npy" }'), r'mask in \[target\]: mask = "m.npy"'),
         (("[start]", "[begin]"), "begin"),
         (('specimen = "helix"', 'specimen = "nowhere.pdb"'), "nowhere.pdb"),
         (("pixel_size_angstrom = 4.0", "pixel_size_angstrom = 3.0"), "pixel"),

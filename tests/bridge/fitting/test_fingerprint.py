@@ -119,3 +119,14 @@ def test_ours_are_named_by_their_names(tmp_path):
         fit(tmp_path, at=1, points="sobol", distribution="logistic", covariate="block")
     with pytest.raises(bridge.InputError, match=r"'sobol'.*'halton'"):
         fit(tmp_path, points="halton", distribution="logistic", covariate="block")
+
+
+def test_a_variance_of_one_is_not_none_given(tmp_path):
+    """The same misfit, but other errors, and a chi-square."""
+
+    def fit(**settings):
+        return bridge.fit(simulate, [0.5, 0.2, 0.3], [0.2, 0.6], seed=0, stop=12, run=tmp_path / "run", **settings)
+
+    assert fit().chi_square is None
+    with pytest.raises(bridge.InputError, match="variance was None"):
+        fit(variance=1.0)

@@ -238,3 +238,21 @@ def test_a_prior_of_all_parameters_is_that_of_their_names():
 def test_a_prior_that_is_none_is_told(prior, words):
     with pytest.raises(bridge.InputError, match=words):
         bridge.fit(simulator(), noisy_target(), START, seed=0, variance=SIGMA**2, prior=prior)
+
+
+def test_a_start_that_fits_better_than_the_end_is_told():
+    """A disc leaves the picture by a first scale of 1, guessed since the start is 0: all of the target is missed."""
+    y, x = np.mgrid[-1:1:32j, -1:1:32j]
+
+    def disc(p):
+        return ((x - p[0]) ** 2 + (y - p[1]) ** 2 < p[2] ** 2).astype(int)
+
+    target = disc([0.1, -0.2, 0.5])
+    lost = bridge.fit(disc, target, [0.0, 0.0, 0.4], seed=0, stop=60)
+    assert lost.loss == 0.5 * target.sum()
+    assert any(w.startswith("The start fits better") and "52.5" in w for w in lost.warnings)
+    bounded = bridge.as_simulator(disc, names=["x", "y", "r"], bounds=[(-1, 1), (-1, 1), (0.05, 1)])
+    found = bridge.fit(bounded, target, [0.0, 0.0, 0.4], seed=0, stop=60)
+    assert not any(w.startswith("The start fits better") for w in found.warnings)
+    exact = bridge.fit(simulator(), curve(TRUTH), TRUTH, seed=0)
+    assert not any(w.startswith("The start fits better") for w in exact.warnings)

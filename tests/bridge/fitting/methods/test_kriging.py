@@ -198,6 +198,13 @@ def test_a_scale_too_small_or_too_large_is_mended_and_told():
     assert result.parameters[0] == pytest.approx(1.7, abs=0.02)
 
 
+@pytest.mark.parametrize(("m", "pace"), [(40, 0.7), (64, 0.35)])
+def test_a_constant_simulator_is_told_from_a_wide_scale_whatever_the_rounding(m, pace):
+    """Products of two rounds differ in their last bits, outputs do not."""
+    with pytest.raises(InputError, match="or the simulator is constant there: nothing changes"):
+        bridge.fit(lambda t: np.zeros(m), np.cos(pace * np.arange(m)), [1.8, 0.25], seed=0)
+
+
 def test_a_parameter_that_does_nothing_or_is_known_together_only():
     idle = named(lambda t: t[0] * np.exp(-t[1] * X))
     result = bridge.fit(idle, 2 * np.exp(-X), START, seed=0, stop=bridge.Stop(runs=60))
