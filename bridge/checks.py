@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -43,6 +44,8 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("x0", "theta", "theta0", "initial", "init", "guess"), ("start",)),
     **dict.fromkeys(("data", "observed", "y", "observation"), ("target",)),
     **dict.fromkeys(("tol", "ftol", "xtol", "rtol", "atol"), ("tolerance",)),
+    "steps": ("rounds",),
+    "num_samples": ("round_size",),
     **dict.fromkeys(("n_workers", "num_workers", "processes", "n_jobs", "jobs", "pool", "threads"), ("workers",)),
     **dict.fromkeys(("callback", "on_iteration"), ("on_step",)),
     **dict.fromkeys(("checkpoint", "checkpoints"), ("resume",)),
@@ -132,8 +135,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {meant!r}{square}?" if meant and meant != word else ""
 
 
-def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises InputError for the first keyword of `what` that is not known; it says which is meant."""
+def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str], takes_simulator: bool = True) -> None:
+    """Raises InputError for the first keyword of `what` that is not known; it says which is meant.
+
+    Args:
+        takes_simulator: whether a word may be one that its simulator says of itself.
+    """
     known, homes = list(known), _HOMES.get(what.replace("smooth_loss", "smooth"), {})
     for word in given:
         if word in known:
@@ -141,7 +148,7 @@ def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> Non
         if word not in _OF_SIMULATORS and (home := nearest(word, [*known, *homes])) in homes:
             raise InputError(f"Unknown argument {word!r} of {what}. Give {homes[home].replace('{}', home)}.")
         meant, of_simulator = did_you_mean(word, known), nearest(word, _OF_SIMULATORS)
-        if of_simulator == word or (of_simulator and not meant):
+        if takes_simulator and (of_simulator == word or (of_simulator and not meant)):
             raise InputError(
                 f"Unknown argument {word!r} of {what}. The simulator says it: give "
                 f"bridge.as_simulator(f, {of_simulator}=...) in place of f."
@@ -162,6 +169,28 @@ def known_keywords(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return inner
+
+
+class Settings(ABCMeta):
+    """The metaclass of objects with settings: a call that is nearly right is told what is meant."""
+
+    def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
+        signature, name = inspect.signature(cls.__init__), cls.__name__
+        known = list(signature.parameters)[1:]
+        if not any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values()):
+            refuse_unknown(name, kwargs, known, takes_simulator=False)
+        try:
+            signature.bind(None, *args, **kwargs)
+        except TypeError as error:
+            listed = ", ".join(known) or "none"
+            raise InputError(f"Expected the settings of {name} ({listed}), got another call: {error}.") from error
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """What `help` and editors show, in place of that of the call above."""
+        own = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return own.replace(parameters=list(own.parameters.values())[1:])
 
 
 def is_whole(value: Any, least: int) -> bool:

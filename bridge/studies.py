@@ -154,8 +154,8 @@ def study(
     simulator: Callable[..., Any] | Simulator,
     theta: Mapping[str, float] | ArrayLike,
     *,
-    seed: int,
-    budget: int,
+    seed: int | None = None,
+    budget: int | None = None,
     scale: float | ArrayLike | Mapping[str, float] = 1.0,
     strategies: Sequence[str] = tuple(STRATEGIES),
     distributions: Sequence[str] = DISTRIBUTIONS,
@@ -197,7 +197,9 @@ def study(
     x = torch.as_tensor(space.vector(theta))
     if isinstance(scale, Mapping):
         scale = space.vector(scale)
-    if not is_whole(budget, 1):
+    if seed is None:
+        raise InputError("Expected a seed, got None. Results are a function of the seed: give one, say seed=0.")
+    if budget is None or not is_whole(budget, 1):
         raise InputError(f"Expected a whole number of runs as budget, got {budget!r}.")
     candidates = len(strategies) + len(set(distributions) - {"gaussian"}) + len(set(factors) - {1.0})
     each = (budget - 1) // (candidates * REPEATS)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final
 
 import numpy as np
 
-from bridge.checks import is_number, is_whole
+from bridge.checks import Settings, is_number, is_whole
 from bridge.errors import InputError
 
 FailureRule = Literal["raise", "drop", "penalty"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failures(ABC):
+class Failures(metaclass=Settings):
     """What becomes of runs that raise, take too long, or whose outputs are not finite.
 
     Attributes:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from bridge.checks import is_number
+from bridge.checks import Settings, is_number
 from bridge.errors import InputError
 from bridge.storage.store import Store
 
 
 @final
 @dataclass(frozen=True)
-class Memory:
+class Memory(metaclass=Settings):
     """What is kept of outputs, and where. No result depends on it.
 
     Attributes:

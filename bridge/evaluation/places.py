@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, final
 
-from bridge.checks import is_number, is_whole
+from bridge.checks import Settings, is_number, is_whole
 from bridge.dispatch import Dispatcher
 from bridge.errors import InputError
 from bridge.evaluation.concurrent import ExecutorSimulator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bridge.dispatch.mpi import Intracomm
 
 
-class Place(ABC):
+class Place(metaclass=Settings):
     """Where runs are evaluated."""
 
     ranks: Ranks

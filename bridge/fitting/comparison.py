@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from numpy.typing import ArrayLike
 
-from bridge.checks import can_be_called_with
+from bridge.checks import Settings, can_be_called_with
 from bridge.errors import InputError
 from bridge.fitting.misfit import Loss
 from bridge.fitting.robust import RobustLoss
@@ -18,7 +18,7 @@ from bridge.fitting.target import LinearMap
 
 @final
 @dataclass(frozen=True)
-class LeastSquares:
+class LeastSquares(metaclass=Settings):
     """1/2 sum((T(f(x)) - T(target))^2 / variance): half the chi-square where the variance is known.
 
     Attributes:
@@ -41,7 +41,7 @@ class LeastSquares:
 
 @final
 @dataclass(frozen=True)
-class CustomLoss:
+class CustomLoss(metaclass=Settings):
     """A loss of one's own, l(output, target) -> number, of torch tensors.
 
     Attributes:

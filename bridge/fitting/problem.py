@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from bridge.arrays import Array
-from bridge.checks import as_whole, is_whole
+from bridge.checks import Settings, as_whole, is_whole
 from bridge.errors import InputError
 from bridge.fitting.comparison import Comparison, CustomLoss, LeastSquares
 from bridge.fitting.misfit import Misfit
@@ -33,7 +33,7 @@ GivenStart = Mapping[str, float] | Sequence[Mapping[str, float]] | ArrayLike
 
 @final
 @dataclass(frozen=True)
-class Starts:
+class Starts(metaclass=Settings):
     """Several starts: those given, and others uniform in the bounds (about the first one where there are none).
 
     Attributes:

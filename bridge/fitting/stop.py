@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from bridge.checks import as_whole, is_number, is_whole
+from bridge.checks import Settings, as_whole, is_number, is_whole
 from bridge.errors import InputError
 
 
 @final
 @dataclass(frozen=True)
-class Stop:
+class Stop(metaclass=Settings):
     """When a fit ends, whatever its method would go on to do.
 
     Attributes:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, final
 
+from bridge.checks import Settings
 from bridge.errors import InputError
 from bridge.estimators.covariates import Covariate
 from bridge.estimators.distributions import Distribution
@@ -19,7 +20,7 @@ SurrogateLike = Callable[..., Any] | Simulator | Surrogate | None
 
 @final
 @dataclass(frozen=True)
-class Smoothing:
+class Smoothing(metaclass=Settings):
     """The settings of an estimator, to be kept and handed on: `bridge.smooth(simulator, smoothing, seed=0)`.
 
     Each attribute is the argument of that name of `bridge.smooth`.

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from bridge.arrays import Array
-from bridge.checks import is_whole
+from bridge.checks import Settings, is_whole
 from bridge.errors import InputError, OutputError
 from bridge.estimators.strategy import Strategy, default_leaf_size
 from bridge.evaluation.execution import Execution
@@ -48,7 +48,7 @@ _LEAST_REPLICATES = 4
 
 @final
 @dataclass(frozen=True)
-class Surrogate:
+class Surrogate(metaclass=Settings):
     """A cheap stand-in g for a simulator f: the same code on a coarser grid, an emulator.
 
     The estimate becomes that of f - alpha g at the same rows, plus alpha times that of g at others. It is as unbiased

@@ -28,6 +28,7 @@ from typing import IO, TYPE_CHECKING, Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.checks import Settings
 from bridge.dispatch import Dispatcher, get_dispatcher
 from bridge.errors import BridgeError, InputError, SetupError, StoppedError, exit_code, exit_status
 from bridge.interrupts import Held
@@ -45,7 +46,7 @@ _MUCH = 256e6
 
 
 @final
-class Run:
+class Run(metaclass=Settings):
     """A resumable run; use it as a context, on every rank.
 
         with bridge.Run("runs/a", settings={"seed": 0}) as run:

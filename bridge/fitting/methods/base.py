@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.arrays import Array
-from bridge.checks import is_number
+from bridge.checks import Settings, is_number
 from bridge.errors import InputError
 from bridge.evaluation.failures import Failures, Raise
 from bridge.evaluation.memory import Memory
@@ -55,7 +55,7 @@ class FitTask:
     memory: Memory = field(default_factory=Memory)
 
 
-class Method(ABC):
+class Method(metaclass=Settings):
     """How a fit goes from its start to its end: a frozen dataclass of settings, each with a default.
 
     Attributes:

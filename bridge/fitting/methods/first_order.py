@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.arrays import Array
-from bridge.checks import is_number
+from bridge.checks import did_you_mean, is_number
 from bridge.errors import InputError
 from bridge.fitting.methods.base import FitTask, error_targets, register, require
 from bridge.fitting.methods.descent import Descent
@@ -189,7 +189,10 @@ def make_optimiser(given: str | Callable[..., torch.optim.Optimizer], rate: floa
     kind: Any = getattr(torch.optim, given, None) if isinstance(given, str) else given
     if kind is None or not callable(kind):
         known = [n for n in dir(torch.optim) if _is_optimiser(getattr(torch.optim, n))]
-        raise InputError(f"Unknown optimiser {what!r}. Known: {', '.join(known)}, or a function of the parameters.")
+        raise InputError(
+            f"Unknown optimiser {what!r}. Known: {', '.join(known)}, or a function of the parameters."
+            f"{did_you_mean(str(what), known)}"
+        )
 
     def make(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         made = kind(parameters, lr=rate) if _is_optimiser(kind) else kind(parameters)

@@ -274,6 +274,12 @@ class KrigingRun(ModelRun):
     def _said(self, has_errors: bool) -> tuple[str, ...]:
         search, said = self.search, []
         failed = int(search.runs.failed.sum())
+        if failed and not self.plain.strategy.errors_raise and self.plain.strategy.failures == "drop":
+            said.append(
+                f"{failed} of {len(search.runs.rows)} runs failed, and were taken for as bad as the worst: the fit "
+                "stays away from where runs fail. If failing has nothing to do with the parameters, have them tried "
+                "again, failures=bridge.Drop(retries=2), or give a number for them, failures=bridge.Penalty(value)."
+            )
         if failed and self.plain.strategy.errors_raise:
             said.append(
                 f"{failed} of {len(search.runs.rows)} runs gave NaN, infinite or enormous outputs and were taken for "

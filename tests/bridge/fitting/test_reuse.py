@@ -202,7 +202,7 @@ def test_what_is_none_of_the_simulators_is_refused_and_nothing_is_left_behind(ea
 
 @pytest.mark.parametrize("kind", [bridge.GaussNewton, bridge.Adam, bridge.TrustRegion])
 def test_only_kriging_has_a_use_for_earlier_runs(earlier, kind):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'reuse'"):
+    with pytest.raises(InputError, match="Unknown argument 'reuse'"):
         kind(reuse=earlier)
 
 

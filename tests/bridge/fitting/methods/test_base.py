@@ -62,7 +62,7 @@ def test_the_scale_of_kriging_is_how_far_its_first_round_looks():
 def test_settings_of_a_method_stand_on_it():
     with pytest.raises(InputError, match=r"'steps' of bridge\.fit\. Give method=bridge\.Adam\(steps=\.\.\.\)"):
         fit(method=Kriging(), steps=3, restarts=2)
-    with pytest.raises(TypeError, match="halving"):
+    with pytest.raises(InputError, match="halving"):
         Kriging(halving=False)
     with pytest.raises(InputError, match=r"got its class\. Make one: method=Kriging\(\)"):
         fit(method=Kriging)

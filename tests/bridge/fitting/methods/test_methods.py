@@ -620,7 +620,7 @@ def test_what_a_method_has_no_use_for_is_refused(settings, words):
     ],
 )
 def test_a_setting_of_others_is_none_of_the_object(kind, setting):
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{list(setting)[-1]}'"):
+    with pytest.raises(InputError, match=f"Unknown argument '{list(setting)[-1]}'"):
         kind(**setting)
 
 

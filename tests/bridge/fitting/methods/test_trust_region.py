@@ -131,7 +131,7 @@ def test_it_has_the_settings_of_a_search_and_none_of_a_smoothing():
     result = minimised(sphere, [1.0, 1.0], max_runs=50, method=method)
     assert (result.method, len(result.history), result.stop_reason) == ("trust-region", 3, "max_steps")
     for setting in ({"learning_rate": 0.2}, {"points": "mc"}, {"steps": 3}):
-        with pytest.raises(TypeError, match=next(iter(setting))):
+        with pytest.raises(InputError, match=next(iter(setting))):
             bridge.TrustRegion(**setting)
     with pytest.raises(InputError, match="tolerance of 0 or more, got -1"):
         bridge.TrustRegion(tolerance=-1)
