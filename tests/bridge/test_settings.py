@@ -57,5 +57,5 @@ def test_a_method_of_ones_own_is_told_the_same():
 
         def start(self, task): ...
 
-    with pytest.raises(InputError, match="Unknown argument 'reech' of Mine. Did you mean 'reach'"):
+    with pytest.raises(InputError, match=r"Unknown argument 'reech' of Mine\. Did you mean 'reach'"):
         Mine(reech=2.0)
