@@ -393,7 +393,8 @@ sim = CryoET(specimen, (24, 24), 4.0, parameters=names, deformation=Deformation(
 truth = np.array([0.8, -1.2, 3.0, 5.0, 2.0])
 target = sim.replace(noise="poisson")(truth[None], np.ones(1, dtype=np.uint64))[0]
 result = bridge.fit(
-    sim, target, np.zeros(5), seed=0, method="gauss-newton", steps=20, num_samples=64, scale=(0.7, 0.1), variance=640.0
+    sim, target, np.zeros(5), seed=0, variance=640.0,
+    method=bridge.GaussNewton(steps=20, num_samples=64, scale=(0.7, 0.1)),
 )
 if bridge.is_root():
     print(*(value.hex() for value in (*result.parameters.tolist(), *result.standard_error.tolist(), result.loss)))
