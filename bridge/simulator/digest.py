@@ -105,6 +105,8 @@ def _see_object(walk: Walk, value: Any) -> None:
         raise walk.unseen(bypass(value))
     if callable(value) and (text := given_identity(value)) is not None:
         walk.put("identity", text)
+    elif is_global_generator(value):
+        walk.put("global generator")  # frozen distributions of scipy have it as an attribute
     elif isinstance(value, enum.Enum):
         walk.put("enum", str(value.name))
         walk.see(value._value_)

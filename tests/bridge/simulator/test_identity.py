@@ -24,6 +24,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -314,6 +315,20 @@ def stateful() -> Any:
 
     f.runs, f.setting = 0, setting  # type: ignore[attr-defined]
     return f
+
+
+def test_a_generator_that_all_of_a_process_uses_is_no_part_of_a_simulator() -> None:
+    """Distributions of scipy have it as an attribute, whatever is asked of them."""
+    law = scipy.stats.t(5)
+    before = identity_of(as_simulator(lambda t: law.cdf(t)))
+    law.rvs()
+    assert identity_of(as_simulator(lambda t: law.cdf(t))) == before
+    law = scipy.stats.t(6)
+    assert identity_of(as_simulator(lambda t: law.cdf(t))) != before
+    own = np.random.RandomState(0)
+    before = identity_of(as_simulator(lambda t: t * own.normal()))
+    own.normal()
+    assert identity_of(as_simulator(lambda t: t * own.normal())) != before
 
 
 def test_what_is_changed_by_hand_between_two_calls_counts(tmp_path: Path) -> None:
