@@ -36,7 +36,7 @@ FILES = {
     "adapters/render/pyrender_compat.py": (464, "what one version of pyrender gets wrong, each with its remedy"),
     "adapters/render/raster_kernels.py": (539, "compiled loops, and their arguments, one a line"),
     "bridge/dispatch/mpi.py": (575, "the only file that may import mpi4py"),
-    "bridge/fitting/methods/kriging_search.py": (525, _ROOMS),
+    "bridge/fitting/methods/kriging_search.py": (520, _ROOMS),
     "bridge/planning/cost_model.py": (460, _ONE),
     "simulators/cryoet/formats/structure.py": (546, "PDB and mmCIF files, and all that is odd in them"),
     "simulators/cryoet/simulator.py": (469, _ONE),

@@ -218,3 +218,8 @@ class Runs:
         """Goes on from a state."""
         for name in self._KEPT:
             setattr(self, name, saved[name])
+
+
+def farthest(outputs: Array) -> float:
+    """The largest squared distance of rows (n, m) from the first one; numbers that are lacking do not count."""
+    return float(np.nansum((outputs - outputs[0]) ** 2, axis=1).max())

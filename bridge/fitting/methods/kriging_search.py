@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from bridge.arrays import Array
 from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.fitting.methods.gaussian_process import GaussianProcess, fit_gaussian_process, levenberg_marquardt
-from bridge.fitting.methods.kriging_runs import FARTHEST, Runs
+from bridge.fitting.methods.kriging_runs import FARTHEST, Runs, farthest
 from bridge.fitting.robust import RobustLoss
 from bridge.fitting.soundness import corrected_units, looks_like_noise, sensitivities, tamed
 
@@ -249,12 +249,12 @@ class KrigingSearch:
             return False
         outputs = self.runs.residuals[good]  # not by G, in which rows of two rounds differ by rounding
         least = 1e-24 * max(float(np.nansum(outputs**2, axis=1).max()), 1e-300)
-        if _apart(outputs) <= least:
+        if farthest(outputs) <= least:
             factor, what = 10.0, "too small, or the simulator is constant there: nothing changes"
         else:
             others = good[good > 0]
             last = others[others >= len(self.runs.rows) - len(self.points)]
-            if len(last) < 3 or self.runs.failed[0] or _apart(self.runs.residuals[last]) > least:
+            if len(last) < 3 or self.runs.failed[0] or farthest(self.runs.residuals[last]) > least:
                 return False
             factor, what = 0.25, "too large: all of its runs give the same output, the start another"
         if self.runs.round > _RESCALINGS:
@@ -512,11 +512,6 @@ class KrigingSearch:
         self.promise = None if saved["promise"] is None else (saved["promise"][0], saved["promise"][1])
         self.ends = [(float(loss), np.asarray(z)) for loss, z in saved["ends"]]
         self.path = [(int(rows), float(loss)) for rows, loss in saved["path"]]
-
-
-def _apart(outputs: Array) -> float:
-    """The largest squared distance of rows (n, m) from the first one; numbers that are lacking do not count."""
-    return float(np.nansum((outputs - outputs[0]) ** 2, axis=1).max())
 
 
 def _of_loss(model: GaussianProcess, unit: Array) -> GaussianProcess:
