@@ -578,7 +578,7 @@ def absolute(y, t):
         ({"misfit": bridge.LeastSquares(robust=("huber", -1.0)), "variance": 1.0}, "positive width"),
         ({"misfit": absolute, "variance": 1.0}, "no variance= with a loss of your own"),
         ({"misfit": bridge.LeastSquares(variance=2.0), "variance": 1.0}, "the variance once"),
-        ({"misfit": absolute, "method": "kriging"}, "trust-region, adam, torch or natural"),
+        ({"misfit": absolute, "method": "kriging"}, r"trust-region, adam, torch,? (or )?natural"),
         ({"misfit": absolute, "stop": bridge.Stop(error=0.1)}, r"least squares with Stop\(error=\)"),
         ({"misfit": absolute, "method": "adam", "stop": bridge.Stop(error=0.1)}, r"least squares with Stop\(error=\)"),
         (
