@@ -142,7 +142,7 @@ def test_an_observer_is_watched_by_its_name():
     try:
         (observer,) = view("test-notes")
         assert isinstance(observer, Notes)
-        with pytest.raises(InputError, match=r"Known: auto, lines, off, test-notes.*Did you mean 'test-notes'"):
+        with pytest.raises(InputError, match=r"Known: auto, lines, off, .*test-notes.*Did you mean 'test-notes'"):
             view("test-note")
         with pytest.raises(InputError, match=r"derived from bridge\.Observer, got .*Bare\. Write class Bare\("):
 
@@ -153,6 +153,6 @@ def test_an_observer_is_watched_by_its_name():
     finally:
         del OBSERVERS._registered["test-notes"]
     with pytest.raises(
-        InputError, match=r"Unknown watch='test-notes'\. Known: auto, lines, off, jsonl, tensorboard, or observers"
+        InputError, match=r"Unknown watch='test-notes'\. Known: auto, lines, off, \w+, \w+.*or observers"
     ):
         view("test-notes")
