@@ -229,6 +229,7 @@ import sys
 thoughts = []
 learns = OnePlusLambdaRun.tell
 OnePlusLambdaRun.tell = lambda self, step, answer: thoughts.append(step) or learns(self, step, answer)
+OnePlusLambda.identity = "what it thinks is counted"  # which grows, and would make it another method
 X = np.linspace(0, 3, 25)
 
 
