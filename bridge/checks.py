@@ -221,7 +221,7 @@ def is_number(value: Any) -> bool:
     """Whether a value can be taken for one real number; text and booleans cannot."""
     try:
         float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, bool | str)
 

@@ -29,6 +29,7 @@ class Registry(Generic[Kind]):
         called: what a name is called in errors. plural: what the known ones are called there.
         or_else, hint: what else may be given, at the end of the list of names and of the error. if_none: the list where
             there are no names.
+        reserved: words that mean something else where a name may stand.
     """
 
     _all: ClassVar[list[Registry[Any]]] = []
@@ -44,10 +45,11 @@ class Registry(Generic[Kind]):
         or_else: str = "",
         hint: str = "",
         if_none: str = "none",
+        reserved: tuple[str, ...] = (),
     ) -> None:
         self.what, self.group, self.kind = what, group, kind
         self._called, self._plural = called or what, f" {plural}" if plural else ""
-        self._or_else, self._hint, self._if_none = or_else, hint, if_none
+        self._or_else, self._hint, self._if_none, self._reserved = or_else, hint, if_none, reserved
         self._registered: dict[str, Callable[..., Kind]] = {}
         Registry._all.append(self)
 
@@ -60,9 +62,18 @@ class Registry(Generic[Kind]):
         _check_name(name)
 
         def decorate(member: Member) -> Member:
+            if not callable(member):
+                raise InputError(
+                    f"Expected a class or a function that makes one as the {self.what} {name!r}, got {member!r}. "
+                    "Register its class."
+                )
             if self.kind is not None and isinstance(member, type) and not issubclass(member, self.kind):
                 raise InputError(
                     f"Expected a subclass of {self.kind.__name__} as the {self.what} {name!r}, got {_home(member)}."
+                )
+            if name in self._reserved:
+                raise InputError(
+                    f"Expected a name for the {self.what} that means nothing else, got {name!r}. Choose another name."
                 )
             taken = self._registered.get(name)
             if taken is not None and not _is_again(taken, member):
@@ -187,6 +198,7 @@ EXECUTORS: Registry[Executor] = Registry(
     or_else=", process",
     hint=" A number of workers is given as one, on=8; an executor itself, or by its name.",
     if_none="",
+    reserved=("process",),
 )
 
 
@@ -217,8 +229,12 @@ def register(name: str) -> Callable[[Member], Member]:
 
 
 def _check_name(name: Any) -> None:
-    if not (isinstance(name, str) and name):
+    if not (isinstance(name, str) and name.strip() == name != ""):
         raise InputError(f'Expected a name in quotation marks, register("name"), got {name!r}.')
+    if ":" in name:
+        raise InputError(
+            f"Expected a name without a colon, which stands before an argument or a function, got {name!r}."
+        )
 
 
 def _is_again(taken: Any, member: Any) -> bool:

@@ -99,7 +99,7 @@ class Penalty(_Tolerant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (is_number(self.value) and np.isfinite(self.value)):
+        if not (is_number(self.value) and np.isfinite(float(self.value))):
             raise InputError(
                 f"Expected a finite value, which stands in the place of every number of a failed output, got "
                 f"{self.value!r}."

@@ -57,6 +57,11 @@ class Ranks(Place):
     step_limit_s: float | None = None
 
     def __post_init__(self) -> None:
+        if self.comm is not None and (isinstance(self.comm, type) or not hasattr(self.comm, "Dup")):
+            raise InputError(
+                f"Expected an mpi4py communicator as comm, such as mpi4py.MPI.COMM_WORLD, got {self.comm!r}. Leave it "
+                "out for all ranks."
+            )
         if self.schedule not in ("auto", "static", "dynamic"):
             raise InputError(f"Unknown schedule={self.schedule!r}. Known: auto, static, dynamic.")
         if not is_whole(self.per_evaluation, 1):

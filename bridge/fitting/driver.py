@@ -12,10 +12,10 @@ from typing import Any, TypeVar, final
 import numpy as np
 
 from bridge.arrays import Array
-from bridge.errors import BridgeError, EvaluationError
+from bridge.errors import BridgeError, EvaluationError, InputError
 from bridge.fitting.fingerprint import fingerprint
 from bridge.fitting.methods.base import UNLIMITED, FitTask, Method, MethodResult, MethodRun, ModelRun, StepReport
-from bridge.fitting.methods.requests import Answer, Request, answered, num_runs
+from bridge.fitting.methods.requests import Answer, Request, Runs, answered, num_runs
 from bridge.fitting.outcome import cut_short, make_result, plain, result_from
 from bridge.fitting.problem import FitProblem
 from bridge.fitting.reuse import Earlier, Source, described, earlier_rows
@@ -205,7 +205,7 @@ class FitDriver:
                 self._ending = self.work.finish(len(self.history))
                 self._go_to_end(None)
             else:
-                self._asked = self._thought(lambda: self.work.ask(len(self.history), self.spent))
+                self._asked = self._thought(self._request)
         return self._asked
 
     @property
@@ -239,6 +239,21 @@ class FitDriver:
         """Whether there is no further step."""
         return bool(self.stop_reason) or (self.work.limit is not None and len(self.history) >= self.work.limit)
 
+    def _request(self) -> Request:
+        """What the method asks for, which may be somebody's own."""
+        request = self.work.ask(len(self.history), self.spent)
+        what, d = f"method {self.method.name!r}", self.problem.free.dimension
+        if not isinstance(request, Request):
+            raise InputError(
+                f"Expected {what} to ask for bridge.Runs(points) or bridge.Smoothed(x, scale), got {request!r}."
+            )
+        if isinstance(request, Runs) and (np.ndim(request.points) != 2 or np.shape(request.points)[1] != d):
+            raise InputError(
+                f"Expected {what} to ask for points of shape (k, {d}), the free parameters in natural units, got "
+                f"{np.shape(request.points)}."
+            )
+        return request
+
     def _thought(self, think: Callable[[], T]) -> T:
         """What the first rank makes of something, on every rank. Collective."""
         found: Any = None
@@ -261,6 +276,11 @@ class FitDriver:
         report, state = self._thought(lambda: (self.work.tell(step, answer), self._for_others()))
         if self.dispatcher.rank != 0 and state is not None:
             self.work.follow(state, answer)
+        if not (report is None or isinstance(report, StepReport)):
+            raise InputError(
+                f"Expected tell of method {self.method.name!r} to return a bridge.StepReport, or None where the step "
+                f"goes on, got {report!r}."
+            )
         return report
 
     def _for_others(self) -> dict[str, Any] | None:

@@ -105,8 +105,10 @@ def _by_names(prior: PriorOf | None, space: ParameterSpace) -> dict[tuple[str, .
     for key, value in given.items():
         if isinstance(key, str):
             names = (key,) if key in space.names else tuple(name.strip() for name in key.split(","))
+        elif isinstance(key, tuple):
+            names = key
         else:
-            names = tuple(key)
+            raise InputError(f"Expected names of parameters in prior=, or tuples of several, got {key!r}.")
         try:
             if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
                 raise TypeError

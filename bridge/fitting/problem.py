@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -154,6 +154,8 @@ def make_problem(
     Raises:
         InputError: something is unknown, of the wrong shape, or contradicts something else.
     """
+    if not isinstance(fixed, Iterable):
+        raise InputError(f'Expected names of parameters as fixed=, such as fixed=["a"], got {fixed!r}.')
     number = start.number if isinstance(start, Starts) else None
     if isinstance(start, Starts):
         start = start.given

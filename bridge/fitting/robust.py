@@ -9,6 +9,7 @@ from typing import Any, final
 import numpy as np
 
 from bridge.arrays import Array
+from bridge.checks import is_number
 from bridge.errors import InputError
 from bridge.registry import Registry
 
@@ -140,11 +141,17 @@ def make_robust(given: Any) -> RobustLoss | None:
     """A robust loss from itself, its name, or (name, width in standard deviations); None from None.
 
     Raises:
-        InputError: an unknown name, or a width that is not positive.
+        InputError: something else, an unknown name, or a width that is not positive.
     """
     if given is None or isinstance(given, RobustLoss):
         return given
-    name, *width = (given,) if isinstance(given, str) else tuple(given)
+    name, width = given if isinstance(given, tuple | list) and len(given) == 2 else (given, None)
+    if not isinstance(name, str) or not (width is None or is_number(width)):
+        hint = f" Give an instance, {given.__name__}(...)." if isinstance(given, type) else ""
+        raise InputError(
+            f"Expected the name of a robust loss, (name, width in standard deviations), or a bridge.RobustLoss, got "
+            f"{given!r}.{hint}"
+        )
     kind: Any = ROBUST_LOSSES.find(name)
-    made: RobustLoss = kind(*(float(w) for w in width if w is not None))
+    made: RobustLoss = kind() if width is None else kind(float(width))
     return made

@@ -6,7 +6,7 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -164,7 +164,7 @@ class FitSession:
         rows = np.asarray(points, dtype=np.float64)
         if rows.ndim != 2 or rows.shape[1] != self.space.dimension:
             raise InputError(f"Expected points of shape (k, {self.space.dimension}), as ask() gives, got {rows.shape}.")
-        given = list(outputs)
+        given = list(outputs) if isinstance(outputs, Iterable) else [outputs]
         if len(given) != len(rows):
             raise InputError(f"Expected an output for each of {len(rows)} points, got {len(given)}.")
         ran_with = None if seeds is None else [int(seed) for seed in np.asarray(seeds).reshape(-1)]
@@ -256,7 +256,12 @@ class FitSession:
         self._go_on()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the session to a file, whole or not at all, without a pickle."""
+        """Writes the session to a file, whole or not at all, without a pickle.
+
+        Raises:
+            InputError: no path. OSError: the file cannot be written.
+        """
+        _check_path(path)
         checkpoint.write(Path(path), len(self._driver.history), checkpoint.packed(self.to_dict()))
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -265,6 +270,7 @@ class FitSession:
         Raises:
             InputError: no such file, or of one with other settings.
         """
+        _check_path(path)
         try:
             _, state = checkpoint.read(Path(path))
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -275,6 +281,11 @@ class FitSession:
         settings = fingerprint(self._prepared.task, self._prepared.method, self._driver.work)
         plain: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True, default=str))
         return plain
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, str | os.PathLike) or Path(path).name == "":
+        raise InputError(f"Expected the file of a session as a path, got {path!r}.")
 
 
 def _driver(prepared: Prepared, work: MethodRun, chooses: Method, begun: float) -> FitDriver:

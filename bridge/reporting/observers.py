@@ -43,7 +43,7 @@ class Observer(Protocol):
 
 
 # What has a name of its own, besides the choices.
-OBSERVERS: Registry[Observer] = Registry("observer", "bridge.observers", Observer)
+OBSERVERS: Registry[Observer] = Registry("observer", "bridge.observers", Observer, reserved=CHOICES)
 # A function of each step, or an observer, or the name of one.
 Watcher = Observer | Callable[[FitStep], Any] | str
 Watch = Watcher | Sequence[Watcher]

@@ -84,7 +84,12 @@ def write(path: Path, step: int, state: tuple[str, list[NDArray[Any]]]) -> None:
     content = {"tree": np.frombuffer(tree.encode(), dtype=np.uint8)}
     content |= {f"array{i}": array for i, array in enumerate(arrays)}
     digest = np.frombuffer(_digest(content), dtype=np.uint8)
-    write_whole(path, lambda p: np.savez(p, digest=digest, **content))  # type: ignore[arg-type]
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("wb") as opened:  # of a path without .npz numpy would make another
+            np.savez(opened, digest=digest, **content)  # type: ignore[arg-type]
+
+    write_whole(path, fill)
 
 
 def read(path: Path) -> tuple[int, tuple[str, list[NDArray[Any]]]]:

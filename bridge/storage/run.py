@@ -102,7 +102,7 @@ class Run(metaclass=Settings):
         title: str = "",
         comm: Intracomm | None = None,
     ) -> None:
-        if not isinstance(directory, str | os.PathLike):
+        if not isinstance(directory, str | os.PathLike) or directory == "":
             raise InputError(f"Expected the directory of a run as a path, got {directory!r}.")
         self.directory, self.every_s, self._keep = Path(directory), every_s, keep_evaluations
         self.title, self.resume, self._overwrite = title, resume, overwrite

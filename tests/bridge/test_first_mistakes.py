@@ -474,11 +474,29 @@ def test_whole_numbers_may_be_floats(settings):
         ({"stop": 2.5}, "runs of at least 2, got 2.5"),
         ({"start": bridge.Starts(1, [[0.5], [0.6]])}, "at least the 2 starts"),
         ({"variance": 0.0}, "got 0"),
+        ({"misfit": bridge.LeastSquares(1.0, robust=1)}, r"the name of a robust loss, \(name, width.*got 1\."),
+        ({"misfit": bridge.LeastSquares(1.0, robust=("huber", "2"))}, r"got \('huber', '2'\)"),
+        ({"misfit": bridge.LeastSquares(1.0, robust=bridge.Huber)}, r"Give an instance, Huber\(\.\.\.\)"),
+        ({"fixed": True}, r'fixed=\["a"\], got True'),
+        ({"prior": {1: 2}}, "names of parameters in prior=.*got 1"),
+        ({"method": bridge.Adam(scale=True)}, "Expected positive scales.*got True"),
+        ({"run": ""}, "directory of a run as a path, got ''"),
     ],
 )
 def test_values_of_other_kinds_are_told(given, said):
     with pytest.raises(bridge.InputError, match=said):
         bridge.fit(lambda p: p, np.array([1.0]), **{"start": [0.5], "seed": 0, **given})
+
+
+def test_what_is_no_communicator_is_told():
+    with pytest.raises(bridge.InputError, match=r"an mpi4py communicator as comm.*got 'world'"):
+        bridge.Ranks("world")
+
+
+def test_a_penalty_may_be_a_large_integer():
+    assert bridge.Penalty(10**30).filling == 1e30
+    with pytest.raises(bridge.InputError, match="Expected a finite value"):
+        bridge.Penalty(10**400)
 
 
 def test_a_level_that_is_no_number_is_told():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Executor
 from importlib import metadata
 from pathlib import Path
 
@@ -171,6 +172,8 @@ def test_the_decorator_finds_the_kind(install):
     assert bridge.register("test-mine")(Mine) is Mine
     assert isinstance(get_points("test-mine"), Mine)
     assert Mine.name == "test-mine"
+    with pytest.raises(InputError, match=r"Expected a class or a function that makes one .*Register its class"):
+        bridge.register("test-instance")(Mine())
     bridge.register("test-mine")(Mine)  # as where a cell is run again
     with pytest.raises(InputError, match=r"Expected a new name of a point set, got 'test-mine', which .*Mine has"):
         bridge.register("test-mine")(Another)
@@ -185,3 +188,17 @@ def test_the_decorator_finds_the_kind(install):
         class Unnamed: ...
 
     assert "test-mine" not in bridge.list_simulators()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("off", bridge.Observer, "means nothing else, got 'off'"),
+        ("process", Executor, "means nothing else, got 'process'"),
+        ("a:b", Executor, "without a colon"),
+        (" ", Executor, "in quotation marks"),
+    ],
+)
+def test_names_that_could_not_be_used_are_refused(name, kind, words):
+    with pytest.raises(InputError, match=words):
+        bridge.register(name)(type("Mine", (kind,), {}))

@@ -8,7 +8,7 @@ add one: a file with such a class, registered by a name (`register`) and, in a p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
 
@@ -127,7 +127,10 @@ def begin(method: Method, task: FitTask) -> MethodRun:
         raise InputError(
             f"Expected {' or '.join(those)} with Stop(error=), got {method.name}, which states no standard errors."
         )
-    return method.start(task)
+    work = method.start(task)
+    if not isinstance(work, MethodRun):
+        raise InputError(f"Expected start of method {method.name!r} to return a bridge.MethodRun, got {work!r}.")
+    return work
 
 
 @final
@@ -307,7 +310,7 @@ def as_widths(scale: Any, default: tuple[float, float]) -> tuple[float, float]:
             f"single parameters belong to the simulator: bridge.as_simulator(f, natural_scale={dict(scale)!r})."
         )
     pair: Any = (scale, scale) if is_number(scale) else scale
-    if len(pair) != 2 or not all(is_number(x) and x > 0 for x in pair):
+    if not isinstance(pair, Iterable) or len(pair := tuple(pair)) != 2 or not all(is_number(x) and x > 0 for x in pair):
         raise InputError(f"Expected positive scales, a number or (first, last), got {scale!r}.")
     first, last = pair
     return float(first), float(last)

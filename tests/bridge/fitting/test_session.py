@@ -124,9 +124,10 @@ def test_a_session_goes_on_after_any_interruption(method, tmp_path):
         points = session.ask()
         half = points[: (len(points) + 1) // 2]
         session.tell(half, [decay(p) for p in half])
-        session.save(tmp_path / "session.npz")
+        session.save(tmp_path / "session")
+        assert [path.name for path in tmp_path.iterdir()] == ["session"]
         session = begun()  # as in another process
-        session.load(tmp_path / "session.npz")
+        session.load(tmp_path / "session")
         calls += 1
     assert calls > len(session.history)
     assert_same(session.result, whole.result)
@@ -134,7 +135,7 @@ def test_a_session_goes_on_after_any_interruption(method, tmp_path):
     again.restore(session.to_dict())
     assert_same(again.result, whole.result)
     with pytest.raises(InputError, match=r"settings of the one that was kept, got others: seed was 0, is 1"):
-        bridge.FitSession(SPACE, TARGET, START, seed=1, method=method).load(tmp_path / "session.npz")
+        bridge.FitSession(SPACE, TARGET, START, seed=1, method=method).load(tmp_path / "session")
     with pytest.raises(InputError, match=r"a file that FitSession\.save has written, got .*nothing"):
         begun().load(tmp_path / "nothing.npz")
 
@@ -259,6 +260,7 @@ thoughts = []
 learns = OnePlusLambdaRun.tell
 OnePlusLambda.identity = "with a list that grows, of which no result depends"
 OnePlusLambdaRun.tell = lambda self, step, answer: thoughts.append(step) or learns(self, step, answer)
+OnePlusLambda.identity = "what it thinks is counted"  # which grows, and would make it another method
 X = np.linspace(0, 3, 25)
 
 
@@ -344,3 +346,13 @@ def test_a_method_of_ones_own_on_ranks(run_ranks, run_alone, tmp_path):
     done = run_ranks(2, ON_RANKS, tmp_path / "ranks", timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == alone.stdout
+
+
+def test_what_is_no_path_or_no_outputs_is_told():
+    session = bridge.FitSession(SPACE, TARGET, START, seed=0)
+    for write in (session.save, session.load):
+        for path in (None, ""):
+            with pytest.raises(InputError, match="the file of a session as a path, got"):
+                write(path)
+    with pytest.raises(InputError, match="Expected an output for each of"):
+        session.tell(session.ask(), None)

@@ -172,3 +172,42 @@ def test_a_method_without_a_schedule_has_one_scale(kind):
     for wrong in ((1.0, 0.1), [1.0], -1.0, 0, "wide"):
         with pytest.raises(InputError, match="positive scale"):
             kind(scale=wrong)
+
+
+@dataclass(frozen=True)
+class Mistaken(Method):
+    """One that starts, asks or reports something else."""
+
+    starts: bool = True
+    asks: object = None
+    reports: object = None
+
+    def start(self, task):
+        return MistakenRun(task, self) if self.starts else None
+
+
+class MistakenRun(SearchRun):
+    def __init__(self, task, method):
+        super().__init__(task, method, limit=2)
+        self.method = method
+
+    def ask(self, step, spent):
+        return self.method.asks
+
+    def tell(self, step, answer):
+        return self.method.reports
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (Mistaken(starts=False), "to return a bridge.MethodRun, got None"),
+        (Mistaken(), r"to ask for bridge.Runs\(points\) or bridge.Smoothed\(x, scale\), got None"),
+        (Mistaken(asks=Runs(np.ones(2))), r"points of shape \(k, 2\), .* got \(2,\)"),
+        (Mistaken(asks=Runs(np.ones((1, 3)))), r"points of shape \(k, 2\), .* got \(1, 3\)"),
+        (Mistaken(asks=Runs(np.ones((1, 2))), reports="good"), "to return a bridge.StepReport, .* got 'good'"),
+    ],
+)
+def test_a_method_of_ones_own_that_says_something_else_is_told(method, words):
+    with pytest.raises(InputError, match=words):
+        fit(method=method)
