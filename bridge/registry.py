@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 from importlib import metadata
 from typing import Any, ClassVar, Generic, TypeVar, final
 
@@ -153,8 +154,12 @@ class Registry(Generic[Kind]):
         )
 
     def all(self) -> dict[str, Any]:
-        """Every class, by its name."""
-        return {name: self.find(name) for name in self.names()}
+        """Every class that can be imported, by its name; of others, who asks for one is told (`find`)."""
+        found = {}
+        for name in self.names():
+            with suppress(SetupError, InputError):
+                found[name] = self.find(name)
+        return found
 
     def _announced(self) -> dict[str, list[metadata.EntryPoint]]:
         """The entry points of each name; one, unless packages quarrel about it."""

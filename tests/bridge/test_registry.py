@@ -133,6 +133,14 @@ def test_a_broken_package_is_named(install):
         get_covariate("rows")
 
 
+def test_a_broken_package_is_in_nobodys_way(install):
+    install("plug-nine", {"bridge.methods": {"odd": "plug_nine:Odd"}}, "raise RuntimeError('no licence')")
+    with pytest.raises(InputError, match="with a loss of your own: kriging needs least squares"):
+        bridge.fit(np.tanh, [0.0], [0.3], seed=0, method="kriging", misfit=lambda a, b: (a - b).square().sum())
+    assert "odd" in METHODS.names()
+    assert "odd" not in METHODS.all()
+
+
 def test_a_name_that_two_packages_have_is_refused(install):
     for name in ("plug-five", "plug-six"):
         install(name, {"bridge.distributions": {"wide": f"{name.replace('-', '_')}:Wide"}})
