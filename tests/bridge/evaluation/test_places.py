@@ -148,7 +148,8 @@ def test_so_many_runs_are_under_way_as_the_executor_says():
         return x
 
     simulator = bridge.as_simulator(meets, repeatable=True)
-    value = bridge.smooth(simulator, seed=0, num_samples=16, on=ThreadPoolExecutor(4))(THETA)
+    # Where runs may fail rows go singly, however fast the first one was: else several are one call, in one thread.
+    value = bridge.smooth(simulator, seed=0, num_samples=16, failures="drop", on=ThreadPoolExecutor(4))(THETA)
     assert torch.equal(value, bridge.smooth(lambda x: x, seed=0, num_samples=16)(THETA))
     assert len(seen) == 16
 

@@ -47,9 +47,11 @@ def half_written(descriptor, data):
     event(lambda: write(descriptor, data[: len(data) // 2]))
     return write(descriptor, data)
 
-def half_saved(path, **content):
-    savez(path, **content)
-    event(lambda: os.truncate(path, Path(path).stat().st_size // 2))
+def half_saved(file, **content):
+    savez(file, **content)
+    file.flush()
+    number = file.fileno()
+    event(lambda: os.ftruncate(number, os.fstat(number).st_size // 2))
 
 def moved(*paths):
     event()
