@@ -13,7 +13,7 @@ from bridge.estimators.covariates import Covariate, get_covariate
 from bridge.estimators.distributions import Distribution, fisher_information, get_distribution
 from bridge.estimators.points import PointSet, get_points
 
-Failures = Literal["raise", "drop", "penalty"]
+FailureRule = Literal["raise", "drop", "penalty"]
 Forward = Literal["smoothed", "unsmoothed"]
 SimulatorSeeds = Literal["common", "independent"]
 
@@ -36,7 +36,7 @@ class Strategy:
     covariate: Covariate
     forward: Forward
     simulator_seeds: SimulatorSeeds
-    failures: Failures
+    failures: FailureRule
     leaf_size: int
     penalty: float | None = None
     min_ok: float = 0.5
@@ -79,7 +79,7 @@ def make_strategy(
     points: str | PointSet,
     covariate: str | Covariate,
     simulator_seeds: str,
-    failures: Failures,
+    failures: FailureRule,
     leaf_size: int | None,
     penalty: float | None = None,
     min_ok: float = 0.5,

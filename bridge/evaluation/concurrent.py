@@ -67,7 +67,7 @@ class ExecutorSimulator(ConcurrentSimulator):
         self.inner, self.executor, self.workers = inner, executor, workers
         self._pickled: bytes | None = None
         if not isinstance(executor, ThreadPoolExecutor):
-            self._pickled = _pickled(inner)
+            self._pickled = pickled(inner)
             self._digest = hashlib.blake2b(self._pickled, digest_size=16).hexdigest()
             unwatched(inner)  # its calls are elsewhere
         self._first, self._begun = threading.Lock(), False
@@ -109,7 +109,12 @@ class ExecutorSimulator(ConcurrentSimulator):
         wait(waiting)
 
 
-def _pickled(simulator: Simulator) -> bytes:
+def pickled(simulator: Simulator) -> bytes:
+    """The simulator by value, for another process.
+
+    Raises:
+        InputError: it cannot be sent.
+    """
     import cloudpickle
 
     try:

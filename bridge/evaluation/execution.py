@@ -13,7 +13,7 @@ import torch
 
 from bridge.arrays import Array
 from bridge.estimators.design import Design
-from bridge.estimators.strategy import Failures, Strategy
+from bridge.estimators.strategy import FailureRule, Strategy
 from bridge.simulator.identity import Filing
 from bridge.simulator.protocol import Simulator
 from bridge.storage.store import Store
@@ -42,7 +42,7 @@ class Tolerance:
         min_ok: share of the runs that have to succeed.
     """
 
-    failures: Failures = "raise"
+    failures: FailureRule = "raise"
     errors_raise: bool = False
     largest: float = math.inf
     missing: Literal["raise", "ignore"] = "raise"

@@ -9,8 +9,7 @@ import numpy as np
 
 from bridge.checks import Settings, is_number, is_whole
 from bridge.errors import InputError
-
-FailureRule = Literal["raise", "drop", "penalty"]
+from bridge.estimators.strategy import FailureRule
 
 
 @dataclass(frozen=True, kw_only=True)

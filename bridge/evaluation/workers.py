@@ -37,7 +37,7 @@ from bridge.checks import is_whole
 from bridge.children import marked, own_directory
 from bridge.environment import child_environment, describe_status, thread_count
 from bridge.errors import EvaluationError, EvaluationTimeoutError, InputError, OutputError, SetupError
-from bridge.evaluation.concurrent import ConcurrentSimulator
+from bridge.evaluation.concurrent import ConcurrentSimulator, pickled
 from bridge.simulator.function import unwatched
 from bridge.simulator.protocol import Simulator, simulator_name
 from bridge.simulator.repeatability import NotRepeatableWarning
@@ -67,19 +67,11 @@ class IsolatedSimulator(SimulatorWrapper):
     """
 
     def __init__(self, inner: Simulator, timeout_s: float | None = None, directory: Path | None = None) -> None:
-        import cloudpickle
-
         if timeout_s is not None and not timeout_s > 0:
             raise InputError(f"Expected a positive timeout_s, got {timeout_s!r}.")
         self.inner, self.timeout_s = inner, timeout_s
         self._directory = directory
-        try:
-            self._pickled = cloudpickle.dumps(inner)
-        except Exception as error:
-            raise InputError(
-                f"Expected a simulator that can be sent to another process, got {self.name!r}: {error}. Open files, "
-                "sockets and libraries inside the simulator's call, not before."
-            ) from error
+        self._pickled = pickled(inner)
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 

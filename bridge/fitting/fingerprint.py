@@ -18,7 +18,7 @@ from bridge.fitting.target import LinearMap
 from bridge.simulator.function import as_simulator
 from bridge.simulator.identity import identity_of, identity_of_function
 from bridge.simulator.protocol import simulator_name
-from bridge.smoothing.surrogate import Surrogate
+from bridge.smoothing.surrogate import as_surrogate
 
 
 def fingerprint(task: FitTask, method: Method, run: MethodRun) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _of_method(method: Method, misfit: Misfit) -> dict[str, Any]:
                 if callable(given):
                     found[f"code of {name}[{i}]"] = identity_of_function(given, f"{name}[{i}]")
         elif name == "surrogate" and value is not None:
-            cheap = value if isinstance(value, Surrogate) else Surrogate(value)
+            cheap = as_surrogate(value)
             found[name] = [identity_of(as_simulator(cheap.simulator)), cheap.samples, cheap.weight]
         elif name in _NAMED and isinstance(value, str) and not _is_ours(found_as := _NAMED[name](value)):
             # A name is not enough: what it stands for may change.

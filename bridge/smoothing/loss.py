@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,28 +19,34 @@ from bridge.simulator.wrapper import SimulatorWrapper
 
 
 @dataclass(frozen=True)
-class LossSimulator(SimulatorWrapper):
-    """loss(f(x)) as a simulator with one number as output; the loss runs where the output is."""
+class LossWrapper(SimulatorWrapper):
+    """What simulators have in common whose outputs are losses of another one: no block structure is left."""
 
     inner: Simulator
-    loss: Callable[[torch.Tensor], torch.Tensor]
 
     @property
     def name(self) -> str:
         return f"loss of {simulator_name(self.inner)}"
 
     @property
-    def output_shape(self) -> tuple[int, ...]:
-        return ()
-
-    @property
     def structure(self) -> BlockStructure | None:
         return None
 
-    def bound(self, comm: Any) -> LossSimulator:
+    def bound(self, comm: Any) -> Self:
         if not isinstance(self.inner, Parallel):
             raise InputError(f"Expected a simulator that takes a communicator, got {simulator_name(self.inner)!r}.")
         return replace(self, inner=self.inner.bound(comm))
+
+
+@dataclass(frozen=True)
+class LossSimulator(LossWrapper):
+    """loss(f(x)) as a simulator with one number as output; the loss runs where the output is."""
+
+    loss: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return ()
 
     def __call__(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> torch.Tensor:
         rows = floating_rows(self.inner, inputs, seeds)

@@ -29,7 +29,7 @@ from bridge.smoothing.call import to_numpy
 from bridge.smoothing.loss import LossSimulator
 from bridge.smoothing.settings import Smoothing, SurrogateLike
 from bridge.smoothing.smoothed import SmoothedSimulator, scale_by_name
-from bridge.smoothing.surrogate import StandIn, Surrogate, make_stand_in
+from bridge.smoothing.surrogate import StandIn, as_surrogate, make_stand_in
 from bridge.storage.store import Store
 
 
@@ -147,7 +147,7 @@ def _stand_in(
     """The surrogate where it is to run, checked; the loss is taken of its outputs, too, where that is smoothed."""
     if given is None:
         return None
-    surrogate = given if isinstance(given, Surrogate) else Surrogate(given)
+    surrogate = as_surrogate(given)
     if isinstance(simulator, LossSimulator) and not isinstance(surrogate.simulator, LossSimulator):
         surrogate = replace(surrogate, simulator=LossSimulator(as_simulator(surrogate.simulator), simulator.loss))
     checked = make_stand_in(surrogate, simulator, strategy)

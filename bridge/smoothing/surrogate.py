@@ -66,6 +66,11 @@ class Surrogate(metaclass=Settings):
     weight: float | Literal["auto"] = 1.0
 
 
+def as_surrogate(given: Callable[..., Any] | Simulator | Surrogate) -> Surrogate:
+    """A cheap simulator with the defaults, or the surrogate that is given."""
+    return given if isinstance(given, Surrogate) else Surrogate(given)
+
+
 @dataclass(frozen=True)
 class StandIn:
     """A surrogate that has been checked; made by `bridge.smooth`.

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.arrays import Array
-from bridge.checks import Settings, is_number
+from bridge.checks import Settings, is_number, is_whole
 from bridge.errors import InputError
 from bridge.evaluation.failures import Failures, Raise
 from bridge.evaluation.memory import Memory
@@ -94,17 +94,7 @@ class Method(metaclass=Settings):
 
 
 METHODS: Registry[Method] = Registry("method", "bridge.methods", Method)
-
-
-def register(name: str) -> Any:
-    """Decorator: makes a method known as `bridge.fit(..., method=name)`."""
-
-    def decorate(kind: type[Method]) -> type[Method]:
-        METHODS.register(name)(kind)
-        kind.name = name
-        return kind
-
-    return decorate
+register = METHODS.register
 
 
 def begin(method: Method, task: FitTask) -> MethodRun:
@@ -275,6 +265,12 @@ def require(what: str, good: bool, given: Any) -> None:
     """Raises InputError unless a setting is good; says what was expected."""
     if not good:
         raise InputError(f"Expected {what}, got {given!r}.")
+
+
+def require_rounds(rounds: Any, round_size: Any) -> None:
+    """The same of settings of methods that go by rounds of runs; None is left to the method."""
+    require("at least one round", rounds is None or is_whole(rounds, 1), rounds)
+    require("at least one run a round", round_size is None or is_whole(round_size, 1), round_size)
 
 
 def require_tolerance(tolerance: Any) -> None:

@@ -23,6 +23,7 @@ from bridge.fitting.methods.base import (
     error_targets,
     register,
     require,
+    require_rounds,
     require_tolerance,
 )
 from bridge.fitting.methods.kriging_errors import of_search
@@ -80,8 +81,7 @@ class Kriging(Method):
     def __post_init__(self) -> None:
         for name in ("rounds", "round_size", "restarts"):
             object.__setattr__(self, name, as_whole(getattr(self, name)))
-        require("at least one round", self.rounds is None or is_whole(self.rounds, 1), self.rounds)
-        require("at least one run a round", self.round_size is None or is_whole(self.round_size, 1), self.round_size)
+        require_rounds(self.rounds, self.round_size)
         require_tolerance(self.tolerance)
         as_reach(self.scale)
         require("restarts of 0 or more", is_whole(self.restarts, 0), self.restarts)

@@ -34,13 +34,11 @@ from bridge.fitting.methods.requests import Smoothed
 from bridge.fitting.methods.steps import Schedule, SmoothedProblem, StepOutcome, StepRule
 from bridge.fitting.misfit import Misfit
 from bridge.simulator.function import as_simulator
-from bridge.simulator.protocol import BlockStructure, Parallel, Simulator, simulator_name
-from bridge.simulator.wrapper import SimulatorWrapper
 from bridge.smoothing.estimate import Estimate
-from bridge.smoothing.loss import floating_rows
+from bridge.smoothing.loss import LossWrapper, floating_rows
 from bridge.smoothing.smooth import smooth
 from bridge.smoothing.smoothed import SmoothedSimulator
-from bridge.smoothing.surrogate import Surrogate
+from bridge.smoothing.surrogate import as_surrogate
 
 # A scale is changed by no more than this factor's logarithm in one step.
 _MOST = 0.5
@@ -52,33 +50,19 @@ _FULL_RATE, _DIAGONAL_RATE = 0.4, 0.2
 
 @final
 @dataclass(frozen=True)
-class LossAndSquare(SimulatorWrapper):
+class LossAndSquare(LossWrapper):
     """(l, l^2) of a simulator's output, the prior included: a simulator of two numbers.
 
     Attributes:
         natural: (d,) units of the prior.
     """
 
-    inner: Simulator
     misfit: Misfit
     natural: Array
 
     @property
     def output_shape(self) -> tuple[int, ...]:
         return (2,)
-
-    @property
-    def name(self) -> str:
-        return f"loss of {simulator_name(self.inner)}"
-
-    @property
-    def structure(self) -> BlockStructure | None:
-        return None
-
-    def bound(self, comm: Any) -> LossAndSquare:
-        if not isinstance(self.inner, Parallel):
-            raise InputError(f"Expected a simulator that takes a communicator, got {simulator_name(self.inner)!r}.")
-        return replace(self, inner=self.inner.bound(comm))
 
     def __call__(self, inputs: Array, seeds: NDArray[np.uint64]) -> Array:
         outputs = floating_rows(self.inner, inputs, seeds).to("cpu", torch.float64)
@@ -152,7 +136,7 @@ class Natural(DescentMethod):
         """The loss and its square, smoothed by the same noise and ranks as the output."""
         problem, smoothing = task.problem, self.smoothing(seen.schedule.first * task.problem.natural)
         if (given := self.surrogate) is not None:
-            cheap = given if isinstance(given, Surrogate) else Surrogate(given)
+            cheap = as_surrogate(given)
             of_cheap = LossAndSquare(as_simulator(cheap.simulator), problem.misfit, problem.natural)
             smoothing = replace(smoothing, surrogate=replace(cheap, simulator=of_cheap))
         of_loss = smooth(

@@ -9,8 +9,16 @@ from typing import Any, ClassVar, final
 import numpy as np
 
 from bridge.arrays import Array
-from bridge.checks import as_whole, is_whole
-from bridge.fitting.methods.base import FitTask, Method, StepReport, as_reach, register, require, require_tolerance
+from bridge.checks import as_whole
+from bridge.fitting.methods.base import (
+    FitTask,
+    Method,
+    StepReport,
+    as_reach,
+    register,
+    require_rounds,
+    require_tolerance,
+)
 from bridge.fitting.methods.quadratic_search import QuadraticSearch
 from bridge.fitting.methods.requests import RunOutputs, Runs
 from bridge.fitting.methods.search import SearchRun
@@ -39,8 +47,7 @@ class TrustRegion(Method):
     def __post_init__(self) -> None:
         for name in ("rounds", "round_size"):
             object.__setattr__(self, name, as_whole(getattr(self, name)))
-        require("at least one round", self.rounds is None or is_whole(self.rounds, 1), self.rounds)
-        require("at least one run a round", self.round_size is None or is_whole(self.round_size, 1), self.round_size)
+        require_rounds(self.rounds, self.round_size)
         require_tolerance(self.tolerance)
         as_reach(self.scale)
 
