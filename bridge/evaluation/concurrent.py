@@ -83,9 +83,10 @@ class ExecutorSimulator(ConcurrentSimulator):
         if not self._begun:
             # The first call is looked at (see `repeatability`): nothing else may run beside it.
             with self._first:
-                outputs = self._submitted(inputs, seeds)
-                self._begun = True
-                return outputs
+                if not self._begun:
+                    outputs = self._submitted(inputs, seeds)
+                    self._begun = True
+                    return outputs
         return self._submitted(inputs, seeds)
 
     def _submitted(self, inputs: NDArray[np.float64], seeds: NDArray[np.uint64]) -> Any:
